@@ -1,0 +1,1 @@
+"""Surgical fine-tuning as a PEFT method."""

@@ -1,0 +1,64 @@
+"""The exceptions of this package. Each is also a builtin, so that ``except ValueError`` keeps meaning what it says.
+
+::
+
+    SurgicalError
+    ├── AnatomyError        (ValueError)  a network that cannot be cut into blocks, or a spec that is not total and disjoint
+    ├── TargetError         (ValueError)  a target that does not parse
+    │   ├── UnknownTargetError  (KeyError)    a term that matches nothing in this model
+    │   └── UnresolvedTargetError             a target that needs data (auto-*, race) before it names tensors
+    ├── ConfigError         (ValueError)  a SurgicalConfig that contradicts itself
+    ├── UnsupportedModelError (TypeError) a base that cannot be tuned this way: quantized, offloaded, parametrized
+    ├── AdapterError        (ValueError)  an adapter that cannot be attached, saved, combined or run as asked
+    │   ├── AdapterFileError              a file that is truncated, altered, or does not hold what its config says
+    │   └── BaseMismatchError             the base is not the one that the adapter was trained on
+    └── DataError           (ValueError)  data on disk that is not in the layout that the reader expects
+"""
+
+
+class SurgicalError(Exception):
+    """Root of every exception that this package raises on purpose."""
+
+
+class AnatomyError(SurgicalError, ValueError):
+    """A network that cannot be cut into blocks, or a ``blocks=`` spec that is not total and disjoint."""
+
+
+class TargetError(SurgicalError, ValueError):
+    """A target that does not parse."""
+
+
+class UnknownTargetError(TargetError, KeyError):
+    """A term of a target that matches nothing in this model."""
+
+    def __str__(self) -> str:
+        # KeyError prints the repr of its argument, which would turn a readable message into an escaped one.
+        return str(self.args[0]) if self.args else ""
+
+
+class UnresolvedTargetError(TargetError):
+    """A target such as ``auto-rgn`` that needs data before it names tensors."""
+
+
+class ConfigError(SurgicalError, ValueError):
+    """A ``SurgicalConfig`` that contradicts itself."""
+
+
+class UnsupportedModelError(SurgicalError, TypeError):
+    """A base that cannot be tuned this way: quantized, offloaded, or holding its tensors where no delta reaches."""
+
+
+class AdapterError(SurgicalError, ValueError):
+    """An adapter that cannot be attached, saved, combined or run as asked."""
+
+
+class AdapterFileError(AdapterError):
+    """An adapter file that is truncated, altered, or does not hold what its config says."""
+
+
+class BaseMismatchError(AdapterError):
+    """The base model is not the one that the adapter was trained on."""
+
+
+class DataError(SurgicalError, ValueError):
+    """Data on disk that is not in the layout that the reader expects."""
