@@ -333,6 +333,7 @@ class _Network:
             found = self._under(path for path in self.paths if regex.fullmatch(path))
         else:
             found = self._by_name(text)
+        found = found.intersection(self.tensors)
         if not found:
             reason = "holds no tensors" if text in self.named else "matches nothing"
             raise self.unknown(term, f"{reason} in this model", near=text not in self.named)
