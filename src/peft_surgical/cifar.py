@@ -66,7 +66,7 @@ class _PreActivationBlock(nn.Module):
 
 
 class _PostActivationBlock(nn.Module):
-    """conv-norm-relu-conv-norm plus its input, relu; a strided block subsamples it, with zero channels on both sides."""
+    """conv-norm-relu-conv-norm plus its input, relu; a strided block subsamples it, zero channels on both sides."""
 
     def __init__(self, channels_in: int, channels: int, stride: int) -> None:
         super().__init__()

@@ -1,0 +1,143 @@
+"""A ledger of finished runs: one JSON object per line, so that a grid can be killed, resumed and shared by processes.
+
+A run is looked up by its key, the dict of settings that determine it; what it gave is its result. Appending is one
+``write`` under a lock, so that a line is whole, or torn at the very end of the file; a torn last line (a kill in the
+middle of the write) is passed over when reading and cut off by the next append.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import DataError
+
+try:
+    import fcntl
+except ImportError:  # Windows: there, one process per ledger
+    fcntl = None  # type: ignore[assignment]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished run: the settings that determine it and what it gave, both plain JSON."""
+
+    key: dict[str, Any]
+    result: dict[str, Any]
+
+
+def _canonical(key: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(key, sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{dict(key)!r} cannot be written to a ledger ({error}): use plain JSON values only") from error
+
+
+class Ledger:
+    """The finished runs in one file. Reading always reflects the file, also what other processes have added.
+
+    ::
+
+        ledger = Ledger("runs.jsonl")
+        key = {"corruption": "frost", "target": "block1", "lr": 1e-3, "seed": 0}
+        if (result := ledger.find(key)) is None:
+            result = train(**key)
+            ledger.append(key, result)
+
+    Args:
+        file: Created, with its folder, by the first append.
+    """
+
+    def __init__(self, file: str | os.PathLike[str]) -> None:
+        self.file = Path(file)
+
+    def __len__(self) -> int:
+        return len(self.runs())
+
+    def __iter__(self) -> Iterator[Run]:
+        return iter(self.runs())
+
+    def runs(self, **settings: Any) -> list[Run]:
+        """The runs whose key agrees with all of these settings, in the order in which they were first added.
+
+        Raises:
+            DataError: If the file holds a line that no append wrote.
+        """
+        missing = object()
+        return [run for run in self._read().values() if all(run.key.get(k, missing) == v for k, v in settings.items())]
+
+    def find(self, key: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The result of the run with exactly this key, or None. Of several, the last one added counts.
+
+        Raises:
+            DataError: If the key is not plain JSON, or the file holds a line that no append wrote.
+        """
+        run = self._read().get(_canonical(key))
+        return None if run is None else run.result
+
+    def append(self, key: Mapping[str, Any], result: Mapping[str, Any]) -> None:
+        """Add one run. On return it is on disk.
+
+        Raises:
+            DataError: If key or result are not plain JSON (NaN is not).
+        """
+        line = f'{{"key": {_canonical(key)}, "result": {_canonical(result)}}}\n'.encode()
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            with _locked(descriptor):
+                _cut_torn_line(descriptor)
+                written = os.write(descriptor, line)
+                os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        if written != len(line):
+            raise OSError(
+                f"only {written} of {len(line)} bytes fit on the disk of {self.file}: free space and run again"
+            )
+
+    def _read(self) -> dict[str, Run]:
+        # The whole file, every time: a ledger has some thousand lines, and a cache could miss what others do to it.
+        content = self.file.read_bytes() if self.file.exists() else b""
+        runs: dict[str, Run] = {}
+        for line in content[: content.rfind(b"\n") + 1].splitlines():  # the rest is torn, or just being written
+            try:
+                parts = json.loads(line)
+                run = Run(dict(parts["key"]), dict(parts["result"]))
+            except (ValueError, TypeError, KeyError) as error:
+                raise DataError(
+                    f"{self.file} holds a line that is no run: {line[:80]!r}; delete that line, or name another ledger"
+                ) from error
+            runs[_canonical(run.key)] = run
+        return runs
+
+
+@contextmanager
+def _locked(descriptor: int) -> Iterator[None]:
+    if fcntl is not None:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if fcntl is not None:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+
+
+def _cut_torn_line(descriptor: int) -> None:
+    """Drop what a killed process left after the last line end; under the lock nobody else can be writing it."""
+    end = size = os.lseek(descriptor, 0, os.SEEK_END)
+    while end > 0:
+        start = max(0, end - 4096)
+        os.lseek(descriptor, start, os.SEEK_SET)
+        found = os.read(descriptor, end - start).rfind(b"\n")
+        if found >= 0:
+            end = start + found + 1
+            break
+        end = start
+    if end < size:
+        os.ftruncate(descriptor, end)
