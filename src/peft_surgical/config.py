@@ -1,0 +1,216 @@
+"""`SurgicalConfig`: what to tune, how, and (once saved) what was tuned on which base."""
+
+from __future__ import annotations
+
+import enum
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from peft import PeftConfig
+
+from .delta import canonical_json, file_key, file_sha256, verify_file
+from .errors import AdapterFileError, ConfigError
+from .norm import check_policy
+from .targets import parse
+
+WEIGHTS = "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"
+CONFIG = "adapter_config.json"
+DELTA_DTYPES = ("float32", "bfloat16", "float16")
+
+
+class SurgicalType(str, enum.Enum):
+    """The key of this method in PEFT's mappings.
+
+    PEFT's own enum is closed. A string enum hashes and compares like the plain string and has the ``.value`` that
+    transformers and PEFT's status code read.
+    """
+
+    SURGICAL = "SURGICAL"
+
+
+@dataclass
+class SurgicalConfig(PeftConfig):
+    """Configuration of a surgical adapter.
+
+    Say what to tune either by ``target`` (blocks, paths, globs, regexes: see `parse`) or in PEFT's own way by
+    ``target_modules``; the other arguments have defaults. Validated without a model.
+
+    Args:
+        target: For example ``"block1"``, ``"block2-4 + head"``, ``"all - head"``, ``"*.norm*"``, or a list of such
+            terms, which is their sum.
+        norm_stats: Whose normalisation statistics move: ``"frozen"`` nobody's (the paper's protocol),
+            ``"target"`` those of targeted modules, ``"all"`` every module's. What moves is saved.
+        delta_dtype: Dtype of the deltas on disk: ``"bfloat16"`` or ``"float16"`` halve the file and round what is
+            reloaded; None keeps the dtype in which they were trained.
+        blocks: An explicit cut of the network, block name -> module or tensor paths, for networks whose blocks cannot
+            be derived. Kept in the adapter's config.
+        target_modules: PEFT's: a list of module names (exact or as a suffix) or a regex; all tensors of a matched
+            module are tuned.
+        exclude_modules: PEFT's: modules, matched the same way, whose tensors are not tuned.
+        modules_to_save: PEFT's: modules to train and save whole, such as a new head.
+        scale: Factor of the deltas (WiSE-FT, Wortsman et al. 2022): 0 is the base, 1 the tuned model. Saved, so that
+            what is reloaded is what was evaluated.
+        strict_base: False turns the error for a base with another fingerprint into a warning. Not saved.
+        tensor_names: Filled in: the resolved names of the tuned tensors, so that loading re-derives nothing.
+        base_fingerprint: Filled in on saving: tensor name -> hash of the base's value; see `fingerprint`.
+        weights_sha256: Filled in on saving: SHA-256 of the adapter file.
+
+    Raises:
+        ConfigError: For arguments that contradict each other or have unknown values.
+        TargetError: For a target that does not parse.
+
+    Example:
+        >>> SurgicalConfig(target="block1").target
+        'block1'
+    """
+
+    target: str | list[str] | None = field(default=None, metadata={"help": "What to tune, e.g. 'block1'."})
+    norm_stats: str = field(default="frozen", metadata={"help": "frozen, target or all."})
+    delta_dtype: str | None = field(default=None, metadata={"help": "Dtype of the deltas on disk."})
+    blocks: dict[str, list[str]] | None = field(default=None, metadata={"help": "Explicit cut into blocks."})
+    target_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to tune, PEFT's way."})
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules not to tune."})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained and saved whole."})
+    scale: float = field(default=1.0, metadata={"help": "Factor of the deltas."})
+    strict_base: bool = field(default=True, metadata={"help": "Refuse a base with another fingerprint."})
+    tensor_names: list[str] | None = field(default=None, metadata={"help": "Resolved; filled in."})
+    base_fingerprint: dict[str, str] | None = field(default=None, metadata={"help": "Filled in on saving."})
+    weights_sha256: str | None = field(default=None, metadata={"help": "Filled in on saving."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = SurgicalType.SURGICAL
+        check_policy(self.norm_stats)
+        if self.delta_dtype is not None and self.delta_dtype not in DELTA_DTYPES:
+            raise ConfigError(f"delta_dtype={self.delta_dtype!r}: choose None or one of {', '.join(DELTA_DTYPES)}.")
+        if isinstance(self.scale, bool) or not isinstance(self.scale, (int, float)) or self.scale != self.scale:
+            raise ConfigError(f"scale={self.scale!r} is not a number: 0 is the base, 1 the tuned model.")
+        self.scale = float(self.scale)
+        if isinstance(self.target_modules, (set, tuple)):
+            self.target_modules = sorted(self.target_modules)
+        if isinstance(self.exclude_modules, (set, tuple)):
+            self.exclude_modules = sorted(self.exclude_modules)
+        if isinstance(self.modules_to_save, (set, tuple)):
+            self.modules_to_save = sorted(self.modules_to_save)
+        if self.blocks is not None:
+            self.blocks = _as_blocks(self.blocks)
+        if self.target is not None and self.target_modules:
+            raise ConfigError(
+                f"Both target={self.target!r} and target_modules={self.target_modules!r} say what to tune. Give one: "
+                "target knows blocks, and takes module paths too."
+            )
+        if self.target is None and self.target_modules is None and self.tensor_names is None:
+            raise ConfigError("Nothing says what to tune: give target='block1' (or 'head', 'all', a path, a glob).")
+        if self.target is not None:
+            if not isinstance(self.target, str):
+                self.target = list(self.target)
+            parse(self.target)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as plain data. ``strict_base`` is a decision of whoever loads, so it is left out."""
+        plain = super().to_dict()
+        plain.pop("strict_base")
+        return plain
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Write ``adapter_config.json`` in one step, with the hash of the adapter file that lies beside it."""
+        folder = Path(save_directory)
+        weights = folder / WEIGHTS
+        self.weights_sha256 = file_sha256(weights) if weights.is_file() else None
+        folder.mkdir(parents=True, exist_ok=True)
+        mapping = kwargs.pop("auto_mapping_dict", None)
+        plain = self.to_dict()
+        if mapping is not None:
+            plain["auto_mapping"] = mapping
+        write_atomically(folder / CONFIG, canonical_json(plain))
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
+    ) -> SurgicalConfig:
+        """Read the config of an adapter and verify the adapter file that belongs to it.
+
+        PEFT reads the config before it touches the model, so a truncated, altered, incomplete or non-finite file is
+        refused while the model is still exactly as it was.
+
+        Args:
+            pretrained_model_name_or_path: A folder or a Hub repository id.
+            subfolder: Folder inside it.
+            **kwargs: ``strict_base``, and what `huggingface_hub.hf_hub_download` takes (revision, token, ...).
+
+        Raises:
+            AdapterFileError: Names the file and what is wrong with it.
+        """
+        strict = kwargs.pop("strict_base", True)
+        source = os.fspath(pretrained_model_name_or_path)
+        config = super().from_pretrained(source, subfolder=subfolder, **kwargs)
+        if not isinstance(config, cls):
+            return config
+        config.strict_base = strict
+        weights = _locate(source, subfolder, kwargs)
+        if weights is not None:
+            superseded = _superseded(weights.parent)
+            if superseded is not None and file_sha256(weights) == superseded.get("weights_sha256"):
+                # A save was killed between its two files: these weights are still the old adapter's.
+                config = cls(**{key: value for key, value in superseded.items() if key in cls.__dataclass_fields__})
+                config.strict_base = strict
+            keys = None if config.tensor_names is None else {file_key(name) for name in config.tensor_names}
+            verify_file(weights, config.weights_sha256, keys, others=bool(config.modules_to_save))
+        return config
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """Read the JSON, without the journal that a killed save may have left in it."""
+        plain = super().from_json_file(path_json_file, **kwargs)
+        plain.pop("superseded", None)
+        return plain
+
+
+def _as_blocks(blocks: Mapping[str, str | Sequence[str]]) -> dict[str, list[str]]:
+    if not isinstance(blocks, Mapping) or not blocks:
+        raise ConfigError(f"blocks={blocks!r}: give a mapping such as {{'block1': ['conv1', 'layer1'], 'head': ['fc']}}.")
+    return {name: [paths] if isinstance(paths, str) else list(paths) for name, paths in blocks.items()}
+
+
+def _locate(source: str, subfolder: str | None, kwargs: Mapping[str, Any]) -> Path | None:
+    folder = Path(source, subfolder or "")
+    if folder.is_dir():
+        if (folder / WEIGHTS).is_file():
+            return folder / WEIGHTS
+        if (folder / PICKLE).exists():
+            raise AdapterFileError(
+                f"{folder} holds only {PICKLE}, a pickle, which can run code when it is read. Ask its author for "
+                f"{WEIGHTS}; this package reads and writes nothing else."
+            )
+        return None
+    download = {
+        key: value
+        for key, value in kwargs.items()
+        if key in ("revision", "token", "cache_dir", "local_files_only", "force_download") and value is not None
+    }
+    try:
+        return Path(hf_hub_download(source, WEIGHTS, subfolder=subfolder, **download))
+    except EntryNotFoundError as error:
+        raise AdapterFileError(f"{source} on the Hub has no {WEIGHTS}; nothing else is loaded.") from error
+
+
+def _superseded(folder: Path) -> dict[str, Any] | None:
+    path = folder / CONFIG
+    return json.loads(path.read_text(encoding="utf-8")).get("superseded") if path.is_file() else None
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write ``text`` beside ``path`` and rename it into place: a reader sees the old file or the new one."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        scratch.write_text(text, encoding="utf-8")
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)

@@ -1,0 +1,190 @@
+"""Deltas as plain dicts of tensors: fingerprint of their base, checks, file, summary. Knows nothing of PEFT."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from .errors import AdapterFileError, BaseMismatchError
+
+HOLDER = "surgery"
+"""Name of the child module that holds a module's deltas, and so a part of the keys in an adapter file. It must not
+contain the prefix "surgical_": PEFT's ``delete_adapter`` skips modules whose path does."""
+
+_HASH_DIGITS = 16  # 64 bits a tensor: a guard against the wrong base, not against an attacker who forges one
+_PEFT_PREFIX = "base_model.model."
+_KINDS = ("surgical_delta", "surgical_stats")
+_SHOWN = 3  # how many tensors an error names before it counts the rest
+
+
+def fingerprint(base: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Hash each base tensor's name, shape, dtype and bytes.
+
+    Adding a delta to the wrong base gives silent garbage: same shapes, other values. One hash a tensor (instead of one
+    for all) lets the error name the tensors that differ.
+
+    Returns:
+        Name -> 16 hexadecimal digits of SHA-256.
+    """
+    return {name: _hash(name, tensor) for name, tensor in base.items()}
+
+
+def _hash(name: str, tensor: torch.Tensor) -> str:
+    full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    flat = full.detach().cpu().contiguous().reshape(-1)
+    digest = hashlib.sha256(f"{name}|{tuple(full.shape)}|{full.dtype}|".encode())
+    digest.update(memoryview(flat.view(torch.uint8).numpy()))
+    return digest.hexdigest()[:_HASH_DIGITS]
+
+
+def check_base(expected: Mapping[str, str], base: Mapping[str, torch.Tensor], base_name: str | None) -> None:
+    """Raise `BaseMismatchError` unless ``base`` has the fingerprint ``expected``.
+
+    Args:
+        expected: `fingerprint` of the base that the adapter was trained on.
+        base: The tensors of the model at hand, by the same names.
+        base_name: What the adapter's config calls its base, for the message.
+    """
+    wrong = [name for name, tensor in base.items() if _hash(name, tensor) != expected.get(name)]
+    if wrong:
+        dtypes = sorted({str(base[name].dtype).removeprefix("torch.") for name in wrong})
+        raise BaseMismatchError(
+            f"This adapter was trained on another base ({base_name or 'unnamed'}): {len(wrong)} of {len(base)} tuned "
+            f"tensors differ there, first {shown(wrong)}. Load that base, in the same dtype (here {', '.join(dtypes)}) "
+            "and revision; or, if you know that the deltas fit this one, say strict_base=False."
+        )
+
+
+def shown(names: Iterable[str]) -> str:
+    """The first few ``names`` and the number of the others, for a message."""
+    names = list(names)
+    rest = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def check_tensors(found: Mapping[str, torch.Tensor], expected: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Raise `AdapterFileError` unless ``found`` has the expected names and shapes and finite values.
+
+    Args:
+        found: What a file or state dict holds.
+        expected: Name -> shape.
+        where: What is being read, for the message.
+    """
+    _check_names(found, expected, where)
+    for name, shape in expected.items():
+        if tuple(found[name].shape) != tuple(shape):
+            raise AdapterFileError(
+                f"{where}: {name} has shape {tuple(found[name].shape)}, the base's tensor has {tuple(shape)}. The "
+                "adapter belongs to another architecture or head; load it onto the base named in its config."
+            )
+    _check_finite(found, where)
+
+
+def _check_names(found: Iterable[str], expected: Iterable[str], where: str) -> None:
+    missing, surplus = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    if missing or surplus:
+        parts = [f"misses {shown(missing)}"] * bool(missing) + [f"has besides {shown(surplus)}"] * bool(surplus)
+        raise AdapterFileError(
+            f"{where}: the file {' and '.join(parts)}. It is not the file that was saved with this config: save or "
+            "download both again."
+        )
+
+
+def _check_finite(tensors: Mapping[str, torch.Tensor], where: str) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
+            raise AdapterFileError(
+                f"{where}: {name} holds NaN or Inf. The run that made it diverged (try a smaller learning rate), or "
+                "the file is damaged."
+            )
+
+
+def file_key(name: str) -> str:
+    """The key in an adapter file of the tensor ``name``, without what tells deltas from statistics.
+
+    Example:
+        >>> file_key("layer1.0.conv1.weight"), file_key("cls_token")
+        ('layer1.0.conv1.surgery.weight', 'surgery.cls_token')
+    """
+    path, _, leaf = name.rpartition(".")
+    return f"{path}.{HOLDER}.{leaf}" if path else f"{HOLDER}.{leaf}"
+
+
+def _neutral_key(key: str) -> str | None:
+    path, holder, rest = key.removeprefix(_PEFT_PREFIX).rpartition(f"{HOLDER}.")
+    kind, _, leaf = rest.partition(".")
+    return f"{path}{holder}{leaf}" if holder and kind in _KINDS and leaf else None
+
+
+def verify_file(path: str | Path, sha256: str | None, keys: Iterable[str] | None, others: bool = False) -> None:
+    """Check an adapter file by itself, before any model is touched: whole, unaltered, complete, finite.
+
+    Args:
+        path: A safetensors file.
+        sha256: What its config says its SHA-256 is; None skips that check.
+        keys: The `file_key` of every tensor that it must hold; None skips that check.
+        others: Whether it may hold other tensors too (those of ``modules_to_save``).
+
+    Raises:
+        AdapterFileError: Names the file and what is wrong with it.
+    """
+    where = str(path)
+    try:
+        with safe_open(where, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+    except (SafetensorError, OSError, ValueError, RuntimeError, struct.error) as error:
+        raise AdapterFileError(
+            f"{where} cannot be read as safetensors ({error}). It is truncated or damaged: save or download it again."
+        ) from error
+    if keys is not None:
+        found = {_neutral_key(key) or key for key in tensors if not others or _neutral_key(key)}
+        _check_names(found, keys, where)
+    for key, tensor in tensors.items():
+        if not others and not tensor.is_floating_point() and not key.endswith("num_batches_tracked"):
+            raise AdapterFileError(f"{where}: {key} has dtype {tensor.dtype}; deltas are floating point.")
+    _check_finite(tensors, where)
+    if sha256 is not None and file_sha256(path) != sha256:
+        raise AdapterFileError(
+            f"{where} is not the file that its config was saved with (SHA-256 {file_sha256(path)[:12]}..., expected "
+            f"{sha256[:12]}...). It was altered or replaced: save or download both again."
+        )
+
+
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file: Any) -> str:
+    # hashlib.file_digest is new in Python 3.11.
+    digest = hashlib.sha256()
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def summarise(deltas: Mapping[str, torch.Tensor], base: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """How far each tensor moved: the norm of its delta over the norm of its base tensor (0 where the base is zero).
+
+    Returns:
+        Name -> relative change, largest first. The paper's relative gradient norm (Sec. 4.1, eq. 3) is the same ratio
+        for one step.
+    """
+    moved = {}
+    for name, delta in deltas.items():
+        norm = base[name].detach().float().norm().item()
+        moved[name] = delta.detach().float().norm().item() / norm if norm > 0 else 0.0
+    return dict(sorted(moved.items(), key=lambda item: -item[1]))
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys, as written beside the weights."""
+    return json.dumps(value, indent=2, sort_keys=True)

@@ -1,0 +1,150 @@
+"""Mixed batches: each sample through its own adapter, in one forward of the network.
+
+``model(images, adapter_names=["site_a", "__base__", ...])`` runs every tuned module once per adapter, on that
+adapter's samples; everything between tuned modules sees the whole batch, so the frozen part is computed once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import AdapterError
+from .layer import SurgicalLayer, surgical_layers
+from .specialise import base_class
+
+BASE = "__base__"
+"""PEFT's name for "no adapter" in ``adapter_names``."""
+
+
+class _Routing:
+    """Who gets which sample. Inside a tuned module that has split its batch, all samples belong to one adapter."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = list(names)
+
+    @contextmanager
+    def narrowed(self, adapter: str, count: int) -> Iterator[None]:
+        outer, self.names = self.names, [adapter] * count
+        try:
+            yield
+        finally:
+            self.names = outer
+
+
+@contextmanager
+def mixed_batch(model: nn.Module, adapter_names: Sequence[str], known: Sequence[str]) -> Iterator[None]:
+    """Within this context the model routes each sample of its batch through the adapter named for it.
+
+    Args:
+        model: The adapted network.
+        adapter_names: One adapter name per sample, ``"__base__"`` for none.
+        known: The adapters that exist.
+
+    Raises:
+        AdapterError: For unknown names, while training, or with merged adapters.
+    """
+    layers = [layer for _, layer in surgical_layers(model)]
+    _check(model, layers, adapter_names, known)
+    routing = _Routing(adapter_names)
+    # A tied tensor is read by modules without a holder of their own; each of them splits its batch too.
+    owners = {id(m): m for layer in layers for key in layer._sites for m, _ in layer.sites(key)}
+    patched = []
+    for module in owners.values():
+        previous = module.__dict__.get("forward")
+        links = module.__dict__["surgery_links"].values()
+        own = list({id(layer): layer for layer, _ in links}.values())
+        module.__dict__["forward"] = _routed(module, module.forward, own, routing)
+        patched.append((module, previous))
+    try:
+        yield
+    finally:
+        for module, previous in patched:
+            if previous is None:
+                del module.__dict__["forward"]
+            else:
+                module.__dict__["forward"] = previous
+
+
+def _check(model: nn.Module, layers: list[SurgicalLayer], names: Sequence[str], known: Sequence[str]) -> None:
+    unknown = sorted(set(names) - set(known) - {BASE})
+    if unknown:
+        raise AdapterError(
+            f"adapter_names names {', '.join(unknown)}, but the model has {', '.join(known)} (and {BASE!r} for none)."
+        )
+    if model.training:
+        raise AdapterError("Cannot pass `adapter_names` when the model is in training mode: call model.eval().")
+    merged = sorted({name for layer in layers for name in layer.merged_adapters})
+    if merged:
+        raise AdapterError(f"Cannot pass `adapter_names` while {', '.join(merged)} is merged: unmerge first.")
+
+
+def _routed(
+    module: nn.Module, forward: Callable[..., Any], layers: list[SurgicalLayer], routing: _Routing
+) -> Callable[..., Any]:
+    def routed(*args: Any, **kwargs: Any) -> Any:
+        names = routing.names
+        groups = {name: [i for i, other in enumerate(names) if other == name] for name in dict.fromkeys(names)}
+        if len(groups) == 1:
+            return _as_adapter(next(iter(groups)), layers, forward, args, kwargs)
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        if not tensors or tensors[0].shape[:1] != (len(names),):
+            seen = tuple(tensors[0].shape) if tensors else "no tensor"
+            raise AdapterError(
+                f"{base_class(module).__name__} sees {seen}, not a batch of {len(names)} samples (it works on windows "
+                "or flattened tokens), so its samples cannot be told apart. Run each adapter's samples by themselves."
+            )
+        outputs = {}
+        for name, rows in groups.items():
+            index = torch.tensor(rows, device=tensors[0].device)
+            part, keywords = _select((args, kwargs), len(names), index)
+            with routing.narrowed(name, len(rows)):
+                outputs[name] = (index, _as_adapter(name, layers, forward, part, keywords))
+        return _scatter(list(outputs.values()), len(names))
+
+    return routed
+
+
+def _as_adapter(name: str, layers: list[SurgicalLayer], forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    previous = [layer._active_adapter for layer in layers]
+    try:
+        for layer in layers:
+            layer._active_adapter = [name] if name in layer.surgical_delta else []
+        return forward(*args, **kwargs)
+    finally:
+        for layer, active in zip(layers, previous, strict=True):
+            layer._active_adapter = active
+
+
+def _select(value: Any, batch: int, index: torch.Tensor) -> Any:
+    """The rows ``index`` of every tensor with ``batch`` rows in nested lists, tuples and dicts."""
+    if isinstance(value, torch.Tensor):
+        return value.index_select(0, index) if value.shape[:1] == (batch,) else value
+    if isinstance(value, (list, tuple)):
+        return type(value)(_select(member, batch, index) for member in value)
+    if isinstance(value, dict):
+        return {key: _select(member, batch, index) for key, member in value.items()}
+    return value
+
+
+def _scatter(parts: list[tuple[torch.Tensor, Any]], batch: int) -> Any:
+    """Put the rows of each adapter's output back in their places."""
+    first = parts[0][1]
+    if isinstance(first, torch.Tensor):
+        if any(output.shape[:1] != index.shape for index, output in parts):
+            raise AdapterError("An output has no row per sample (a loss, perhaps): pass inputs without labels.")
+        whole = first.new_empty(batch, *first.shape[1:])
+        for index, output in parts:
+            whole = whole.index_copy(0, index, output.to(whole.dtype))
+        return whole
+    if isinstance(first, dict):  # ModelOutput is one
+        merged = {key: _scatter([(index, out[key]) for index, out in parts], batch) for key in first}
+        return type(first)(**merged)
+    if isinstance(first, (list, tuple)):
+        members = [_scatter([(index, out[i]) for index, out in parts], batch) for i in range(len(first))]
+        return type(first)(members)
+    return first

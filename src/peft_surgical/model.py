@@ -1,0 +1,370 @@
+"""`SurgicalModel`: the tuner that PEFT's front door drives."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _filter_state_dict_by_key_prefixes
+from peft.utils import merge_utils
+from peft.utils.integrations import init_empty_weights
+from peft.utils.other import set_additional_trainable_modules
+from torch import nn
+
+from .config import SurgicalConfig
+from .delta import HOLDER, check_tensors
+from .errors import AdapterError, AdapterFileError
+from .layer import SurgicalLayer, attach, detach, join, surgical_layers
+from .mixed import mixed_batch
+from .norm import hold_statistics
+from .plan import Plan, check_adapter_name, check_fingerprint, fingerprint_of, make_plan
+
+PREFIX = "surgical_"
+COMBINATIONS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
+
+
+class SurgicalModel(BaseTuner):
+    """Tunes the targeted tensors of any network through live deltas; everything else is frozen.
+
+    Made by `peft.get_peft_model` and friends from a `SurgicalConfig`. Unlike PEFT's other tuners it replaces no
+    module: see `layer`.
+
+    Args:
+        model: The base, changed in place until ``unload()``.
+        peft_config: One config, or adapter name -> config.
+        adapter_name: Name of the adapter to add.
+        low_cpu_mem_usage: Make the deltas on the meta device, to be filled by loading.
+        state_dict: Take the tuned tensors from the keys of this instead of the config.
+    """
+
+    prefix = PREFIX
+    tuner_layer_cls = SurgicalLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    # --- adding an adapter ---
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Plan, check, then attach; see BaseTuner. A refused adapter leaves the model as it was."""
+        config = self.peft_config[adapter_name]
+        self._check_new_adapter_config(config)
+        # The caller's config stays as it is, so that it can be used for another network too.
+        config = copy.copy(config)
+        plan = make_plan(model, config, None if state_dict is None else _names_in(state_dict))
+        self._check_names(model, plan, config, adapter_name)
+        check_fingerprint(plan, config)
+        if state_dict is not None:
+            _warn_about_other_targets(model, config, plan)
+
+        known = dict(_trainability(model)) if any(True for _ in surgical_layers(model)) else {}
+        # A config that has been saved names a base; its weights come next, and if they are refused the adapter goes.
+        config._awaits_weights = config.base_fingerprint is not None  # type: ignore[attr-defined]
+        config.tensor_names = list(plan.names)
+        self.peft_config[adapter_name] = config
+        self._attach(model, adapter_name, plan, config, low_cpu_mem_usage)
+        for parameter, requires_grad in known.items():
+            parameter.requires_grad = requires_grad
+
+    def _attach(self, model: nn.Module, adapter: str, plan: Plan, config: SurgicalConfig, empty: bool) -> None:
+        try:
+            with init_empty_weights() if empty else nullcontext():
+                for entry in plan.modules:
+                    attach(entry.module, adapter, entry.parameters, entry.statistics, config.scale)
+            hold_statistics(model)
+            paths = [entry.path for entry in plan.modules if entry.path]
+            self.targeted_module_names.extend(path for path in paths if path not in self.targeted_module_names)
+            self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+            self._mark_only_adapters_as_trainable(model)
+            set_additional_trainable_modules(
+                model=model,
+                peft_config=config,
+                model_config=BaseTuner.get_model_config(self),
+                adapter_name=adapter,
+                activate_adapter=adapter in self.active_adapters,
+            )
+        except BaseException:
+            self._remove(model, adapter)
+            raise
+
+    def _check_names(self, model: nn.Module, plan: Plan, config: SurgicalConfig, adapter: str) -> None:
+        saved = [name for other in self.peft_config.values() for name in (getattr(other, "tensor_names", None) or ())]
+        whole = tuple(name for other in self.peft_config.values() for name in (other.modules_to_save or ()))
+        paths = [path for path, _ in model.named_modules() if whole and path.endswith(whole)]
+        check_adapter_name(adapter, self.peft_config, [*plan.names, *saved, *paths])
+
+    def _remove(self, model: nn.Module, adapter: str) -> None:
+        """Take an adapter out again, and with the last one every trace of the tuner."""
+        self.peft_config.pop(adapter, None)
+        for _, layer in list(surgical_layers(model)):
+            layer.delete_adapter(adapter)
+        if not self.peft_config:
+            detach(model)
+            if hasattr(model, "peft_config"):
+                del model.peft_config
+
+    def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
+        raise AssertionError("inject_adapter replaces no module")
+
+    def _check_tied_modules(self, model: nn.Module, peft_config: SurgicalConfig) -> None:
+        # A tied tensor has one delta, which all its modules read: there is nothing to warn about.
+        return
+
+    def _get_tied_target_modules(self, model: nn.Module) -> list[str]:
+        return []
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if autocast_adapter_dtype:
+            return
+        for _, layer in surgical_layers(self.model):
+            if adapter_name in layer.surgical_delta:
+                for key, delta in layer.surgical_delta[adapter_name].named_parameters():
+                    delta.data = delta.data.to(layer.base_tensor(key).dtype)
+
+    # --- switching, scaling ---
+
+    def set_scale(self, adapter_name: str, scale: float) -> None:
+        """Multiply an adapter's deltas by ``scale`` from now on: 0.0 is exactly the base, 1.0 exactly the tuned model.
+
+        In between lies WiSE-FT (Wortsman et al. 2022, eq. 1). Saved with the adapter.
+
+        Raises:
+            AdapterError: For an unknown adapter, a scale that is not finite, or while the adapter is merged.
+        """
+        if adapter_name not in self.peft_config:
+            raise AdapterError(f"No adapter {adapter_name!r}; there are {', '.join(self.peft_config)}.")
+        set_scale(self.model, adapter_name, scale)
+        self.peft_config[adapter_name].scale = float(scale)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        names = kwargs.pop("adapter_names", None)
+        if names is None:
+            yield
+            return
+        size = next((len(value) for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
+        if size is not None and size != len(names):
+            raise AdapterError(f"Length of `adapter_names` should be the same as the number of inputs: {len(names)} != {size}.")
+        with mixed_batch(self.model, names, list(self.peft_config)):
+            yield
+
+    # --- merging ---
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge adapters into the base; see BaseTuner. ``safe_merge`` checks all tensors before it changes one."""
+        if safe_merge:
+            self._check_finite(adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=False)
+
+    def _check_finite(self, adapter_names: list[str] | None) -> None:
+        for _, layer in surgical_layers(self.model):
+            layer.check_finite(adapter_names or layer.active_adapters)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            if safe_merge:
+                self._check_finite(adapter_names)
+            for _, layer in surgical_layers(self.model):
+                layer.merge(adapter_names=adapter_names)
+        else:
+            for _, layer in surgical_layers(self.model):
+                layer.unmerge()
+        detach(self.model)
+        # What is left for PEFT: the wrappers of modules_to_save, and its own bookkeeping.
+        return super()._unload_and_optionally_merge(
+            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+        )
+
+    # --- combining ---
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> None:
+        """Combine adapters into a new one. Deltas are task vectors, so this is task arithmetic on them.
+
+        A tensor that only some of the adapters tune is combined from those.
+
+        Args:
+            adapters: Names of the adapters.
+            weights: One factor per adapter, times its own scale.
+            adapter_name: Name of the new adapter.
+            combination_type: linear (Ilharco et al. 2023), ties (Yadav et al. 2023), dare_linear, dare_ties (Yu et
+                al. 2024) or magnitude_prune, as in `peft.utils.merge_utils`.
+            density: Share of the values to keep, in [0, 1]; needed by all but linear.
+            majority_sign_method: How ties elects a sign: "total" or "frequency".
+
+        Raises:
+            AdapterError: For unknown names, unequal lengths, a missing density, or adapters with statistics.
+        """
+        _check_combination(self.peft_config, adapters, weights, adapter_name, combination_type, density)
+        first = self.peft_config[adapters[0]]
+        names = dict.fromkeys(name for adapter in adapters for name in self.peft_config[adapter].tensor_names)
+        config = copy.copy(first)
+        config.target = " + ".join(dict.fromkeys(str(self.peft_config[name].target) for name in adapters))
+        config.target, config.target_modules = (None, None) if first.target is None else (config.target, None)
+        config.blocks = next((self.peft_config[name].blocks for name in adapters if self.peft_config[name].blocks), None)
+        config.tensor_names, config.scale = list(names), 1.0
+        config.base_fingerprint = config.weights_sha256 = None
+        self.peft_config[adapter_name] = config
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except BaseException:
+            self.peft_config.pop(adapter_name, None)
+            raise
+        with torch.no_grad():
+            for _, layer in surgical_layers(self.model):
+                present = [(name, w) for name, w in zip(adapters, weights, strict=True) if name in layer.surgical_delta]
+                for key, target in layer.surgical_delta[adapter_name].named_parameters() if present else ():
+                    parts = [(n, w) for n, w in present if key in layer.surgical_delta[n]._parameters]
+                    tensors = [layer.delta(n, key).to(target.dtype) * layer.scaling[n] for n, _ in parts]
+                    factors = torch.tensor([w for _, w in parts], dtype=target.dtype, device=target.device)
+                    target.copy_(_combine(tensors, factors, combination_type, density, majority_sign_method))
+
+    # --- state dicts ---
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: SurgicalConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        inner = getattr(getattr(model, "base_model", None), "model", model)
+        config.base_fingerprint = fingerprint_of(inner, config)
+        found = {key: value.full_tensor() if hasattr(value, "full_tensor") else value for key, value in found.items()}
+        broken = [key for key, value in found.items() if not value.is_meta and not bool(torch.isfinite(value).all())]
+        if broken:
+            warnings.warn(
+                f"Adapter {adapter_name!r} holds NaN or Inf ({broken[0]}): the run diverged, and what is saved now "
+                "will be refused on loading.",
+                stacklevel=2,
+            )
+        if config.delta_dtype is None:
+            return found
+        dtype = getattr(torch, config.delta_dtype)
+        deltas = f".{PREFIX}delta."
+        return {key: value.to(dtype) if deltas in f".{key}" else value for key, value in found.items()}
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: SurgicalConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        own = model.state_dict()
+        marks = (f"{HOLDER}.{PREFIX}delta.{adapter_name}.", f"{HOLDER}.{PREFIX}stats.{adapter_name}.")
+        expected = {key: tuple(value.shape) for key, value in own.items() if any(mark in key for mark in marks)}
+        # What belongs to modules_to_save has been given its place by PEFT already; it may be called anything.
+        deltas = {key: value for key, value in remapped.items() if key not in own or key in expected}
+        try:
+            check_tensors(deltas, expected, f"adapter {adapter_name!r}")
+        except AdapterFileError:
+            tuner = getattr(model, "base_model", None)
+            if getattr(config, "_awaits_weights", False) and isinstance(tuner, SurgicalModel):
+                tuner._remove(tuner.model, adapter_name)
+            raise
+        config._awaits_weights = False  # type: ignore[attr-defined]
+        return remapped
+
+
+def set_scale(model: nn.Module, adapter_name: str, scale: float) -> None:
+    """`SurgicalModel.set_scale` for a network that transformers' own ``load_adapter`` adapted, without a tuner."""
+    if scale != scale or scale in (float("inf"), float("-inf")):
+        raise AdapterError(f"scale={scale} is not a finite number: 0 is the base, 1 the tuned model.")
+    layers = [layer for _, layer in surgical_layers(model) if adapter_name in layer.scaling]
+    if not layers:
+        raise AdapterError(f"No adapter {adapter_name!r} on this model.")
+    if any(adapter_name in layer.merged_adapters for layer in layers):
+        raise AdapterError(f"Adapter {adapter_name!r} is merged; unmerge it, set its scale, and merge it again.")
+    for layer in layers:
+        layer.scaling[adapter_name] = float(scale)
+
+
+def _trainability(model: nn.Module) -> Iterator[tuple[nn.Parameter, bool]]:
+    for parameter in model.parameters():
+        yield parameter, parameter.requires_grad
+
+
+def _names_in(state_dict: dict[str, torch.Tensor]) -> list[str]:
+    """The full names of the tensors for which a state dict has deltas or statistics."""
+    names = []
+    for key in state_dict:
+        path, mark, rest = key.removeprefix("base_model.model.").rpartition(f"{HOLDER}.{PREFIX}")
+        if mark:
+            names.append(join(path.removesuffix("."), rest.rpartition(".")[2]))
+    return names
+
+
+def _warn_about_other_targets(model: nn.Module, config: SurgicalConfig, plan: Plan) -> None:
+    configured = set(make_plan(model, config).names)
+    if configured != set(plan.names):
+        warnings.warn(
+            f"The state_dict holds deltas for {len(plan.names)} tensors, the config targets {len(configured)}: the "
+            "state_dict decides.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def _check_combination(
+    configs: dict[str, SurgicalConfig],
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    name: str,
+    combination: str,
+    density: float | None,
+) -> None:
+    missing = [adapter for adapter in adapters if adapter not in configs]
+    if missing or not adapters:
+        raise AdapterError(f"No adapter {', '.join(missing) or 'given'}; there are {', '.join(configs)}.")
+    if name in configs:
+        raise AdapterError(f"An adapter {name!r} exists already: choose another name or delete it first.")
+    if len(adapters) != len(weights):
+        raise AdapterError(f"{len(adapters)} adapters but {len(weights)} weights: give one weight per adapter.")
+    if combination not in COMBINATIONS:
+        raise AdapterError(f"combination_type={combination!r}: choose one of {', '.join(COMBINATIONS)}.")
+    if combination != "linear" and (density is None or not 0 <= density <= 1):
+        raise AdapterError(f"combination_type={combination!r} needs a density in [0, 1], got {density}.")
+    moving = [adapter for adapter in adapters if configs[adapter].norm_stats != "frozen"]
+    if moving:
+        raise AdapterError(f"{', '.join(moving)} carry statistics, which do not add up; combine frozen-policy adapters.")
+    whole = [adapter for adapter in adapters if configs[adapter].modules_to_save]
+    if whole:
+        raise AdapterError(f"{', '.join(whole)} carry modules_to_save, which are no deltas and cannot be combined.")
+
+
+def _combine(
+    tensors: list[torch.Tensor], weights: torch.Tensor, combination: str, density: float | None, sign: str
+) -> torch.Tensor:
+    if combination == "linear":
+        return merge_utils.task_arithmetic(tensors, weights)
+    if combination == "ties":
+        return merge_utils.ties(tensors, weights, density, sign)
+    if combination == "dare_ties":
+        return merge_utils.dare_ties(tensors, weights, density, sign)
+    function = merge_utils.dare_linear if combination == "dare_linear" else merge_utils.magnitude_prune
+    return function(tensors, weights, density)

@@ -1,0 +1,316 @@
+"""What an adapter will touch: (model, config) -> a frozen plan. Everything that can be refused is refused here.
+
+No tensor and no module changes while a plan is made, so a refused adapter leaves the model exactly as it was.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from .anatomy import anatomy_of
+from .config import SurgicalConfig
+from .delta import HOLDER, check_base, fingerprint, shown
+from .errors import AdapterError, BaseMismatchError, UnknownTargetError, UnsupportedModelError
+from .layer import SurgicalLayer, bare, join, stored
+from .norm import moving_statistics, statistics_of
+from .specialise import base_class
+from .targets import parse, paths_matched, resolve
+
+Site = tuple[nn.Module, str]
+_QUANTIZED = ("bitsandbytes", "gptqmodel", "auto_gptq", "awq", "aqlm", "eetq", "hqq", "torchao", "quanto")
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+@dataclass(frozen=True)
+class ModulePlan:
+    """One module whose tensors an adapter touches.
+
+    Attributes:
+        path: Its path in the model; "" for the root.
+        module: The module.
+        parameters: Name of a tuned parameter -> every (module, name) that stores it, this module first.
+        statistics: Names of the buffers that the adapter owns.
+    """
+
+    path: str
+    module: nn.Module
+    parameters: Mapping[str, tuple[Site, ...]]
+    statistics: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All modules that an adapter touches, in the model's order."""
+
+    modules: tuple[ModulePlan, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Full names of the tuned parameters and owned statistics."""
+        return tuple(
+            join(entry.path, name) for entry in self.modules for name in (*entry.parameters, *entry.statistics)
+        )
+
+    def base(self) -> dict[str, torch.Tensor]:
+        """Name -> the base's own value of each tuned parameter, also where another adapter is merged into it now.
+
+        Statistics are left out: an adapter replaces them, it does not add to them.
+        """
+        return {
+            join(entry.path, name): base_value(entry.module, name) for entry in self.modules for name in entry.parameters
+        }
+
+
+def base_value(module: nn.Module, name: str) -> torch.Tensor:
+    """The base's value of a module's tensor, whatever is merged into it."""
+    links = module.__dict__.get("surgery_links", {})
+    if name in links:
+        layer, key = links[name]
+        return layer.base_tensor(key)
+    return stored(module, name)
+
+
+def is_wrapper(module: nn.Module) -> bool:
+    """Whether PEFT put this module in another one's place to train that one whole (``modules_to_save``)."""
+    return isinstance(module, AuxiliaryTrainingWrapper)
+
+
+def make_plan(model: nn.Module, config: SurgicalConfig, names: Sequence[str] | None = None) -> Plan:
+    """Resolve what ``config`` targets in ``model`` and refuse what cannot be tuned.
+
+    Args:
+        model: The base, with or without other surgical adapters.
+        config: What to tune. Resolved ``tensor_names`` are taken as they are, and nothing is derived again.
+        names: Full names of tensors, instead of the config's target.
+
+    Raises:
+        UnknownTargetError: Nothing matches, or everything that does is excluded.
+        UnsupportedModelError: The tensors cannot be read through deltas: quantized, offloaded, in a container.
+        AdapterError: The model already carries another PEFT method.
+    """
+    _refuse_other_methods(model)
+    with bare(model, is_wrapper):
+        modules = dict(model.named_modules())
+        wanted = _wanted(model, modules, config, names)
+        plan = _plan(modules, wanted, config)
+    _check_supported(model, plan)
+    return plan
+
+
+def _wanted(
+    model: nn.Module, modules: Mapping[str, nn.Module], config: SurgicalConfig, names: Sequence[str] | None
+) -> list[str]:
+    """Full names of the wanted tensors, parameters and buffers, in the model's order."""
+    names = names if names is not None else config.tensor_names
+    if names is not None:
+        known = {join(path, name) for path, module in modules.items() for name in _tensors(module)}
+        missing = [name for name in names if name not in known]
+        if missing:
+            raise UnknownTargetError(
+                f"The model has no tensor {shown(missing)}, which the adapter (target {config.target!r}) was made "
+                f"for. Load its own base, {config.base_model_name_or_path or 'which its config does not name'}."
+            )
+        return list(names)
+    if config.target is not None:
+        anatomy = anatomy_of(model, config.blocks)
+        wanted = list(resolve(parse(config.target), anatomy))
+    else:
+        wanted = _by_modules(model, modules, config)
+    return _without_excluded(wanted, modules, config)
+
+
+def _by_modules(model: nn.Module, modules: Mapping[str, nn.Module], config: SurgicalConfig) -> list[str]:
+    patterns = config.target_modules
+    if isinstance(patterns, str) and patterns.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+        patterns = sorted(_maybe_include_all_linear_layers(copy.copy(config), model).target_modules or ())
+    paths = [path for path in modules if path]
+    matched = paths_matched(patterns or [], paths)
+    empty = [pattern for pattern, found in matched.items() if not found]
+    if empty or not matched:
+        raise UnknownTargetError(
+            f"Target modules {patterns} not found in the base model: nothing matches {shown(map(repr, empty))}. Its "
+            f"modules are {shown(paths)}. target='block1' names a block instead."
+        )
+    roots = {path for found in matched.values() for path in found}
+    return [
+        join(path, name) for path, module in modules.items() if _is_under(path, roots) for name in _tensors(module)
+    ]
+
+
+def _without_excluded(wanted: list[str], modules: Mapping[str, nn.Module], config: SurgicalConfig) -> list[str]:
+    paths = [path for path in modules if path]
+    roots: set[str] = set()
+    if config.exclude_modules:
+        excluded = paths_matched(config.exclude_modules, paths)
+        if not all(excluded.values()):
+            empty = [pattern for pattern, found in excluded.items() if not found]
+            warnings.warn(f"exclude_modules={shown(map(repr, empty))} matched no module.", stacklevel=2)
+        roots.update(path for found in excluded.values() for path in found)
+    # PEFT's own rule for modules_to_save: the path ends in this text.
+    saved = tuple(config.modules_to_save or ())
+    roots.update(path for path in paths if saved and path.endswith(saved))
+    kept = [name for name in wanted if not _is_under(name.rpartition(".")[0], roots)]
+    if wanted and not kept:
+        raise UnknownTargetError(
+            f"All modules were excluded: every tensor of target {config.target or config.target_modules!r} lies in "
+            f"exclude_modules={config.exclude_modules} or modules_to_save={config.modules_to_save}. Target another "
+            "part, or leave it out there."
+        )
+    return kept
+
+
+def _is_under(path: str, roots: set[str]) -> bool:
+    parts = path.split(".")
+    return any(".".join(parts[:end]) in roots for end in range(len(parts), 0, -1))
+
+
+def _tensors(module: nn.Module) -> Iterator[str]:
+    yield from (name for name, value in module._parameters.items() if value is not None)
+    hidden = module._non_persistent_buffers_set
+    yield from (name for name, value in module._buffers.items() if value is not None and name not in hidden)
+
+
+def _plan(modules: Mapping[str, nn.Module], wanted: Iterable[str], config: SurgicalConfig) -> Plan:
+    sites: dict[int, list[Site]] = {}
+    for module in modules.values():
+        for name, value in module._parameters.items():
+            if value is not None:
+                sites.setdefault(id(base_value(module, name)), []).append((module, name))
+    chosen = set(wanted)
+    targeted = {name.rpartition(".")[0] for name in chosen}
+    moving = set(moving_statistics(config.norm_stats, modules.items(), targeted))  # type: ignore[arg-type]
+    moving &= chosen if config.tensor_names is not None else moving
+    # A tied tensor is one tensor, tuned once: by the module that comes first, under any of its names.
+    first = {site: shared for shared in sites.values() for site in shared}
+    tuned = {
+        first[module, name][0]
+        for path, module in modules.items()
+        for name, value in module._parameters.items()
+        # Integer parameters (lookup tables) have no gradient to follow.
+        if value is not None
+        and join(path, name) in chosen
+        and (value.is_floating_point() or _is_quantized(module, value))
+    }
+    entries = []
+    for path, module in modules.items():
+        parameters = {name: tuple(first[module, name]) for name in module._parameters if (module, name) in tuned}
+        statistics = tuple(name for name in statistics_of(module) if join(path, name) in moving)
+        if parameters or statistics:
+            entries.append(ModulePlan(path, module, parameters, statistics))
+    plan = Plan(tuple(entries))
+    if not plan.modules:
+        raise UnknownTargetError(
+            f"Target {config.target or config.target_modules!r} names only buffers ({shown(chosen)}), which are not "
+            "trained. Statistics of norm modules are tuned with norm_stats='target' or 'all'."
+        )
+    return plan
+
+
+def _refuse_other_methods(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, SurgicalLayer):
+            raise AdapterError(
+                f"{path} already carries another PEFT method ({type(module).__name__}). Merge or unload that adapter "
+                "first: a delta on a wrapped module would not be the delta of the base's tensor."
+            )
+
+
+def _check_supported(model: nn.Module, plan: Plan) -> None:
+    offloaded = {"cpu", "disk"} & {str(place) for place in getattr(model, "hf_device_map", {}).values()}
+    some_real = any(not parameter.is_meta for parameter in model.parameters())
+    for entry in plan.modules:
+        where = f"{entry.path or 'the root module'} ({base_class(entry.module).__name__})"
+        for name in entry.parameters:
+            value = base_value(entry.module, name)
+            if _is_quantized(entry.module, value):
+                raise UnsupportedModelError(
+                    f"{where}.{name} is quantized ({value.dtype}, {type(value).__name__}): a delta cannot be added to "
+                    "it. Load the base unquantized, or target blocks that are."
+                )
+            if value.is_meta and (some_real or offloaded):
+                raise UnsupportedModelError(
+                    f"{where}.{name} is offloaded (it lies on the meta device): its delta would never train. Load the "
+                    "base without device_map offloading, or target blocks that stay on a device."
+                )
+            _check_references(entry.module, name, value, where)
+        if isinstance(entry.module, _CONTAINERS):
+            raise UnsupportedModelError(
+                f"{where} keeps tensors of its own beside the modules that it runs one after the other, so it has no "
+                f"place for their deltas. Take them away from the target: - {entry.path}.{next(iter(entry.parameters))}"
+            )
+        holder = getattr(entry.module, HOLDER, None)
+        if holder is not None and not isinstance(holder, SurgicalLayer):
+            raise UnsupportedModelError(f"{where} has an attribute {HOLDER!r} of its own, the name that deltas need.")
+        if isinstance(entry.module, torch.jit.ScriptModule):
+            raise UnsupportedModelError(f"{where} is a ScriptModule, whose class is fixed. Tune the eager model.")
+
+
+def _is_quantized(module: nn.Module, value: torch.Tensor) -> bool:
+    library = base_class(module).__module__.partition(".")[0]
+    subclass = type(value).__module__.partition(".")[0]
+    return library in _QUANTIZED or subclass in _QUANTIZED or hasattr(value, "quant_state")
+
+
+def _check_references(module: nn.Module, name: str, value: torch.Tensor, where: str) -> None:
+    """Refuse a module that keeps a second reference to its tensor and may read that one, past the delta."""
+    known = ("_parameters", "_buffers", "_modules", "surgery_links", "_flat_weights")
+    for attribute, held in vars(module).items():
+        if attribute in known or not isinstance(held, (list, tuple, dict)):
+            continue
+        members = held.values() if isinstance(held, dict) else held
+        if any(member is value for member in members):
+            raise UnsupportedModelError(
+                f"{where} also keeps {name} in its attribute {attribute!r} and may read it there, past the delta. "
+                "Target other tensors, or make the module read its own parameter."
+            )
+
+
+def check_adapter_name(adapter: str, adapters: Iterable[str], paths: Iterable[str]) -> None:
+    """Refuse a name that would make PEFT lose tensors in silence.
+
+    When PEFT saves one adapter, it drops every key in which another adapter's name occurs as a part; so no adapter may
+    be called like a part of a path that any adapter saves.
+
+    Args:
+        adapter: The new adapter's name.
+        adapters: All adapters' names, the new one's included.
+        paths: Full names of all tensors that these adapters save.
+    """
+    if not adapter or "." in adapter:
+        raise AdapterError(f"{adapter!r} cannot be an adapter's name: use one without dots, such as 'frost'.")
+    parts = {"base_model", "model", HOLDER, "surgical_delta", "surgical_stats"}
+    parts.update(part for path in paths for part in path.split("."))
+    for name in adapters:
+        if name in parts:
+            raise AdapterError(
+                f"The adapter name {name!r} is also a part of a tensor's path in this model. PEFT would drop "
+                f"tensors of the other adapters on saving; choose another name, such as '{name}-adapter'."
+            )
+
+
+def check_fingerprint(plan: Plan, config: SurgicalConfig) -> None:
+    """Raise `BaseMismatchError` (or warn, with ``strict_base=False``) unless the base is the one trained on."""
+    base = plan.base()
+    if config.base_fingerprint is None or any(value.is_meta for value in base.values()):
+        return
+    try:
+        check_base(config.base_fingerprint, base, config.base_model_name_or_path)
+    except BaseMismatchError as error:
+        if config.strict_base:
+            raise
+        warnings.warn(f"strict_base=False: {error}", stacklevel=2)
+
+
+def fingerprint_of(model: nn.Module, config: SurgicalConfig) -> dict[str, str] | None:
+    """The fingerprint of the base values under an attached adapter; None where there are none (meta device)."""
+    base = make_plan(model, config).base()
+    return None if any(value.is_meta for value in base.values()) else fingerprint(base)
