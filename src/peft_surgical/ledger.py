@@ -1,15 +1,16 @@
-"""A ledger of finished runs: one JSON object per line, so that a grid can be killed, resumed and shared by processes.
+"""A ledger of finished runs, and the cells of a grid of runs that is killed, resumed and shared by processes.
 
-A run is looked up by its key, the dict of settings that determine it; what it gave is its result. Appending is one
-``write`` under a lock, so that a line is whole, or torn at the very end of the file; a torn last line (a kill in the
-middle of the write) is passed over when reading and cut off by the next append.
+One JSON object per line. A run is looked up by its key, the dict of settings that determine it; what it gave is its
+result. Appending is one ``write`` under a lock, so that a line is whole, or torn at the very end of the file; a torn last
+line (a kill in the middle of the write) is passed over when reading and cut off by the next append.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,10 @@ try:
     import fcntl
 except ImportError:  # Windows: there, one process per ledger
     fcntl = None  # type: ignore[assignment]
+
+
+SELECTION_SEED = 0
+"""The seed whose validation images choose among a cell's candidates."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +50,7 @@ class Ledger:
 
         ledger = Ledger("runs.jsonl")
         key = {"corruption": "frost", "target": "block1", "lr": 1e-3, "seed": 0}
-        if (result := ledger.find(key)) is None:
-            result = train(**key)
-            ledger.append(key, result)
+        result = ledger.run(key, train).result  # train(key) is called only if this run is not there yet
 
     Args:
         file: Created, with its folder, by the first append.
@@ -79,6 +82,18 @@ class Ledger:
         """
         run = self._read().get(_canonical(key))
         return None if run is None else run.result
+
+    def run(self, key: Mapping[str, Any], train: Callable[[dict[str, Any]], Mapping[str, Any]]) -> Run:
+        """The run with exactly this key: the finished one, or else what ``train(key)`` returns, appended.
+
+        Raises:
+            DataError: As :meth:`find` and :meth:`append`.
+        """
+        result = self.find(key)
+        if result is None:
+            result = dict(train(dict(key)))
+            self.append(key, result)
+        return Run(dict(key), result)
 
     def append(self, key: Mapping[str, Any], result: Mapping[str, Any]) -> None:
         """Add one run. On return it is on disk.
@@ -115,6 +130,79 @@ class Ledger:
                 ) from error
             runs[_canonical(run.key)] = run
         return runs
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One entry of a results table: the runs that differ only in learning rate and seed.
+
+    Every candidate runs on :data:`SELECTION_SEED`, the one with the best validation accuracy on the other seeds as well.
+    Test results have no say. A result holds its ``validation`` accuracy, a fraction; where there is one candidate nothing
+    is chosen and none is needed.
+
+    Attributes:
+        settings: What the runs share, plain JSON.
+        candidates: Learning rates, the first of equals wins; ``(None,)`` where nothing is trained.
+        seeds: The seeds to report.
+    """
+
+    settings: Mapping[str, Any]
+    candidates: tuple[float | None, ...]
+    seeds: tuple[int, ...]
+
+    def fill(self, ledger: Ledger, train: Callable[[dict[str, Any]], Mapping[str, Any]]) -> list[Run]:
+        """Train what is missing; the runs to report, in the order of the seeds."""
+
+        def run(lr: float | None, seed: int) -> Run:
+            return ledger.run({**self.settings, "lr": lr, "seed": seed}, train)
+
+        chosen = self.candidates[0]
+        if len(self.candidates) > 1:
+            chosen = choose([run(lr, SELECTION_SEED) for lr in self.candidates]).key["lr"]
+        return [run(chosen, seed) for seed in self.seeds]
+
+    def reported(self, ledger: Ledger) -> list[Run]:
+        """The same runs from the ledger alone, or nothing if one is missing: a choice among some would be no choice.
+
+        ``settings`` may leave out parts of the runs' keys here.
+
+        Raises:
+            DataError: If what is left out differs between runs.
+        """
+        runs = [run for run in ledger.runs(**self.settings) if run.key["lr"] in self.candidates]
+        found = {(run.key["lr"], run.key["seed"]): run for run in runs}
+        if len(found) < len(runs):
+            raise DataError(
+                f"{ledger.file} holds several runs for {dict(self.settings)} with equal lr and seed: they differ in a "
+                "setting that was not named, such as the data; name it, or use one ledger for each"
+            )
+        chosen = self.candidates[0]
+        if len(self.candidates) > 1:
+            candidates = [found[lr, SELECTION_SEED] for lr in self.candidates if (lr, SELECTION_SEED) in found]
+            if len(candidates) < len(self.candidates):
+                return []
+            chosen = choose(candidates).key["lr"]
+        reported = [found[chosen, seed] for seed in self.seeds if (chosen, seed) in found]
+        return reported if len(reported) == len(self.seeds) else []
+
+
+def choose(candidates: Sequence[Run]) -> Run:
+    """The run with the best validation accuracy, of equals the first."""
+    return max(candidates, key=lambda run: run.result["validation"])
+
+
+def shard(cells: Sequence[Cell], part: int, parts: int) -> list[Cell]:
+    """The ``part``-th of ``parts`` (from 1) of a grid: disjoint, together everything, the same in every process.
+
+    Shuffled with a fixed seed before it is dealt out: dealt in order, one process would get all the expensive targets.
+
+    Raises:
+        DataError: If ``part`` is not within 1..parts.
+    """
+    if not 1 <= part <= parts:
+        raise DataError(f"part {part} of {parts} does not exist: parts are counted from 1")
+    order = random.Random(0).sample(range(len(cells)), len(cells))
+    return [cells[i] for i in sorted(order[part - 1 :: parts])]
 
 
 @contextmanager
