@@ -1,0 +1,208 @@
+"""Where the blocks of a network come from: timm's group matcher, the structure of a transformers model, known layouts.
+
+Each source is one function ``(model, inventory) -> Cut | str`` and one row of `SOURCES`; a string says why the source
+does not apply, so that the caller can list what was tried. A source looks at module classes, containers and attribute
+names, never at the name of a model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .inventory import (
+    Cut,
+    Inventory,
+    all_composite,
+    arrange,
+    attends,
+    final_linear,
+    merge_by_width,
+    name_blocks,
+    owner,
+    unclear_parameters,
+    width,
+)
+from .layouts import cut_layout, cut_timm
+
+_CLASSIFIER = re.compile(r"classifier|lm_head|score|projection$")
+# Parts of a two-tower trunk that belong to neither tower and come after both.
+_AFTER_TOWERS = re.compile(r"logit_|final_logits|\w+_projection\.|classifier\.|lm_head\.")
+
+
+# -------------------------------------------------------------------------------------------------------- transformers
+def cut_transformers(model: nn.Module, inventory: Inventory) -> Cut | str:
+    """Cuts a ``PreTrainedModel`` by its repeated blocks, its trunk (``base_model_prefix``) and what follows the trunk.
+
+    Two stacks in two children of the trunk are two towers, whose blocks are prefixed: ``vision.block1`` and
+    ``text.block1`` for CLIP, ``encoder.block1`` and ``decoder.block1`` for T5.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return "not a transformers PreTrainedModel"
+    if isinstance(wrapped := getattr(model, "timm_model", None), nn.Module):
+        inner = find_cut(wrapped, Inventory(wrapped))
+        if not isinstance(inner, Cut):
+            return "; ".join(f"wrapped model, {source}: {reason}" for source, reason in inner.items())
+        return _prefix_tensors(inner, "timm_model.")
+    trunk = model.base_model_prefix if model.base_model is not model else ""
+    dot = f"{trunk}." if trunk else ""
+    stacks = _stacks(model, inventory)
+    outside = [
+        name
+        for name, _ in model.named_children()
+        if name != trunk and inventory.below(name) and (trunk or _CLASSIFIER.search(name))
+    ]
+    if strange := [path for path in stacks if not path.startswith(dot) or path.split(".")[0] in outside]:
+        return f"{strange[0]!r} is a stack of blocks outside the trunk {trunk!r}"
+    towers = {path[len(dot) :].split(".")[0] for path in stacks}
+    if not stacks:
+        return "the trunk holds no ModuleList of blocks"
+    if len(stacks) > 1 and len(towers) == len(stacks):
+        return _cut_towers(inventory, dot, stacks)
+    if isinstance(units := _units(inventory, stacks), str):
+        return units
+    if raw := unclear_parameters(inventory, {"", trunk}):
+        return f"cannot tell where the parameter {raw[0]!r} belongs"
+    last_start = inventory.below(stacks[-1])[0]
+    after = [name for name in outside if inventory.position[inventory.below(name)[0]] > inventory.position[last_start]]
+    head = inventory.below(*_transformers_classifiers(inventory, after))
+    stem = _embedding_inside(inventory, stacks, units, head)
+    stem, units, head = arrange(inventory, units, head, stem)
+    return name_blocks("transformers", inventory, stem, units, head)
+
+
+def _stacks(model: PreTrainedModel, inventory: Inventory) -> list[str]:
+    """Paths of the outermost ModuleLists that hold tensors; where some hold declared block classes, only those."""
+    stacks: list[str] = []
+    for path, module in inventory.modules.items():
+        inside_other = any(path.startswith(f"{other}.") for other in stacks)
+        if isinstance(module, nn.ModuleList) and inventory.below(path) and not inside_other:
+            stacks.append(path)
+    declared = set(model._no_split_modules or ())
+
+    def holds_blocks(path: str) -> bool:
+        children = inventory.modules[path].children()
+        return any(isinstance(c, GradientCheckpointingLayer) or type(c).__name__ in declared for c in children)
+
+    return [path for path in stacks if holds_blocks(path)] or stacks
+
+
+def _units(inventory: Inventory, stacks: list[str]) -> list[list[str]] | str:
+    """Tensor names per unit of one stack, or of parallel stacks (PVT, PoolFormer: a list per kind of module)."""
+    parents = {owner(path) for path in stacks}
+    names = [[name for name, _ in inventory.modules[path].named_children()] for path in stacks]
+    if len(parents) > 1 or any(other != names[0] for other in names):
+        return f"several stacks of blocks that do not run in parallel: {', '.join(stacks)}"
+    units = [inventory.below(*(f"{path}.{name}" for path in stacks)) for name in names[0]]
+    for index, name in enumerate(names[0][:-1]):
+        stage = f"{stacks[0]}.{name}"
+        children = [child for child, _ in inventory.modules[stage].named_children()]
+        if children and children[-1] == "downsample" and len(children) > 1:
+            # transformers' Swin ends a stage with the patch merging that opens the next one in the paper, in timm and
+            # in torchvision: a block is the same set of weights whichever library holds it.
+            moved = inventory.below(f"{stage}.downsample")
+            units[index] = [name for name in units[index] if name not in moved]
+            units[index + 1] = moved + units[index + 1]
+    if len(stacks) == 1 and _are_residual_units(list(inventory.modules[stacks[0]].children())):
+        widths = [width(module) for module in inventory.modules[stacks[0]].children()]
+        units = merge_by_width(units, widths)
+    return units
+
+
+def _embedding_inside(inventory: Inventory, stacks: list[str], units: list[list[str]], head: list[str]) -> list[str]:
+    """The patch embedding of a network that keeps it inside its first stage (CvT, SegFormer, PVT)."""
+    placed = set(head).union(*units)
+    first = min(inventory.position[name] for name in units[0])
+    if any(name not in placed and inventory.position[name] < first for name in inventory.tensors):
+        return []
+    for path in stacks:
+        if "embed" in path.rpartition(".")[2]:
+            return inventory.below(f"{path}.0")
+        for name, _ in inventory.modules[path].get_submodule("0").named_children():
+            if "embed" in name:
+                return inventory.below(f"{path}.0.{name}")
+    return []
+
+
+def _transformers_classifiers(inventory: Inventory, outside: list[str]) -> list[str]:
+    """The last linear map outside the trunk, and those beside it that give as many outputs (DeiT's two classifiers)."""
+    mapped = [
+        path for name in outside if inventory.has_matrix(name) for path in final_linear(name, inventory.modules[name])
+    ]
+    widths = [getattr(inventory.modules[path], "out_features", None) for path in mapped]
+    final = [path for path, width in zip(mapped, widths, strict=True) if path == mapped[-1] or width == widths[-1]]
+    # BERT's decoder.bias is cls.predictions.bias: shared inside the head, so still the head's own.
+    own = [canonical for alias, canonical in inventory.aliases.items() if owner(alias) in final]
+    return final + [name for name in own if name.split(".")[0] in outside]
+
+
+def _cut_towers(inventory: Inventory, dot: str, stacks: list[str]) -> Cut | str:
+    """Two stacks: a dual encoder (CLIP) or an encoder and a decoder (T5, BART).
+
+    A shared input embedding comes first as `embedding`; projections, temperatures and whatever follows the trunk are
+    the `head`. An image tower comes before a text tower, since it is what a shift of the images reaches.
+    """
+    blocks: dict[str, list[str]] = {}
+    roots = {path[len(dot) :].split(".")[0]: path for path in stacks}
+    for name in sorted(roots, key=lambda name: not name.startswith("vision")):
+        if isinstance(units := _units(inventory, [roots[name]]), str):
+            return units
+        stem, units, _ = arrange(inventory, units, scope=inventory.below(f"{dot}{name}"))
+        prefix = re.sub(r"_(model|tower)$", "", name)
+        blocks |= name_blocks("", inventory, stem, units, [], prefix=f"{prefix}.").blocks
+    placed = {name for names in blocks.values() for name in names}
+    embedding: list[str] = []
+    head: list[str] = []
+    for name in inventory.tensors:
+        top = name.removeprefix(dot)
+        if name in placed:
+            continue
+        if isinstance(inventory.modules[owner(name)], nn.Embedding):
+            embedding.append(name)
+            continue
+        if name.startswith(dot) and not _AFTER_TOWERS.match(top):
+            return f"cannot tell whether {name!r}, outside the towers {', '.join(roots)}, is head or block"
+        head.append(name)
+    first = {"embedding": embedding} if embedding else {}
+    last = {"head": head} if head else {}
+    return Cut("transformers", first | blocks | last, {"stem": embedding} if embedding else {})
+
+
+def _prefix_tensors(cut: Cut, prefix: str) -> Cut:
+    def prefixed(named: dict[str, list[str]]) -> dict[str, list[str]]:
+        return {block: [prefix + name for name in names] for block, names in named.items()}
+
+    return Cut(cut.source, prefixed(cut.blocks), prefixed(cut.parts))
+
+
+def _are_residual_units(modules: list[nn.Module]) -> bool:
+    """Whether a convolutional network lists residual units rather than stages (no container of composites inside)."""
+    for module in modules:
+        inner = list(module.modules())
+        if attends(inner) or any(isinstance(child, nn.ModuleList) for child in inner):
+            return False
+        if any(isinstance(child, nn.Sequential) and all_composite(child) for child in inner):
+            return False
+    return all(width(module) for module in modules)
+
+
+SOURCES: dict[str, Callable[[nn.Module, Inventory], Cut | str]] = {
+    "timm group_matcher": cut_timm,
+    "transformers structure": cut_transformers,
+    "torchvision and known layouts": cut_layout,
+}
+
+
+def find_cut(model: nn.Module, inventory: Inventory) -> Cut | dict[str, str]:
+    """The cut of the first source that applies, else why each source did not."""
+    tried: dict[str, str] = {}
+    for source, cut in SOURCES.items():
+        result = cut(model, inventory)
+        if isinstance(result, Cut):
+            return result
+        tried[source] = result
+    return tried
