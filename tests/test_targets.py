@@ -323,6 +323,8 @@ def test_path_that_looks_like_a_count_is_still_a_path():
         ("conv", "head + *.norm*", r"'\*.norm\*' matches nothing"),
         ("conv", "*fcc*", "Near misses: fc"),
         ("conv", r"re:layr4\.0", "Near misses: layer4.0"),
+        ("conv", "re:layer", "'re:layer' matches nothing"),  # a regex covers the whole path
+        ("conv", "layer", "'layer' matches nothing"),
         ("conv", "embedding", "'embedding' matches nothing in this model. Blocks"),
         ("conv", "all-head", r"'all-head' matches nothing.*put spaces around the minus \('all - head'\)"),
         ("conv", "block2-block4", "a range is written 'block2-4'"),

@@ -38,10 +38,8 @@ from .errors import TargetError, UnknownTargetError, UnresolvedTargetError
 #: Targets that data decides. They name no tensors by themselves.
 DATA_TARGETS = ("auto", "auto-rgn", "auto-snr", "auto-fisher", "race", "cross-val", "greedy")
 
-# A minus belongs to a word only between two characters that could themselves be part of one.
-_TOKEN = re.compile(
-    r"\s*(?:(?P<regex>re:\S*)|(?P<sign>[+-])|(?P<word>(?:[^\s+,-]|(?<=[^\s+,-])-(?=[^\s+,-]))+)|(?P<bad>\S))"
-)
+# A minus is a sign at the start of a token, and part of a word where the word goes on right behind it.
+_TOKEN = re.compile(r"\s*(?:(?P<regex>re:\S*)|(?P<sign>[+-])|(?P<word>(?:[^\s+,-]|-(?=[^\s+,-]))+)|(?P<bad>\S))")
 _RANGE = re.compile(r"(?:(.+)\.)?block([0-9]{1,9})-([0-9]{1,9})")
 _COUNT = re.compile(r"(?:(.+)\.)?(first|last)([0-9]{1,9})")
 _NUMBERED = re.compile(r"(?:(.+)\.)?block([1-9][0-9]*)")
