@@ -52,7 +52,7 @@ class Anatomy:
             ``stage1`` (the rest of block1). Transformers: ``stem``, the same tensors as the block ``embedding``.
         aliases: Every further name of a shared tensor (tied weights, a module used twice) -> its canonical name, the
             first one in ``named_parameters()``. Only canonical names are in blocks.
-        source: Where the blocks come from: ``spec``, ``timm``, ``transformers``, ``torchvision`` or ``layout`` (a network
+        source: What they come from: ``spec``, ``timm``, ``transformers``, ``torchvision`` or ``layout`` (a network
             laid out like torchvision's).
     """
 
