@@ -117,9 +117,9 @@ def test_a_cell_chooses_on_seed_0_by_validation_and_resumes(tmp_path):
     assert Cell({"target": "block1"}, cell.candidates, (2, 1)).reported(ledger) == [runs[2], runs[1]]
     assert Cell(cell.settings, cell.candidates, (0, 3)).reported(ledger) == []
     assert Cell(cell.settings, (*cell.candidates, 1.0), (0,)).reported(ledger) == []
-    ledger.append({"target": "block1", "data": "other", "lr": 0.01, "seed": 0}, {"validation": 1})
+    ledger.append({"target": "block1", "data": "other", "lr": 0.01, "seed": 5}, {"validation": 1})
     assert cell.reported(ledger) == runs
-    with pytest.raises(DataError, match=r"several runs for \{'target': 'block1'\} with equal lr and seed"):
+    with pytest.raises(DataError, match=r"runs for \{'target': 'block1'\} that differ in more than lr and seed"):
         Cell({"target": "block1"}, cell.candidates, (0,)).reported(ledger)
 
 

@@ -1,8 +1,8 @@
 """A ledger of finished runs, and the cells of a grid of runs that is killed, resumed and shared by processes.
 
 One JSON object per line. A run is looked up by its key, the dict of settings that determine it; what it gave is its
-result. Appending is one ``write`` under a lock, so that a line is whole, or torn at the very end of the file; a torn last
-line (a kill in the middle of the write) is passed over when reading and cut off by the next append.
+result. Appending is one ``write`` under a lock, so that a line is whole, or torn at the very end of the file; a torn
+last line (a kill in the middle of the write) is passed over when reading and cut off by the next append.
 """
 
 from __future__ import annotations
@@ -136,9 +136,9 @@ class Ledger:
 class Cell:
     """One entry of a results table: the runs that differ only in learning rate and seed.
 
-    Every candidate runs on :data:`SELECTION_SEED`, the one with the best validation accuracy on the other seeds as well.
-    Test results have no say. A result holds its ``validation`` accuracy, a fraction; where there is one candidate nothing
-    is chosen and none is needed.
+    Every candidate runs on :data:`SELECTION_SEED`, the one with the best validation accuracy on the other seeds as
+    well. Test results have no say. A result holds its ``validation`` accuracy, a fraction; where there is one candidate
+    nothing is chosen and none is needed.
 
     Attributes:
         settings: What the runs share, plain JSON.
@@ -171,10 +171,10 @@ class Cell:
         """
         runs = [run for run in ledger.runs(**self.settings) if run.key["lr"] in self.candidates]
         found = {(run.key["lr"], run.key["seed"]): run for run in runs}
-        if len(found) < len(runs):
+        if len({_canonical({**run.key, "lr": None, "seed": None}) for run in runs}) > 1:
             raise DataError(
-                f"{ledger.file} holds several runs for {dict(self.settings)} with equal lr and seed: they differ in a "
-                "setting that was not named, such as the data; name it, or use one ledger for each"
+                f"{ledger.file} holds runs for {dict(self.settings)} that differ in more than lr and seed, such as the "
+                "data: name that setting, or use one ledger for each"
             )
         chosen = self.candidates[0]
         if len(self.candidates) > 1:
