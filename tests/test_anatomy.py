@@ -133,6 +133,9 @@ def _tokens(number: int) -> list[str]:
 
 
 T5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 2, "vocab_size": 64}
+BART = {"d_model": 16, "vocab_size": 64, **IDS, "decoder_start_token_id": 1, "forced_eos_token_id": 2} | {
+    f"{tower}_{part}": 2 for tower in ("encoder", "decoder") for part in ("layers", "attention_heads", "ffn_dim")
+}
 SWIN = {
     "image_size": 32,
     "patch_size": 2,
@@ -437,6 +440,16 @@ CASES = {
         {"encoder.block2": "encoder.final_layer_norm.weight", "decoder.block2": "decoder.final_layer_norm.weight"},
         {"embedding": "shared.weight"},
     ),
+    "hf-bart": Case(  # registers an embedding norm after the layers; its lm_head is shared, but has a bias of its own
+        _hf("BartForConditionalGeneration", "BartConfig", **BART),
+        [
+            *_blocks(2, "embedding encoder.embedding", "", "encoder."),
+            *_blocks(2, "decoder.embedding", "head", "decoder."),
+        ],
+        "transformers",
+        {"decoder.embedding": "model.decoder.layernorm_embedding.weight model.decoder.embed_positions.weight"},
+        {"embedding": "model.shared.weight", "head": "final_logits_bias"},
+    ),
     "hf-t5-untied": Case(
         _t5_untied,
         [*_blocks(2, "embedding", "", "encoder."), *_blocks(2, "", "head", "decoder.")],
@@ -709,7 +722,7 @@ def test_unknown_network_shows_a_spec_that_works() -> None:
 
 def test_masked_autoencoder_is_not_guessed() -> None:
     model = on_meta(_hf("ViTMAEForPreTraining", "ViTMAEConfig", **IMAGE, decoder_num_hidden_layers=1))
-    with pytest.raises(AnatomyError, match=r"'decoder.decoder_layers' is a stack of blocks outside the trunk 'vit'"):
+    with pytest.raises(AnatomyError, match=r"'decoder.decoder_layers' is a stack of modules outside the trunk 'vit'"):
         anatomy_of(model)
 
 

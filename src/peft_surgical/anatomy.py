@@ -14,7 +14,7 @@ from functools import cached_property
 from torch import nn
 
 from .errors import AnatomyError, UnknownTargetError
-from .inventory import Cut, Inventory, highest_modules
+from .inventory import Cut, Inventory, highest_modules, module_sizes
 from .sources import find_cut
 from .spec import NUMBERED, cut_by_spec, near_misses, shortened, skeleton
 
@@ -132,7 +132,7 @@ class Anatomy:
             return None
         tensors = self.parts[str(name)]
         same = [block for block in self.blocks if block.tensors == tensors]
-        modules = highest_modules(tensors, self.tensors)
+        modules = highest_modules(tensors, module_sizes(self.tensors))
         return same[0] if same else Block(str(name), tensors, sum(self._sizes.get(t, 0) for t in tensors), modules)
 
     def _why_missing(self, name: str) -> str:
@@ -229,10 +229,11 @@ def _assemble(inventory: Inventory, cut: Cut) -> Anatomy:
         return tuple(sorted(names, key=inventory.position.__getitem__))
 
     found = []
+    below = module_sizes(inventory.tensors)
     for block, names in cut.blocks.items():
         tensors = ordered(names)
         size = sum(sizes.get(name, 0) for name in tensors)
-        found.append(Block(block, tensors, size, highest_modules(tensors, inventory.tensors)))
+        found.append(Block(block, tensors, size, highest_modules(tensors, below)))
     parts = {part: ordered(names) for part, names in cut.parts.items()}
     return Anatomy(tuple(found), parts, dict(inventory.aliases), cut.source, sizes)
 

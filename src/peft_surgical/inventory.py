@@ -7,7 +7,8 @@ the order in which the network registers it, and `name_blocks` names the result.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -227,23 +228,21 @@ def unclear_parameters(inventory: Inventory, roots: set[str]) -> list[str]:
     return [name for name in inventory.parameters if owner(name) in roots and not is_token_name(name)]
 
 
-def highest_modules(tensors: Sequence[str], everything: Iterable[str]) -> tuple[str, ...]:
-    """Paths of the highest modules all of whose tensors are among these, in order."""
-    count: dict[str, int] = {}
-    for name in everything:
-        for path in _ancestors(name):
-            count[path] = count.get(path, 0) + 1
-    inside: dict[str, int] = {}
-    for name in tensors:
-        for path in _ancestors(name):
-            inside[path] = inside.get(path, 0) + 1
-    highest: dict[str, None] = {}
-    for name in tensors:
-        for path in _ancestors(name):
-            if inside[path] == count[path]:
-                highest[path] = None
-                break
-    return tuple(highest)
+def module_sizes(tensors: Iterable[str]) -> Counter[str]:
+    """Module path -> how many of these tensors are below it."""
+    return Counter(path for name in tensors for path in _ancestors(name))
+
+
+def highest_modules(tensors: Sequence[str], sizes: Mapping[str, int]) -> tuple[str, ...]:
+    """Paths of the highest modules all of whose tensors are among these, in order.
+
+    Args:
+        tensors: Some tensors of a network.
+        sizes: `module_sizes` of all its tensors.
+    """
+    inside = module_sizes(tensors)
+    whole = (next((path for path in _ancestors(name) if inside[path] == sizes[path]), None) for name in tensors)
+    return tuple(dict.fromkeys(path for path in whole if path))
 
 
 def _ancestors(name: str) -> list[str]:

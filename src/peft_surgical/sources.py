@@ -29,12 +29,11 @@ from .inventory import (
 )
 from .layouts import cut_layout, cut_timm
 
-_CLASSIFIER = re.compile(r"classifier|lm_head|score|projection$")
+_CLASSIFIER = re.compile(r"classifier|lm_head|score|fc$|projection$")
 # Parts of a two-tower trunk that belong to neither tower and come after both.
 _AFTER_TOWERS = re.compile(r"logit_|final_logits|\w+_projection\.|classifier\.|lm_head\.")
 
 
-# -------------------------------------------------------------------------------------------------------- transformers
 def cut_transformers(model: nn.Module, inventory: Inventory) -> Cut | str:
     """Cuts a ``PreTrainedModel`` by its repeated blocks, its trunk (``base_model_prefix``) and what follows the trunk.
 
@@ -50,14 +49,16 @@ def cut_transformers(model: nn.Module, inventory: Inventory) -> Cut | str:
         return _prefix_tensors(inner, "timm_model.")
     trunk = model.base_model_prefix if model.base_model is not model else ""
     dot = f"{trunk}." if trunk else ""
-    stacks = _stacks(model, inventory)
+    lists = _outermost_lists(inventory)
     outside = [
         name
         for name, _ in model.named_children()
         if name != trunk and inventory.below(name) and (trunk or _CLASSIFIER.search(name))
     ]
-    if strange := [path for path in stacks if not path.startswith(dot) or path.split(".")[0] in outside]:
-        return f"{strange[0]!r} is a stack of blocks outside the trunk {trunk!r}"
+    if strange := [path for path in lists if not path.startswith(dot) or path.split(".")[0] in outside]:
+        # A decoder or a segmentation head is more than a classifier.
+        return f"{strange[0]!r} is a stack of modules outside the trunk {trunk!r}"
+    stacks = _stacks(model, inventory, lists)
     towers = {path[len(dot) :].split(".")[0] for path in stacks}
     if not stacks:
         return "the trunk holds no ModuleList of blocks"
@@ -70,25 +71,31 @@ def cut_transformers(model: nn.Module, inventory: Inventory) -> Cut | str:
     last_start = inventory.below(stacks[-1])[0]
     after = [name for name in outside if inventory.position[inventory.below(name)[0]] > inventory.position[last_start]]
     head = inventory.below(*_transformers_classifiers(inventory, after))
-    stem = _embedding_inside(inventory, stacks, units, head)
+    if beside := _beside(inventory, stacks[0], r"decoder|neck"):
+        return f"cannot tell what {beside[0]!r} is to the blocks in {stacks[0]!r}"
+    stem = _beside(inventory, stacks[0], "embed") or _embedding_inside(inventory, stacks, units, head)
     stem, units, head = arrange(inventory, units, head, stem)
     return name_blocks("transformers", inventory, stem, units, head)
 
 
-def _stacks(model: PreTrainedModel, inventory: Inventory) -> list[str]:
-    """Paths of the outermost ModuleLists that hold tensors; where some hold declared block classes, only those."""
-    stacks: list[str] = []
+def _outermost_lists(inventory: Inventory) -> list[str]:
+    found: list[str] = []
     for path, module in inventory.modules.items():
-        inside_other = any(path.startswith(f"{other}.") for other in stacks)
+        inside_other = any(path.startswith(f"{other}.") for other in found)
         if isinstance(module, nn.ModuleList) and inventory.below(path) and not inside_other:
-            stacks.append(path)
+            found.append(path)
+    return found
+
+
+def _stacks(model: PreTrainedModel, inventory: Inventory, lists: list[str]) -> list[str]:
+    """The ModuleLists that hold blocks: where some hold declared block classes, only those."""
     declared = set(model._no_split_modules or ())
 
     def holds_blocks(path: str) -> bool:
         children = inventory.modules[path].children()
         return any(isinstance(c, GradientCheckpointingLayer) or type(c).__name__ in declared for c in children)
 
-    return [path for path in stacks if holds_blocks(path)] or stacks
+    return [path for path in lists if holds_blocks(path)] or lists
 
 
 def _units(inventory: Inventory, stacks: list[str]) -> list[list[str]] | str:
@@ -111,6 +118,20 @@ def _units(inventory: Inventory, stacks: list[str]) -> list[list[str]] | str:
         widths = [width(module) for module in inventory.modules[stacks[0]].children()]
         units = merge_by_width(units, widths)
     return units
+
+
+def _beside(inventory: Inventory, stack: str, pattern: str) -> list[str]:
+    """Tensors of modules beside a stack, or beside what holds it, whose own name matches.
+
+    Names decide here since the order of registration does not: BART's layernorm_embedding follows its layers.
+    """
+    found: list[str] = []
+    while stack:
+        above = owner(stack)
+        siblings = (f"{above}.{name}".lstrip(".") for name, _ in inventory.modules[above].named_children())
+        found += [path for path in siblings if path != stack and re.search(pattern, path[len(above) :])]
+        stack = above
+    return inventory.below(*found)
 
 
 def _embedding_inside(inventory: Inventory, stacks: list[str], units: list[list[str]], head: list[str]) -> list[str]:
@@ -151,7 +172,8 @@ def _cut_towers(inventory: Inventory, dot: str, stacks: list[str]) -> Cut | str:
     for name in sorted(roots, key=lambda name: not name.startswith("vision")):
         if isinstance(units := _units(inventory, [roots[name]]), str):
             return units
-        stem, units, _ = arrange(inventory, units, scope=inventory.below(f"{dot}{name}"))
+        stem = _beside(inventory, roots[name], "embed")
+        stem, units, _ = arrange(inventory, units, stem=stem, scope=inventory.below(f"{dot}{name}"))
         prefix = re.sub(r"_(model|tower)$", "", name)
         blocks |= name_blocks("", inventory, stem, units, [], prefix=f"{prefix}.").blocks
     placed = {name for names in blocks.values() for name in names}

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from .errors import AnatomyError
-from .inventory import Cut, Inventory, highest_modules
+from .inventory import Cut, Inventory, highest_modules, module_sizes
 
 NUMBERED = re.compile(r"((?:.*\.)?block)(\d+)")
 _BLOCK_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*")
@@ -90,7 +90,7 @@ def _check_names(names: list[str]) -> None:
 def _where_missing_go(inventory: Inventory, missing: list[str], block_of: dict[str, str]) -> str:
     """Names tensors that a spec leaves out, as the highest modules, each with the block of its nearest neighbour."""
     order = list(inventory.tensors)
-    modules = highest_modules(missing, inventory.tensors)
+    modules = highest_modules(missing, module_sizes(inventory.tensors))
     raw = [name for name in missing if not any(name.startswith(f"{module}.") for module in modules)]
     proposals = []
     for path in [*raw, *modules]:
