@@ -117,16 +117,17 @@ class SurgicalConfig(PeftConfig):
         """The config as plain data. ``strict_base`` is a decision of whoever loads, so it is left out."""
         plain = super().to_dict()
         plain.pop("strict_base")
+        plain["base_fingerprint"] = getattr(self, "_fingerprint", None) or plain["base_fingerprint"]
         return plain
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write ``adapter_config.json`` in one step, with the hash of the adapter file that lies beside it."""
         folder = Path(save_directory)
         weights = folder / WEIGHTS
-        self.weights_sha256 = file_sha256(weights) if weights.is_file() else None
         folder.mkdir(parents=True, exist_ok=True)
         mapping = kwargs.pop("auto_mapping_dict", None)
         plain = self.to_dict()
+        plain["weights_sha256"] = file_sha256(weights) if weights.is_file() else None
         if mapping is not None:
             plain["auto_mapping"] = mapping
         write_atomically(folder / CONFIG, canonical_json(plain))

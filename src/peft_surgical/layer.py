@@ -16,14 +16,16 @@ that are read from outside (``out_proj.weight``) or by another method than ``for
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from .delta import HOLDER
 from .errors import AdapterError
@@ -50,7 +52,8 @@ class ReadsDeltas(Special):
         def read(self: ReadsDeltas) -> torch.Tensor:
             try:
                 layer, key = self.surgery_links[name]
-                return layer.effective(key, stored(self, name))
+                base = stored(self, name)
+                return base if _is_asked_by_fsdp(base) else layer.effective(key, base)
             except AttributeError as error:
                 # nn.Module.__getattr__ would answer with the base tensor in silence.
                 raise RuntimeError(f"reading the tuned tensor {name!r} failed: {error}") from error
@@ -59,7 +62,10 @@ class ReadsDeltas(Special):
             # Reached only for what nn.Module does not store itself: nn.DataParallel's replicas hold plain tensors.
             self.__dict__[name] = value
 
-        return property(read, write)
+        def delete(self: ReadsDeltas) -> None:
+            self.__dict__.pop(name, None)
+
+        return property(read, write, delete)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]
@@ -76,7 +82,15 @@ class ReadsRecurrentDeltas(ReadsDeltas):
 
     @_flat_weights.setter
     def _flat_weights(self, value: list[torch.Tensor]) -> None:
-        self.__dict__["_flat_weights"] = value
+        # Dropped: it would hold the base's tensors, or copies of the effective ones, past their time.
+        return
+
+
+def _is_asked_by_fsdp(base: torch.Tensor) -> bool:
+    """Whether FSDP2 is looking for the parameter that it shards, which it does by attribute, outside any forward."""
+    if type(base) is nn.Parameter or not isinstance(base, DTensor):
+        return False
+    return sys._getframe(2).f_code.co_filename.endswith("_fsdp_param.py")
 
 
 def stored(module: Any, name: str) -> torch.Tensor:
@@ -148,7 +162,8 @@ class SurgicalLayer(nn.Module, BaseTunerLayer):
             scale = self.scaling.get(adapter, 0.0)
             if scale == 0.0:  # exactly the base, and no cost
                 continue
-            delta = getattr(self.surgical_delta._modules[adapter], key, None)
+            deltas = self.surgical_delta._modules.get(adapter)
+            delta = getattr(deltas, key, None)
             if delta is not None:
                 total = torch.add(total, delta, alpha=scale)
             elif adapter in self.surgical_stats and key in self.surgical_stats[adapter]._buffers:
@@ -198,6 +213,16 @@ class SurgicalLayer(nn.Module, BaseTunerLayer):
         assert owner is not None, "a SurgicalLayer outlived its module"
         return owner
 
+    @property
+    def in_features(self) -> int | None:
+        """The owner's number of inputs, where PEFT knows its kind; None otherwise."""
+        return _get_in_out_features(self.get_base_layer())[0]
+
+    @property
+    def out_features(self) -> int | None:
+        """The owner's number of outputs, where PEFT knows its kind; None otherwise."""
+        return _get_in_out_features(self.get_base_layer())[1]
+
     # --- adapters ---
 
     def update_layer(self, adapter: str, parameters: Iterable[str], statistics: Iterable[str], scale: float) -> None:
@@ -220,8 +245,8 @@ class SurgicalLayer(nn.Module, BaseTunerLayer):
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Activate adapters; see BaseTunerLayer. Statistics move with what is trained."""
         super().set_adapter(adapter_names, inference_mode)
+        self.forget()
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        # Only what this module has: effective() runs at every read.
         self._active_adapter = names
         self._movable = {name for name in names if name in self.surgical_stats and not inference_mode}
 
@@ -237,6 +262,15 @@ class SurgicalLayer(nn.Module, BaseTunerLayer):
         if not enabled and self.merged_adapters:
             self.unmerge()
         super().enable_adapters(enabled)
+        self.forget()
+
+    def forget(self) -> None:
+        """Empty what the owners computed from their tensors and kept; timm's LeViT keeps its biases so in ``eval()``."""
+        for key in self._sites:
+            for module, _ in self.sites(key):
+                for attribute, kept in vars(module).items():
+                    if attribute.endswith("_cache") and isinstance(kept, dict):
+                        kept.clear()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter from this module."""
@@ -296,6 +330,7 @@ class SurgicalLayer(nn.Module, BaseTunerLayer):
         for module, name in self.sites(key):
             store = module._parameters if name in module._parameters else module._buffers
             store[name] = value  # type: ignore[assignment]
+        self.forget()
 
     # --- placement ---
 
@@ -348,15 +383,19 @@ def _link(layer: SurgicalLayer, key: str, module: nn.Module, name: str) -> None:
         module.__dict__["surgery_links"] = {}
     module.__dict__["surgery_links"][name] = (layer, key)
     layer.add_site(key, module, name)
+    module.__dict__.pop("_flat_weights", None)
     specialise(module, ReadsRecurrentDeltas if isinstance(module, nn.RNNBase) else ReadsDeltas, (name,))
 
 
 def detach(model: nn.Module) -> None:
     """Remove every trace: holders, links, special classes. Base tensors stay as they are (merge first to keep)."""
     for module in list(model.modules()):
-        module._modules.pop(HOLDER, None) if isinstance(module._modules.get(HOLDER), SurgicalLayer) else None
-        module.__dict__.pop("surgery_links", None)
+        if isinstance(module._modules.get(HOLDER), SurgicalLayer):
+            del module._modules[HOLDER]
+        links = module.__dict__.pop("surgery_links", None)
         restore(module)
+        if links and isinstance(module, nn.RNNBase):
+            module._flat_weights = [getattr(module, name, None) for name in module._flat_weights_names]
 
 
 def surgical_layers(model: nn.Module) -> Iterator[tuple[str, SurgicalLayer]]:

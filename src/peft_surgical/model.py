@@ -45,6 +45,11 @@ class SurgicalModel(BaseTuner):
     tuner_layer_cls = SurgicalLayer
     target_module_mapping: dict[str, list[str]] = {}
 
+    @property
+    def _given_names(self) -> dict[str, list[str]]:
+        """Adapter -> tensor names that a combination has decided already, until it is injected."""
+        return self.__dict__.setdefault("_names_to_inject", {})
+
     # --- adding an adapter ---
 
     def inject_adapter(
@@ -58,19 +63,17 @@ class SurgicalModel(BaseTuner):
         """Plan, check, then attach; see BaseTuner. A refused adapter leaves the model as it was."""
         config = self.peft_config[adapter_name]
         self._check_new_adapter_config(config)
-        # The caller's config stays as it is, so that it can be used for another network too.
-        config = copy.copy(config)
-        plan = make_plan(model, config, None if state_dict is None else _names_in(state_dict))
+        names = _names_in(state_dict) if state_dict is not None else self._given_names.pop(adapter_name, None)
+        plan = make_plan(model, config, names)
         self._check_names(model, plan, config, adapter_name)
         check_fingerprint(plan, config)
         if state_dict is not None:
             _warn_about_other_targets(model, config, plan)
 
         known = dict(_trainability(model)) if any(True for _ in surgical_layers(model)) else {}
-        # A config that has been saved names a base; its weights come next, and if they are refused the adapter goes.
+        # A config that was read from disk names its base; its weights come next, and if they are refused it goes.
         config._awaits_weights = config.base_fingerprint is not None  # type: ignore[attr-defined]
         config.tensor_names = list(plan.names)
-        self.peft_config[adapter_name] = config
         self._attach(model, adapter_name, plan, config, low_cpu_mem_usage)
         for parameter, requires_grad in known.items():
             parameter.requires_grad = requires_grad
@@ -225,9 +228,9 @@ class SurgicalModel(BaseTuner):
         config.target = " + ".join(dict.fromkeys(str(self.peft_config[name].target) for name in adapters))
         config.target, config.target_modules = (None, None) if first.target is None else (config.target, None)
         config.blocks = next((self.peft_config[name].blocks for name in adapters if self.peft_config[name].blocks), None)
-        config.tensor_names, config.scale = list(names), 1.0
-        config.base_fingerprint = config.weights_sha256 = None
+        config.scale, config.base_fingerprint, config.weights_sha256 = 1.0, None, None
         self.peft_config[adapter_name] = config
+        self._given_names[adapter_name] = list(names)
         try:
             self.inject_adapter(self.model, adapter_name)
         except BaseException:
@@ -255,7 +258,9 @@ class SurgicalModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         inner = getattr(getattr(model, "base_model", None), "model", model)
-        config.base_fingerprint = fingerprint_of(inner, config)
+        # Kept apart from the config's own field, which says what base an adapter *expects*: the same config may be
+        # used for a fresh adapter on another base.
+        config._fingerprint = fingerprint_of(inner, config)  # type: ignore[attr-defined]
         found = {key: value.full_tensor() if hasattr(value, "full_tensor") else value for key, value in found.items()}
         broken = [key for key, value in found.items() if not value.is_meta and not bool(torch.isfinite(value).all())]
         if broken:
@@ -302,6 +307,7 @@ def set_scale(model: nn.Module, adapter_name: str, scale: float) -> None:
         raise AdapterError(f"Adapter {adapter_name!r} is merged; unmerge it, set its scale, and merge it again.")
     for layer in layers:
         layer.scaling[adapter_name] = float(scale)
+        layer.forget()
 
 
 def _trainability(model: nn.Module) -> Iterator[tuple[nn.Parameter, bool]]:

@@ -16,10 +16,10 @@ from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .anatomy import anatomy_of
+from .anatomy import Anatomy, Block, anatomy_of
 from .config import SurgicalConfig
 from .delta import HOLDER, check_base, fingerprint, shown
-from .errors import AdapterError, BaseMismatchError, UnknownTargetError, UnsupportedModelError
+from .errors import AdapterError, AnatomyError, BaseMismatchError, UnknownTargetError, UnsupportedModelError
 from .layer import SurgicalLayer, bare, join, stored
 from .norm import moving_statistics, statistics_of
 from .specialise import base_class
@@ -101,16 +101,28 @@ def make_plan(model: nn.Module, config: SurgicalConfig, names: Sequence[str] | N
     with bare(model, is_wrapper):
         modules = dict(model.named_modules())
         wanted = _wanted(model, modules, config, names)
-        plan = _plan(modules, wanted, config)
+        plan = _plan(modules, wanted, config, exact=names is not None or is_resolved(config))
     _check_supported(model, plan)
     return plan
+
+
+def is_resolved(config: SurgicalConfig) -> bool:
+    """Whether the config's ``tensor_names`` are to be taken as they are.
+
+    So they are in a config that was read from disk. A config that was used in this process is resolved again: its
+    target may have been changed since, or it may serve another network.
+    """
+    return config.tensor_names is not None and (
+        config.base_fingerprint is not None or (config.target is None and not config.target_modules)
+    )
 
 
 def _wanted(
     model: nn.Module, modules: Mapping[str, nn.Module], config: SurgicalConfig, names: Sequence[str] | None
 ) -> list[str]:
     """Full names of the wanted tensors, parameters and buffers, in the model's order."""
-    names = names if names is not None else config.tensor_names
+    if names is None and is_resolved(config):
+        names = config.tensor_names
     if names is not None:
         known = {join(path, name) for path, module in modules.items() for name in _tensors(module)}
         missing = [name for name in names if name not in known]
@@ -121,11 +133,25 @@ def _wanted(
             )
         return list(names)
     if config.target is not None:
-        anatomy = anatomy_of(model, config.blocks)
-        wanted = list(resolve(parse(config.target), anatomy))
+        wanted = _by_target(model, modules, config)
     else:
         wanted = _by_modules(model, modules, config)
     return _without_excluded(wanted, modules, config)
+
+
+def _by_target(model: nn.Module, modules: Mapping[str, nn.Module], config: SurgicalConfig) -> list[str]:
+    spec = parse(config.target or "")
+    try:
+        return list(resolve(spec, anatomy_of(model, config.blocks)))
+    except AnatomyError as error:
+        if config.blocks is not None or spec.needs_data:
+            raise
+        # Paths, globs and "all" need no blocks: they are looked up in the network taken as one.
+        names = tuple(join(path, name) for path, module in modules.items() for name in _tensors(module))
+        try:
+            return list(resolve(spec, Anatomy((Block("network", names, 0),))))
+        except UnknownTargetError as unknown:
+            raise error from unknown
 
 
 def _by_modules(model: nn.Module, modules: Mapping[str, nn.Module], config: SurgicalConfig) -> list[str]:
@@ -179,7 +205,7 @@ def _tensors(module: nn.Module) -> Iterator[str]:
     yield from (name for name, value in module._buffers.items() if value is not None and name not in hidden)
 
 
-def _plan(modules: Mapping[str, nn.Module], wanted: Iterable[str], config: SurgicalConfig) -> Plan:
+def _plan(modules: Mapping[str, nn.Module], wanted: Iterable[str], config: SurgicalConfig, exact: bool) -> Plan:
     sites: dict[int, list[Site]] = {}
     for module in modules.values():
         for name, value in module._parameters.items():
@@ -188,7 +214,7 @@ def _plan(modules: Mapping[str, nn.Module], wanted: Iterable[str], config: Surgi
     chosen = set(wanted)
     targeted = {name.rpartition(".")[0] for name in chosen}
     moving = set(moving_statistics(config.norm_stats, modules.items(), targeted))  # type: ignore[arg-type]
-    moving &= chosen if config.tensor_names is not None else moving
+    moving &= chosen if exact else moving
     # A tied tensor is one tensor, tuned once: by the module that comes first, under any of its names.
     first = {site: shared for shared in sites.values() for site in shared}
     tuned = {
@@ -312,5 +338,5 @@ def check_fingerprint(plan: Plan, config: SurgicalConfig) -> None:
 
 def fingerprint_of(model: nn.Module, config: SurgicalConfig) -> dict[str, str] | None:
     """The fingerprint of the base values under an attached adapter; None where there are none (meta device)."""
-    base = make_plan(model, config).base()
+    base = make_plan(model, config, config.tensor_names).base()
     return None if any(value.is_meta for value in base.values()) else fingerprint(base)

@@ -44,16 +44,16 @@ class Special:
 
 
 @lru_cache(maxsize=None)
-def _special_class(base: type[nn.Module], traits: tuple[type[Special], ...], tensors: tuple[str, ...]) -> type:
+def _special_class(base: type[nn.Module], traits: tuple[type[Special], ...], tensors: tuple[str, ...]) -> Any:
     names = ("__module__", "__qualname__", "__doc__")
     # Module, name and qualified name are the base's: code that asks for a class by its name (FSDP's and Accelerate's
     # wrapping policies, torch.fx's rule of what a leaf is) keeps finding what it looks for.
     body: dict[str, Any] = {name: getattr(base, name) for name in names}
     body.update(special_base=base, special_traits=traits, special_tensors=tensors)
-    owner = next((trait for trait in traits if "tensor_property" in vars(trait)), None)
-    if owner is not None:
-        body.update({name: owner.tensor_property(name) for name in tensors})
-    return type(base.__name__, (*traits, base), body)
+    cls = type(base.__name__, (*traits, base), body)
+    for name in tensors:
+        setattr(cls, name, cls.tensor_property(name))
+    return cls
 
 
 def _rebuild(base: type[nn.Module], traits: tuple[type[Special], ...], tensors: tuple[str, ...]) -> nn.Module:
