@@ -289,9 +289,10 @@ class SurgicalLayer(nn.Module, BaseTunerLayer):
         """Raise unless merging ``adapters`` gives finite tensors."""
         for key, value in self.merged_values([name for name in adapters if name in self.surgical_delta]).items():
             if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                # The wording begins as PEFT's does, which callers match.
                 raise AdapterError(
-                    f"NaNs detected in the merged weights: {key} of {type(self.get_base_layer()).__name__} is not "
-                    f"finite with adapters {', '.join(adapters)}. They seem to be broken; the model is unchanged."
+                    f"NaNs detected in the merged weights. The adapter {', '.join(adapters)} seems to be broken: "
+                    f"{key} of {type(self.get_base_layer()).__name__} would not be finite. The model is unchanged."
                 )
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -92,7 +92,8 @@ def _routed(
         if len(groups) == 1:
             return _as_adapter(next(iter(groups)), layers, forward, args, kwargs)
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
-        if not tensors or tensors[0].shape[:1] != (len(names),):
+        shared = bool(tensors) and tensors[0].shape[:1] == (1,)  # one row for all: positions, say
+        if not tensors or (not shared and tensors[0].shape[:1] != (len(names),)):
             seen = tuple(tensors[0].shape) if tensors else "no tensor"
             raise AdapterError(
                 f"{base_class(module).__name__} sees {seen}, not a batch of {len(names)} samples (it works on windows "
@@ -101,9 +102,10 @@ def _routed(
         outputs = {}
         for name, rows in groups.items():
             index = torch.tensor(rows, device=tensors[0].device)
-            part, keywords = _select((args, kwargs), len(names), index)
+            part, keywords = (args, kwargs) if shared else _select((args, kwargs), len(names), index)
             with routing.narrowed(name, len(rows)):
-                outputs[name] = (index, _as_adapter(name, layers, forward, part, keywords))
+                output = _as_adapter(name, layers, forward, part, keywords)
+            outputs[name] = (index, _repeat(output, len(rows)) if shared else output)
         return _scatter(list(outputs.values()), len(names))
 
     return routed
@@ -128,6 +130,15 @@ def _select(value: Any, batch: int, index: torch.Tensor) -> Any:
         return type(value)(_select(member, batch, index) for member in value)
     if isinstance(value, dict):
         return {key: _select(member, batch, index) for key, member in value.items()}
+    return value
+
+
+def _repeat(value: Any, rows: int) -> Any:
+    """One row, given to each of an adapter's samples."""
+    if isinstance(value, torch.Tensor):
+        return value.expand(rows, *value.shape[1:]) if value.shape[:1] == (1,) else value
+    if isinstance(value, (list, tuple)):
+        return type(value)(_repeat(member, rows) for member in value)
     return value
 
 

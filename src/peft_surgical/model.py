@@ -157,7 +157,12 @@ class SurgicalModel(BaseTuner):
             return
         size = next((len(value) for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
         if size is not None and size != len(names):
-            raise AdapterError(f"Length of `adapter_names` should be the same as the number of inputs: {len(names)} != {size}.")
+            raise AdapterError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(names)} and {size} respectively."
+            )
+        # generate() repeats each sample once per beam after this point.
+        names = [name for name in names for _ in range(kwargs.get("num_beams") or 1)]
         with mixed_batch(self.model, names, list(self.peft_config)):
             yield
 
