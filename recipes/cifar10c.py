@@ -296,7 +296,7 @@ def show(args: argparse.Namespace, ledger: Ledger) -> None:
         f"n = {', '.join(map(str, sorted(counts))) or 'none'} test images per seed. Selection: {SELECTION}; no test "
         "image had a say. Clean: the same test images without the corruption, after tuning, mean over corruptions."
     )
-    shown = Table(*header, caption=caption)
+    shown = Table(*(name.replace("_", "\n") for name in header), caption=caption)
     for line in lines:
         shown.add_row(*line)
     Console().print(shown)
@@ -304,12 +304,17 @@ def show(args: argparse.Namespace, ledger: Ledger) -> None:
         text = "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *lines])
         Path(args.markdown).write_text(f"{text}\n\n{caption}\n", encoding="utf-8")
 
+    if not counts:
+        print(f"no cell is complete in {ledger.file}: nothing to plot yet")
+        return
     figure, axes = pyplot.subplots(figsize=(3 + len(header), 3.5), layout="constrained")
     width = 0.8 / len(bars)
     for i, (target, values) in enumerate(bars.items()):
         places = [header[1:-1].index(c) + (i - (len(bars) - 1) / 2) * width for c in values]
-        heights, halves = zip(*values.values(), strict=True) if values else ((), ())
-        axes.bar(places, heights, width, yerr=halves, label=target, capsize=2)
+        if not values:
+            continue
+        heights, halves = zip(*values.values(), strict=True)
+        axes.bar(places, heights, width, yerr=halves, label=target, color=f"C{i}", capsize=2)
     axes.set_xticks(range(len(header) - 2), [c.replace("_", "\n") for c in header[1:-1]])
     axes.set(ylabel="test accuracy (%)", title=f"{args.network}: what to tune for which corruption")
     axes.legend(title="tuned", loc="center left", bbox_to_anchor=(1, 0.5))

@@ -153,6 +153,12 @@ def test_weight_decay_pulls_the_delta_and_the_best_epoch_is_kept(recipe, world, 
     assert 0 < norms[1] < norms[0]
 
 
+def test_a_table_of_nothing_says_so(recipe, world, tmp_path, capsys):
+    recipe.main(arguments(world, tmp_path, "--target", "none", "head", "--table"))
+    assert f"no cell is complete in {tmp_path / 'ledger.jsonl'}" in capsys.readouterr().out
+    assert not list(tmp_path.glob("*.png"))
+
+
 @pytest.mark.parametrize(
     ("more", "match"),
     [
