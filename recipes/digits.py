@@ -286,8 +286,8 @@ def main() -> None:
         report.save(args.output / f"report-{target}.json")
     plot(rows, shifts, args.output / "digits.png")
 
-    # One adapter to keep: the same run again, saved, and put on a fresh copy of the network. Its block is the best on test
-    # data, as the table shows it; for a network in use, choose the block on validation data too.
+    # One adapter to keep: the same run again, saved, and put on a fresh copy of the network. Its block is the best on
+    # test data, as the table shows it; for a network in use, choose the block on validation data too.
     best = max(BLOCKS, key=lambda target: rows["input"][target].value)
     shift, folder = shifts["input"], args.output / f"input-{best}"
     model = tune(digits, best, draw(shift.pool, 100, seeds[0])[0], rates["input", best], epochs, seeds[0])
