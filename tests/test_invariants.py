@@ -92,9 +92,16 @@ def test_2_every_parameter_that_is_targeted_moves(name, target, policy):
     train(model, inputs)
     still = [n for n, p in model.named_parameters() if p.requires_grad and not p.any()]
     # Parameters that these networks never use in a gradient-carrying way stay where they are.
-    assert all(n.endswith(("post_layernorm.surgery.surgical_delta.default.weight",
-                           "post_layernorm.surgery.surgical_delta.default.bias",
-                           "k_proj.surgery.surgical_delta.default.bias")) for n in still), still
+    assert all(
+        n.endswith(
+            (
+                "post_layernorm.surgery.surgical_delta.default.weight",
+                "post_layernorm.surgery.surgical_delta.default.bias",
+                "k_proj.surgery.surgical_delta.default.bias",
+            )
+        )
+        for n in still
+    ), still
 
 
 @every_case
@@ -151,7 +158,7 @@ def test_7_statistics_move_only_where_the_policy_says(policy):
     base, _, model, inputs = build("conv+BN", "block1", policy)
     train(model, inputs)
     moved = set()
-    for (name, module), source in zip(model.get_base_model().named_modules(), [None] * 99):
+    for name, module in model.get_base_model().named_modules():
         if not statistics_of(module) or "surgery" in name:
             continue
         if not torch.equal(module.running_mean, base.get_submodule(name).running_mean):

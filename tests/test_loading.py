@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import shutil
 import struct
 
@@ -234,7 +235,7 @@ def test_a_save_killed_between_any_two_steps_leaves_one_whole_adapter(saved, tmp
         (stage / "README.md").unlink()
         left = steps
 
-        def killed(source, goal, original=__import__("os").replace):
+        def killed(source, goal, original=os.replace):
             nonlocal left
             if left == 0:
                 raise KeyboardInterrupt

@@ -176,7 +176,9 @@ class SurgicalConfig(PeftConfig):
 
 def _as_blocks(blocks: Mapping[str, str | Sequence[str]]) -> dict[str, list[str]]:
     if not isinstance(blocks, Mapping) or not blocks:
-        raise ConfigError(f"blocks={blocks!r}: give a mapping such as {{'block1': ['conv1', 'layer1'], 'head': ['fc']}}.")
+        raise ConfigError(
+            f"blocks={blocks!r}: give a mapping such as {{'block1': ['conv1', 'layer1'], 'head': ['fc']}}."
+        )
     return {name: [paths] if isinstance(paths, str) else list(paths) for name, paths in blocks.items()}
 
 

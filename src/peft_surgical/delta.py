@@ -40,7 +40,7 @@ def _hash(name: str, tensor: torch.Tensor) -> str:
     full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     flat = full.detach().cpu().contiguous().reshape(-1)
     digest = hashlib.sha256(f"{name}|{tuple(full.shape)}|{full.dtype}|".encode())
-    digest.update(memoryview(flat.view(torch.uint8).numpy()))
+    digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:_HASH_DIGITS]
 
 

@@ -3,7 +3,7 @@
 ::
 
     SurgicalError
-    ├── AnatomyError        (ValueError)  a network that cannot be cut into blocks, or a spec that is not total and disjoint
+    ├── AnatomyError        (ValueError)  a network that cannot be cut into blocks, or a spec that does not cover it
     ├── TargetError         (ValueError)  a target that does not parse
     │   ├── UnknownTargetError  (KeyError)    a term that matches nothing in this model
     │   └── UnresolvedTargetError             a target that needs data (auto-*, race) before it names tensors
@@ -14,6 +14,8 @@
     │   └── BaseMismatchError             the base is not the one that the adapter was trained on
     └── DataError           (ValueError)  data on disk that is not in the layout that the reader expects
 """
+
+from peft.utils.error import NoMatchingPeftModuleError
 
 
 class SurgicalError(Exception):
@@ -28,8 +30,8 @@ class TargetError(SurgicalError, ValueError):
     """A target that does not parse."""
 
 
-class UnknownTargetError(TargetError, KeyError):
-    """A term of a target that matches nothing in this model."""
+class UnknownTargetError(TargetError, NoMatchingPeftModuleError, KeyError):
+    """A term of a target that matches nothing in this model; PEFT's own error for that case, too."""
 
     def __str__(self) -> str:
         # KeyError prints the repr of its argument, which would turn a readable message into an escaped one.

@@ -20,7 +20,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
@@ -30,6 +30,7 @@ from torch.distributed.tensor import DTensor
 from .delta import HOLDER
 from .errors import AdapterError
 from .specialise import Special, base_class, restore, specialise
+
 
 class Deltas(nn.Module):
     """The tensors that one adapter brings to one module, under the module's own names for them."""
@@ -50,9 +51,9 @@ class ReadsDeltas(Special):
         """Read ``name`` as base + deltas; assigning reaches nn.Module's own storage, as ever."""
 
         def read(self: ReadsDeltas) -> torch.Tensor:
+            base = stored(self, name)
             try:
                 layer, key = self.surgery_links[name]
-                base = stored(self, name)
                 return base if _is_asked_by_fsdp(base) else layer.effective(key, base)
             except AttributeError as error:
                 # nn.Module.__getattr__ would answer with the base tensor in silence.
@@ -70,7 +71,7 @@ class ReadsDeltas(Special):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]
         for name, (layer, key) in self.surgery_links.items():
-            layer.add_site(key, self, name)
+            layer.add_site(key, cast(nn.Module, self), name)
 
 
 class ReadsRecurrentDeltas(ReadsDeltas):
@@ -98,7 +99,8 @@ def stored(module: Any, name: str) -> torch.Tensor:
     for store in (module._parameters, module._buffers, module.__dict__):
         if name in store:
             return store[name]
-    raise RuntimeError(f"{base_class(module).__name__} no longer has the tuned tensor {name!r}")
+    # As for any attribute that is not there: FSDP1 takes a parameter away and asks with hasattr().
+    raise AttributeError(f"{base_class(module).__name__} no longer has the tuned tensor {name!r}")
 
 
 class SurgicalLayer(nn.Module, BaseTunerLayer):
@@ -111,6 +113,7 @@ class SurgicalLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("surgical_delta",)
     other_param_names = ("surgical_stats", "scaling")
+    cast_input_dtype_enabled = False  # inputs are never cast; peft.helpers reads it of every layer
 
     def __init__(self, owner: nn.Module) -> None:
         super().__init__()
@@ -179,7 +182,8 @@ class SurgicalLayer(nn.Module, BaseTunerLayer):
             )
         own, scale = self.surgical_stats[owners[0]]._buffers[key], self.scaling[owners[0]]
         assert own is not None
-        if scale == 1.0 or self.statistics_move() or not own.is_floating_point():
+        # In training the module writes to what it reads, which must then be the adapter's own tensor.
+        if scale == 1.0 or self.get_base_layer().training or not own.is_floating_point():
             return own
         return torch.lerp(base, own.to(base.dtype), scale)
 
@@ -265,7 +269,7 @@ class SurgicalLayer(nn.Module, BaseTunerLayer):
         self.forget()
 
     def forget(self) -> None:
-        """Empty what the owners computed from their tensors and kept; timm's LeViT keeps its biases so in ``eval()``."""
+        """Empty what the owners computed from their tensors and kept, as timm's LeViT does with its biases."""
         for key in self._sites:
             for module, _ in self.sites(key):
                 for attribute, kept in vars(module).items():
@@ -346,6 +350,7 @@ class SurgicalLayer(nn.Module, BaseTunerLayer):
                     value.data = value.data.to(target)
 
     def extra_repr(self) -> str:
+        """The adapters and what they bring."""
         return ", ".join(f"{name}: {' '.join(self.keys_of(name))}" for name in self.surgical_delta)
 
 
@@ -429,7 +434,7 @@ def bare(model: nn.Module, is_wrapper: Callable[[nn.Module], bool]) -> Iterator[
             if isinstance(child, SurgicalLayer):
                 del module._modules[name]
             else:
-                module._modules[name] = child.original_module
+                module._modules[name] = cast(nn.Module, child.original_module)
         for module, _ in special:
             restore(module)
         yield

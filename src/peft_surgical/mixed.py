@@ -6,11 +6,13 @@ adapter's samples; everything between tuned modules sees the whole batch, so the
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .errors import AdapterError
@@ -60,9 +62,17 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str], known: Sequence[
         own = list({id(layer): layer for layer, _ in links}.values())
         module.__dict__["forward"] = _routed(module, module.forward, own, routing)
         patched.append((module, previous))
+    # PEFT's own wrappers of modules_to_save split a batch by themselves when they are told whose it is.
+    handles = [
+        module.register_forward_pre_hook(functools.partial(_tell, routing), with_kwargs=True)
+        for module in model.modules()
+        if isinstance(module, AuxiliaryTrainingWrapper)
+    ]
     try:
         yield
     finally:
+        for handle in handles:
+            handle.remove()
         for module, previous in patched:
             if previous is None:
                 del module.__dict__["forward"]
@@ -70,17 +80,25 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str], known: Sequence[
                 module.__dict__["forward"] = previous
 
 
+def _tell(routing: _Routing, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    return args, {**kwargs, "adapter_names": routing.names}
+
+
 def _check(model: nn.Module, layers: list[SurgicalLayer], names: Sequence[str], known: Sequence[str]) -> None:
     unknown = sorted(set(names) - set(known) - {BASE})
     if unknown:
         raise AdapterError(
-            f"adapter_names names {', '.join(unknown)}, but the model has {', '.join(known)} (and {BASE!r} for none)."
+            f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. The model has "
+            f"{', '.join(known)}, and {BASE!r} stands for none."
         )
     if model.training:
         raise AdapterError("Cannot pass `adapter_names` when the model is in training mode: call model.eval().")
     merged = sorted({name for layer in layers for name in layer.merged_adapters})
     if merged:
-        raise AdapterError(f"Cannot pass `adapter_names` while {', '.join(merged)} is merged: unmerge first.")
+        raise AdapterError(
+            "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first. Merged: "
+            f"{', '.join(merged)}."
+        )
 
 
 def _routed(
@@ -92,6 +110,12 @@ def _routed(
         if len(groups) == 1:
             return _as_adapter(next(iter(groups)), layers, forward, args, kwargs)
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        time_first = isinstance(module, (nn.MultiheadAttention, nn.RNNBase)) and not module.batch_first
+        if time_first or (isinstance(module, nn.RNNBase) and tensors[0].ndim != 3):
+            raise AdapterError(
+                f"{base_class(module).__name__} without batch_first=True sees time first, so its samples cannot be "
+                "told apart by rows. Run each adapter's samples by themselves."
+            )
         shared = bool(tensors) and tensors[0].shape[:1] == (1,)  # one row for all: positions, say
         if not tensors or (not shared and tensors[0].shape[:1] != (len(names),)):
             seen = tuple(tensors[0].shape) if tensors else "no tensor"

@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _filter_state_dict_by_key_prefixes
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import merge_utils
 from peft.utils.integrations import init_empty_weights
 from peft.utils.other import set_additional_trainable_modules
@@ -72,7 +72,7 @@ class SurgicalModel(BaseTuner):
 
         known = dict(_trainability(model)) if any(True for _ in surgical_layers(model)) else {}
         # A config that was read from disk names its base; its weights come next, and if they are refused it goes.
-        config._awaits_weights = config.base_fingerprint is not None  # type: ignore[attr-defined]
+        config._awaits_weights = config.base_fingerprint is not None
         config.tensor_names = list(plan.names)
         self._attach(model, adapter_name, plan, config, low_cpu_mem_usage)
         for parameter, requires_grad in known.items():
@@ -176,7 +176,7 @@ class SurgicalModel(BaseTuner):
 
     def _check_finite(self, adapter_names: list[str] | None) -> None:
         for _, layer in surgical_layers(self.model):
-            layer.check_finite(adapter_names or layer.active_adapters)
+            layer.check_finite(adapter_names or list(layer._active_adapter))
 
     def _unload_and_optionally_merge(
         self,
@@ -232,7 +232,9 @@ class SurgicalModel(BaseTuner):
         config = copy.copy(first)
         config.target = " + ".join(dict.fromkeys(str(self.peft_config[name].target) for name in adapters))
         config.target, config.target_modules = (None, None) if first.target is None else (config.target, None)
-        config.blocks = next((self.peft_config[name].blocks for name in adapters if self.peft_config[name].blocks), None)
+        config.blocks = next(
+            (self.peft_config[name].blocks for name in adapters if self.peft_config[name].blocks), None
+        )
         config.scale, config.base_fingerprint, config.weights_sha256 = 1.0, None, None
         self.peft_config[adapter_name] = config
         self._given_names[adapter_name] = list(names)
@@ -265,7 +267,7 @@ class SurgicalModel(BaseTuner):
         inner = getattr(getattr(model, "base_model", None), "model", model)
         # Kept apart from the config's own field, which says what base an adapter *expects*: the same config may be
         # used for a fresh adapter on another base.
-        config._fingerprint = fingerprint_of(inner, config)  # type: ignore[attr-defined]
+        config._fingerprint = fingerprint_of(inner, config)
         found = {key: value.full_tensor() if hasattr(value, "full_tensor") else value for key, value in found.items()}
         broken = [key for key, value in found.items() if not value.is_meta and not bool(torch.isfinite(value).all())]
         if broken:
@@ -297,7 +299,7 @@ class SurgicalModel(BaseTuner):
             if getattr(config, "_awaits_weights", False) and isinstance(tuner, SurgicalModel):
                 tuner._remove(tuner.model, adapter_name)
             raise
-        config._awaits_weights = False  # type: ignore[attr-defined]
+        config._awaits_weights = False
         return remapped
 
 
@@ -362,7 +364,9 @@ def _check_combination(
         raise AdapterError(f"combination_type={combination!r} needs a density in [0, 1], got {density}.")
     moving = [adapter for adapter in adapters if configs[adapter].norm_stats != "frozen"]
     if moving:
-        raise AdapterError(f"{', '.join(moving)} carry statistics, which do not add up; combine frozen-policy adapters.")
+        raise AdapterError(
+            f"{', '.join(moving)} carry statistics, which do not add up; combine frozen-policy adapters."
+        )
     whole = [adapter for adapter in adapters if configs[adapter].modules_to_save]
     if whole:
         raise AdapterError(f"{', '.join(whole)} carry modules_to_save, which are no deltas and cannot be combined.")

@@ -66,7 +66,9 @@ class Plan:
         Statistics are left out: an adapter replaces them, it does not add to them.
         """
         return {
-            join(entry.path, name): base_value(entry.module, name) for entry in self.modules for name in entry.parameters
+            join(entry.path, name): base_value(entry.module, name)
+            for entry in self.modules
+            for name in entry.parameters
         }
 
 
@@ -167,9 +169,7 @@ def _by_modules(model: nn.Module, modules: Mapping[str, nn.Module], config: Surg
             f"modules are {shown(paths)}. target='block1' names a block instead."
         )
     roots = {path for found in matched.values() for path in found}
-    return [
-        join(path, name) for path, module in modules.items() if _is_under(path, roots) for name in _tensors(module)
-    ]
+    return [join(path, name) for path, module in modules.items() if _is_under(path, roots) for name in _tensors(module)]
 
 
 def _without_excluded(wanted: list[str], modules: Mapping[str, nn.Module], config: SurgicalConfig) -> list[str]:
@@ -179,7 +179,11 @@ def _without_excluded(wanted: list[str], modules: Mapping[str, nn.Module], confi
         excluded = paths_matched(config.exclude_modules, paths)
         if not all(excluded.values()):
             empty = [pattern for pattern, found in excluded.items() if not found]
-            warnings.warn(f"exclude_modules={shown(map(repr, empty))} matched no module.", stacklevel=2)
+            warnings.warn(
+                f"You have passed exclude_modules={config.exclude_modules} but no modules were excluded by "
+                f"{shown(map(repr, empty))}. Please check that exclude_modules was set correctly.",
+                stacklevel=2,
+            )
         roots.update(path for found in excluded.values() for path in found)
     # PEFT's own rule for modules_to_save: the path ends in this text.
     saved = tuple(config.modules_to_save or ())
@@ -187,9 +191,9 @@ def _without_excluded(wanted: list[str], modules: Mapping[str, nn.Module], confi
     kept = [name for name in wanted if not _is_under(name.rpartition(".")[0], roots)]
     if wanted and not kept:
         raise UnknownTargetError(
-            f"All modules were excluded: every tensor of target {config.target or config.target_modules!r} lies in "
-            f"exclude_modules={config.exclude_modules} or modules_to_save={config.modules_to_save}. Target another "
-            "part, or leave it out there."
+            "All modules were excluded. No modules were targeted for adaptation: every tensor of target "
+            f"{config.target or config.target_modules!r} lies in exclude_modules={config.exclude_modules} or "
+            f"modules_to_save={config.modules_to_save}. Target another part, or leave it out there."
         )
     return kept
 

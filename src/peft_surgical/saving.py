@@ -14,6 +14,7 @@ three steps, each atomic and each leaving a whole adapter::
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import os
 import shutil
@@ -31,31 +32,38 @@ CARD = "README.md"
 
 def saving_atomically(original: Callable[..., None]) -> Callable[..., None]:
     """Wrap ``PeftModel.save_pretrained``: surgical adapters are staged and renamed, all others are none of ours."""
+    signature = inspect.signature(original)
 
     @functools.wraps(original)
-    def save_pretrained(
-        self: Any, save_directory: str | os.PathLike[str], safe_serialization: bool = True, *args: Any, **kwargs: Any
-    ) -> None:
-        configs = self.peft_config.values()
-        if not any(isinstance(config, SurgicalConfig) for config in configs) or os.path.isfile(save_directory):
-            original(self, save_directory, safe_serialization, *args, **kwargs)
+    def save_pretrained(self: Any, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        surgical = any(isinstance(config, SurgicalConfig) for config in self.peft_config.values())
+        if not surgical or os.path.isfile(save_directory):
+            original(self, save_directory, *args, **kwargs)
             return
-        if not safe_serialization:
+        given = signature.bind(self, save_directory, *args, **kwargs).arguments
+        if not given.get("safe_serialization", True):
             raise AdapterError(
                 "safe_serialization=False asks for a pickle, which can run code when it is read. Surgical adapters "
                 "are saved as safetensors only: leave the argument out."
             )
+        if given.get("save_embedding_layers") is True:
+            raise AdapterError(
+                "save_embedding_layers=True would put base tensors beside the deltas. Target the embedding "
+                "(target='embedding + ...') to keep what it learns; leave the argument out."
+            )
+        rest = {**given.pop("kwargs", {}), **given, "save_embedding_layers": False}
+        del rest["self"], rest["save_directory"]
         target = Path(save_directory)
-        if kwargs.get("is_main_process") is False:
+        if rest.get("is_main_process") is False:
             # Other ranks take part in gathering the tensors; they write nothing.
-            original(self, save_directory, safe_serialization, *args, **kwargs)
+            original(self, save_directory, **rest)
             return
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
             stage = Path(scratch)
             if (target / CARD).is_file():  # PEFT updates a card that is there
                 shutil.copy2(target / CARD, stage / CARD)
-            original(self, stage, safe_serialization, *args, **kwargs)
+            original(self, stage, **rest)
             commit(stage, target)
 
     return save_pretrained

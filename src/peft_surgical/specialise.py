@@ -12,7 +12,6 @@ module finds it again by these three.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 from torch import nn
@@ -43,16 +42,22 @@ class Special:
         return (_rebuild, recipe, *parts[2:])
 
 
-@lru_cache(maxsize=None)
+_CLASSES: dict[Any, Any] = {}
+
+
 def _special_class(base: type[nn.Module], traits: tuple[type[Special], ...], tensors: tuple[str, ...]) -> Any:
+    key = (base, traits, tensors)
+    if key in _CLASSES:
+        return _CLASSES[key]
     names = ("__module__", "__qualname__", "__doc__")
     # Module, name and qualified name are the base's: code that asks for a class by its name (FSDP's and Accelerate's
     # wrapping policies, torch.fx's rule of what a leaf is) keeps finding what it looks for.
     body: dict[str, Any] = {name: getattr(base, name) for name in names}
     body.update(special_base=base, special_traits=traits, special_tensors=tensors)
-    cls = type(base.__name__, (*traits, base), body)
+    cls: Any = type(base.__name__, (*traits, base), body)
     for name in tensors:
         setattr(cls, name, cls.tensor_property(name))
+    _CLASSES[key] = cls
     return cls
 
 
@@ -69,18 +74,20 @@ def specialise(module: nn.Module, trait: type[Special], tensors: tuple[str, ...]
         trait: The mixin to add; adding it twice changes nothing.
         tensors: Names of the module's own tensors to read through ``trait.tensor_property``.
     """
-    base, traits, names = base_class(module), (trait,), tuple(sorted(tensors))
+    base, traits, names = base_class(module), {trait}, {*tensors}
     if isinstance(module, Special):
-        traits = tuple(sorted({*module.special_traits, trait}, key=lambda one: one.__name__))
-        names = tuple(sorted({*module.special_tensors, *tensors}))
-    module.__class__ = _special_class(base, traits, names)
+        traits |= {*module.special_traits}
+        names |= {*module.special_tensors}
+    ordered = tuple(sorted(traits, key=lambda one: one.__name__))
+    module.__class__ = _special_class(base, ordered, tuple(sorted(names)))
 
 
 def restore(module: nn.Module) -> None:
     """Give ``module`` the class back that it had before `specialise`; a no-op on any other module."""
     if isinstance(module, Special):
+        target: Any = module
         # Not type(module).__bases__: FSDP2 may have put a class of its own on top.
-        module.__class__ = module.special_base
+        target.__class__ = base_class(module)
 
 
 def base_class(module: nn.Module) -> type[nn.Module]:
