@@ -1,0 +1,190 @@
+"""The tuner on real architectures, bit for bit against a plain copy whose parameters are overwritten."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import transformers
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from peft_surgical import SurgicalConfig
+
+pytestmark = pytest.mark.slow
+
+TIMM = {
+    "resnet26": {},
+    "resnetv2_50": {},
+    "convnext_atto": {},
+    "efficientnet_b0": {},
+    "mobilenetv3_small_050": {},
+    "regnety_002": {},
+    "densenet121": {},
+    "nf_resnet26": {},
+    "edgenext_xx_small": {},
+    "vit_tiny_patch16_224": {"img_size": 64},
+    "vit_base_patch16_clip_224": {"img_size": 64, "depth": 2},
+    "deit_tiny_distilled_patch16_224": {"img_size": 64},
+    "beit_base_patch16_224": {"img_size": 64, "depth": 2},
+    "swin_tiny_patch4_window7_224": {"img_size": 112},
+    "swinv2_tiny_window8_256": {"img_size": 64, "window_size": 2},
+    "eva02_tiny_patch14_224": {"img_size": 56},
+    "coatnet_0_rw_224": {"img_size": 64},
+    "xcit_nano_12_p16_224": {"img_size": 64},
+    "cait_xxs24_224": {"img_size": 64},
+    "levit_128s": {"size": 224},
+}
+TORCHVISION = {"resnet18": 64, "convnext_tiny": 64, "efficientnet_b0": 64, "swin_t": 64, "shufflenet_v2_x0_5": 64}
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+VISION = {**SMALL, "image_size": 32, "patch_size": 8, "num_labels": 5}
+CLIP = {
+    "text_config": {**SMALL, "vocab_size": 50, "max_position_embeddings": 12, "eos_token_id": 1, "bos_token_id": 0},
+    "vision_config": {**SMALL, "image_size": 32, "patch_size": 8},
+    "projection_dim": 16,
+    "num_labels": 5,
+}
+PIXELS = {"pixel_values": torch.randn(2, 3, 32, 32)}
+TOKENS = {"input_ids": torch.tensor([[2, 3, 4, 1], [2, 5, 4, 1]])}
+TRANSFORMERS = {
+    "ViT": ("ViTForImageClassification", "ViTConfig", VISION, PIXELS),
+    "DeiT": ("DeiTForImageClassification", "DeiTConfig", VISION, PIXELS),
+    "DINOv2": ("Dinov2ForImageClassification", "Dinov2Config", VISION, PIXELS),
+    "BEiT": ("BeitForImageClassification", "BeitConfig", {**VISION, "use_relative_position_bias": True}, PIXELS),
+    "Swin": (
+        "SwinForImageClassification",
+        "SwinConfig",
+        {"image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 2], "window_size": 4},
+        PIXELS,
+    ),
+    "ConvNeXt": (
+        "ConvNextForImageClassification",
+        "ConvNextConfig",
+        {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2},
+        PIXELS,
+    ),
+    "ResNet": (
+        "ResNetForImageClassification",
+        "ResNetConfig",
+        {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"},
+        PIXELS,
+    ),
+    "CLIP": ("CLIPModel", "CLIPConfig", CLIP, {**PIXELS, **TOKENS}),
+    "CLIP classifier": ("CLIPForImageClassification", "CLIPConfig", CLIP, PIXELS),
+    "BERT": ("BertForSequenceClassification", "BertConfig", {**SMALL, "vocab_size": 50}, TOKENS),
+    "Llama": ("LlamaForCausalLM", "LlamaConfig", {**SMALL, "vocab_size": 50}, TOKENS),
+    "T5": (
+        "T5ForConditionalGeneration",
+        "T5Config",
+        {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "vocab_size": 50},
+        {**TOKENS, "decoder_input_ids": torch.tensor([[0, 3], [0, 4]])},
+    ),
+}
+
+
+def networks():
+    for name, settings in TIMM.items():
+        yield pytest.param("timm", name, settings, id=f"timm-{name}")
+    for name, size in TORCHVISION.items():
+        yield pytest.param("torchvision", name, {"size": size}, id=f"torchvision-{name}")
+    for name in TRANSFORMERS:
+        yield pytest.param("transformers", name, {}, id=f"transformers-{name}")
+
+
+def build(library, name, settings):
+    if library == "transformers":
+        model, config, values, inputs = TRANSFORMERS[name]
+        return getattr(transformers, model)(getattr(transformers, config)(**values)).eval(), inputs
+    size = settings.get("size") or settings.get("img_size") or 64
+    inputs = torch.randn(2, 3, size, size)
+    if library == "timm":
+        timm = pytest.importorskip("timm")
+        rest = {key: value for key, value in settings.items() if key != "size"}
+        return timm.create_model(name, num_classes=5, **rest).eval(), inputs
+    torchvision = pytest.importorskip("torchvision")
+    return torchvision.models.get_model(name, num_classes=5).eval(), inputs
+
+
+def flat(value):
+    if isinstance(value, torch.Tensor):
+        return [value] if value.is_floating_point() else []
+    members = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return [tensor for member in members for tensor in flat(member)]
+
+
+def call(model, inputs):
+    return flat(model(**inputs) if isinstance(inputs, dict) else model(inputs))
+
+
+def equal(first, second):
+    return len(first) == len(second) > 0 and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore")  # the libraries' own
+@pytest.mark.parametrize(("library", "name", "settings"), networks())
+def test_all_tensors_of_an_architecture(library, name, settings, tmp_path):
+    network, inputs = build(library, name, settings)
+    base = copy.deepcopy(network)
+    with torch.no_grad():
+        before = call(network, inputs)
+    model = get_peft_model(network, SurgicalConfig(target="re:.*")).eval()
+    with torch.no_grad():
+        assert equal(call(model, inputs), before)
+
+    # Kernels on the CPU depend on requires_grad, so the copy is frozen while outputs are compared.
+    plain = copy.deepcopy(base).requires_grad_(False)
+    tensors, deltas = dict(plain.named_parameters()), {}
+    for key, parameter in model.named_parameters():
+        if ".surgical_delta." in f".{key}":
+            parameter.data = 0.02 * torch.randn_like(parameter)
+            own = key.removeprefix("base_model.model.").replace("surgery.surgical_delta.default.", "")
+            deltas[own] = parameter
+            tensors[own].data += parameter.data
+    assert deltas.keys() == tensors.keys()
+    model.train()  # LeViT forgets what it computed from its biases
+    model.eval()
+    with torch.no_grad():
+        tuned = call(plain, inputs)
+        assert equal(call(model, inputs), tuned)
+
+    plain.requires_grad_(True)
+    for one in (model, plain):
+        sum(out.pow(2).sum() for out in call(one, inputs) if out.requires_grad).backward()
+    for own, delta in deltas.items():
+        grad = tensors[own].grad
+        if grad is None:  # a parameter that the network never uses, such as DINOv2's mask_token
+            assert delta.grad is None
+        else:
+            assert torch.allclose(delta.grad, grad, rtol=1e-3, atol=1e-4 * float(grad.abs().max())), own
+
+    with torch.no_grad():
+        model.merge_adapter()
+        assert equal(call(model, inputs), tuned)
+        model.unmerge_adapter()
+        assert equal(call(model, inputs), tuned)
+        with model.disable_adapter():
+            assert equal(call(model, inputs), before)
+        model.save_pretrained(tmp_path)
+        again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+        assert equal(call(again, inputs), tuned)
+        merged = model.merge_and_unload()
+        assert equal(call(merged, inputs), tuned)
+    assert [type(module) for module in merged.modules()] == [type(module) for module in base.modules()]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_mixed_batches_on_windows_raise():
+    network, inputs = build("timm", "swin_tiny_patch4_window7_224", {"img_size": 112})
+    model = get_peft_model(network, SurgicalConfig(target="*.attn")).eval()
+    with pytest.raises(ValueError, match="works on windows"), warnings.catch_warnings():
+        model(inputs, adapter_names=["default", "__base__"])
+
+
+def test_torchvision_multihead_attention_reads_the_tuned_projection():
+    torchvision = pytest.importorskip("torchvision")
+    network = torchvision.models.VisionTransformer(32, 8, 1, 2, 16, 32, num_classes=5).eval()
+    model = get_peft_model(network, SurgicalConfig(target="re:.*out_proj.*"))
+    out = model(torch.randn(2, 3, 32, 32))
+    out.sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert isinstance(network.encoder.layers[0].self_attention, nn.MultiheadAttention)

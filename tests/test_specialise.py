@@ -1,0 +1,59 @@
+import copy
+import inspect
+import pickle
+
+import torch
+from torch import nn
+
+from peft_surgical.layer import ReadsDeltas, attach, detach
+from peft_surgical.norm import HoldsStatistics
+from peft_surgical.specialise import Special, base_class, restore, specialise
+
+
+def test_a_special_module_is_still_what_it_was():
+    module = nn.Linear(2, 3)
+    identity, handle = id(module), module.register_forward_hook(lambda *_: None)
+    attach(module, "default", {"weight": [(module, "weight")]}, (), 1.0)
+    assert id(module) == identity
+    assert isinstance(module, nn.Linear)
+    assert isinstance(module, Special)
+    assert type(module).__name__ == "Linear"
+    assert type(module).__module__ == nn.Linear.__module__
+    assert inspect.signature(module.forward) == inspect.signature(nn.Linear(1, 1).forward)
+    assert module._forward_hooks[handle.id] is not None
+    assert [name for name, _ in module.named_parameters()][:2] == ["weight", "bias"]
+    detach(module)
+    assert type(module) is nn.Linear
+    assert "surgery_links" not in vars(module)
+
+
+def test_the_same_request_gives_the_same_class_and_traits_add_up():
+    first, second = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
+    specialise(first, HoldsStatistics)
+    specialise(first, ReadsDeltas, ("weight",))
+    specialise(second, ReadsDeltas, ("weight",))
+    specialise(second, HoldsStatistics)
+    assert type(first) is type(second)
+    specialise(first, ReadsDeltas, ("bias",))
+    assert type(first).special_tensors == ("bias", "weight")
+    assert base_class(first) is nn.BatchNorm1d
+    restore(first)
+    assert type(first) is nn.BatchNorm1d
+
+
+def test_copies_read_their_own_deltas():
+    module = nn.Linear(2, 2)
+    attach(module, "default", {"weight": [(module, "weight")]}, (), 1.0).set_adapter("default")
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        twin.surgery.delta("default", "weight").data.fill_(1.0)
+        assert torch.equal(twin.weight, twin._parameters["weight"] + 1)
+        assert twin.surgery.get_base_layer() is twin
+    assert torch.equal(module.weight, module._parameters["weight"])
+
+
+def test_tracing_treats_a_tuned_module_as_the_leaf_that_it_is():
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    attach(model[0], "default", {"weight": [(model[0], "weight")]}, (), 1.0).set_adapter("default")
+    model[0].surgery.delta("default", "weight").data.fill_(1.0)
+    x = torch.randn(3, 2)
+    assert torch.equal(torch.fx.symbolic_trace(model)(x), model(x))
