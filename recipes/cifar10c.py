@@ -216,7 +216,8 @@ def cell(args: argparse.Namespace, corruption: str, target: str) -> Cell:
         return Cell(settings, (None,), tuple(args.seeds))
     settings |= {"norm_stats": args.norm_stats, "delta_dtype": args.delta_dtype, "epochs": args.epochs}
     settings |= {"batch_size": args.batch_size, "weight_decay": args.weight_decay}
-    rates = args.lr or (HEAD_LEARNING_RATES if target in {"head", "last"} else LEARNING_RATES)
+    head = target in {"head", "last"}  # the paper's rates are larger there
+    rates = (args.head_lr or HEAD_LEARNING_RATES) if head else (args.lr or LEARNING_RATES)
     return Cell(settings, tuple(rates), tuple(args.seeds))
 
 
@@ -338,7 +339,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--target", nargs="+", default=["block1"], help="none, block1, block2, block3, head, all, or any target text")
     add("--norm-stats", choices=["frozen", "target", "all"], default="frozen")
     add("--delta-dtype", choices=["float32", "bfloat16", "float16"], help="dtype of the saved deltas")
-    add("--lr", type=float, nargs="+", help="candidates (default 1e-3 1e-4 1e-5; for head 1e-1 1e-2 1e-3)")
+    add("--lr", type=float, nargs="+", help="candidates for all targets but head (default 1e-3 1e-4 1e-5)")
+    add("--head-lr", type=float, nargs="+", help="candidates for head (default 1e-1 1e-2 1e-3)")
     add("--seeds", type=int, nargs="+", default=[0], help="seed 0 also chooses the learning rate")
     add("--tuning-images", type=int, default=1000, help="over all classes (default 1000)")
     add("--validation-images", type=int, default=200, help="over all classes (default 200)")

@@ -79,7 +79,7 @@ def arguments(world, output, *more):
 
 
 def test_grid_resumes_and_draws(recipe, here, world, tmp_path, capsys, monkeypatch):
-    grid = arguments(world, tmp_path, "--target", "none", "head", "--lr", "0.1", "0.01", "--seeds", "0", "1")
+    grid = arguments(world, tmp_path, "--target", "none", "head", "--head-lr", "0.1", "0.01", "--seeds", "0", "1")
     recipe.main([*grid, "--shard", "1/2"])
     assert "-> " in capsys.readouterr().out
     recipe.main([*grid, "--shard", "2/2", "--markdown", str(tmp_path / "table.md")])
@@ -134,7 +134,7 @@ def test_a_reload_that_differs_stops_the_run(recipe, here, world, tmp_path, monk
     real = recipe.reload_logits
     monkeypatch.setattr(recipe, "reload_logits", lambda *a: [x + 1e-6 for x in real(*a)])
     with pytest.raises(RuntimeError, match=r"does not reload to what was evaluated: on test, logits differ by up to"):
-        recipe.main(arguments(world, tmp_path, "--target", "head", "--lr", "0.1", "--corruption", "frost"))
+        recipe.main(arguments(world, tmp_path, "--target", "head", "--head-lr", "0.1", "--corruption", "frost"))
     assert not (tmp_path / "ledger.jsonl").exists()
 
 
