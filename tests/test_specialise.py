@@ -5,8 +5,9 @@ import pickle
 import torch
 from torch import nn
 
-from peft_surgical.layer import ReadsDeltas, attach, detach
+from peft_surgical.attach import attach, detach
 from peft_surgical.norm import HoldsStatistics
+from peft_surgical.reading import ReadsDeltas
 from peft_surgical.specialise import Special, base_class, restore, specialise
 
 
@@ -57,3 +58,21 @@ def test_tracing_treats_a_tuned_module_as_the_leaf_that_it_is():
     model[0].surgery.delta("default", "weight").data.fill_(1.0)
     x = torch.randn(3, 2)
     assert torch.equal(torch.fx.symbolic_trace(model)(x), model(x))
+
+
+def test_a_replica_of_data_parallel_reads_its_own_deltas():
+    """What nn.DataParallel does to a module, without the devices: plain tensors, no parameters, new children."""
+    module = nn.Linear(2, 2)
+    attach(module, "default", {"weight": [(module, "weight")]}, (), 1.0).set_adapter("default")
+
+    def replicate(original):
+        replica = original._replicate_for_data_parallel()
+        for name, child in original._modules.items():
+            replica._modules[name] = replicate(child)
+        for name, parameter in original._parameters.items():
+            setattr(replica, name, parameter.detach() + 1)
+        return replica
+
+    replica = replicate(module)
+    assert torch.equal(replica.weight, module._parameters["weight"] + 1 + 1)
+    assert torch.equal(module.weight, module._parameters["weight"])

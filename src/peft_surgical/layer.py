@@ -16,91 +16,21 @@ that are read from outside (``out_proj.weight``) or by another method than ``for
 
 from __future__ import annotations
 
-import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, cast
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from .delta import HOLDER
 from .errors import AdapterError
-from .specialise import Special, base_class, restore, specialise
+from .reading import stored
 
 
 class Deltas(nn.Module):
     """The tensors that one adapter brings to one module, under the module's own names for them."""
-
-
-class ReadsDeltas(Special):
-    """Trait of a module whose tuned tensors are read as base + active deltas.
-
-    Attributes:
-        surgery_links: Tensor name -> (the `SurgicalLayer` that holds its deltas, the tensor's name there). The two
-            differ for a tied tensor, whose deltas are held once, by the module that comes first.
-    """
-
-    surgery_links: dict[str, tuple[SurgicalLayer, str]]
-
-    @classmethod
-    def tensor_property(cls, name: str) -> property:
-        """Read ``name`` as base + deltas; assigning reaches nn.Module's own storage, as ever."""
-
-        def read(self: ReadsDeltas) -> torch.Tensor:
-            base = stored(self, name)
-            try:
-                layer, key = self.surgery_links[name]
-                return base if _is_asked_by_fsdp(base) else layer.effective(key, base)
-            except AttributeError as error:
-                # nn.Module.__getattr__ would answer with the base tensor in silence.
-                raise RuntimeError(f"reading the tuned tensor {name!r} failed: {error}") from error
-
-        def write(self: ReadsDeltas, value: Any) -> None:
-            # Reached only for what nn.Module does not store itself: nn.DataParallel's replicas hold plain tensors.
-            self.__dict__[name] = value
-
-        def delete(self: ReadsDeltas) -> None:
-            self.__dict__.pop(name, None)
-
-        return property(read, write, delete)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[misc]
-        for name, (layer, key) in self.surgery_links.items():
-            layer.add_site(key, cast(nn.Module, self), name)
-
-
-class ReadsRecurrentDeltas(ReadsDeltas):
-    """The same for nn.RNNBase, whose forward reads a list of its parameters that it made beforehand."""
-
-    @property
-    def _flat_weights(self) -> list[torch.Tensor]:
-        return [getattr(self, name) for name in self._flat_weights_names]  # type: ignore[attr-defined]
-
-    @_flat_weights.setter
-    def _flat_weights(self, value: list[torch.Tensor]) -> None:
-        # Dropped: it would hold the base's tensors, or copies of the effective ones, past their time.
-        return
-
-
-def _is_asked_by_fsdp(base: torch.Tensor) -> bool:
-    """Whether FSDP2 is looking for the parameter that it shards, which it does by attribute, outside any forward."""
-    if type(base) is nn.Parameter or not isinstance(base, DTensor):
-        return False
-    return sys._getframe(2).f_code.co_filename.endswith("_fsdp_param.py")
-
-
-def stored(module: Any, name: str) -> torch.Tensor:
-    """The tensor that ``module`` stores under ``name``, without deltas."""
-    for store in (module._parameters, module._buffers, module.__dict__):
-        if name in store:
-            return store[name]
-    # As for any attribute that is not there: FSDP1 takes a parameter away and asks with hasattr().
-    raise AttributeError(f"{base_class(module).__name__} no longer has the tuned tensor {name!r}")
 
 
 class SurgicalLayer(nn.Module, BaseTunerLayer):
@@ -352,94 +282,3 @@ class SurgicalLayer(nn.Module, BaseTunerLayer):
     def extra_repr(self) -> str:
         """The adapters and what they bring."""
         return ", ".join(f"{name}: {' '.join(self.keys_of(name))}" for name in self.surgical_delta)
-
-
-def attach(
-    owner: nn.Module,
-    adapter: str,
-    parameters: Mapping[str, Sequence[tuple[nn.Module, str]]],
-    statistics: Sequence[str],
-    scale: float,
-) -> SurgicalLayer:
-    """Give ``owner`` an adapter.
-
-    Args:
-        owner: The module that stores the tensors.
-        adapter: The adapter's name.
-        parameters: Name of each tuned parameter of ``owner`` -> every (module, name) that stores it, the owner's own
-            first; more than one for a tied parameter.
-        statistics: Names of the owner's buffers that the adapter owns.
-        scale: The factor of its deltas.
-    """
-    layer = owner._modules.get(HOLDER)
-    if not isinstance(layer, SurgicalLayer):
-        layer = SurgicalLayer(owner)
-        owner._modules[HOLDER] = layer
-    for key in statistics:
-        _link(layer, key, owner, key)
-    for key, sites in parameters.items():
-        for module, name in sites:
-            _link(layer, key, module, name)
-    layer.update_layer(adapter, parameters, statistics, scale)
-    return layer
-
-
-def _link(layer: SurgicalLayer, key: str, module: nn.Module, name: str) -> None:
-    if "surgery_links" not in module.__dict__:
-        module.__dict__["surgery_links"] = {}
-    module.__dict__["surgery_links"][name] = (layer, key)
-    layer.add_site(key, module, name)
-    module.__dict__.pop("_flat_weights", None)
-    specialise(module, ReadsRecurrentDeltas if isinstance(module, nn.RNNBase) else ReadsDeltas, (name,))
-
-
-def detach(model: nn.Module) -> None:
-    """Remove every trace: holders, links, special classes. Base tensors stay as they are (merge first to keep)."""
-    for module in list(model.modules()):
-        if isinstance(module._modules.get(HOLDER), SurgicalLayer):
-            del module._modules[HOLDER]
-        links = module.__dict__.pop("surgery_links", None)
-        restore(module)
-        if links and isinstance(module, nn.RNNBase):
-            module._flat_weights = [getattr(module, name, None) for name in module._flat_weights_names]
-
-
-def surgical_layers(model: nn.Module) -> Iterator[tuple[str, SurgicalLayer]]:
-    """(path of the tuned module, its `SurgicalLayer`), in the model's order; the root's path is ""."""
-    for path, module in model.named_modules():
-        if isinstance(module, SurgicalLayer):
-            yield path.removesuffix(HOLDER).removesuffix("."), module
-
-
-def join(path: str, name: str) -> str:
-    """The full name of a tensor: ``path.name``, or ``name`` on the root."""
-    return f"{path}.{name}" if path else name
-
-
-@contextmanager
-def bare(model: nn.Module, is_wrapper: Callable[[nn.Module], bool]) -> Iterator[None]:
-    """Show ``model`` as it was before any adapter: no holders, no special classes, no ``modules_to_save`` wrappers.
-
-    So that blocks, paths and tensor names are those of the network before any adapter, also for a second one.
-    """
-    hidden = [
-        (module, name, child)
-        for module in model.modules()
-        for name, child in module._modules.items()
-        if isinstance(child, SurgicalLayer) or (child is not None and is_wrapper(child))
-    ]
-    special = [(module, type(module)) for module in model.modules() if isinstance(module, Special)]
-    try:
-        for module, name, child in hidden:
-            if isinstance(child, SurgicalLayer):
-                del module._modules[name]
-            else:
-                module._modules[name] = cast(nn.Module, child.original_module)
-        for module, _ in special:
-            restore(module)
-        yield
-    finally:
-        for module, cls in special:
-            module.__class__ = cls
-        for module, name, child in hidden:
-            module._modules[name] = child

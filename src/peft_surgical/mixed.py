@@ -15,8 +15,10 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from .attach import surgical_layers
 from .errors import AdapterError
-from .layer import SurgicalLayer, surgical_layers
+from .layer import SurgicalLayer
+from .reading import link_of
 from .specialise import base_class
 
 BASE = "__base__"
@@ -58,7 +60,7 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str], known: Sequence[
     patched = []
     for module in owners.values():
         previous = module.__dict__.get("forward")
-        links = module.__dict__["surgery_links"].values()
+        links = [link_of(module, name) for name in module.__dict__["surgery_links"]]
         own = list({id(layer): layer for layer, _ in links}.values())
         module.__dict__["forward"] = _routed(module, module.forward, own, routing)
         patched.append((module, previous))

@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import merge_utils
 from peft.utils.integrations import init_empty_weights
 from peft.utils.other import set_additional_trainable_modules
 from torch import nn
 
+from .attach import attach, detach, join, surgical_layers
+from .combine import check_combination, combine
 from .config import SurgicalConfig
 from .delta import HOLDER, check_tensors
 from .errors import AdapterError, AdapterFileError
-from .layer import SurgicalLayer, attach, detach, join, surgical_layers
+from .layer import SurgicalLayer
 from .mixed import mixed_batch
 from .norm import hold_statistics
-from .plan import Plan, check_adapter_name, check_fingerprint, fingerprint_of, make_plan
+from .plan import Plan, check_fingerprint, fingerprint_of, make_plan
+from .support import check_adapter_name
 
 PREFIX = "surgical_"
-COMBINATIONS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 
 
 class SurgicalModel(BaseTuner):
@@ -226,7 +227,7 @@ class SurgicalModel(BaseTuner):
         Raises:
             AdapterError: For unknown names, unequal lengths, a missing density, or adapters with statistics.
         """
-        _check_combination(self.peft_config, adapters, weights, adapter_name, combination_type, density)
+        check_combination(self.peft_config, adapters, weights, adapter_name, combination_type, density)
         first = self.peft_config[adapters[0]]
         names = dict.fromkeys(name for adapter in adapters for name in self.peft_config[adapter].tensor_names)
         config = copy.copy(first)
@@ -250,7 +251,7 @@ class SurgicalModel(BaseTuner):
                     parts = [(n, w) for n, w in present if key in layer.surgical_delta[n]._parameters]
                     tensors = [layer.delta(n, key).to(target.dtype) * layer.scaling[n] for n, _ in parts]
                     factors = torch.tensor([w for _, w in parts], dtype=target.dtype, device=target.device)
-                    target.copy_(_combine(tensors, factors, combination_type, density, majority_sign_method))
+                    target.copy_(combine(tensors, factors, combination_type, density, majority_sign_method))
 
     # --- state dicts ---
 
@@ -341,45 +342,3 @@ def _warn_about_other_targets(model: nn.Module, config: SurgicalConfig, plan: Pl
             RuntimeWarning,
             stacklevel=2,
         )
-
-
-def _check_combination(
-    configs: dict[str, SurgicalConfig],
-    adapters: Sequence[str],
-    weights: Sequence[float],
-    name: str,
-    combination: str,
-    density: float | None,
-) -> None:
-    missing = [adapter for adapter in adapters if adapter not in configs]
-    if missing or not adapters:
-        raise AdapterError(f"No adapter {', '.join(missing) or 'given'}; there are {', '.join(configs)}.")
-    if name in configs:
-        raise AdapterError(f"An adapter {name!r} exists already: choose another name or delete it first.")
-    if len(adapters) != len(weights):
-        raise AdapterError(f"{len(adapters)} adapters but {len(weights)} weights: give one weight per adapter.")
-    if combination not in COMBINATIONS:
-        raise AdapterError(f"combination_type={combination!r}: choose one of {', '.join(COMBINATIONS)}.")
-    if combination != "linear" and (density is None or not 0 <= density <= 1):
-        raise AdapterError(f"combination_type={combination!r} needs a density in [0, 1], got {density}.")
-    moving = [adapter for adapter in adapters if configs[adapter].norm_stats != "frozen"]
-    if moving:
-        raise AdapterError(
-            f"{', '.join(moving)} carry statistics, which do not add up; combine frozen-policy adapters."
-        )
-    whole = [adapter for adapter in adapters if configs[adapter].modules_to_save]
-    if whole:
-        raise AdapterError(f"{', '.join(whole)} carry modules_to_save, which are no deltas and cannot be combined.")
-
-
-def _combine(
-    tensors: list[torch.Tensor], weights: torch.Tensor, combination: str, density: float | None, sign: str
-) -> torch.Tensor:
-    if combination == "linear":
-        return merge_utils.task_arithmetic(tensors, weights)
-    if combination == "ties":
-        return merge_utils.ties(tensors, weights, density, sign)
-    if combination == "dare_ties":
-        return merge_utils.dare_ties(tensors, weights, density, sign)
-    function = merge_utils.dare_linear if combination == "dare_linear" else merge_utils.magnitude_prune
-    return function(tensors, weights, density)

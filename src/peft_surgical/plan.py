@@ -11,40 +11,20 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .anatomy import Anatomy, Block, anatomy_of
+from .attach import bare, join
 from .config import SurgicalConfig
-from .delta import HOLDER, check_base, fingerprint, shown
-from .errors import AdapterError, AnatomyError, BaseMismatchError, UnknownTargetError, UnsupportedModelError
-from .layer import SurgicalLayer, bare, join, stored
+from .delta import check_base, fingerprint, shown
+from .errors import AnatomyError, BaseMismatchError, UnknownTargetError
 from .norm import moving_statistics, statistics_of
-from .specialise import base_class
+from .reading import base_value
+from .support import ModulePlan, Site, check_supported, is_quantized, refuse_other_methods
 from .targets import parse, paths_matched, resolve
-
-Site = tuple[nn.Module, str]
-_QUANTIZED = ("bitsandbytes", "gptqmodel", "auto_gptq", "awq", "aqlm", "eetq", "hqq", "torchao", "quanto")
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-
-
-@dataclass(frozen=True)
-class ModulePlan:
-    """One module whose tensors an adapter touches.
-
-    Attributes:
-        path: Its path in the model; "" for the root.
-        module: The module.
-        parameters: Name of a tuned parameter -> every (module, name) that stores it, this module first.
-        statistics: Names of the buffers that the adapter owns.
-    """
-
-    path: str
-    module: nn.Module
-    parameters: Mapping[str, tuple[Site, ...]]
-    statistics: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -72,15 +52,6 @@ class Plan:
         }
 
 
-def base_value(module: nn.Module, name: str) -> torch.Tensor:
-    """The base's value of a module's tensor, whatever is merged into it."""
-    links = module.__dict__.get("surgery_links", {})
-    if name in links:
-        layer, key = links[name]
-        return layer.base_tensor(key)
-    return stored(module, name)
-
-
 def is_wrapper(module: nn.Module) -> bool:
     """Whether PEFT put this module in another one's place to train that one whole (``modules_to_save``)."""
     return isinstance(module, AuxiliaryTrainingWrapper)
@@ -99,12 +70,12 @@ def make_plan(model: nn.Module, config: SurgicalConfig, names: Sequence[str] | N
         UnsupportedModelError: The tensors cannot be read through deltas: quantized, offloaded, in a container.
         AdapterError: The model already carries another PEFT method.
     """
-    _refuse_other_methods(model)
+    refuse_other_methods(model)
     with bare(model, is_wrapper):
         modules = dict(model.named_modules())
         wanted = _wanted(model, modules, config, names)
         plan = _plan(modules, wanted, config, exact=names is not None or is_resolved(config))
-    _check_supported(model, plan)
+    check_supported(model, plan.modules)
     return plan
 
 
@@ -214,7 +185,7 @@ def _plan(modules: Mapping[str, nn.Module], wanted: Iterable[str], config: Surgi
     for module in modules.values():
         for name, value in module._parameters.items():
             if value is not None:
-                sites.setdefault(id(base_value(module, name)), []).append((module, name))
+                sites.setdefault(id(value), []).append((module, name))
     chosen = set(wanted)
     targeted = {name.rpartition(".")[0] for name in chosen}
     moving = set(moving_statistics(config.norm_stats, modules.items(), targeted))  # type: ignore[arg-type]
@@ -228,7 +199,7 @@ def _plan(modules: Mapping[str, nn.Module], wanted: Iterable[str], config: Surgi
         # Integer parameters (lookup tables) have no gradient to follow.
         if value is not None
         and join(path, name) in chosen
-        and (value.is_floating_point() or _is_quantized(module, value))
+        and (value.is_floating_point() or is_quantized(module, value))
     }
     entries = []
     for path, module in modules.items():
@@ -243,88 +214,6 @@ def _plan(modules: Mapping[str, nn.Module], wanted: Iterable[str], config: Surgi
             "trained. Statistics of norm modules are tuned with norm_stats='target' or 'all'."
         )
     return plan
-
-
-def _refuse_other_methods(model: nn.Module) -> None:
-    for path, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer) and not isinstance(module, SurgicalLayer):
-            raise AdapterError(
-                f"{path} already carries another PEFT method ({type(module).__name__}). Merge or unload that adapter "
-                "first: a delta on a wrapped module would not be the delta of the base's tensor."
-            )
-
-
-def _check_supported(model: nn.Module, plan: Plan) -> None:
-    offloaded = {"cpu", "disk"} & {str(place) for place in getattr(model, "hf_device_map", {}).values()}
-    some_real = any(not parameter.is_meta for parameter in model.parameters())
-    for entry in plan.modules:
-        where = f"{entry.path or 'the root module'} ({base_class(entry.module).__name__})"
-        for name in entry.parameters:
-            value = base_value(entry.module, name)
-            if _is_quantized(entry.module, value):
-                raise UnsupportedModelError(
-                    f"{where}.{name} is quantized ({value.dtype}, {type(value).__name__}): a delta cannot be added to "
-                    "it. Load the base unquantized, or target blocks that are."
-                )
-            if value.is_meta and (some_real or offloaded):
-                raise UnsupportedModelError(
-                    f"{where}.{name} is offloaded (it lies on the meta device): its delta would never train. Load the "
-                    "base without device_map offloading, or target blocks that stay on a device."
-                )
-            _check_references(entry.module, name, value, where)
-        if isinstance(entry.module, _CONTAINERS):
-            raise UnsupportedModelError(
-                f"{where} keeps tensors of its own beside the modules that it runs one after the other, so it has no "
-                f"place for their deltas. Take them away from the target: - {entry.path}.{next(iter(entry.parameters))}"
-            )
-        holder = getattr(entry.module, HOLDER, None)
-        if holder is not None and not isinstance(holder, SurgicalLayer):
-            raise UnsupportedModelError(f"{where} has an attribute {HOLDER!r} of its own, the name that deltas need.")
-        if isinstance(entry.module, torch.jit.ScriptModule):
-            raise UnsupportedModelError(f"{where} is a ScriptModule, whose class is fixed. Tune the eager model.")
-
-
-def _is_quantized(module: nn.Module, value: torch.Tensor) -> bool:
-    library = base_class(module).__module__.partition(".")[0]
-    subclass = type(value).__module__.partition(".")[0]
-    return library in _QUANTIZED or subclass in _QUANTIZED or hasattr(value, "quant_state")
-
-
-def _check_references(module: nn.Module, name: str, value: torch.Tensor, where: str) -> None:
-    """Refuse a module that keeps a second reference to its tensor and may read that one, past the delta."""
-    known = ("_parameters", "_buffers", "_modules", "surgery_links", "_flat_weights")
-    for attribute, held in vars(module).items():
-        if attribute in known or not isinstance(held, (list, tuple, dict)):
-            continue
-        members = held.values() if isinstance(held, dict) else held
-        if any(member is value for member in members):
-            raise UnsupportedModelError(
-                f"{where} also keeps {name} in its attribute {attribute!r} and may read it there, past the delta. "
-                "Target other tensors, or make the module read its own parameter."
-            )
-
-
-def check_adapter_name(adapter: str, adapters: Iterable[str], paths: Iterable[str]) -> None:
-    """Refuse a name that would make PEFT lose tensors in silence.
-
-    When PEFT saves one adapter, it drops every key in which another adapter's name occurs as a part; so no adapter may
-    be called like a part of a path that any adapter saves.
-
-    Args:
-        adapter: The new adapter's name.
-        adapters: All adapters' names, the new one's included.
-        paths: Full names of all tensors that these adapters save.
-    """
-    if not adapter or "." in adapter:
-        raise AdapterError(f"{adapter!r} cannot be an adapter's name: use one without dots, such as 'frost'.")
-    parts = {"base_model", "model", HOLDER, "surgical_delta", "surgical_stats"}
-    parts.update(part for path in paths for part in path.split("."))
-    for name in adapters:
-        if name in parts:
-            raise AdapterError(
-                f"The adapter name {name!r} is also a part of a tensor's path in this model. PEFT would drop "
-                f"tensors of the other adapters on saving; choose another name, such as '{name}-adapter'."
-            )
 
 
 def check_fingerprint(plan: Plan, config: SurgicalConfig) -> None:
