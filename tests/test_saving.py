@@ -14,6 +14,8 @@ import torch
 from peft import PeftModel
 from tiny import CASES, images, outputs
 
+import peft_surgical  # noqa: F401 (or PEFT would not know the method)
+
 SAVER = """
 import sys
 sys.path.insert(0, sys.argv[2])
@@ -40,13 +42,12 @@ def test_sigkill_at_any_moment_leaves_one_whole_adapter(tmp_path):
     folder, seen = tmp_path / "adapter", []
     for _ in range(8):
         arguments = [sys.executable, "-W", "ignore", "-c", SAVER, str(folder), str(Path(__file__).parent)]
-        saver = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)
-        assert saver.stdout.readline() == "ready\n"
-        while not (folder / "adapter_config.json").is_file():
-            time.sleep(0.01)
-        time.sleep(random.uniform(0.05, 0.4))
-        os.kill(saver.pid, signal.SIGKILL)
-        saver.wait()
+        with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as saver:
+            assert saver.stdout.readline() == "ready\n"
+            while not (folder / "adapter_config.json").is_file():
+                time.sleep(0.01)
+            time.sleep(random.uniform(0.05, 0.4))
+            os.kill(saver.pid, signal.SIGKILL)
         model = PeftModel.from_pretrained(copy.deepcopy(base), folder)
         assert torch.isfinite(outputs(model, images())).all()
         seen.append(model.peft_config["default"].target)
