@@ -1,0 +1,518 @@
+"""No cost of its own: a training step and an inference pass against the same network without this package.
+
+::
+
+    python benchmarks/step.py                                        # about 12 minutes on two quiet CPU cores
+    python benchmarks/step.py --networks vit_b16 --targets block1 block6 head all --batch-size 16
+    python benchmarks/step.py --from-json outputs/benchmarks/step.jsonl --markdown table.md
+
+One cell is one network and one target. Its methods start from the same random weights, see the same batch and use the
+same optimizer without weight decay:
+
+- *ours*: ``get_peft_model`` with ``SurgicalConfig(target=...)``;
+- *hand*: plain torch, ``requires_grad_(False)`` outside the target;
+- *peft*: ``LNTuningConfig`` on the target's modules, PEFT's nearest method (it trains a copy of each module; raw
+  parameters outside any module, such as a ViT's ``pos_embed``, are out of its reach);
+- *full*: plain torch, every parameter trained.
+
+All hold the normalisation statistics, so the work is equal and the losses of ours and hand must agree before anything
+is timed. Then rounds: every method once per round, in an order that changes from round to round, so that what else the
+machine does hits all alike. A number is the median over rounds of the ratio within a round, with the distribution-free
+95% interval between two order statistics. For the target ``all``, hand and full are the same network: their ratio shows
+the noise. Finished cells are kept in a JSON-lines file and not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import gc
+import math
+import os
+import platform
+import re
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would report on itself for every cell
+
+import timm
+import torch
+import torch.nn.functional as F
+from peft import LNTuningConfig, get_peft_model
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.profiler import ProfilerActivity, profile
+
+from peft_surgical import SurgicalConfig, anatomy_of, parse, resolve
+from peft_surgical.cifar import ResNet26
+from peft_surgical.evaluation import Interval
+from peft_surgical.ledger import Ledger, Run
+
+WEIGHTS = "adapter_model.safetensors"
+CHECKED_STEPS = 3
+LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 1e-1, "float16": 1e-1}  # relative; on a half base ours keeps fp32 deltas
+
+
+class Network(NamedTuple):
+    """A network to measure: how to build it, its input, and the cells of a run without arguments.
+
+    Attributes:
+        build: Makes it with random weights.
+        side: Height and width of its input.
+        batch_size: Default. A ViT's step at 16 would alone take longer than all other cells; what the package adds
+            does not depend on the batch, so a smaller one can only make its share look larger.
+        targets: Default.
+    """
+
+    build: Callable[[], nn.Module]
+    side: int
+    batch_size: int
+    targets: tuple[str, ...]
+
+
+GOAL_TARGETS = ("block1", "head", "all")
+NETWORKS = {
+    "resnet26": Network(ResNet26, 32, 64, ("block1", "block2", "head", "all")),
+    # zero_init_last would give most convolutions a gradient of exactly zero, which no pretrained network has.
+    "resnet50": Network(functools.partial(timm.create_model, "resnet50", zero_init_last=False), 224, 16, GOAL_TARGETS),
+    "vit_b16": Network(functools.partial(timm.create_model, "vit_base_patch16_224"), 224, 4, ("block1",)),
+}
+
+
+class Goal(NamedTuple):
+    """What to be measured against, for 224 px and a batch of at least 16."""
+
+    text: str
+    phase: str
+    whole: bool
+    most: float
+
+
+GOALS = (
+    Goal("training step, one block", "training", False, 1.03),
+    Goal("training step, all", "training", True, 1.05),
+    Goal("inference unmerged, one block", "inference", False, 1.03),
+)
+
+
+# --- statistics ---
+
+
+def median_interval(values: Sequence[float]) -> Interval:
+    """Median with the 95% interval between two order statistics, which assumes nothing but independent rounds.
+
+    With k values cut off at each end, the interval misses the median with probability 2 P(Binomial(n, 1/2) <= k). Below
+    six values no cut reaches 95%: the interval is then everything from 0 up.
+    """
+    ordered, n = sorted(values), len(values)
+    missed, cut = 0.0, -1
+    while missed + 2 * math.comb(n, cut + 1) / 2**n <= 0.05:
+        cut += 1
+        missed += 2 * math.comb(n, cut) / 2**n
+    low, high = (ordered[cut], ordered[n - 1 - cut]) if cut >= 0 else (0.0, math.inf)
+    return Interval(median(ordered), low, high)
+
+
+def ratio(seconds: dict[str, list[float]], method: str, base: str) -> Interval | None:
+    """Median over rounds of the time of ``method`` over that of ``base`` in the same round."""
+    if method not in seconds or base not in seconds:
+        return None
+    return median_interval([a / b for a, b in zip(seconds[method], seconds[base], strict=True)])
+
+
+def interleave(
+    calls: dict[str, Callable[[], object]], seconds: float, rounds: int, wait: Callable[[], object]
+) -> dict[str, list[float]]:
+    """Seconds per call, every method once per round, for at least so many seconds and so many rounds."""
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    names, done, end = list(calls), 0, time.perf_counter() + seconds
+    while done < rounds or time.perf_counter() < end:
+        turn = done % len(names)
+        order = names[turn:] + names[:turn]
+        gc.collect()
+        gc.disable()  # as timeit does: a collection would hit whichever method is running
+        for name in order if done // len(names) % 2 == 0 else reversed(order):
+            wait()
+            start = time.perf_counter()
+            calls[name]()
+            wait()
+            taken[name].append(time.perf_counter() - start)
+        gc.enable()
+        done += 1
+    return {name: [float(f"{value:.6g}") for value in values] for name, values in taken.items()}
+
+
+# --- the methods ---
+
+
+def hold_statistics(model: nn.Module) -> nn.Module:
+    """Training mode but for BatchNorm."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()
+    return model
+
+
+def estimate_statistics(model: nn.Module, x: Tensor) -> None:
+    """Give BatchNorm the statistics of ``x``.
+
+    With the ones it starts from, the activations of a random network explode, a few steps bring the loss to exactly
+    zero, and what is timed from then on is arithmetic on zeros and denormal numbers.
+    """
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    with torch.no_grad():
+        model.train()(x)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+
+
+def modules_within(module: nn.Module, names: set[str], path: str = "") -> Iterator[str]:
+    """Paths of the highest modules whose parameters are all in ``names``.
+
+    Not the containers: networks iterate over them, which PEFT's wrapper around one does not support.
+    """
+    own = {name for name, _ in module.named_parameters(prefix=path)}
+    if path and own and own <= names and not isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+        yield path
+        return
+    for name, child in module.named_children():
+        yield from modules_within(child, names, f"{path}.{name}" if path else name)
+
+
+def ln_tuned(model: nn.Module, config: LNTuningConfig) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Unsupported layer type")  # PEFT, about counting a block's features
+        return get_peft_model(model, config)
+
+
+def builders(base: nn.Module, target: str) -> tuple[dict[str, Callable[[], nn.Module]], set[str]]:
+    """What makes each method's model from a copy of ``base``, and which of them train exactly the same tensors."""
+    parameters = {name for name, _ in base.named_parameters()}
+    tuned = set(resolve(parse(target), anatomy_of(base))) & parameters
+    paths = list(modules_within(base, tuned))
+
+    def hand(names: set[str]) -> nn.Module:
+        model = copy.deepcopy(base)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in names)
+        return model
+
+    made = {
+        "ours": lambda: get_peft_model(copy.deepcopy(base), SurgicalConfig(target=target)),
+        "hand": lambda: hand(tuned),
+        "full": lambda: hand(parameters),
+    }
+    same = {"ours", "hand"} | ({"full"} if tuned == parameters else set())
+    if paths:
+        config = LNTuningConfig(target_modules="|".join(map(re.escape, paths)))
+        made["peft"] = lambda: ln_tuned(copy.deepcopy(base), config)
+        reached = {name for name in tuned if name.startswith(tuple(f"{path}." for path in paths))}
+        same |= {"peft"} if reached == tuned else set()
+    return made, same
+
+
+def training_step(model: nn.Module, call: nn.Module, args: argparse.Namespace, x: Tensor, y: Tensor):
+    """The step of one method: forward, loss, backward, optimizer step, zero_grad; returns the loss."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if args.optimizer == "adamw":
+        # Weight decay pulls a delta to zero and a weight to zero as well, which are two different points.
+        optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0.0)
+    else:
+        optimizer = torch.optim.SGD(trained, lr=args.lr, momentum=0.9)
+
+    def step() -> Tensor:
+        loss = F.cross_entropy(call(x).float(), y)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return step
+
+
+def peak_memory(work: Callable[[], Any], device: torch.device) -> tuple[Any, int]:
+    """What ``work`` returns, and the most bytes of tensors that it held at once, beyond those there before."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        result = work()
+        return result, torch.cuda.max_memory_allocated(device) - before
+    # Exact and repeatable, where the resident size of the process depends on what the allocator gives back.
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+        result = work()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return result, most
+
+
+# --- one cell ---
+
+
+def measure(args: argparse.Namespace, key: dict[str, Any]) -> dict[str, Any]:
+    """Check that the methods do the same work, then time them."""
+    start = time.perf_counter()
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    torch.manual_seed(0)
+    base = NETWORKS[key["network"]].build().to(device, dtype)
+    x = torch.randn(key["batch_size"], 3, key["side"], key["side"], device=device, dtype=dtype)
+    y = torch.randint(0, 10, (key["batch_size"],), device=device)
+    estimate_statistics(base, x)
+    made, same = builders(base, key["target"])
+
+    models, calls, steps, losses, memory = {}, {}, {}, {}, {}
+    for name, make in made.items():
+
+        def begin(make: Callable[[], nn.Module] = make) -> tuple[Any, ...]:
+            model = hold_statistics(make())
+            call = torch.compile(model) if args.compile else model
+            step = training_step(model, call, args, x, y)
+            return model, call, step, [step() for _ in range(CHECKED_STEPS)]
+
+        (models[name], calls[name], steps[name], losses[name]), memory[name] = peak_memory(begin, device)
+        losses[name] = [float(loss) for loss in losses[name]]
+    check_losses({name: losses[name] for name in same}, LOSS_TOLERANCE[args.dtype])
+    result: dict[str, Any] = {"memory": memory, "losses": losses, "same": sorted(same)}
+    result["trained"] = sum(p.numel() for p in models["hand"].parameters() if p.requires_grad)
+    result["training"] = interleave(steps, args.seconds, args.rounds, wait)
+
+    steps.clear()
+    calls.pop("full"), models.pop("full")  # for inference it is hand's network with other values
+    models["merged"] = copy.deepcopy(models["ours"]).merge_and_unload()
+    check_merged(models["merged"], models["ours"], base, x)
+    result["merged"] = "the base's own classes, outputs bit-equal to unmerged"
+    result["bytes"] = saved_bytes(models, base)
+    calls["merged"] = torch.compile(models["merged"]) if args.compile else models["merged"]
+    for model in models.values():
+        model.eval()
+    with torch.no_grad():
+        passes = {name: lambda call=call: call(x) for name, call in calls.items()}
+        interleave(passes, 0, 1, wait)  # warm
+        result["inference"] = interleave(passes, args.seconds, args.rounds, wait)
+    result["seconds"] = round(time.perf_counter() - start, 1)
+    return result
+
+
+def check_losses(losses: dict[str, list[float]], tolerance: float) -> None:
+    """Raise unless the methods that train the same tensors have the same losses, and these move."""
+    hand = losses["hand"]
+    if hand[0] == hand[-1]:
+        raise RuntimeError(f"{len(hand)} steps left the loss at {hand[0]}: nothing was trained, so nothing is compared")
+    for name, values in losses.items():
+        if not all(math.isclose(a, b, rel_tol=tolerance) for a, b in zip(values, hand, strict=True)):
+            raise RuntimeError(f"{name} and hand do not do the same work: losses {values} against {hand}")
+
+
+def check_merged(merged: nn.Module, ours: nn.Module, base: nn.Module, x: Tensor) -> None:
+    """Raise unless the merged network is made of the base's classes and computes what the unmerged one does."""
+    classes = [[(path, type(module)) for path, module in network.named_modules()] for network in (merged, base)]
+    if classes[0] != classes[1]:
+        raise RuntimeError("merging leaves modules that the base does not have")
+    with torch.no_grad():
+        before, after, untouched = ours.eval()(x), merged.eval()(x), base.eval()(x)
+    if not torch.equal(before, after):
+        raise RuntimeError(f"merging changes the outputs by up to {(before - after).abs().max():.3g}")
+    if torch.equal(after, untouched):
+        raise RuntimeError("the merged network is the base: the comparison would be empty")
+
+
+def saved_bytes(models: dict[str, nn.Module], base: nn.Module) -> dict[str, int]:
+    """Size of the adapter files, and of a checkpoint of the whole network."""
+    sizes = {"full": sum(tensor.nbytes for tensor in base.state_dict().values())}
+    for name in ("ours", "peft"):
+        if name in models:
+            with tempfile.TemporaryDirectory() as folder:
+                models[name].save_pretrained(folder)
+                sizes[name] = Path(folder, WEIGHTS).stat().st_size
+    return sizes
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What the times depend on besides the settings."""
+    cpu = platform.processor() or platform.machine()
+    information = Path("/proc/cpuinfo")
+    if information.is_file() and (found := re.search(r"model name\s*:\s*(.+)", information.read_text())):
+        cpu = found[1]
+    gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else None
+    return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu}
+
+
+def key_of(args: argparse.Namespace, network: str, target: str) -> dict[str, Any]:
+    """Everything that a cell's numbers depend on: a cell of another machine or version is measured again."""
+    entry = NETWORKS[network]
+    key = {"benchmark": "step", "network": network, "target": target, "side": entry.side}
+    key["batch_size"] = args.batch_size or entry.batch_size
+    key |= {"optimizer": args.optimizer, "lr": args.lr, "dtype": args.dtype, "device": args.device}
+    key |= {"compile": args.compile, "machine": machine(args.device)}
+    return key | {"versions": {name: version(name) for name in ("peft-surgical", "peft", "torch", "timm")}}
+
+
+# --- the table ---
+
+TIMES = [
+    "network",
+    "target",
+    "training: ours / hand",
+    "ours / peft",
+    "ours / full",
+    "inference: ours / hand",
+    "merged / hand",
+    "rounds",
+]
+SIZES = ["network", "target", "memory (MB): ours", "hand", "peft", "full", "file (MB): ours", "peft", "full"]
+
+
+def shown(interval: Interval | None) -> str:
+    if interval is None:
+        return "-"
+    bounds = "too few rounds" if math.isinf(interval.high) else f"{interval.low:.3f} to {interval.high:.3f}"
+    return f"{interval.value:.3f} ({bounds})"
+
+
+def place(run: Run) -> list[str]:
+    return [f"{run.key['network']}, {run.key['side']} px, batch {run.key['batch_size']}", run.key["target"]]
+
+
+def times(run: Run) -> list[str]:
+    """One cell as texts, in the order of TIMES."""
+    training, inference = run.result["training"], run.result["inference"]
+    return [
+        *place(run),
+        *(shown(ratio(training, "ours", base)) for base in ("hand", "peft", "full")),
+        *(shown(ratio(inference, method, "hand")) for method in ("ours", "merged")),
+        f"{len(training['hand'])}, {len(inference['hand'])}",
+    ]
+
+
+def sizes(run: Run) -> list[str]:
+    """One cell as texts, in the order of SIZES."""
+    memory, saved = run.result["memory"], run.result["bytes"]
+    texts = [f"{memory[name] / 1e6:.0f}" if name in memory else "-" for name in ("ours", "hand", "peft", "full")]
+    return [*place(run), *texts, *(f"{saved[n] / 1e6:.2f}" if n in saved else "-" for n in ("ours", "peft", "full"))]
+
+
+def verdicts(runs: Sequence[Run]) -> list[str]:
+    """Each goal beside the worst of the cells that it is about; the noise, where a cell shows it."""
+    lines = []
+    for goal in GOALS:
+        about = [run for run in runs if run.key["side"] == 224 and run.key["batch_size"] >= 16]
+        found = [
+            (interval, run)
+            for run in about
+            if (run.key["target"] == "all") == goal.whole
+            and (interval := ratio(run.result[goal.phase], "ours", "hand"))
+        ]
+        line = f"Goal for {goal.text}, ours / hand at 224 px and batch 16: at most {goal.most}"
+        if not found:
+            lines.append(f"{line}; no cell here is about it.")
+            continue
+        worst, run = max(found, key=lambda pair: pair[0].value)
+        word = "met" if worst.value <= goal.most else "missed"
+        largest = f", the largest of {len(found)}" if len(found) > 1 else ""
+        lines.append(f"{line}; {word}: {shown(worst)} on {run.key['network']} {run.key['target']}{largest}.")
+    for run in runs:
+        if run.key["target"] == "all":
+            control = shown(ratio(run.result["training"], "full", "hand"))
+            lines.append(f"Noise: full / hand on {run.key['network']} all, the same network twice: {control}.")
+    return lines
+
+
+def captions(runs: Sequence[Run]) -> tuple[str, str]:
+    """How times and sizes came about, from the keys of the cells."""
+    described = set()
+    for key in (run.key for run in runs):
+        machine, versions = key["machine"], ", ".join(f"{name} {v}" for name, v in key["versions"].items())
+        where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores"
+        how = f"{key['dtype']}, {key['optimizer']}{', torch.compile' if key['compile'] else ''}"
+        described.add(f"{where}; {how}; {versions}")
+    return (
+        "Ratios of times: median over interleaved rounds (95% interval); below 1 ours is faster. Training is forward, "
+        "loss, backward, optimizer step and zero_grad. hand: frozen by hand; peft: LNTuningConfig on the same modules; "
+        "full: all parameters trained; merged: ours after merge_and_unload, made of the base's own classes, with "
+        f"outputs bit-equal to unmerged. {'. '.join(sorted(described))}.",
+        "Memory: the most bytes of tensors held at once while training (weights, gradients, optimizer state, "
+        "activations). File: the adapter; for full, a checkpoint of all weights.",
+    )
+
+
+def show(runs: Sequence[Run], markdown: str | None) -> None:
+    if not runs:
+        print("no finished cell: nothing to show")
+        return
+    # Where the output goes to a file, rich would fold these tables to 80 columns.
+    console, text = Console(width=None if sys.stdout.isatty() else 150), []
+    for header, cells, caption in zip((TIMES, SIZES), (times, sizes), captions(runs), strict=True):
+        table = Table(*header, caption=caption, show_lines=True)
+        rows = [cells(run) for run in runs]
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+        text += [f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows]] + ["", caption, ""]
+    notes = verdicts(runs)
+    console.print("\n".join(notes), highlight=False)
+    if markdown:
+        Path(markdown).write_text("\n".join([*text, *(f"- {line}" for line in notes), ""]), encoding="utf-8")
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    defaults = "; ".join(f"{name}: {' '.join(entry.targets)}" for name, entry in NETWORKS.items())
+    batches = ", ".join(f"{name} {entry.batch_size}" for name, entry in NETWORKS.items())
+    add("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
+    add("--targets", nargs="+", help=f"any target text, for every network (default {defaults})")
+    add("--batch-size", type=int, help=f"for every network (default {batches})")
+    add("--seconds", type=float, default=10, help="at least, for a cell's training, again for inference (default 10)")
+    add("--rounds", type=int, default=10, help="at least, whatever they take (default 10)")
+    add("--optimizer", choices=["adamw", "sgd"], default="adamw", help="sgd has momentum 0.9")
+    add("--lr", type=float, help="default 1e-6, so that the loss stays away from zero; 1e-4 in half precision")
+    add("--threads", type=int, help="torch threads (default: torch's own choice)")
+    add("--device", default="cpu", help="cpu, cuda, cuda:1")
+    add("--dtype", choices=list(LOSS_TOLERANCE), default="float32", help="of the network and its input")
+    add("--compile", action="store_true", help="torch.compile every method")
+    add("--json", default="outputs/benchmarks/step.jsonl", help="finished cells, one per line; what is there is kept")
+    add("--markdown", help="also write the table to this file")
+    add("--from-json", metavar="FILE", help="measure nothing, draw the table of the cells in this file")
+    args = parser.parse_args(argv)
+    # A half-precision weight does not notice a step of 1e-6.
+    args.lr = args.lr or (1e-6 if args.dtype == "float32" else 1e-4)
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    if args.from_json:
+        show(Ledger(args.from_json).runs(benchmark="step"), args.markdown)
+        return
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    ledger, runs = Ledger(args.json), []
+    for network in args.networks:
+        for target in args.targets or NETWORKS[network].targets:
+            runs.append(ledger.run(key_of(args, network, target), lambda key: measure(args, key)))
+            found, seconds = ratio(runs[-1].result["training"], "ours", "hand"), runs[-1].result["seconds"]
+            print(f"{network} {target}: training, ours / hand {shown(found)}; took {seconds:.0f} s", flush=True)
+    show(runs, args.markdown)
+
+
+if __name__ == "__main__":
+    main()
