@@ -648,6 +648,19 @@ def test_torch_compile_sees_deltas_switches_and_gradients():
     assert close(compiled(**INPUTS).logits, model(**INPUTS).logits)
 
 
+def test_an_adapter_of_a_compiled_network_is_the_networks(tmp_path):
+    base = vit().eval()
+    model = get_peft_model(torch.compile(copy.deepcopy(base), backend="eager"), SurgicalConfig(target="block1"))
+    disturb(model)
+    tuned = outputs(model, INPUTS)
+    assert not any("_orig_mod" in name for name in model.peft_config["default"].tensor_names)
+    model.save_pretrained(tmp_path)
+    assert not any("_orig_mod" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
+    assert close(outputs(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path), INPUTS), tuned)
+    again = torch.compile(copy.deepcopy(base), backend="eager")
+    assert close(outputs(PeftModel.from_pretrained(again, tmp_path), INPUTS), tuned)
+
+
 def test_moving_and_casting_the_model():
     _, model = adapted("all")
     before = outputs(model, INPUTS)

@@ -256,6 +256,11 @@ class SurgicalModel(BaseTuner):
     # --- state dicts ---
 
     @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # PEFT maps both ways through this, so an adapter made on a compiled network loads onto a plain one and back.
+        return super()._remove_adapter_name_from_key(key, adapter_name).replace("_orig_mod.", "")
+
+    @classmethod
     def _get_adapter_state_dict(
         cls,
         model: nn.Module,

@@ -70,6 +70,8 @@ def make_plan(model: nn.Module, config: SurgicalConfig, names: Sequence[str] | N
         UnsupportedModelError: The tensors cannot be read through deltas: quantized, offloaded, in a container.
         AdapterError: The model already carries another PEFT method.
     """
+    # torch.compile's wrapper puts itself into every path; the adapter is the network's.
+    model = getattr(model, "_orig_mod", model)
     refuse_other_methods(model)
     with bare(model, is_wrapper):
         modules = dict(model.named_modules())
