@@ -440,7 +440,7 @@ def captions(runs: Sequence[Run]) -> tuple[str, str]:
     """How times and sizes came about, from the keys of the cells."""
     described = set()
     for key in (run.key for run in runs):
-        machine, versions = key["machine"], ", ".join(f"{name} {v}" for name, v in key["versions"].items())
+        machine, versions = key["machine"], ", ".join(f"{name} {v}" for name, v in sorted(key["versions"].items()))
         where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores"
         how = f"{key['dtype']}, {key['optimizer']}{', torch.compile' if key['compile'] else ''}"
         described.add(f"{where}; {how}; {versions}")
