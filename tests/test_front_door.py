@@ -284,6 +284,30 @@ def test_mixed_batches_with_raw_parameters_and_root_tensors():
     assert close(mixed[3:], other[3:])
 
 
+def test_mixed_batches_never_split_time():
+    class Sequences(nn.Module):
+        def __init__(self, **kwargs):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(4, 2, **kwargs)
+
+        def forward(self, x, mask=None):
+            return self.attention(x, x, x, attn_mask=mask)[0]
+
+    names = ["default", "__base__", "default"]
+    for kwargs, shape in (({}, (3, 3, 4)), ({"batch_first": True}, (3, 4))):
+        model = get_peft_model(Sequences(**kwargs), SurgicalConfig(target=["all"])).eval()
+        with pytest.raises(AdapterError, match="time first"):
+            model(torch.randn(*shape), adapter_names=names)
+    model = get_peft_model(Sequences(batch_first=True), SurgicalConfig(target=["all"])).eval()
+    disturb(model)
+    x, mask = torch.randn(3, 3, 4), torch.eye(3) - 1.0  # as many samples as queries
+    with torch.no_grad():
+        mixed = model(x, mask, adapter_names=names)
+        assert close(mixed[0], model(x, mask)[0])
+        with model.disable_adapter():
+            assert close(mixed[1], model(x, mask)[1])
+
+
 def test_injection_without_a_peft_model():
     base = vit().eval()
     network = copy.deepcopy(base)

@@ -112,8 +112,8 @@ def _routed(
         if len(groups) == 1:
             return _as_adapter(next(iter(groups)), layers, forward, args, kwargs)
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
-        time_first = isinstance(module, (nn.MultiheadAttention, nn.RNNBase)) and not module.batch_first
-        if time_first or (isinstance(module, nn.RNNBase) and tensors[0].ndim != 3):
+        sequential = isinstance(module, (nn.MultiheadAttention, nn.RNNBase))
+        if sequential and not (module.batch_first and tensors[0].ndim == 3):
             raise AdapterError(
                 f"{base_class(module).__name__} without batch_first=True sees time first, so its samples cannot be "
                 "told apart by rows. Run each adapter's samples by themselves."
@@ -155,7 +155,9 @@ def _select(value: Any, batch: int, index: torch.Tensor) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(_select(member, batch, index) for member in value)
     if isinstance(value, dict):
-        return {key: _select(member, batch, index) for key, member in value.items()}
+        # A two-dimensional mask is (queries, keys), shared by all samples, however many there are.
+        shared = {key for key, member in value.items() if key == "attn_mask" and getattr(member, "ndim", 0) == 2}
+        return {key: member if key in shared else _select(member, batch, index) for key, member in value.items()}
     return value
 
 

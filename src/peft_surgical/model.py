@@ -332,7 +332,9 @@ def _names_in(state_dict: dict[str, torch.Tensor]) -> list[str]:
     """The full names of the tensors for which a state dict has deltas or statistics."""
     names = []
     for key in state_dict:
-        path, mark, rest = key.removeprefix("base_model.model.").rpartition(f"{HOLDER}.{PREFIX}")
+        path, mark, rest = (
+            key.removeprefix("base_model.model.").removeprefix("_orig_mod.").rpartition(f"{HOLDER}.{PREFIX}")
+        )
         if mark:
             names.append(join(path.removesuffix("."), rest.rpartition(".")[2]))
     return names
