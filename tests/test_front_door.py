@@ -308,6 +308,21 @@ def test_mixed_batches_never_split_time():
             assert close(mixed[1], model(x, mask)[1])
 
 
+@pytest.mark.parametrize("target", ["re:.*self_attn.*", "re:.*out_proj.*", "re:.*linear1.*", "all"])
+def test_mixed_batches_through_the_fast_path_of_torchs_encoder(target):
+    layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+    model = get_peft_model(nn.Sequential(layer), SurgicalConfig(target=target)).eval()
+    disturb(model, 0.5)
+    x = torch.randn(4, 3, 4)
+    with torch.no_grad():
+        mixed, tuned = model(x, adapter_names=["default", "__base__"] * 2), model(x)
+        with model.disable_adapter():
+            base = model(x)
+    assert not close(tuned, base)
+    assert close(mixed[::2], tuned[::2])
+    assert close(mixed[1::2], base[1::2])
+
+
 def test_injection_without_a_peft_model():
     base = vit().eval()
     network = copy.deepcopy(base)

@@ -25,6 +25,10 @@ BASE = "__base__"
 """PEFT's name for "no adapter" in ``adapter_names``."""
 
 
+# Their fast paths take the children's weights and never call the children's forward.
+_READS_CHILDREN = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+
+
 class _Routing:
     """Who gets which sample. Inside a tuned module that has split its batch, all samples belong to one adapter."""
 
@@ -55,14 +59,14 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str], known: Sequence[
     layers = [layer for _, layer in surgical_layers(model)]
     _check(model, layers, adapter_names, known)
     routing = _Routing(adapter_names)
-    # A tied tensor is read by modules without a holder of their own; each of them splits its batch too.
+    # A tied tensor is read by modules without a holder of their own; each of them splits its batch too. So do the
+    # modules that read their children's tensors without calling the children.
     owners = {id(m): m for layer in layers for key in layer._sites for m, _ in layer.sites(key)}
+    owners |= {id(m): m for m in model.modules() if isinstance(m, _READS_CHILDREN) and _layers_of(m)}
     patched = []
     for module in owners.values():
         previous = module.__dict__.get("forward")
-        links = [link_of(module, name) for name in module.__dict__["surgery_links"]]
-        own = list({id(layer): layer for layer, _ in links}.values())
-        module.__dict__["forward"] = _routed(module, module.forward, own, routing)
+        module.__dict__["forward"] = _routed(module, module.forward, _layers_of(module), routing)
         patched.append((module, previous))
     # PEFT's own wrappers of modules_to_save split a batch by themselves when they are told whose it is.
     handles = [
@@ -80,6 +84,13 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str], known: Sequence[
                 del module.__dict__["forward"]
             else:
                 module.__dict__["forward"] = previous
+
+
+def _layers_of(module: nn.Module) -> list[SurgicalLayer]:
+    """Whose adapters a forward of ``module`` reads: its own, those of tied tensors, and its descendants'."""
+    below = [child for child in module.modules() if isinstance(child, SurgicalLayer)]
+    linked = [link_of(module, name)[0] for name in module.__dict__.get("surgery_links", ())]
+    return list({id(layer): layer for layer in (*linked, *below)}.values())
 
 
 def _tell(routing: _Routing, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -112,8 +123,9 @@ def _routed(
         if len(groups) == 1:
             return _as_adapter(next(iter(groups)), layers, forward, args, kwargs)
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
-        sequential = isinstance(module, (nn.MultiheadAttention, nn.RNNBase))
-        if sequential and not (module.batch_first and tensors[0].ndim == 3):
+        inner = module.self_attn if isinstance(module, nn.TransformerEncoderLayer) else module
+        sequential = isinstance(inner, (nn.MultiheadAttention, nn.RNNBase))
+        if sequential and not (inner.batch_first and tensors[0].ndim == 3):
             raise AdapterError(
                 f"{base_class(module).__name__} without batch_first=True sees time first, so its samples cannot be "
                 "told apart by rows. Run each adapter's samples by themselves."
@@ -156,7 +168,8 @@ def _select(value: Any, batch: int, index: torch.Tensor) -> Any:
         return type(value)(_select(member, batch, index) for member in value)
     if isinstance(value, dict):
         # A two-dimensional mask is (queries, keys), shared by all samples, however many there are.
-        shared = {key for key, member in value.items() if key == "attn_mask" and getattr(member, "ndim", 0) == 2}
+        masks = ("attn_mask", "src_mask")
+        shared = {key for key, member in value.items() if key in masks and getattr(member, "ndim", 0) == 2}
         return {key: member if key in shared else _select(member, batch, index) for key, member in value.items()}
     return value
 
