@@ -91,12 +91,15 @@ class SurgicalLayer(nn.Module, BaseTunerLayer):
 
     def _combine(self, key: str, base: torch.Tensor, adapters: Sequence[str]) -> torch.Tensor:
         total = base
+        holders: Any = self._modules["surgical_delta"]  # past nn.Module.__getattr__: this runs at every read
         for adapter in adapters:
             scale = self.scaling.get(adapter, 0.0)
             if scale == 0.0:  # exactly the base, and no cost
                 continue
-            deltas = self.surgical_delta._modules.get(adapter)
-            delta = getattr(deltas, key, None)
+            deltas = holders._modules.get(adapter)
+            delta = None if deltas is None else deltas._parameters.get(key)
+            if delta is None:  # nn.DataParallel's replicas hold plain attributes
+                delta = getattr(deltas, key, None)
             if delta is not None:
                 total = torch.add(total, delta, alpha=scale)
             elif adapter in self.surgical_stats and key in self.surgical_stats[adapter]._buffers:
