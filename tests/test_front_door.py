@@ -23,7 +23,15 @@ from safetensors.torch import load_file
 from tiny import CASES, Tied, bits, disturb, images, llama, outputs, same, snapshot, train, vit
 from torch import nn
 
-from peft_surgical import AdapterError, SurgicalConfig, UnknownTargetError, UnresolvedTargetError, UnsupportedModelError
+from peft_surgical import (
+    AdapterError,
+    SurgicalConfig,
+    SurgicalLayer,
+    UnknownTargetError,
+    UnresolvedTargetError,
+    UnsupportedModelError,
+)
+from peft_surgical.mixed import _routed, _Routing
 
 INPUTS = {"pixel_values": images()}
 TOKENS = {"input_ids": torch.tensor([[1, 2, 3], [4, 5, 6]])}
@@ -284,28 +292,55 @@ def test_mixed_batches_with_raw_parameters_and_root_tensors():
     assert close(mixed[3:], other[3:])
 
 
-def test_mixed_batches_never_split_time():
+def test_mixed_batches_split_samples_and_never_time_or_a_mask():
     class Sequences(nn.Module):
         def __init__(self, **kwargs):
             super().__init__()
             self.attention = nn.MultiheadAttention(4, 2, **kwargs)
 
         def forward(self, x, mask=None):
-            return self.attention(x, x, x, attn_mask=mask)[0]
+            if not self.attention.batch_first:
+                x = x.transpose(0, 1)
+            y = self.attention(x, x, x, attn_mask=mask)[0]
+            return y if self.attention.batch_first else y.transpose(0, 1)
 
     names = ["default", "__base__", "default"]
-    for kwargs, shape in (({}, (3, 3, 4)), ({"batch_first": True}, (3, 4))):
-        model = get_peft_model(Sequences(**kwargs), SurgicalConfig(target=["all"])).eval()
-        with pytest.raises(AdapterError, match="time first"):
-            model(torch.randn(*shape), adapter_names=names)
-    model = get_peft_model(Sequences(batch_first=True), SurgicalConfig(target=["all"])).eval()
-    disturb(model)
     x, mask = torch.randn(3, 3, 4), torch.eye(3) - 1.0  # as many samples as queries
-    with torch.no_grad():
-        mixed = model(x, mask, adapter_names=names)
-        assert close(mixed[0], model(x, mask)[0])
-        with model.disable_adapter():
-            assert close(mixed[1], model(x, mask)[1])
+    for kwargs in ({}, {"batch_first": True}):
+        model = get_peft_model(Sequences(**kwargs), SurgicalConfig(target=["all"])).eval()
+        disturb(model, 0.5)
+        with torch.no_grad():
+            mixed, tuned = model(x, adapter_names=names), model(x)
+            with model.disable_adapter():
+                base = model(x)
+            assert close(mixed[0], tuned[0])
+            assert close(mixed[1], base[1])
+            assert not close(tuned[1], base[1])
+            layers = [module for module in model.modules() if isinstance(module, SurgicalLayer)]
+            routed = _routed(model.get_base_model().attention, lambda *a, **k: a[0], layers, _Routing(names, 1))
+            if not kwargs:
+                with pytest.raises(AdapterError, match="time first"):
+                    routed(x, x, x)
+            else:  # inside generate(), where modules split by themselves
+                assert torch.equal(routed(x, x, x, attn_mask=mask), x)
+
+
+def test_mixed_batches_generate_as_one_adapter_at_a_time():
+    model = get_peft_model(llama().eval(), SurgicalConfig(target="block1 + embedding"))
+    model.add_adapter("other", SurgicalConfig(target="block2"))
+    disturb(model, 0.5)
+    model.eval()
+    settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    tokens, alone = torch.tensor([[1, 2, 3], [1, 2, 3], [1, 2, 3]]), {}
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        alone[name] = model.generate(input_ids=tokens, **settings)
+    with model.disable_adapter():
+        alone["__base__"] = model.generate(input_ids=tokens, **settings)
+    names = ["other", "__base__", "default"]
+    mixed = model.generate(input_ids=tokens, adapter_names=names, **settings)
+    assert all(torch.equal(mixed[row], alone[name][row]) for row, name in enumerate(names))
+    assert len({tuple(rows[0].tolist()) for rows in alone.values()}) == 3  # or this test could not fail
 
 
 @pytest.mark.parametrize("target", ["re:.*self_attn.*", "re:.*out_proj.*", "re:.*linear1.*", "all"])

@@ -162,9 +162,8 @@ class SurgicalModel(BaseTuner):
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
                 f"{len(names)} and {size} respectively."
             )
-        # generate() repeats each sample once per beam after this point.
-        names = [name for name in names for _ in range(kwargs.get("num_beams") or 1)]
-        with mixed_batch(self.model, names, list(self.peft_config)):
+        beams = kwargs.get("num_beams") or 1
+        with mixed_batch(self.model, names, list(self.peft_config), beams):
             yield
 
     # --- merging ---
