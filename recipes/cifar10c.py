@@ -76,7 +76,7 @@ def device_of(args: argparse.Namespace) -> torch.device:
 
 
 def tune(args: argparse.Namespace, key: dict[str, Any], tuning: Images, validation: Images):
-    """Train one adapter; returns the model at its best epoch, that epoch and its validation accuracy."""
+    """Train one adapter; returns the model at its best epoch, that epoch, and the validation accuracy of every epoch."""
 
     def rows(images: Images) -> list[dict[str, Tensor]]:
         inputs = normalise(images.pixels, args.network)
@@ -124,7 +124,8 @@ def tune(args: argparse.Namespace, key: dict[str, Any], tuning: Images, validati
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     steps_per_epoch = -(-len(tuning.labels) // args.batch_size)
-    return model, trainer.state.best_global_step // steps_per_epoch, trainer.state.best_metric
+    curve = [entry["eval_accuracy"] for entry in trainer.state.log_history if "eval_accuracy" in entry]
+    return model, trainer.state.best_global_step // steps_per_epoch, curve
 
 
 @functools.lru_cache(maxsize=2)
@@ -163,7 +164,7 @@ def run(args: argparse.Namespace, key: dict[str, Any]) -> dict[str, Any]:
         before = predicted_before(args.network, args.models, *place, device_of(args))[parts.test]
         result[f"{name}_before"] = result[name] = accuracy(before, test.labels)
     if key["target"] != "none":
-        model, epoch, best = tune(args, key, tuning, validation)
+        model, epoch, curve = tune(args, key, tuning, validation)
         logits = {name: predict_logits(model, normalise(x, args.network)) for name, x in pixels.items()}
         result |= {name: accuracy(after, test.labels) for name, after in logits.items()}
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:8]
@@ -171,7 +172,7 @@ def run(args: argparse.Namespace, key: dict[str, Any]) -> dict[str, Any]:
         folder = Path(args.output, "adapters", file_name(words))
         model.save_pretrained(folder)
         check_reload(args, folder, pixels, logits)
-        result |= {"validation": best, "epoch": epoch, "adapter": folder.name, "reload": "bit-equal in a new process"}
+        result |= {"validation": max(curve), "epoch": epoch, "curve": curve, "adapter": folder.name, "reload": "bit-equal in a new process"}
         result["bytes"] = Path(folder, "adapter_model.safetensors").stat().st_size
         result["trainable"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
     result["seconds"] = round(time.perf_counter() - start, 1)

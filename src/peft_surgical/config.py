@@ -58,6 +58,7 @@ class SurgicalConfig(PeftConfig):
         scale: Factor of the deltas (WiSE-FT, Wortsman et al. 2022): 0 is the base, 1 the tuned model. Saved, so that
             what is reloaded is what was evaluated.
         strict_base: False turns the error for a base with another fingerprint into a warning. Not saved.
+        selection: Filled in by `resolve_target` and by searches: how data chose the target, with the blocks' scores.
         tensor_names: Filled in: the resolved names of the tuned tensors, so that loading re-derives nothing.
         base_fingerprint: Filled in on saving: tensor name -> hash of the base's value; see `fingerprint`.
         weights_sha256: Filled in on saving: SHA-256 of the adapter file.
@@ -80,6 +81,7 @@ class SurgicalConfig(PeftConfig):
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained and saved whole."})
     scale: float = field(default=1.0, metadata={"help": "Factor of the deltas."})
     strict_base: bool = field(default=True, metadata={"help": "Refuse a base with another fingerprint."})
+    selection: dict[str, Any] | None = field(default=None, metadata={"help": "How data chose the target; filled in."})
     tensor_names: list[str] | None = field(default=None, metadata={"help": "Resolved; filled in."})
     base_fingerprint: dict[str, str] | None = field(default=None, metadata={"help": "Filled in on saving."})
     weights_sha256: str | None = field(default=None, metadata={"help": "Filled in on saving."})

@@ -37,6 +37,9 @@ from .errors import TargetError, UnknownTargetError, UnresolvedTargetError
 
 #: Targets that data decides. They name no tensors by themselves.
 DATA_TARGETS = ("auto", "auto-rgn", "auto-snr", "auto-fisher", "race", "cross-val", "greedy")
+_BY_SCORES = "call config = peft_surgical.resolve_target(config, model, dataloader) before get_peft_model"
+_BY_RUNS = "call peft_surgical.search.{}, which trains candidates, or run `peft-surgical tune --target {}`"
+_DECIDED_BY = {name: _BY_RUNS.format(name.replace("-", "_"), name) for name in ("auto", "race", "cross-val", "greedy")}
 
 # A minus is a sign at the start of a token, and part of a word where the word goes on right behind it.
 _TOKEN = re.compile(r"\s*(?:(?P<regex>re:\S*)|(?P<sign>[+-])|(?P<word>(?:[^\s+,-]|-(?=[^\s+,-]))+)|(?P<bad>\S))")
@@ -197,8 +200,8 @@ def resolve(spec: TargetSpec, anatomy: Anatomy) -> tuple[str, ...]:
     """
     if spec.needs_data:
         raise UnresolvedTargetError(
-            f"{spec} names no tensors until it has seen data: call config = resolve_target(config, model, dataloader) "
-            "before get_peft_model. This release does not ship it yet: name a block, e.g. target='block1'."
+            f"{spec} names no tensors until it has seen data: {_DECIDED_BY.get(str(spec), _BY_SCORES)}, or name a "
+            "block, e.g. target='block1'."
         )
     network = _Network(anatomy)
     chosen: set[str] = set()
