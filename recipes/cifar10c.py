@@ -76,7 +76,7 @@ def device_of(args: argparse.Namespace) -> torch.device:
 
 
 def tune(args: argparse.Namespace, key: dict[str, Any], tuning: Images, validation: Images):
-    """Train one adapter; returns the model at its best epoch, that epoch, and the validation accuracy of every epoch."""
+    """Train one adapter; returns the model at its best epoch, that epoch, and the validation accuracy of each epoch."""
 
     def rows(images: Images) -> list[dict[str, Tensor]]:
         inputs = normalise(images.pixels, args.network)
@@ -172,7 +172,13 @@ def run(args: argparse.Namespace, key: dict[str, Any]) -> dict[str, Any]:
         folder = Path(args.output, "adapters", file_name(words))
         model.save_pretrained(folder)
         check_reload(args, folder, pixels, logits)
-        result |= {"validation": max(curve), "epoch": epoch, "curve": curve, "adapter": folder.name, "reload": "bit-equal in a new process"}
+        result |= {
+            "validation": max(curve),
+            "epoch": epoch,
+            "curve": curve,
+            "adapter": folder.name,
+            "reload": "bit-equal in a new process",
+        }
         result["bytes"] = Path(folder, "adapter_model.safetensors").stat().st_size
         result["trainable"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
     result["seconds"] = round(time.perf_counter() - start, 1)

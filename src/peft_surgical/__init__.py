@@ -13,6 +13,7 @@ Importing this package registers the method; then PEFT's own front door works wi
 """
 
 from .anatomy import Anatomy, Block, anatomy_of
+from .callback import SurgicalCallback
 from .config import SurgicalConfig
 from .errors import (
     AdapterError,
@@ -29,7 +30,11 @@ from .errors import (
 )
 from .layer import SurgicalLayer
 from .model import SurgicalModel, set_scale
+from .pace import Pace
+from .penalties import Penalty
 from .register import register
+from .scores import BlockScores
+from .selection import resolve_target, score_blocks
 from .targets import TargetSpec, parse, resolve
 
 __all__ = [
@@ -39,8 +44,12 @@ __all__ = [
     "AnatomyError",
     "BaseMismatchError",
     "Block",
+    "BlockScores",
     "ConfigError",
     "DataError",
+    "Pace",
+    "Penalty",
+    "SurgicalCallback",
     "SurgicalConfig",
     "SurgicalError",
     "SurgicalLayer",
@@ -54,6 +63,8 @@ __all__ = [
     "parse",
     "register",
     "resolve",
+    "resolve_target",
+    "score_blocks",
     "set_scale",
 ]
 

@@ -86,10 +86,9 @@ class Fitted:
 
     Attributes:
         model: The PeftModel at its best epoch.
-        curve: Validation accuracy, a fraction, at the end of each epoch (and where the run was stopped in one).
+        curve: Validation accuracy, a fraction, at the end of each epoch.
         losses: Validation loss at the same points.
-        steps_at: Optimizer steps done at each of these points.
-        best_step: Optimizer steps of the best point; of equals the first.
+        best_epoch: The epoch, from 1, whose model this is: of equal accuracies the first.
         cost: In training steps of this batch size, counted from the beginning of the run: optimizer steps x batches
             per step, batches that were scored, and forward passes over the validation images as a third each.
         record: Epoch -> factor of each tensor's rate, of schedules that data drives.
@@ -98,8 +97,7 @@ class Fitted:
     model: nn.Module
     curve: tuple[float, ...]
     losses: tuple[float, ...]
-    steps_at: tuple[int, ...]
-    best_step: int
+    best_epoch: int
     cost: float
     record: Mapping[int, Mapping[str, float]] = field(repr=False)
 
@@ -126,14 +124,14 @@ class ClassifierTrainer(Trainer):
 
 
 class _StopAt(TrainerCallback):
-    """Evaluates, saves and stops after so many steps."""
+    """Stops after so many epochs of the run, at whose end Trainer evaluates and saves."""
 
-    def __init__(self, step: int) -> None:
-        self.step = step
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
 
-    def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
-        if state.global_step >= self.step:
-            control.should_evaluate = control.should_save = control.should_training_stop = True
+    def on_epoch_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        """See TrainerCallback."""
+        control.should_training_stop = round(state.epoch) >= self.epoch
 
 
 def fit(
@@ -146,7 +144,7 @@ def fit(
     options: dict[str, Any] | None = None,
     config: Mapping[str, Any] | None = None,
     folder: str | Path | None = None,
-    stop_step: int | None = None,
+    stop_epoch: int | None = None,
     collate: Callable[[Any], Any] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     progress: bool = False,
@@ -163,17 +161,17 @@ def fit(
         config: Further fields of the `SurgicalConfig`: ``norm_stats``, ``delta_dtype``, ``blocks``, ...
         folder: Where checkpoints lie; a run that was stopped or killed goes on from there, and ends as if it had not
             been. Without one the run leaves nothing behind.
-        stop_step: Stop after so many optimizer steps of the run, so that it can go on later. Needs a folder.
+        stop_epoch: Stop after so many epochs of the run, so that it can go on later. Needs a folder.
         collate: Makes a batch of rows; by default Trainer's own.
         callbacks: Further ones.
         progress: Show Trainer's progress bar.
 
     Raises:
-        ConfigError: Unknown method, option or setting, or ``stop_step`` without a folder.
+        ConfigError: Unknown method, option or setting, or ``stop_epoch`` without a folder.
     """
     row = method_of(method) if isinstance(method, str) else method
-    if stop_step is not None and folder is None:
-        raise ConfigError("stop_step needs a folder: a stopped run goes on from its checkpoint")
+    if stop_epoch is not None and folder is None:
+        raise ConfigError("stop_epoch needs a folder: a stopped run goes on from its checkpoint")
     given = row.settings(options)
     torch.manual_seed(settings.seed)  # a new head must not depend on what ran before
     model = get_peft_model(network, SurgicalConfig(target=row.target, **dict(config or {})))
@@ -225,21 +223,21 @@ def fit(
             data_collator=collate,
             compute_metrics=_metrics,
             optimizers=(optimizer, None),
-            callbacks=[surgical, *([] if stop_step is None else [_StopAt(stop_step)]), *callbacks],
+            callbacks=[surgical, *([] if stop_epoch is None else [_StopAt(stop_epoch)]), *callbacks],
         )
         trainer.remove_callback(PrinterCallback)
         last = get_last_checkpoint(place) if folder is not None and Path(place).is_dir() else None
         trainer.train(resume_from_checkpoint=last)
     points = [entry for entry in trainer.state.log_history if "eval_accuracy" in entry]
     curve = tuple(point["eval_accuracy"] for point in points)
-    scored = len(surgical.pace.record) * surgical.num_batches
+    batches = -(-len(tuning) // settings.batch_size)  # type: ignore[arg-type]
+    scored = len(surgical.pace.record) * min(surgical.num_batches, batches)
     forwards = len(points) * len(validation) / settings.batch_size  # type: ignore[arg-type]
     return Fitted(
         model=model,
         curve=curve,
         losses=tuple(point["eval_loss"] for point in points),
-        steps_at=tuple(point["step"] for point in points),
-        best_step=points[curve.index(max(curve))]["step"],
+        best_epoch=1 + curve.index(max(curve)),
         cost=trainer.state.global_step * settings.accumulation + scored + FORWARD_SHARE * forwards,
         record=surgical.pace.record,
     )

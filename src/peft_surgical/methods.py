@@ -110,7 +110,7 @@ METHODS: dict[str, Method] = {
             "auto-snr",
             "all",
             lambda anatomy, options: AutoSNR(options["threshold"]),
-            options=(("threshold", 0.5),),
+            options=(("threshold", 0.3),),
             source="paper, Sec. 4.1",
         ),
         Method(
