@@ -165,6 +165,7 @@ class Pace:
 
     def close(self) -> None:
         """Leave the optimizer and the parameters alone from now on."""
+        self._restore()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

@@ -98,7 +98,7 @@ class BlockScores:
         else:
             assert budget is not None
             runs = [names[i:j] for i in range(len(names)) for j in range(i + 1, len(names) + 1)]
-            runs = [run for run in runs if sum(self.shares[name] for name in run) <= budget]
+            runs = [run for run in runs if sum(self.shares[name] for name in run) <= budget + 1e-9]  # rounding
             if not runs:
                 smallest = min(self.shares, key=lambda name: self.shares[name])
                 share = self.shares[smallest]

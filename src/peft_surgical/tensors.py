@@ -92,6 +92,9 @@ def trained_tensors(model: nn.Module, frozen_too: bool | None = None) -> dict[st
         if not parameter.is_floating_point() or not (frozen_too or parameter.requires_grad):
             continue
         name, tensor = _named(network, path.removeprefix(prefix).replace("_orig_mod.", ""), path, parameter)
+        if name in found and not (found[name].is_delta and tensor.is_delta):
+            found[name] = tensor if tensor.is_delta else found[name]  # the base's own tensor below its delta
+            continue
         if name in found:
             raise UnsupportedModelError(
                 f"{name} is trained twice, as {found[name].path} and as {path}: criteria and schedules give a tensor "

@@ -1,0 +1,60 @@
+"""``peft-surgical show ADAPTER``: what an adapter's folder holds, verified, without its base."""
+
+from __future__ import annotations
+
+import json as to_json
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from ..contents import Contents, contents_of
+from .terminal import console, table
+
+
+def show(
+    adapter: Annotated[str, typer.Argument(help="A folder that save_pretrained wrote.")],
+    top: Annotated[int, typer.Option(min=0, help="How many of the largest deltas to list.")] = 10,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Verify an adapter's file and print what was tuned, and how far it moved."""
+    contents = contents_of(adapter)
+    if json:
+        typer.echo(to_json.dumps(contents.to_dict(top), indent=2))
+    else:
+        _print(contents, top)
+
+
+def _size(n: int) -> str:
+    return f"{n / 1e6:.1f} MB" if n >= 1e6 else f"{n / 1e3:.1f} kB"
+
+
+def _print(contents: Contents, top: int) -> None:
+    out = console()
+    facts = table("", "")
+    facts.show_header = False
+    for name, value in (
+        ("adapter", contents.folder),
+        ("base", contents.base or "not named in its config"),
+        ("target", contents.target if isinstance(contents.target, str) else " + ".join(contents.target or ["modules"])),
+        ("norm policy", contents.norm_stats + (f", {contents.statistics} statistics" if contents.statistics else "")),
+        ("scale", f"{contents.scale:g}"),
+        ("size", f"{_size(contents.bytes)}, {', '.join(contents.dtypes)}"),
+        ("saved whole", ", ".join(contents.modules_to_save)),
+        ("file", "verified: whole, unaltered, finite"),
+    ):
+        if value:
+            facts.add_row(name, escape(value))
+    out.print(facts)
+    out.print()
+    numbers = ("tensors", "parameters", "L2 norm")
+    parts = table(contents.parts_are, *numbers, numbers=numbers)
+    for part in contents.parts:
+        parts.add_row(escape(part.name), str(len(part.deltas)), f"{part.parameters:,}", f"{part.norm:.4g}")
+    out.print(parts)
+    if top:
+        out.print()
+        largest = table("largest deltas", "parameters", "L2 norm", numbers=("parameters", "L2 norm"))
+        for delta in contents.deltas[:top]:
+            largest.add_row(escape(delta.name), f"{delta.parameters:,}", f"{delta.norm:.4g}")
+        out.print(largest)

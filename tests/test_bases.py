@@ -1,0 +1,264 @@
+"""Bases by name: folders of both libraries, their transforms and heads, and every name that leads nowhere."""
+
+import json
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+timm = pytest.importorskip("timm")
+PIL = pytest.importorskip("PIL.Image")
+
+import transformers  # noqa: E402
+from peft import get_peft_model  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+from timm.models import save_for_hf  # noqa: E402
+
+from peft_surgical import SurgicalConfig, bases  # noqa: E402
+from peft_surgical.bases import load_base, load_model  # noqa: E402
+from peft_surgical.errors import ConfigError, DataError  # noqa: E402
+
+NAMES = ("cat", "dog", "owl", "rat")
+IMAGE = PIL.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8))
+
+
+@pytest.fixture(scope="module")
+def timm_folder(tmp_path_factory):
+    torch.manual_seed(1)
+    model = timm.create_model("test_vit", num_classes=4)
+    # timm's own initialisation makes it blind: the head and half of every block are zero.
+    with torch.no_grad():
+        model.head.weight.normal_()
+    folder = tmp_path_factory.mktemp("timm")
+    save_for_hf(model, folder, model_config={"label_names": NAMES}, safe_serialization=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def transformers_folder(tmp_path_factory):
+    torch.manual_seed(1)
+    config = transformers.ViTConfig(
+        hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, image_size=32, patch_size=16,
+        id2label=dict(enumerate(NAMES)), label2id={name: i for i, name in enumerate(NAMES)},
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("transformers")
+    transformers.ViTForImageClassification(config).save_pretrained(folder)
+    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(params=["timm", "transformers"])
+def folder(request):
+    return request.getfixturevalue(f"{request.param}_folder")
+
+
+def head_of(base):
+    return base.model.head if base.library == "timm" else base.model.classifier
+
+
+def logits(base, images):
+    with torch.no_grad():
+        found = base.model(images)
+    return getattr(found, "logits", found)
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_a_folder_of_either_library(folder, request):
+    base = load_base(folder)
+    assert base.library == request.node.callspec.params["folder"]
+    assert (base.classes, base.label_names, base.head_is_new) == (4, NAMES, False)
+    assert not base.model.training
+    if base.library == "timm":
+        own = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    else:
+        own = transformers.ViTForImageClassification.from_pretrained(folder)
+    assert same(base.model, own)
+    images = base.transform_eval(IMAGE)[None]
+    assert images.dtype == torch.float32
+    assert logits(base, images).shape == (1, 4)
+    assert torch.equal(base.transform_train(IMAGE), base.transform_eval(IMAGE))
+    assert same(load_model(str(folder)), base.model)
+
+
+def test_the_forms_of_timm_folders(timm_folder, monkeypatch):
+    monkeypatch.chdir(timm_folder.parent)
+    for name in (f"local-dir:{timm_folder}", timm_folder.name, f"./{timm_folder.name}"):
+        assert load_base(name).label_names == NAMES
+
+
+@pytest.mark.parametrize("augment", ["flip", "crop"])
+def test_augmentation(folder, augment):
+    base = load_base(folder, augment=augment)
+    plain = base.transform_eval(IMAGE)
+    torch.manual_seed(0)
+    found = [pickle.loads(pickle.dumps(base.transform_train))(IMAGE) for _ in range(12)]
+    assert {tuple(image.shape) for image in found} == {tuple(plain.shape)}
+    mirrored = base.transform_eval(IMAGE.transpose(PIL.Transpose.FLIP_LEFT_RIGHT))
+    near = [any(torch.allclose(image, other, atol=0.1) for other in (plain, mirrored)) for image in found]
+    if augment == "flip":
+        assert all(near)
+        assert len({image.sum().item() for image in found}) <= 2
+        assert not all(torch.equal(image, plain) for image in found)
+    else:
+        assert not any(near)
+        # Still normalised: a crop of noise has the mean and spread of all of it.
+        assert torch.stack(found).mean() == pytest.approx(plain.mean().item(), abs=0.1)
+
+
+def test_processor_normalises_as_transformers_does(transformers_folder):
+    base = load_base(transformers_folder)
+    white = base.transform_eval(PIL.new("RGB", (10, 20), "white"))
+    assert torch.equal(white, torch.ones(3, 32, 32))  # (1 - 0.5) / 0.5
+
+
+def test_new_head(folder):
+    base, again, other = load_base(folder, 3), load_base(folder, 3), load_base(folder, 3, seed=1)
+    old = load_base(folder)
+    assert (base.classes, base.label_names, base.head_is_new) == (3, None, True)
+    assert head_of(base).weight.shape[0] == 3
+    assert torch.equal(head_of(base).weight, head_of(again).weight)
+    assert not torch.equal(head_of(base).weight, head_of(other).weight)
+    body = {n: v for n, v in base.model.state_dict().items() if not n.startswith(("head", "classifier"))}
+    assert body
+    assert all(torch.equal(value, old.model.state_dict()[name]) for name, value in body.items())
+    named = load_base(folder, label_names=["x", "y", "z"])
+    assert (named.classes, named.label_names) == (3, ("x", "y", "z"))
+
+
+def test_a_new_head_leaves_the_generator_alone(folder):
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    load_base(folder, 3)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_same_number_of_classes(folder):
+    old = load_base(folder)
+    for names in (NAMES, ("Cat ", "dog", "owl", "rat"), ("0", "1", "2", "3")):
+        kept = load_base(folder, label_names=names)
+        assert not kept.head_is_new
+        assert same(kept.model, old.model)
+        assert kept.label_names == NAMES
+    with pytest.warns(UserWarning, match=r"other ones: class 3 is 'rat' there and 'yak' here.*head=\"keep\""):
+        new = load_base(folder, label_names=("cat", "dog", "owl", "yak"))
+    assert new.head_is_new
+    assert new.label_names == ("cat", "dog", "owl", "yak")
+    assert not torch.equal(head_of(new).weight, head_of(old).weight)
+    with pytest.warns(UserWarning, match="the same names in another order"):
+        load_base(folder, label_names=NAMES[::-1])
+    kept = load_base(folder, label_names=NAMES[::-1], head="keep")
+    assert (kept.head_is_new, kept.label_names) == (False, NAMES)
+    assert load_base(folder, head="new").head_is_new
+
+
+def test_names_reach_the_config_of_transformers(transformers_folder):
+    base = load_base(transformers_folder, label_names=["a", "b"])
+    assert base.model.config.id2label == {0: "a", 1: "b"}
+    assert base.model.config.num_labels == 2
+
+
+@pytest.mark.parametrize("name", ["test_vit", "timm/test_vit.r160_in1k", "folder"])
+def test_random_weights(name, transformers_folder):
+    name = transformers_folder if name == "folder" else name
+    a, b, c = (load_model(name, 4, weights="random", seed=seed) for seed in (0, 0, 1))
+    assert same(a, b)
+    assert not same(a, c)
+    base = load_base(name, weights="random")
+    assert base.head_is_new
+    assert base.classes == (4 if name == transformers_folder else 1000)
+
+
+def test_an_adapter_knows_its_base(folder, tmp_path):
+    model = get_peft_model(load_base(folder).model, SurgicalConfig(target="block1"))
+    model.save_pretrained(tmp_path)
+    named = json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert same(load_base(named).model, load_base(folder).model)
+
+
+def test_timm_network_saved_by_transformers(tmp_path):
+    config = transformers.TimmWrapperConfig.from_dict(
+        {"architecture": "test_vit", "num_classes": 3, "label_names": list("abc")}
+    )
+    transformers.TimmWrapperForImageClassification(config).save_pretrained(tmp_path)
+    base = load_base(tmp_path)
+    assert (base.library, base.classes, base.head_is_new) == ("transformers", 3, False)
+    assert logits(base, base.transform_eval(IMAGE)[None]).shape == (1, 3)
+
+
+# Names and folders that lead nowhere
+
+
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [
+        ("resnet5O", r"unknown base 'resnet5O': tried a folder here \(none\), and timm's models .*'resnet50'"),
+        ("owner/nothing", r"unknown base 'owner/nothing': tried a folder .*and its config.json on the Hub \(.+\)"),
+        ("hf-hub:owner/nothing", r"cannot load 'hf-hub:owner/nothing' with timm: "),
+        ("test_vit.r160_in1k", r"cannot load 'test_vit.r160_in1k' with timm: "),
+        ("test_vit.wrong", r"cannot load 'test_vit.wrong' with timm: .*wrong"),
+        ("gcvit_tiny.in1k", r"published as a pickle only \(https://.*\)"),
+        ("local-dir:nowhere", r"nowhere has no config\.json: pass the folder that save_pretrained"),
+    ],
+)
+def test_unknown_names(name, match):
+    with pytest.raises(DataError, match=match):
+        load_base(name)
+
+
+def test_folders_that_are_no_base(timm_folder, transformers_folder, tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(DataError, match=r"config\.json is no JSON"):
+        load_base(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(DataError, match="names neither timm's architecture nor transformers' model_type"):
+        load_base(tmp_path)
+    shutil.copy(timm_folder / "config.json", tmp_path)
+    with pytest.raises(DataError, match=r"has no model\.safetensors, and nothing else is read"):
+        load_base(tmp_path)
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(DataError, match=r"has no model\.safetensors"):
+        load_base(tmp_path)
+    shutil.copy(transformers_folder / "config.json", tmp_path)
+    with pytest.raises(DataError, match=r"with transformers: .*model\.safetensors"):
+        load_base(tmp_path)
+    shutil.copy(transformers_folder / "model.safetensors", tmp_path)
+    assert load_model(tmp_path, 2) is not None
+    with pytest.raises(DataError, match=r"has no preprocessor_config\.json"):
+        load_base(tmp_path)
+
+
+def test_a_checkpoint_that_is_not_whole(transformers_folder, tmp_path):
+    shutil.copytree(transformers_folder, tmp_path, dirs_exist_ok=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["vit.layernorm.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(DataError, match=r"does not hold vit\.layernorm\.weight"):
+        load_base(tmp_path)
+
+
+def test_choices(timm_folder):
+    for options, match in (
+        ({"weights": "none"}, "weights='none': choose one of pretrained, random"),
+        ({"augment": "mixup"}, "augment='mixup': choose one of none, flip, crop"),
+        ({"head": "old"}, "head='old': choose one of auto, keep, new"),
+        ({"num_classes": 0}, "num_classes=0: a classifier"),
+        ({"num_classes": 3, "label_names": ["a", "b"]}, "num_classes=3 but 2 label_names"),
+        ({"num_classes": 3, "head": "keep"}, 'head="keep": .* comes without a head for 3 classes'),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            load_base(timm_folder, **options)
+
+
+def test_without_timm(monkeypatch):
+    def missing(module, purpose, extra="recipes"):
+        raise DataError(f'{purpose} needs {module}: pip install "peft-surgical[{extra}]"')
+
+    monkeypatch.setattr(bases, "require", missing)
+    with pytest.raises(DataError, match=r"and timm, which is not installed: pip install \"peft-surgical\[timm\]\""):
+        load_base("resnet50")

@@ -1,0 +1,333 @@
+"""Criteria and targets from data: against ten-line references, on every form of batch, and leaving no trace."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import PeftModel, get_peft_model
+from tiny import ConvNet
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import ViTConfig, ViTForImageClassification
+
+from peft_surgical import SurgicalConfig, anatomy_of, resolve_target, score_blocks
+from peft_surgical.criteria import CRITERIA
+from peft_surgical.errors import AdapterError, ConfigError, DataError, UnresolvedTargetError, UnsupportedModelError
+from peft_surgical.gradients import forward_loss
+from peft_surgical.tensors import trained_tensors
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return ConvNet(nn.BatchNorm2d)
+
+
+@pytest.fixture
+def batches():
+    generator = torch.Generator().manual_seed(1)
+    return [(torch.randn(6, 3, 8, 8, generator=generator), torch.arange(6) % 5) for _ in range(3)]
+
+
+def gradients_by_hand(net, x, y):
+    """Gradients of the mean loss in eval mode, by name."""
+    net.eval()
+    loss = F.cross_entropy(net(x), y)
+    return dict(zip(dict(net.named_parameters()), torch.autograd.grad(loss, list(net.parameters())), strict=True))
+
+
+def per_input_by_hand(net, batches):
+    rows = [gradients_by_hand(net, x[i : i + 1], y[i : i + 1]) for x, y in batches for i in range(len(x))]
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def test_rgn_is_the_mean_over_batches_of_gradient_norm_over_weight_norm(net, batches):
+    scores = score_blocks(net, batches, "rgn", num_batches=2)
+    found = [gradients_by_hand(net, x, y) for x, y in batches[:2]]
+    for name, p in net.named_parameters():
+        expected = sum(g[name].norm() for g in found) / 2 / p.norm() if p.norm() > 0 else None
+        if expected is not None:
+            assert scores.tensor_scores[name] == pytest.approx(expected.item(), rel=1e-5)
+    names = ["layer2.0.weight", "layer2.0.bias", "layer2.1.weight", "layer2.1.bias"]
+    gradient = sum(torch.cat([g[n].flatten() for n in names]).norm() for g in found) / 2
+    weights = torch.cat([net.get_parameter(n).flatten() for n in names]).norm()
+    assert scores["block2"] == pytest.approx((gradient / weights).item(), rel=1e-5)
+    assert (scores.num_samples, scores.num_batches, scores.uses_labels, scores.split) == (12, 2, True, "tuning")
+    assert sum(scores.num_parameters.values()) == sum(p.numel() for p in net.parameters())
+
+
+def test_rgn_of_a_tensor_that_is_all_zero_is_that_of_its_block(net, batches):
+    nn.init.zeros_(net.fc.bias)
+    scores = score_blocks(net, batches, "rgn")
+    assert scores.tensor_scores["fc.bias"] == scores["head"] > 0
+
+
+def test_snr_is_squared_mean_over_variance_over_inputs(net, batches):
+    scores = score_blocks(net, batches, "snr", num_batches=None)
+    for name, g in per_input_by_hand(net, batches).items():
+        expected = torch.nan_to_num(g.double().mean(0) ** 2 / g.double().var(0), posinf=0.0).mean()
+        assert scores.tensor_scores[name] == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_fisher_is_the_mean_squared_gradient_over_inputs(net, batches):
+    scores = score_blocks(net, batches, "fisher", num_batches=None)
+    found = per_input_by_hand(net, batches)
+    for name, g in found.items():
+        assert scores.tensor_scores[name] == pytest.approx(float(g.square().mean()), rel=1e-4)
+    head = torch.cat([found["fc.weight"].flatten(1), found["fc.bias"].flatten(1)], 1)
+    assert scores["head"] == pytest.approx(float(head.square().mean()), rel=1e-4)
+
+
+def test_snr_reference_is_taken_along_the_first_axis_of_the_mean_gradient(net, batches):
+    scores = score_blocks(net, batches, "snr-reference", num_batches=None)
+    found = [gradients_by_hand(net, x, y) for x, y in batches]
+    g = sum(row["layer1.0.weight"].double() for row in found) / 3
+    assert scores.tensor_scores["layer1.0.weight"] == pytest.approx(float((g.mean(0) ** 2 / g.var(0)).mean()), rel=1e-3)
+
+
+@pytest.mark.parametrize("criterion", ["snr", "fisher"])
+def test_criteria_over_inputs_do_not_depend_on_the_batches(net, batches, criterion):
+    whole = [(torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches]))]
+    one = score_blocks(net, whole, criterion, num_batches=None)
+    for other in (
+        score_blocks(net, batches, criterion, num_batches=None),
+        score_blocks(net, whole, criterion, num_batches=None, chunk_size=1),
+        score_blocks(net, whole, criterion, num_batches=None, chunk_size=5),
+    ):
+        assert one.tensor_scores == pytest.approx(other.tensor_scores, rel=1e-3)
+
+
+def test_a_network_that_vmap_refuses_is_taken_one_input_at_a_time(net, batches, caplog):
+    class Fussy(ConvNet):
+        def forward(self, x):
+            return super().forward(x if float(x.abs().sum()) > 0 else -x)
+
+    fussy = Fussy(nn.BatchNorm2d)
+    fussy.load_state_dict(net.state_dict())
+    with caplog.at_level("INFO", "peft_surgical.gradients"):
+        found = score_blocks(fussy, batches, "snr")
+    assert "vmap" in caplog.text
+    assert found.tensor_scores == pytest.approx(score_blocks(net, batches, "snr").tensor_scores, rel=1e-3)
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_everything_is_left_bit_identical(net, batches, criterion):
+    class Counts(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls += 1
+            return self.inner(F.dropout(x, 0.5))  # random also in eval mode
+
+    model = Counts(net).train()
+    net.layer1.eval()
+    net.fc.weight.requires_grad_(False)
+    F.cross_entropy(model(batches[0][0]), batches[0][1]).backward()
+    dataset = list(zip(torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches]), strict=True))
+    generator = torch.Generator().manual_seed(3)
+    loader = DataLoader(dataset, 4, shuffle=True, generator=generator)
+
+    def state():
+        return (
+            {k: v.clone() for k, v in model.state_dict().items()},
+            {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()},
+            [m.training for m in model.modules()],
+            [p.requires_grad for p in model.parameters()],
+            torch.get_rng_state(),
+            generator.get_state(),
+            random.getstate(),
+            str(np.random.get_state()),
+        )
+
+    before = state()
+    blocks = {
+        "block1": ["inner.conv1", "inner.bn1", "inner.layer1", "calls"],
+        "block2": "inner.layer2",
+        "head": "inner.fc",
+    }
+    score_blocks(model, loader, criterion, blocks=blocks)
+    for old, new in zip(before, state(), strict=True):
+        if isinstance(old, dict):
+            assert old.keys() == new.keys()
+            assert all(v is new[k] if v is None else torch.equal(v, new[k]) for k, v in old.items())
+        else:
+            assert torch.equal(old, new) if isinstance(old, torch.Tensor) else old == new
+
+
+def test_every_form_of_batch_gives_the_same_scores(net, batches):
+    class ByName(ConvNet):
+        def forward(self, pixel_values, labels=None):
+            return super().forward(pixel_values)
+
+    named = ByName(nn.BatchNorm2d)
+    named.load_state_dict(net.state_dict())
+    one = score_blocks(net, batches).tensor_scores
+    dicts = [{"pixel_values": x, "labels": y} for x, y in batches]
+    others = [
+        score_blocks(net, dicts),
+        score_blocks(named, dicts),
+        score_blocks(net, [{"image": x, "label": y} for x, y in batches]),
+        score_blocks(net, [[x, F.one_hot(y, 5).float()] for x, y in batches]),  # timm's loaders with mixup
+        score_blocks(net, batches, loss_fn=lambda logits, labels: F.nll_loss(F.log_softmax(logits, 1), labels)),
+    ]
+    for other in others:
+        assert one == pytest.approx(other.tensor_scores, rel=1e-5)
+
+
+def test_a_transformers_model_with_its_own_loss():
+    config = ViTConfig(
+        hidden_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=8,
+        image_size=8,
+        patch_size=4,
+        num_labels=3,
+    )
+    torch.manual_seed(0)
+    model = ViTForImageClassification(config)
+    batch = {"pixel_values": torch.randn(4, 3, 8, 8), "labels": torch.arange(4) % 3}
+    scores = score_blocks(model, [batch])
+    model.eval()
+    loss = model(**batch).loss
+    weight = model.classifier.weight
+    assert scores.tensor_scores["classifier.weight"] == pytest.approx(
+        float(torch.autograd.grad(loss, weight)[0].norm() / weight.detach().norm()), rel=1e-4
+    )
+    assert list(scores.block_scores) == ["embedding", "block1", "block2", "head"]
+    assert score_blocks(model, [batch], "fisher", chunk_size=1).tensor_scores == pytest.approx(
+        score_blocks(model, [batch], "fisher").tensor_scores, rel=1e-3
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("criterion", ["rgn", "snr"])
+def test_mixed_precision_gives_nearly_the_same_scores(net, batches, dtype, criterion):
+    plain = score_blocks(net, batches, criterion)
+    mixed = score_blocks(net, batches, criterion, autocast=dtype)
+    assert mixed.block_scores == pytest.approx(plain.block_scores, rel=0.15)
+    assert mixed.block_scores != plain.block_scores
+    half = ConvNet(nn.BatchNorm2d)
+    half.load_state_dict(net.state_dict())
+    inputs = [(x.to(dtype), y) for x, y in batches]
+    assert score_blocks(half.to(dtype), inputs).block_scores == pytest.approx(
+        score_blocks(net, batches).block_scores, rel=0.15
+    )
+
+
+def test_an_adapter_is_scored_by_effective_weights_and_its_trained_tensors_only(net, batches):
+    plain = score_blocks(net, batches)
+    model = get_peft_model(net, SurgicalConfig(target="block1", norm_stats="frozen"))
+    assert score_blocks(model, batches)["block1"] == pytest.approx(plain["block1"])
+    assert list(score_blocks(model, batches).block_scores) == ["block1"]
+    torch.manual_seed(1)
+    for p in model.parameters():
+        if p.requires_grad:
+            nn.init.normal_(p, std=0.5)
+    moved = score_blocks(model, batches)
+    merged = score_blocks(model.merge_and_unload(), batches)
+    assert moved["block1"] == pytest.approx(merged["block1"], rel=1e-4)
+    assert moved["block1"] != pytest.approx(plain["block1"], rel=1e-3)
+
+
+def test_trained_tensors_go_by_the_names_of_the_base(net):
+    names = [name for name, _ in net.named_parameters()]
+    assert list(trained_tensors(net)) == names
+    model = get_peft_model(net, SurgicalConfig(target="block2", modules_to_save=["fc"]))
+    found = trained_tensors(model)
+    assert set(found) == {n for n in names if n.startswith(("layer2.", "fc."))}
+    assert [found[n].is_delta for n in ("layer2.0.weight", "fc.weight")] == [True, False]
+    assert torch.equal(found["layer2.0.weight"].value, net.layer2[0].weight)
+    assert all(dict(model.named_parameters())[t.path] is t.parameter for t in found.values())
+    model.eval()
+    model.set_requires_grad = None
+    for p in model.parameters():
+        p.requires_grad_(False)
+    with pytest.raises(AdapterError, match="is_trainable=True"):
+        trained_tensors(model)
+
+
+def test_two_active_adapters_on_one_tensor_are_refused(net):
+    model = get_peft_model(net, SurgicalConfig(target="block1"))
+    model.add_adapter("other", SurgicalConfig(target="block1"))
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(UnsupportedModelError, match="trained twice"):
+        trained_tensors(model)
+
+
+def test_scoring_a_reloaded_adapter(net, batches, tmp_path):
+    get_peft_model(net, SurgicalConfig(target="head")).save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    model = PeftModel.from_pretrained(ConvNet(nn.BatchNorm2d), tmp_path, is_trainable=True)
+    assert list(score_blocks(model, batches).block_scores) == ["head"]
+
+
+def test_resolve_target_names_blocks_and_says_why(net, batches, tmp_path):
+    scores = score_blocks(net, batches)
+    config = resolve_target(SurgicalConfig(target="auto-rgn"), net, batches)
+    assert config.target == scores.top(1)[0]
+    assert config.selection["asked"] == "auto-rgn"
+    assert config.selection["block_scores"] == scores.block_scores
+    pair = resolve_target(SurgicalConfig(target="auto-rgn"), net, batches, num_blocks=2)
+    assert pair.target == " + ".join(scores.contiguous(2))
+    model = get_peft_model(net, pair)
+    model.save_pretrained(tmp_path)
+    assert SurgicalConfig.from_pretrained(tmp_path).selection == pair.selection
+    assert model.peft_config["default"].tensor_names
+
+
+def test_resolve_target_keeps_to_a_budget(net, batches):
+    config = resolve_target(SurgicalConfig(target="auto-fisher"), net, batches, budget=0.5, num_batches=1)
+    anatomy = anatomy_of(net)
+    total = sum(block.num_parameters for block in anatomy)
+    assert sum(anatomy[name].num_parameters for name in config.target.split(" + ")) <= 0.5 * total
+
+
+def test_resolve_target_leaves_a_concrete_target_alone(net, batches):
+    config = SurgicalConfig(target="block1")
+    assert resolve_target(config, net, batches) is config
+
+
+@pytest.mark.parametrize("target", ["race", "cross-val", "greedy", "auto"])
+def test_targets_that_need_runs_are_sent_to_the_searches(net, batches, target):
+    with pytest.raises(ConfigError, match=f"peft-surgical tune --target {target}"):
+        resolve_target(SurgicalConfig(target=target), net, batches)
+    with pytest.raises(UnresolvedTargetError, match=r"peft_surgical\.search"):
+        get_peft_model(net, SurgicalConfig(target=target))
+
+
+def test_an_unresolved_score_target_names_the_call(net):
+    with pytest.raises(UnresolvedTargetError, match=r"resolve_target\(config, model, dataloader\)"):
+        get_peft_model(net, SurgicalConfig(target="auto-rgn"))
+
+
+def test_errors_name_the_way_out(net, batches):
+    with pytest.raises(ConfigError, match="choose one of rgn, snr"):
+        score_blocks(net, batches, "nonsense")
+    with pytest.raises(ConfigError, match="num_batches=0"):
+        score_blocks(net, batches, num_batches=0)
+    with pytest.raises(DataError, match="gave no batch"):
+        score_blocks(net, [])
+    with pytest.raises(DataError, match="no labels"):
+        score_blocks(net, [(batches[0][0],)])
+    with pytest.raises(DataError, match="keep one tensor"):
+        score_blocks(net, [{"a": batches[0][0], "b": batches[0][0], "labels": batches[0][1]}])
+    with pytest.raises(DataError, match="a batch is a str"):
+        forward_loss(net, "x")
+    with pytest.raises(DataError, match="not finite"):
+        score_blocks(net, [(batches[0][0] * float("inf"), batches[0][1])])
+    with pytest.raises(ConfigError, match="at least 2 inputs"):
+        score_blocks(net, [(batches[0][0][:1], batches[0][1][:1])], "snr")
+
+
+def test_the_loss_of_a_batch_without_labels_is_the_users(net, batches):
+    entropy = lambda logits, labels: -(logits.softmax(1) * logits.log_softmax(1)).sum(1).mean()  # noqa: E731
+    scores = score_blocks(net, [(x,) for x, _ in batches], loss_fn=entropy, split="test")
+    assert not scores.uses_labels
+    assert scores.uses_test_data
+    assert forward_loss(net.eval(), (batches[0][0],), entropy) > 0
