@@ -35,7 +35,7 @@ rate moved mean losses by up to 6%). Mean loss of block1 / all, and in which % o
     18    0 / 0.019, lower 100 / 0       0.043 / 0.049, lower 55 / 46     0.096 / 0.035, lower 4 / 96
     40    0 / 0.0093, lower 100 / 0      0 / 0                            0 / 0
 
-- `local` is the theorem: x is a coordinate vector, and A flips two coordinates, half of all x. Both are in the sample
+- `local`, a case of the theorem: x is a coordinate vector, A flips two of them, half of all x. Both are in the sample
   with probability 1 - 2 (3/4)^n + (1/2)^n. Tuning B then mends them and touches no other. Tuning B and v moves v, which
   spoils the coordinates that are not in the sample, at least d - n of them.
 - `rotation`: x is Gaussian, A a random rotation. All directions shift, so neither is at zero while n < d; block1 is
@@ -340,7 +340,7 @@ def verdict(shift: str, rows: Sequence[dict[str, Any]]) -> str:
 
 def plot(report: dict[str, Any], file: Path) -> None:
     """A panel per claim; the propositions' show medians and what 5% and 95% of the draws are below."""
-    figure, colours = Figure(figsize=(15, 4.6), layout="constrained"), ("#4c72b0", "#dd8452", "#55a868")
+    figure, colours = Figure(figsize=(15, 5), layout="constrained"), ("#4c72b0", "#dd8452", "#55a868")
     panels = figure.subplots(1, 3)
     for r, colour, aside in zip(report["propositions"], colours[:2] * 2, (-0.15, 0.15) * 2, strict=True):
         panel = panels[r["proposition"] - 1]
@@ -365,7 +365,7 @@ def plot(report: dict[str, Any], file: Path) -> None:
     panels[2].minorticks_off()
     panels[2].set_xticks(SAMPLES, SAMPLES, fontsize=8)
     for panel in panels:
-        panel.legend(loc="lower left", fontsize=8, frameon=False)
+        panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, fontsize=8, frameon=False)
     figure.savefig(file, dpi=150)
 
 
