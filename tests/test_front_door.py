@@ -326,12 +326,14 @@ def test_mixed_batches_split_samples_and_never_time_or_a_mask():
 
 
 def test_mixed_batches_generate_as_one_adapter_at_a_time():
+    # generate() asks a forward's signature whether it takes the attention mask, and drops it in silence otherwise
     model = get_peft_model(llama().eval(), SurgicalConfig(target="block1 + embedding"))
     model.add_adapter("other", SurgicalConfig(target="block2"))
     disturb(model, 0.5)
     model.eval()
     settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     tokens, alone = torch.tensor([[1, 2, 3], [1, 2, 3], [1, 2, 3]]), {}
+    settings["attention_mask"] = torch.tensor([[0, 1, 1], [0, 1, 1], [0, 0, 1]])
     for name in ("default", "other"):
         model.set_adapter(name)
         alone[name] = model.generate(input_ids=tokens, **settings)

@@ -119,6 +119,7 @@ def _rows(args: Any, kwargs: Any) -> int | None:
 def _at_root(model: nn.Module, layers: list[SurgicalLayer], routing: _Routing) -> Callable[..., Any]:
     inside = model.forward
 
+    @functools.wraps(inside)  # generate() drops what a forward's signature does not name, the attention mask included
     def split(*args: Any, **kwargs: Any) -> Any:
         names = routing.names
         if kwargs.get("past_key_values") is not None or len(set(names)) == 1:
@@ -167,6 +168,7 @@ def _check(model: nn.Module, layers: list[SurgicalLayer], names: Sequence[str], 
 def _routed(
     module: nn.Module, forward: Callable[..., Any], layers: list[SurgicalLayer], routing: _Routing
 ) -> Callable[..., Any]:
+    @functools.wraps(forward)
     def routed(*args: Any, **kwargs: Any) -> Any:
         names = routing.names_for(_rows(args, kwargs))
         if len(set(names)) == 1:

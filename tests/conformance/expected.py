@@ -110,7 +110,7 @@ EXPECTED = [
     Row("test_encoder_decoder_models", "pickle", PICKLE),
     Row("test_encoder_decoder_models", "test_prepare_for_training.*config_kwargs2", TUNED),
     Row("test_encoder_decoder_models", "test_mixed_adapter_batches.*config_kwargs[01].*T5", FLAT),
-    Row("test_encoder_decoder_models", "test_generate_with_mixed_adapter_batches.*kwargs(0|2|1.*T5)", BEAMS),
+    Row("test_encoder_decoder_models", "test_generate_with_mixed_adapter_batches.*kwargs[01].*T5", BEAMS),
     Row("test_feature_extraction_models", "test_prepare_for_training.*config_kwargs1", TUNED),
     Row("test_seq_classifier", "pickle", PICKLE),
     Row("test_seq_classifier", "test_prepare_for_training.*config_kwargs1", TUNED),
