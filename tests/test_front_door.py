@@ -326,14 +326,15 @@ def test_mixed_batches_split_samples_and_never_time_or_a_mask():
 
 
 def test_mixed_batches_generate_as_one_adapter_at_a_time():
-    # generate() asks a forward's signature whether it takes the attention mask, and drops it in silence otherwise
+    # generate() asks a forward's signature what it takes, and counts positions without the mask otherwise
     model = get_peft_model(llama().eval(), SurgicalConfig(target="block1 + embedding"))
     model.add_adapter("other", SurgicalConfig(target="block2"))
     disturb(model, 0.5)
     model.eval()
     settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    settings |= {"return_dict_in_generate": True, "output_logits": True}
     tokens, alone = torch.tensor([[1, 2, 3], [1, 2, 3], [1, 2, 3]]), {}
-    settings["attention_mask"] = torch.tensor([[0, 1, 1], [0, 1, 1], [0, 0, 1]])
+    settings["attention_mask"] = torch.tensor([[1, 0, 1]] * 3)
     for name in ("default", "other"):
         model.set_adapter(name)
         alone[name] = model.generate(input_ids=tokens, **settings)
@@ -341,8 +342,10 @@ def test_mixed_batches_generate_as_one_adapter_at_a_time():
         alone["__base__"] = model.generate(input_ids=tokens, **settings)
     names = ["other", "__base__", "default"]
     mixed = model.generate(input_ids=tokens, adapter_names=names, **settings)
-    assert all(torch.equal(mixed[row], alone[name][row]) for row, name in enumerate(names))
-    assert len({tuple(rows[0].tolist()) for rows in alone.values()}) == 3  # or this test could not fail
+    assert all(torch.equal(mixed.sequences[row], alone[name].sequences[row]) for row, name in enumerate(names))
+    for step, logits in enumerate(mixed.logits):
+        assert all(close(logits[row], alone[name].logits[step][row]) for row, name in enumerate(names))
+    assert len({tuple(found.sequences[0].tolist()) for found in alone.values()}) == 3  # or this test could not fail
 
 
 @pytest.mark.parametrize("target", ["re:.*self_attn.*", "re:.*out_proj.*", "re:.*linear1.*", "all"])

@@ -119,7 +119,7 @@ def _rows(args: Any, kwargs: Any) -> int | None:
 def _at_root(model: nn.Module, layers: list[SurgicalLayer], routing: _Routing) -> Callable[..., Any]:
     inside = model.forward
 
-    @functools.wraps(inside)  # generate() drops what a forward's signature does not name, the attention mask included
+    @functools.wraps(inside)  # generate() asks the signature whether to pass position_ids
     def split(*args: Any, **kwargs: Any) -> Any:
         names = routing.names
         if kwargs.get("past_key_values") is not None or len(set(names)) == 1:
