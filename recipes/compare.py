@@ -7,9 +7,10 @@
 trains each method with each learning rate on seed 0, keeps the rate that validates best for the other seeds, and shows
 test accuracy, average rank and cost. PATH is a folder of ``<corruption>.parquet`` with ``clean.parquet``; ``--models``
 holds the networks' weights. ``cross-val`` picks the best of ``none``, every block and ``all`` on each seed's validation
-images, ``race`` does so by successive halving with learning rates included, ``auto`` by a race among the blocks with
-the highest RGN. Processes share a ledger and can be killed and started again; ``--reuse`` takes runs of the same
-settings from the ledger of ``recipes/cifar10c.py``. Several ``--tuning-images`` give the paper's Figure 4.
+images, ``race`` does so by successive halving with learning rates included, ``auto`` by a race among ``all``, the head
+and the two blocks with the highest RGN. Processes share a ledger and can be killed and started again; ``--reuse`` takes
+runs of the same settings from the ledger of ``recipes/cifar10c.py``. Several ``--tuning-images`` give the paper's
+Figure 4.
 
     python recipes/compare.py --table --network resnet32 --markdown table.md
 
@@ -42,11 +43,10 @@ from peft_surgical.evaluation import accuracy, mean_interval, predict_logits
 from peft_surgical.fitting import FORWARD_SHARE, FitSettings, fit, forget_checkpoints
 from peft_surgical.ledger import Cell, Ledger, Run, shard
 from peft_surgical.schedules import block_means
-from peft_surgical.search import NONE, candidates_of, race
+from peft_surgical.search import AUTO_KEEP, AUTO_RUNGS, NONE, auto, candidates_of, race
 
 METHODS = [NONE, "all", "gradual-first-last", "gradual-last-first", "l1-sp", "l2-sp", "auto-snr", "auto-rgn"]
 SEARCHES = ["cross-val", "race", "auto"]
-SEEDED_BLOCKS = 2  # of `auto`: candidates are `all`, the head, and so many blocks with the highest RGN
 
 
 @functools.lru_cache(maxsize=4)
@@ -115,12 +115,15 @@ def searched(
             tuning, key["batch_size"], shuffle=True, generator=torch.Generator().manual_seed(key["seed"])
         )
         scores = score_blocks(network, loader, "rgn")
-        blocks = [block for block in scores.top(len(anatomy)) if block != "head"][:SEEDED_BLOCKS]
-        candidates = [one for one in candidates if one.method in {NONE, "all", "head", *blocks}]
         cost += scores.num_batches
-    settings = {name: value for name, value in key.items() if name not in {"method", "lr", "grid"}}
+    settings = {name: value for name, value in key.items() if name not in {"method", "lr", "grid", "rungs"}}
     settings["recipe"] = "compare race"  # stopped runs are nobody else's, full ones are
-    found = race(candidates, functools.partial(raced, args, ledger), ledger, settings)
+    fitted = functools.partial(raced, args, ledger)
+    found = (
+        auto(candidates, scores.block_scores, fitted, ledger, settings)
+        if scores
+        else race(candidates, fitted, ledger, settings)
+    )
     for one in candidates:
         forget_checkpoints(checkpoints(args, {**settings, "method": one.method, "lr": one.lr}))
     own = {"chosen": str(found.chosen), "validation": found.validation, "cost": cost + found.cost}
@@ -173,6 +176,8 @@ def cell(args: argparse.Namespace, task: str, method: str, images: int) -> Cell:
     settings |= {"epochs": args.epochs, "batch_size": args.batch_size, "weight_decay": args.weight_decay}
     if method in SEARCHES:
         settings["grid"] = [args.lr, args.head_lr]
+    if method == "auto":
+        settings["rungs"] = [*AUTO_RUNGS, AUTO_KEEP]
     rates = (None,) if method in {NONE, *SEARCHES} else tuple(args.head_lr if method == "head" else args.lr)
     return Cell(settings, rates, tuple(args.seeds))
 

@@ -11,7 +11,7 @@ import types
 import pytest
 
 import peft_surgical
-from peft_surgical import Anatomy, Block, search
+from peft_surgical import Anatomy, Block
 from peft_surgical.errors import ConfigError
 from peft_surgical.ledger import Ledger
 from peft_surgical.search import Candidate, Workers, candidates_of, cross_val, greedy, on_ray, race, workers
@@ -28,7 +28,9 @@ def ledger(tmp_path):
 def _alone(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(search, "_WORKERS", None, raising=False)
+    workers.cache_clear()
+    yield
+    workers.cache_clear()
 
 
 class Table:
@@ -301,10 +303,11 @@ def test_candidates_with_pairs_and_the_heads_own_rates():
 WORKER = """
 import sys, time, types
 
-# Without the package's __init__ and the networks' anatomy, which import torch: this starts several processes.
+# Without what imports torch and peft, which a search has no use for: several processes start.
 package = types.ModuleType("peft_surgical"); package.__path__ = [sys.argv[1]]
 sys.modules["peft_surgical"] = package
 sys.modules["peft_surgical.anatomy"] = types.SimpleNamespace(Anatomy=object)
+sys.modules["peft_surgical.errors"] = types.SimpleNamespace(ConfigError=ValueError, DataError=ValueError)
 from peft_surgical.ledger import Ledger
 from peft_surgical.search import Candidate, race
 

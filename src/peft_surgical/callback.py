@@ -66,6 +66,8 @@ class SurgicalCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Attach to the optimizer, with what a resumed run brings along."""
+        if "pace" in self.__dict__:
+            self.pace.close()  # of a run that was interrupted: its factors would be applied a second time
         precision = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
         self.pace = Pace(
             _model(kwargs["model"]),
@@ -80,7 +82,9 @@ class SurgicalCallback(TrainerCallback):
             autocast=precision,
         )
         record = {entry["epoch"]: entry[RECORD] for entry in state.log_history if RECORD in entry}
-        self.pace.load_state_dict({"step": state.global_step, "epoch": _epoch(state), "record": record})
+        epoch = _epoch(state)
+        begun = epoch if (state.epoch or 0.0) - epoch > 1e-6 else None  # resumed in the middle
+        self.pace.load_state_dict({"step": state.global_step, "epoch": epoch, "begun": begun, "record": record})
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

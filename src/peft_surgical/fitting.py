@@ -7,6 +7,7 @@ is stopped and continued.
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -21,8 +22,8 @@ from peft import get_peft_model
 from torch import nn
 from torch.utils.data import Dataset, Subset
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from .callback import SurgicalCallback
 from .config import SurgicalConfig
@@ -76,8 +77,11 @@ class FitSettings:
             raise ConfigError(f"optimizer={self.optimizer!r}: choose one of {', '.join(OPTIMIZERS)}")
         if self.precision not in (None, "bf16", "fp16"):
             raise ConfigError(f"precision={self.precision!r}: choose None, 'bf16' or 'fp16'")
-        if not self.lr > 0 or self.epochs < 1 or self.batch_size < 1:
-            raise ConfigError(f"lr={self.lr}, epochs={self.epochs}, batch_size={self.batch_size}: all must be positive")
+        if not self.lr > 0 or min(self.epochs, self.batch_size, self.accumulation) < 1:
+            raise ConfigError(
+                f"lr={self.lr}, epochs={self.epochs}, batch_size={self.batch_size}, accumulation={self.accumulation}: "
+                "all must be positive"
+            )
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,12 @@ class Fitted:
 
 class ClassifierTrainer(Trainer):
     """Trainer for any image classifier: also those that return bare logits."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # The loss below is the mean over one batch, also of a network whose forward takes any keyword: Trainer is to
+        # divide it by the number of accumulated batches.
+        self.model_accepts_loss_kwargs = False
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # type: ignore[no-untyped-def]
         """The model's own loss, or cross entropy; mean over the batch."""
@@ -167,7 +177,8 @@ def fit(
         progress: Show Trainer's progress bar.
 
     Raises:
-        ConfigError: Unknown method, option or setting, or ``stop_epoch`` without a folder.
+        ConfigError: Unknown method, option or setting, ``stop_epoch`` without a folder, or with one that holds more
+            epochs than that.
     """
     row = method_of(method) if isinstance(method, str) else method
     if stop_epoch is not None and folder is None:
@@ -184,10 +195,17 @@ def fit(
         reset_moments=row.reset_moments,
         blocks=anatomy,
     )
+    last, done = (None, 0) if folder is None else _last_checkpoint(Path(folder))
+    if stop_epoch is not None and done > stop_epoch:
+        raise ConfigError(
+            f"{folder} holds {done} epochs of a run that is to stop after {stop_epoch}: name another folder, or call "
+            "forget_checkpoints(folder) to start again"
+        )
     with tempfile.TemporaryDirectory() if folder is None else nullcontext(str(folder)) as place:
         arguments = TrainingArguments(
             output_dir=place,
-            num_train_epochs=settings.epochs,
+            # Trainer always begins the next epoch of a run that has one; what is finished is only to be read.
+            num_train_epochs=settings.epochs if stop_epoch is None or done < stop_epoch else done,
             per_device_train_batch_size=settings.batch_size,
             per_device_eval_batch_size=500,
             gradient_accumulation_steps=settings.accumulation,
@@ -198,7 +216,7 @@ def fit(
             eval_strategy="epoch",
             save_strategy="best" if folder is None else "epoch",
             save_only_model=folder is None,
-            save_total_limit=1,
+            save_total_limit=1 if folder is None else 2,  # of 1, Trainer would keep the best and not the last
             load_best_model_at_end=True,
             metric_for_best_model="accuracy",
             label_names=["labels"],
@@ -226,7 +244,6 @@ def fit(
             callbacks=[surgical, *([] if stop_epoch is None else [_StopAt(stop_epoch)]), *callbacks],
         )
         trainer.remove_callback(PrinterCallback)
-        last = get_last_checkpoint(place) if folder is not None and Path(place).is_dir() else None
         trainer.train(resume_from_checkpoint=last)
     points = [entry for entry in trainer.state.log_history if "eval_accuracy" in entry]
     curve = tuple(point["eval_accuracy"] for point in points)
@@ -241,6 +258,18 @@ def fit(
         cost=trainer.state.global_step * settings.accumulation + scored + FORWARD_SHARE * forwards,
         record=surgical.pace.record,
     )
+
+
+def _last_checkpoint(folder: Path) -> tuple[str | None, int]:
+    """The last whole checkpoint, of which Trainer writes the state at the very end, and its number of epochs."""
+    found = {int(path.name.rpartition("-")[2]): path for path in folder.glob("checkpoint-*") if path.is_dir()}
+    for step in sorted(found, reverse=True):
+        try:
+            state = json.loads((found[step] / TRAINER_STATE_NAME).read_text())
+        except (OSError, ValueError):  # killed while it was written
+            continue
+        return str(found[step]), round(state["epoch"])
+    return None, 0
 
 
 def forget_checkpoints(folder: str | Path) -> None:

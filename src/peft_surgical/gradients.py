@@ -248,7 +248,7 @@ def batch_size(batch: Any) -> int:
 
 def _keywords(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     """What of a dict the network's own forward names; nothing, if it names none of the inputs."""
-    network: Any = model
+    network: Any = unwrapped(model)  # DDP's forward takes anything, too
     while hasattr(network, "base_model") and hasattr(network.base_model, "model"):
         network = network.base_model.model  # PEFT's forward takes anything and passes it on
     parameters = inspect.signature(network.forward).parameters

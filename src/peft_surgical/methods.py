@@ -135,6 +135,8 @@ def method_of(name: str) -> Method:
     """
     if name in METHODS:
         return METHODS[name]
+    if name == "none":
+        raise ConfigError("'none' trains nothing: evaluate the base itself")
     try:
         spec = parse(name)
     except TargetError as error:

@@ -91,6 +91,8 @@ class Pace:
         if penalty is not None:
             self._penalised = penalty.applies_to(self.tensors.values())
         self.step, self.epoch = 0, 0
+        self._known: tuple[int, int, dict[str, float]] | None = None
+        self._begun: int | None = None  # the epoch whose moments were forgotten last, or need not be
         self.record: dict[int, dict[str, float]] = {}
         self._groups: list[dict[str, Any]] | None = None
         self._handles = [
@@ -121,6 +123,12 @@ class Pace:
             found = self.schedule.factors(Progress(self.step, self.total_steps, self.epoch), None)
         return {name: found.get(name, 1.0) for name in self.tensors}
 
+    def _current(self) -> dict[str, float]:
+        """`factors`, worked out once per step: each tensor's gate asks."""
+        if self._known is None or self._known[:2] != (self.step, self.epoch):
+            self._known = self.step, self.epoch, self.factors
+        return self._known[2]
+
     def start_epoch(self, epoch: int, dataloader: Iterable[Any] | None = None) -> None:
         """Begin an epoch: take new scores, unless this epoch has been begun before (and was resumed).
 
@@ -131,12 +139,13 @@ class Pace:
         Raises:
             ConfigError: The schedule needs data and none is given.
         """
-        self.epoch = epoch
+        self.epoch, self._known = epoch, None
         if epoch in self.record:
             return
-        if self.reset_moments:
+        if self.reset_moments and epoch != self._begun:
             for tensor in self.tensors.values():
                 self.optimizer.state.pop(tensor.parameter, None)
+        self._begun = epoch
         if self.schedule is None or self.schedule.criterion is None:
             return
         if dataloader is None:
@@ -156,16 +165,18 @@ class Pace:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs; plain numbers. For ``accelerator.register_for_checkpointing``."""
-        return {"step": self.step, "epoch": self.epoch, "record": {str(k): v for k, v in self.record.items()}}
+        record = {str(epoch): factors for epoch, factors in self.record.items()}
+        return {"step": self.step, "epoch": self.epoch, "begun": self._begun, "record": record}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state_dict` was taken."""
-        self.step, self.epoch = int(state["step"]), int(state["epoch"])
+        self.step, self.epoch, self._known = int(state["step"]), int(state["epoch"]), None
+        self._begun = state.get("begun")
         self.record = {int(epoch): dict(factors) for epoch, factors in state["record"].items()}
 
     def close(self) -> None:
         """Leave the optimizer and the parameters alone from now on."""
-        self._restore()
+        self._restore()  # of a step that raised
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -174,13 +185,13 @@ class Pace:
 
     def _gate(self, name: str) -> Any:
         def gate(gradient: torch.Tensor) -> torch.Tensor | None:
-            return torch.zeros_like(gradient) if not is_looking() and self.factors[name] == 0.0 else None
+            return torch.zeros_like(gradient) if not is_looking() and self._current()[name] == 0.0 else None
 
         return gate
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._restore()  # of a step that raised
-        factors = self.factors
+        factors = self._current()
         for tensor in self._penalised if self.penalty is not None else ():
             if tensor.parameter.grad is not None:
                 assert self.penalty is not None

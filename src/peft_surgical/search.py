@@ -7,12 +7,13 @@ that shares its ledger with other processes shares the work.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .anatomy import Anatomy
@@ -31,6 +32,11 @@ NONE = "none"
 RUNGS = (1 / 15, 1 / 5, 1.0)
 """Shares of a run after which a race looks: with 15 epochs after 1, 3 and 15. With ten candidates, of which a third
 survives each rung, the whole race then costs 10 x 1 + 4 x 2 + 12 = 30 epochs: two runs."""
+
+
+AUTO_RUNGS, AUTO_KEEP = (2 / 15, 2 / 5, 1.0), 1 / 4
+"""Of `auto`, whose candidates are fewer: 7 x 2 + 2 x 4 + 9 = 31 epochs. It looks later, because tuning all at a large
+rate often validates worst after one epoch and best after six."""
 
 
 @dataclass(frozen=True)
@@ -173,6 +179,45 @@ def race(
     raise AssertionError("the last rung returns")
 
 
+def nominated(candidates: Sequence[Candidate], scores: Mapping[str, float], blocks: int = 2) -> list[Candidate]:
+    """The candidates that are worth a race: the blocks with the highest scores, `all`, none, and the head once.
+
+    The head stays whatever its score, with its largest rate, since output-level shifts are its own.
+
+    Args:
+        candidates: As `candidates_of` lists them.
+        scores: Block -> score, such as ``score_blocks(...).block_scores``.
+        blocks: How many blocks to keep.
+    """
+    best = sorted(scores, key=lambda name: -scores[name])[:blocks]
+    rates = [one.lr for one in candidates if one.method == "head" and one.lr is not None]
+    head = Candidate("head", max(rates)) if rates else None
+    return [one for one in candidates if one.method in {NONE, "all", *best} or one == head]
+
+
+def auto(
+    candidates: Sequence[Candidate],
+    scores: Mapping[str, float],
+    fit: Fit,
+    ledger: Ledger,
+    settings: Mapping[str, Any] | None = None,
+    engine: Engine | None = None,
+) -> SearchResult:
+    """The default choice: scores nominate, a race decides.
+
+    Args:
+        candidates: As for `race`.
+        scores: Block -> score, such as ``score_blocks(network, loader, "rgn").block_scores``.
+        fit: As for `race`.
+        ledger: As for `race`.
+        settings: As for `race`.
+        engine: As for `race`.
+    """
+    chosen = nominated(candidates, scores)
+    found = race(chosen, fit, ledger, settings, engine, rungs=AUTO_RUNGS, keep=AUTO_KEEP)
+    return replace(found, search="auto")
+
+
 def greedy(
     blocks: Sequence[str],
     lrs: Sequence[float],
@@ -202,7 +247,7 @@ def greedy(
     trials = _run([Candidate(NONE)], fit, ledger, settings, engine, stop=None)
     chosen: list[str] = []
     best = trials[0]
-    while len(chosen) < min(len(blocks), most or len(blocks)):
+    while len(chosen) < min(len(blocks), len(blocks) if most is None else most):
         grown = [[name for name in blocks if name in {*chosen, more}] for more in blocks if more not in chosen]
         runs = _run(
             [Candidate(" + ".join(names), lr) for names in grown for lr in lrs],
@@ -249,18 +294,20 @@ class Workers:
         return [ledger.run(key, fit) for key in keys]
 
 
+@functools.cache
 def workers() -> Workers:
     """The processes that ``accelerate launch --num_processes N`` started, as independent workers.
 
     Each run is too small to be spread over processes, so each process trains its own runs: what tells Accelerate and
     Trainer that they belong together is taken out of this process's environment, and it sees its own GPU alone. To be
-    called before anything has asked Accelerate for its state.
+    called before anything has asked Accelerate for its state. A later call gives what the first one found.
     """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1:
         local = os.environ.get("LOCAL_RANK", "0")
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[int(local)] if visible else local
+        # An empty list hides all GPUs, and goes on doing so.
+        os.environ["CUDA_VISIBLE_DEVICES"] = local if visible is None else visible and visible.split(",")[int(local)]
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             os.environ.pop(name, None)
     return Workers(rank, world)
@@ -278,10 +325,19 @@ def on_ray(**resources: Any) -> Engine:
 
         task = ray.remote(**resources)(fit) if resources else ray.remote(fit)
         waiting = {task.remote(key): key for key in keys if ledger.find(key) is None}
+        failures: list[Exception] = []
         while waiting:
             done, _ = ray.wait(list(waiting))
             for reference in done:  # kept at once: what is finished survives the loss of the driver
-                ledger.append(waiting.pop(reference), ray.get(reference))
+                key = waiting.pop(reference)
+                try:
+                    result = ray.get(reference)
+                except Exception as error:  # the others are under way: their work is kept before this is reported
+                    failures.append(error)
+                else:
+                    ledger.append(key, result)
+        if failures:
+            raise failures[0]
         return [ledger.run(key, fit) for key in keys]
 
     return run

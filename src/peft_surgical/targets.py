@@ -39,7 +39,7 @@ from .errors import TargetError, UnknownTargetError, UnresolvedTargetError
 DATA_TARGETS = ("auto", "auto-rgn", "auto-snr", "auto-fisher", "race", "cross-val", "greedy")
 _BY_SCORES = "call config = peft_surgical.resolve_target(config, model, dataloader) before get_peft_model"
 _BY_RUNS = "call peft_surgical.search.{}, which trains candidates, or run `peft-surgical tune --target {}`"
-_SEARCHES = {"auto": "race", "race": "race", "cross-val": "cross_val", "greedy": "greedy"}
+_SEARCHES = {"auto": "auto", "race": "race", "cross-val": "cross_val", "greedy": "greedy"}
 _DECIDED_BY = {name: _BY_RUNS.format(function, name) for name, function in _SEARCHES.items()}
 
 # A minus is a sign at the start of a token, and part of a word where the word goes on right behind it.

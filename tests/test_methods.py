@@ -1,0 +1,189 @@
+"""Every row of the table trains one step: what should move does, and nothing else."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import get_peft_model
+from tiny import ConvNet
+from torch import nn
+
+from peft_surgical import Pace, SurgicalConfig, anatomy_of
+from peft_surgical.errors import ConfigError
+from peft_surgical.fitting import OPTIMIZERS
+from peft_surgical.methods import METHODS, method_of
+from peft_surgical.schedules import AutoSNR
+from peft_surgical.tensors import trained_tensors
+
+LABELS = torch.tensor([0, 1, 2, 4])
+IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def network():
+    torch.manual_seed(0)
+    return ConvNet(nn.BatchNorm2d).eval()
+
+
+NAMES = {name for name, _ in network().named_parameters()}
+STEM = {"conv1.weight", "bn1.weight", "bn1.bias"}
+HEAD = {"fc.weight", "fc.bias"}
+BLOCK1 = STEM | {name for name in NAMES if name.startswith("layer1")}
+NORMS = {f"{path}.{kind}" for path in ("bn1", "layer1.1", "layer2.1") for kind in ("weight", "bias")}
+
+
+def gradients(images, labels):
+    net = network()
+    F.cross_entropy(net(images), labels).backward()
+    return {name: parameter.grad for name, parameter in net.named_parameters()}
+
+
+def above(scores, threshold):
+    return {name for name, score in scores.items() if score / max(scores.values()) >= threshold}
+
+
+def by_snr():
+    """Paper, eq. 4, by one backward pass for each image."""
+    each = [gradients(IMAGES[i : i + 1], LABELS[i : i + 1]) for i in range(4)]
+    stacked = {name: torch.stack([one[name] for one in each]).double() for name in NAMES}
+    return above({name: (g.mean(0) ** 2 / g.var(0)).nanmean().item() for name, g in stacked.items()}, 0.3)
+
+
+def by_reference_snr():
+    """The reference code's: variance along the first axis of the gradient of a batch, here of one batch of all."""
+    columns = {name: g.double().reshape(len(g), -1) for name, g in gradients(IMAGES, LABELS).items()}
+    return above({name: (g.mean(0) ** 2 / g.var(0)).mean().item() for name, g in columns.items()}, 0.5)
+
+
+MOVED = {
+    "full": NAMES,
+    "linear-probe": HEAD,
+    "gradual-first-last": BLOCK1,
+    "gradual-last-first": HEAD,
+    "l1-sp": NAMES,
+    "l2-sp": NAMES,
+    "lp-ft": HEAD,
+    "auto-rgn": NAMES,
+    "auto-rgn-reference": NAMES - NORMS,
+    "auto-snr": by_snr(),
+    "auto-snr-reference": by_reference_snr(),
+    "freeze-embed": NAMES - STEM,
+    "dfr": HEAD,
+}
+
+
+def test_the_table_of_this_test_is_complete():
+    assert set(MOVED) == set(METHODS)
+    assert all(name == row.name for name, row in METHODS.items())
+    for name in ("auto-snr", "auto-snr-reference"):
+        assert 0 < len(MOVED[name]) < len(NAMES)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_step_moves_what_it_should_and_nothing_else(name):
+    row = METHODS[name]
+    options = row.settings()
+    net = network()
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    model = get_peft_model(net, SurgicalConfig(target=row.target))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = OPTIMIZERS[row.optimizer or "adam"](parameters, lr=0.1, weight_decay=1e-2)
+    pace = Pace(
+        model,
+        optimizer,
+        row.schedule(anatomy_of(network()), options) if row.schedule else None,
+        row.penalty(options) if row.penalty else None,
+        total_steps=4,
+        reset_moments=row.reset_moments,
+    )
+    pace.start_epoch(0, [(IMAGES, LABELS)])
+    model.train()
+    F.cross_entropy(model(IMAGES), LABELS).backward()
+    optimizer.step()
+    after = model.merge_and_unload().state_dict()
+    assert {key for key, value in before.items() if not torch.equal(after[key], value)} == MOVED[name]
+    assert len(pace.record) == int(name.startswith("auto-"))
+    assert row.source
+
+
+@pytest.mark.parametrize(("name", "shift"), [("l1-sp", lambda d: 0.5 * d.sign()), ("l2-sp", lambda d: 0.5 * d)])
+def test_penalties_pull_towards_the_pretrained_weights_with_the_given_strength(name, shift):
+    row = METHODS[name]
+    model = get_peft_model(network(), SurgicalConfig(target=row.target))
+    tensors = trained_tensors(model)
+    for i, tensor in enumerate(tensors.values()):
+        tensor.parameter.data += (-1) ** i * 0.25
+    optimizer = torch.optim.SGD([tensor.parameter for tensor in tensors.values()], lr=1.0)
+    Pace(model, optimizer, penalty=row.penalty(row.settings({"strength": 0.5})), total_steps=1)
+    before = {key: tensor.parameter.detach().clone() for key, tensor in tensors.items()}
+    for tensor in tensors.values():
+        tensor.parameter.grad = torch.zeros_like(tensor.parameter)
+    optimizer.step()
+    for key, tensor in tensors.items():
+        assert torch.allclose(tensor.parameter, before[key] - shift(before[key]))
+
+
+# --- options ---
+
+
+def test_options_have_defaults_and_are_the_methods_own():
+    assert METHODS["l1-sp"].settings() == {"strength": 1e-4}
+    assert METHODS["lp-ft"].settings({"share": 0.25}) == {"share": 0.25}
+    assert METHODS["auto-snr"].settings({}) == {"threshold": 0.3}
+    anatomy = anatomy_of(network())
+    assert METHODS["auto-snr"].schedule(anatomy, {"threshold": 0.7}) == AutoSNR(0.7)
+    assert METHODS["auto-snr-reference"].schedule(anatomy, {"threshold": 0.7}) == AutoSNR(0.7, "snr-reference")
+    assert METHODS["lp-ft"].schedule(anatomy, {"share": 0.25}).share == 0.25
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("full", {"strength": 1.0}, r"full has no option 'strength'; it has none"),
+        ("l2-sp", {"strenght": 1.0}, r"l2-sp has no option 'strenght'; it has strength"),
+        ("auto-snr", {"threshold": 0.5, "b": 1, "a": 1}, r"auto-snr has no option 'a'; it has threshold"),
+    ],
+)
+def test_an_unknown_option_is_refused(name, given, message):
+    with pytest.raises(ConfigError, match=message):
+        METHODS[name].settings(given)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("l1-sp", {"strength": -1.0}, r"l1-sp with strength=-1.0: give a factor of at least 0"),
+        ("lp-ft", {"share": 0.0}, r"share=0.0: the head trains alone for a share of the run between 0 and 1"),
+        ("auto-snr", {"threshold": 1.5}, r"threshold=1.5: SNRs are compared after scaling to \[0, 1\]"),
+    ],
+)
+def test_an_option_out_of_range_is_refused(name, given, message):
+    row = METHODS[name]
+    options = row.settings(given)
+    with pytest.raises(ConfigError, match=message):
+        row.penalty(options) if row.penalty else row.schedule(anatomy_of(network()), options)
+
+
+# --- names ---
+
+
+def test_rows_go_by_their_names():
+    assert all(method_of(name) is row for name, row in METHODS.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "target"), [("block1", "block1"), ("block2-3+head", "block2-3 + head"), ("all -head", "all - head")]
+)
+def test_any_target_is_a_method_of_its_own(name, target):
+    row = method_of(name)
+    assert (row.name, row.target, row.schedule, row.penalty, row.settings()) == (name, target, None, None, {})
+
+
+@pytest.mark.parametrize("name", ["auto", "race", "cross-val", "greedy", "auto-fisher"])
+def test_searches_are_not_methods(name):
+    with pytest.raises(ConfigError, match=rf"'{name}' is .*peft_surgical"):
+        method_of(name)
+
+
+@pytest.mark.parametrize("name", ["", "block1 block2", "- head", "re:("])
+def test_what_is_neither_is_refused_with_the_names_that_there_are(name):
+    with pytest.raises(ConfigError, match=r"is no method \(full, linear-probe, .*, dfr\) and no target: "):
+        method_of(name)
