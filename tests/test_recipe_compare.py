@@ -1,0 +1,177 @@
+"""The comparison and the synthetic recipe: selection rules and costs on tiny data, short real runs in the slow tier."""
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from peft_surgical import cifar
+from peft_surgical.ledger import Ledger
+
+pytest.importorskip("rich")
+pytest.importorskip("matplotlib")
+
+ROOT = Path(__file__).parents[1]
+SHARED = Path(os.environ.get("PEFT_SURGICAL_SHARED", ROOT.parent / "shared"))
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"recipe_{name}", ROOT / "recipes" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def compare():
+    return load("compare")
+
+
+@pytest.fixture(scope="module")
+def synthetic():
+    return load("synthetic")
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    """Weights of an untrained network, and 50 random images in place of every file."""
+    file = tmp_path / "models" / cifar.NETWORKS["resnet26"].checkpoint / "model.safetensors"
+    file.parent.mkdir(parents=True)
+    save_file(cifar.ResNet26().state_dict(), file)
+    images = cifar.Images(torch.randint(0, 256, (50, 3, 32, 32), dtype=torch.uint8), torch.arange(50) % 10)
+    return tmp_path, images
+
+
+SETTINGS = {"network": "resnet26", "task": "frost", "tuning_images": 20, "validation_images": 10}
+
+
+def fill(ledger, method, **by_lr_and_seed):
+    """Runs of one method: name lr0_seed -> (validation, test)."""
+    for name, (validation, test) in by_lr_and_seed.items():
+        lr, seed = name.removeprefix("lr").split("_")
+        key = {"recipe": "compare", **SETTINGS, "method": method, "epochs": 15, "batch_size": 64, "weight_decay": 1e-4}
+        key |= {"lr": None if lr == "None" else float(lr.replace("m", "e-")), "seed": int(seed)}
+        ledger.append(key, {"validation": validation, "test": test, "cost": 0.0 if method == "none" else 100.0})
+
+
+def arguments(compare, tmp_path, *extra):
+    out = ["--table", "--network", "resnet26", "--tasks", "frost", "--seeds", "0", "1", "--tuning-images", "20"]
+    out += ["--validation-images", "10", "--output", str(tmp_path), "--markdown", str(tmp_path / "table.md"), *extra]
+    return out
+
+
+def test_cross_val_takes_each_targets_rate_from_seed_0_and_the_target_from_each_seed(compare, tmp_path):
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    fill(ledger, "none", lrNone_0=(0.2, 0.20), lrNone_1=(0.9, 0.21))  # on seed 1 nothing beats no tuning
+    fill(ledger, "block1", lr1m3_0=(0.5, 0.50), lr1m4_0=(0.6, 0.60), lr1m4_1=(0.4, 0.61))
+    for block in ("block2", "block3", "all"):
+        fill(ledger, block, lr1m3_0=(0.3, 0.99), lr1m4_0=(0.1, 0.99), lr1m3_1=(0.3, 0.99))
+    fill(ledger, "head", lr1m1_0=(0.3, 0.99), lr1m2_0=(0.1, 0.99), lr1m1_1=(0.3, 0.99))
+    compare.main(arguments(compare, tmp_path, "--methods", "none", "block1", "cross-val"))
+    text = (tmp_path / "table.md").read_text()
+    rows = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if line.startswith("|")}
+    assert "| 60.5 ± 6.4 |" in rows["block1"]  # the rate that validates best on seed 0, although it tests no better
+    assert "| 40.5 ±" in rows["cross-val"]  # block1 on seed 0 (60.0), none on seed 1 (21.0), never the 99
+    assert rows["cross-val"].rstrip(" |").endswith("500")  # five trained targets of 100 each
+    assert "no test image had a say" in text
+
+
+def test_a_missing_run_leaves_its_cell_and_the_mean_empty(compare, tmp_path):
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    fill(ledger, "block1", lr1m3_0=(0.5, 0.5), lr1m4_0=(0.6, 0.6))  # seed 1 is missing
+    compare.main(arguments(compare, tmp_path, "--methods", "block1"))
+    assert "| block1 | - | - | - | - |" in (tmp_path / "table.md").read_text()
+
+
+def test_cifar_flip_is_the_clean_images_with_other_labels(compare, world, monkeypatch):
+    _, images = world
+    seen = []
+    monkeypatch.setattr(compare, "read_images", lambda place, name: seen.append(name) or images)
+    compare.read.cache_clear()
+    flipped, digest = compare.read("here", "flip")
+    assert seen == ["clean"]
+    assert torch.equal(flipped.labels, 9 - images.labels)
+    assert torch.equal(flipped.pixels, images.pixels)
+    assert compare.read("here", "frost")[1] != digest
+
+
+def test_searches_and_methods_run_and_continue(compare, world, monkeypatch):
+    folder, images = world
+    monkeypatch.setattr(compare, "read_images", lambda place, name: images)
+    compare.read.cache_clear()
+    command = ["--tasks", "frost", "--seeds", "0", "--methods", "none", "race", "auto", "auto-rgn", "--data", "here"]
+    command += ["--models", str(folder), "--tuning-images", "20", "--validation-images", "10", "--epochs", "3"]
+    command += ["--batch-size", "10", "--lr", "1e-3", "--head-lr", "1e-1", "--output", str(folder / "out")]
+    compare.main(command)
+    runs = Ledger(folder / "out" / "ledger.jsonl").runs()
+    race = next(run for run in runs if run.key["method"] == "race")
+    stopped = [run for run in runs if "stop" in run.key]
+    assert {run.key["method"] for run in stopped} == {"block1", "block2", "block3", "head", "all"}
+    assert not any("test" in run.result for run in stopped)  # what is stopped is never tested
+    assert race.result["test"] >= 0
+    assert race.result["chosen"].split(" at ")[0] in {"none", *(run.key["method"] for run in stopped)}
+    auto = next(run for run in runs if run.key["method"] == "auto")
+    assert list(auto.result["scores"]) == ["block1", "block2", "block3", "head"]
+    rgn = next(run for run in runs if run.key["method"] == "auto-rgn")
+    assert len(rgn.result["factors"]) == 3
+    steps, scored, looks = 3 * 2, 3 * 2, 3 * 10 / 10 / 3
+    assert rgn.result["cost"] == pytest.approx(steps + scored + looks)
+    assert not any((folder / "out" / "checkpoints").iterdir())
+    before = (folder / "out" / "ledger.jsonl").read_bytes()
+    monkeypatch.setattr(compare, "fit", None)  # everything is there
+    compare.main(command)
+    assert (folder / "out" / "ledger.jsonl").read_bytes() == before
+
+
+def test_noise_is_drawn_for_one_block_with_a_seed(synthetic, world):
+    folder, _ = world
+    args = synthetic.argparse.Namespace(network="resnet26", models=str(folder), noise=0.5)
+    clean = cifar.load_network("resnet26", folder).state_dict()
+    noisy, again, other = (synthetic.damaged(args, "block2", seed).state_dict() for seed in (0, 0, 1))
+    changed = {name for name in clean if not torch.equal(clean[name], noisy[name])}
+    assert {name.split(".")[0] for name in changed} == {"layer2"}
+    assert all(torch.equal(noisy[name], again[name]) for name in clean)
+    assert not torch.equal(noisy["layer2.1.conv1.weight"], other["layer2.1.conv1.weight"])
+    added = noisy["layer2.1.conv1.weight"] - clean["layer2.1.conv1.weight"]
+    size = clean["layer2.1.conv1.weight"].square().mean().sqrt()
+    assert added.std().item() == pytest.approx(0.5 * size.item(), rel=0.05)
+
+
+def test_synthetic_writes_its_table_and_figure(synthetic, world, monkeypatch):
+    folder, images = world
+    monkeypatch.setattr(synthetic, "read_images", lambda place: images)
+    monkeypatch.setattr(synthetic, "split", lambda labels, seed: cifar.split(labels, seed, 20, 10))
+    command = [
+        "--data",
+        "here",
+        "--models",
+        str(folder),
+        "--blocks",
+        "block1",
+        "--methods",
+        "none",
+        "block1",
+        "auto-rgn",
+    ]
+    command += ["--epochs", "1", "--lr", "1e-3", "--seeds", "0", "1", "--output", str(folder / "out")]
+    synthetic.main(command)
+    text = (folder / "out" / "synthetic-resnet26.md").read_text()
+    assert text.startswith("| noise on | none | block1 | auto-rgn |")
+    assert "| block1 | " in text
+    assert (folder / "out" / "synthetic-resnet26.png").stat().st_size > 5000
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SHARED.is_dir(), reason="real images and weights: set PEFT_SURGICAL_SHARED")
+def test_a_short_real_race_finds_a_better_network(compare, tmp_path):
+    command = ["--tasks", "frost", "--seeds", "0", "--methods", "none", "auto", "--data", str(SHARED / "data/cifar10c")]
+    command += ["--models", str(SHARED), "--tuning-images", "100", "--epochs", "5", "--output", str(tmp_path)]
+    compare.main(command)
+    results = {run.key["method"]: run.result for run in Ledger(tmp_path / "ledger.jsonl").runs(recipe="compare")}
+    assert results["none"]["test"] == pytest.approx(0.68, abs=0.02)
+    assert results["auto"]["test"] > results["none"]["test"] + 0.03
+    assert json.dumps(results["auto"]["trials"])
