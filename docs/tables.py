@@ -1,42 +1,48 @@
 """Puts the measured tables of ``docs/results`` into the texts that show them.
 
-A text marks the place with ``<!-- table: docs/results/NAME.md -->`` and ``<!-- end -->``; between them the table's rows are
-replaced, its caption is not shown. ``python docs/tables.py`` rewrites the texts, ``--check`` only says what differs.
+A text marks the place with ``<!-- table: docs/results/NAME.md -->`` and ``<!-- end -->``; between them the table's rows
+are replaced. ``NAME.md#2`` is the second table of that file. ``python docs/tables.py`` rewrites the texts, ``--check``
+only says what differs.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 TEXTS = ("README.md", "docs/selection.md")
-MARK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+MARK = re.compile(r"(<!-- table: (\S+?)(?:#(\d+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def rows(file: str) -> str:
-    """The table of a results file, without what is written around it."""
+def rows(file: str, number: int) -> str:
+    """One table of a results file, without what is written around it."""
     lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
-    return "".join(f"{line}\n" for line in lines if line.startswith("|"))
+    groups = itertools.groupby(lines, lambda line: line.startswith("|"))
+    tables = ["".join(f"{line}\n" for line in group) for is_table, group in groups if is_table]
+    return tables[number - 1]
 
 
 def filled(text: str) -> str:
     """The text with all its tables as they are measured now."""
-    return MARK.sub(lambda match: f"{match[1]}\n{rows(match[2])}\n{match[3]}", text)
+    return MARK.sub(lambda match: f"{match[1]}\n{rows(match[2], int(match[3] or 1))}\n{match[4]}", text)
 
 
 def main() -> int:
-    stale = []
+    """Rewrite the texts, or check them; 1 if a check finds a difference."""
+    stale, check = [], "--check" in sys.argv
     for name in TEXTS:
         file = ROOT / name
-        if file.exists() and filled(text := file.read_text(encoding="utf-8")) != text:
+        text = file.read_text(encoding="utf-8")
+        if filled(text) != text:
             stale.append(name)
-            if "--check" not in sys.argv:
+            if not check:
                 file.write_text(filled(text), encoding="utf-8")
-    verb = "differs" if "--check" in sys.argv else "rewritten"
+    verb = "differs" if check else "rewritten"
     print("\n".join(f"{name} {verb}" for name in stale) or "all tables are as measured")
-    return int(bool(stale) and "--check" in sys.argv)
+    return int(check and bool(stale))
 
 
 if __name__ == "__main__":
