@@ -18,6 +18,7 @@ from peft_surgical import SurgicalConfig, cli  # noqa: E402
 from peft_surgical import __main__ as module  # noqa: E402
 from peft_surgical.contents import contents_of  # noqa: E402
 from peft_surgical.errors import AdapterFileError  # noqa: E402
+from peft_surgical.scores import BlockScores  # noqa: E402
 
 
 @pytest.fixture
@@ -148,6 +149,83 @@ def test_blocks(run):
     assert out.rstrip().endswith("blocks by timm")
 
 
+# One's own data: what the commands compute is tested in test_experiment.py
+
+
+@pytest.fixture
+def data(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    for number, name in enumerate(("ant", "bee")):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(5):
+            image.new("RGB", (16, 16), (50 * i, 99 * number, 7)).save(tmp_path / "data" / name / f"{i}.png")
+    return tmp_path / "data"
+
+
+def test_score(run, data, tmp_path):
+    files = (tmp_path / "scores.json", tmp_path / "scores.png")
+    code, out, err = run(
+        "score", "test_resnet", data, "--random", "--batch-size", 4, "--json", files[0], "--plot", files[1]
+    )
+    assert (code, err) == (0, "")
+    scores = BlockScores.from_json(files[0].read_text())
+    assert (scores.criterion, scores.num_samples, scores.num_batches) == ("rgn", 8, 2)
+    assert all(name in out for name in ("block1", "block4", "head"))
+    assert "The head is new" in out
+    assert files[1].read_bytes().startswith(b"\x89PNG")
+    again = run("score", "test_resnet", data, "--random", "--batch-size", 4, "--criterion", "snr-reference")[1]
+    assert "snr-reference" in again
+    assert "choose one of rgn" in run("score", "test_resnet", data, "--criterion", "gnr")[2]
+
+
+def test_tune_and_compare(run, data, tmp_path):
+    how = ("--random", "--epochs", 1, "--batch-size", 8, "--cpu")
+    code, out, err = run("tune", "test_resnet", data, "--output", tmp_path / "a", "--target", "head", *how)
+    assert (code, err.count("\n")) == (0, 2)  # a line for each of the two rates
+    assert "validation" in out
+    assert "learning rate and epoch by validation accuracy on these images" in out
+    assert "load_base(report.model, **report.settings" in out
+    assert "The head is new" in out
+    assert contents_of(tmp_path / "a").target == "head"
+    code, out, err = run(
+        "compare", "test_resnet", data, "--methods", "none", "head", "--seeds", 0, 1, "--output", tmp_path / "b",
+        "--head-lr", "1e-2", *how,
+    )  # fmt: skip
+    assert (code, err.count("\n")) == (0, 4)
+    rows = [line.split() for line in out.splitlines()]
+    assert [row[0] for row in rows[1:3]] == ["none", "head"]
+    assert "over the seeds 0, 1" in out
+    assert (tmp_path / "b" / "table.md").is_file()
+
+
+def test_ctrl_c_says_how_to_go_on(run, data, tmp_path, monkeypatch):
+    def stopped(*args, **how):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("peft_surgical.experiment.fit", stopped)
+    line = ("tune", "test_resnet", data, "--output", tmp_path / "a", "--target", "block1", "--random", "--epochs", 1)
+    assert run(*line) == (130, "", "stopped; the same command goes on from here\n")
+
+
+def test_several_values_of_one_option():
+    from peft_surgical.commands.options import ManyValues
+
+    app, seen = typer.Typer(), []
+
+    @app.command(cls=ManyValues)
+    def take(place: str, lr: list[float] = typer.Option([]), name: str = "", flag: bool = False):  # noqa: B008
+        seen.append((place, lr, name, flag))
+
+    for line, found in (
+        ("here --lr 1 2e-1", ("here", [1.0, 0.2], "", False)),
+        ("here --lr 1 --lr -2 3 --flag", ("here", [1.0, -2.0, 3.0], "", True)),
+        ("--lr 1 2 --name x here", ("here", [1.0, 2.0], "x", False)),
+        ("here --lr=1 --name --lr", ("here", [1.0], "--lr", False)),
+    ):
+        app(args=line.split(), standalone_mode=False)
+        assert seen.pop() == found, line
+
+
 # Exit codes
 
 
@@ -160,6 +238,12 @@ def test_blocks(run):
         (["show", "x", "--top", "many"], "Invalid value for '--top'"),
         (["tunee"], "No such command 'tunee'"),
         (["blocks", "x", "--verbose"], "No such option: --verbose"),
+        (["tune", "x", "y"], "Missing option '--output'"),
+        (["tune", "x", "y", "--output", "z", "--target", "head", "--method", "full"], "give one of them"),
+        (["tune", "x", "y", "--output", "z", "--scheduler", "linear"], "choose one of constant, cosine"),
+        (["tune", "x", "y", "--output", "z", "--images", "many"], "'many': give a number of images"),
+        (["tune", "x", "nowhere", "--output", "z"], "nowhere does not exist"),
+        (["compare", "x", "y", "--output", "z", "--seeds", "one"], "Invalid value for '--seeds'"),
     ],
 )
 def test_what_the_user_can_mend(run, arguments, match):
@@ -173,7 +257,7 @@ def test_what_the_user_can_mend(run, arguments, match):
 def test_help(run):
     code, out, _ = run("--help")
     assert code == 0
-    assert all(command in out for command in ("blocks", "show"))
+    assert all(command in out for command in ("blocks", "score", "tune", "compare", "show"))
     code, out, _ = run("show", "--help")
     assert code == 0
     assert "--top" in out

@@ -14,7 +14,18 @@ import peft_surgical
 from peft_surgical import Anatomy, Block
 from peft_surgical.errors import ConfigError
 from peft_surgical.ledger import Ledger
-from peft_surgical.search import Candidate, Workers, candidates_of, cross_val, greedy, on_ray, race, workers
+from peft_surgical.search import (
+    Candidate,
+    Workers,
+    auto,
+    candidates_of,
+    cross_val,
+    greedy,
+    nominated,
+    on_ray,
+    race,
+    workers,
+)
 
 EPOCHS = 15
 
@@ -474,3 +485,61 @@ def test_results_are_shown_readably(ledger):
     found = cross_val(each("a"), Table({"a": 0.5}), ledger)
     assert str(found.chosen) == "a at 0.1"
     assert "trials" not in repr(found)
+
+
+@pytest.mark.slow
+def test_on_a_real_ray_cluster(tmp_path):
+    ray = pytest.importorskip("ray")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        candidates = [Candidate("block1", 1e-3), Candidate("head", 1e-3), Candidate("all", 1e-3)]
+        worth = {"block1": 0.5, "head": 0.3, "all": 0.4}
+        found = cross_val(
+            candidates,
+            lambda key: {"validation": worth[key["method"]], "cost": 1.0},
+            Ledger(tmp_path / "runs.jsonl"),
+            engine=on_ray(num_cpus=1),
+        )
+        assert str(found.chosen) == "block1 at 0.001"
+        assert found.cost == 3.0
+    finally:
+        ray.shutdown()
+
+
+def test_nominated_keeps_the_best_blocks_all_none_and_the_head_once():
+    rates = [1e-3, 1e-4]
+    given = [Candidate("none"), *(Candidate(m, lr) for m in ("block1", "block2", "block3", "all") for lr in rates)]
+    given[-2:-2] = [Candidate("head", 1e-1), Candidate("head", 1e-2)]
+    kept = nominated(given, {"block1": 1.0, "block2": 0.5, "block3": 2.0, "head": 0.1})
+    assert [str(one) for one in kept] == [
+        "none",
+        "block1 at 0.001",
+        "block1 at 0.0001",
+        "block3 at 0.001",
+        "block3 at 0.0001",
+        "head at 0.1",
+        "all at 0.001",
+        "all at 0.0001",
+    ]
+
+
+def test_auto_races_the_nominated_later_than_a_race(tmp_path):
+    calls = []
+
+    def fit(key):
+        calls.append((key["method"], key.get("stop", 1)))
+        # all starts worst and ends best, which a look after one epoch of fifteen would miss
+        curve = {"all": (0.3, 0.7, 0.9), "block1": (0.6, 0.6, 0.6), "head": (0.1, 0.1, 0.1), "none": (0.05,) * 3}
+        at = {2 / 15: 0, 2 / 5: 1}.get(key.get("stop"), 2)
+        return {"validation": curve[key["method"]][at], "cost": 15.0 * key.get("stop", 1) * (key["method"] != "none")}
+
+    given = [Candidate("none"), Candidate("block1", 1e-3), Candidate("block2", 1e-3), Candidate("head", 1e-1)]
+    scores = {"block1": 1.0, "block2": 0.1, "head": 0.5}
+    found = auto([*given, Candidate("all", 1e-3)], scores, fit, Ledger(tmp_path / "runs.jsonl"))
+    assert found.search == "auto"
+    assert found.chosen.method == "block1"  # of four a quarter survives, rounded up: one
+    wider = auto(
+        [*given, *(Candidate("all", lr) for lr in (1e-3, 1e-4, 1e-5, 1e-6))], scores, fit, Ledger(tmp_path / "b.jsonl")
+    )
+    assert wider.chosen.method == "all"
+    assert "block2" not in {method for method, _ in calls}

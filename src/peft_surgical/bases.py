@@ -18,6 +18,7 @@ from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from .anatomy import anatomy_of
 from .errors import ConfigError, DataError, SurgicalError
 from .extras import require
 from .timm_bases import TimmBase
@@ -25,7 +26,7 @@ from .transformers_bases import TransformersBase
 from .transforms import AUGMENTS
 
 WEIGHTS = ("pretrained", "random")
-HEADS = ("auto", "keep", "new")
+HEADS = ("auto", "keep", "new", "zero")
 _FOLDER = "local-dir:"
 _HUB = re.compile(r"hf[-_]hub:")
 
@@ -76,7 +77,8 @@ def load_base(
             ``local-dir:...``).
         num_classes: Classes of the data; None keeps the checkpoint's.
         label_names: The names of the data's classes, in order; their number counts as ``num_classes``.
-        head: ``"keep"`` and ``"new"`` overrule ``"auto"``, which is described above.
+        head: ``"keep"`` and ``"new"`` overrule ``"auto"``, which is described above; ``"zero"`` is a new head whose
+            values are all 0, the same with every seed, so that deltas on it can be saved.
         weights: ``"random"`` reads the architecture only: for tests, and to look at blocks.
         augment: Of ``transform_train``: ``"none"``; ``"flip"``, half of the images mirrored; or ``"crop"``, a random
             part of each image resized, and flips, as timm trains.
@@ -132,8 +134,12 @@ def _load(
             base = library(found, pretrained, wanted)
             if head == "keep" and base.head_is_new and pretrained:
                 raise ConfigError(f'head="keep": {name!r} comes without a head for {base.classes} classes')
-            if not base.head_is_new and (head == "new" or (head == "auto" and _differ(name, base.label_names, given))):
+            if not base.head_is_new and (
+                head in ("new", "zero") or (head == "auto" and _differ(name, base.label_names, given))
+            ):
                 base.new_head(base.classes)
+            if head == "zero":
+                _zero_head(base.model)
         except SurgicalError:
             raise
         except Exception as error:  # either library, and the Hub's client, raise many kinds
@@ -230,6 +236,14 @@ def _reason(error: Exception) -> str:
     """The first sentence of an error: the Hub's client writes whole paragraphs."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) < 300 else f"{text[:300]}..."
+
+
+def _zero_head(model: nn.Module) -> None:
+    tensors = set(anatomy_of(model)["head"].tensors)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in tensors:
+                parameter.zero_()
 
 
 @contextmanager

@@ -15,7 +15,11 @@ from typing import TextIO
 import typer
 
 from .commands.blocks import blocks
+from .commands.compare import compare
+from .commands.options import ManyValues
+from .commands.score import score
 from .commands.show import show
+from .commands.tune import tune
 from .errors import SurgicalError
 
 USER_ERROR = 2
@@ -29,6 +33,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("blocks")(blocks)
+app.command("score")(score)
+app.command("tune", cls=ManyValues)(tune)
+app.command("compare", cls=ManyValues)(compare)
 app.command("show")(show)
 
 

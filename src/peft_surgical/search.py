@@ -29,7 +29,7 @@ Engine = Callable[[Fit, Sequence[dict[str, Any]], Ledger], list[Run]]
 
 NONE = "none"
 """The method that leaves the network as it is."""
-RUNGS = (1 / 15, 1 / 5, 1.0)
+RUNGS, KEEP = (1 / 15, 1 / 5, 1.0), 1 / 3
 """Shares of a run after which a race looks: with 15 epochs after 1, 3 and 15. With ten candidates, of which a third
 survives each rung, the whole race then costs 10 x 1 + 4 x 2 + 12 = 30 epochs: two runs."""
 
@@ -143,7 +143,7 @@ def race(
     engine: Engine | None = None,
     *,
     rungs: Sequence[float] = RUNGS,
-    keep: float = 1 / 3,
+    keep: float = KEEP,
 ) -> SearchResult:
     """Successive halving (Jamieson & Talwalkar 2016): all start, at each rung most stop, one runs in full.
 

@@ -1,0 +1,121 @@
+"""``peft-surgical compare MODEL DATA --output DIR``: methods side by side on one's own images, over seeds."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from ..choosing import compare as compared_runs
+from ..outputs import COMPARED, FIGURE, REPORT, TABLE, compared, write_compared
+from ..search import NONE
+from .options import (
+    Augment,
+    BatchSize,
+    Cpu,
+    DeltaDtype,
+    Epochs,
+    Few,
+    HeadLrs,
+    ImageColumn,
+    Images,
+    LabelColumn,
+    Lrs,
+    Model,
+    NormStats,
+    Optimizer,
+    Output,
+    Precision,
+    Random,
+    Scheduler,
+    Test,
+    Validation,
+    WeightDecay,
+    experiment_of,
+    watched,
+)
+from .terminal import console, table
+
+METHODS = (NONE, "all", "head", "block1", "auto-rgn", "race")
+
+
+def compare(
+    model: Model,
+    data: Images,
+    output: Output,
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="none, targets (block1, 'block1 + head', all), methods (auto-rgn, lp-ft, l2-sp, ...) and searches "
+            "(race, cross-val, greedy, auto).",
+            show_default=" ".join(METHODS),
+        ),
+    ] = None,
+    seeds: Annotated[list[int] | None, typer.Option(help="One or more.", show_default="0 1 2")] = None,
+    lr: Lrs = None,
+    head_lr: HeadLrs = None,
+    epochs: Epochs = 15,
+    batch_size: BatchSize = 64,
+    optimizer: Optimizer = "adam",
+    weight_decay: WeightDecay = 1e-4,
+    scheduler: Scheduler = "constant",
+    precision: Precision = None,
+    norm_stats: NormStats = "frozen",
+    delta_dtype: DeltaDtype = None,
+    images: Few = None,
+    validation: Validation = None,
+    test: Test = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
+    augment: Augment = "none",
+    random: Random = False,
+    cpu: Cpu = False,
+) -> None:
+    """Compare methods on one's own images, over seeds; learning rates are chosen on the validation images of seed 0.
+
+    Run again after Ctrl-C, the same command goes on from where it was. Under
+    `accelerate launch --num_processes N -m peft_surgical compare ...` processes share the runs.
+    """
+    with watched() as watch:
+        experiment = experiment_of(
+            model,
+            data,
+            output,
+            watch=watch,
+            seed=0,
+            tests=True,
+            lr=lr,
+            head_lr=head_lr,
+            scheduler=scheduler,
+            config={"norm_stats": norm_stats, "delta_dtype": delta_dtype},
+            reading={
+                "tuning": images,
+                "validation": validation,
+                "test": test,
+                "image_column": image_column,
+                "label_column": label_column,
+            },
+            augment=augment,
+            random=random,
+            epochs=epochs,
+            batch_size=batch_size,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            precision=precision,
+            use_cpu=cpu,
+        )
+        seeds = seeds or [0, 1, 2]
+        rows = compared_runs(experiment, methods or list(METHODS), seeds)
+        if not watch.first:
+            return
+        report = write_compared(experiment, rows, seeds)
+    out = console()
+    shown = table(*COMPARED, numbers=tuple(COMPARED[1:-1]))
+    for cells in compared(report):
+        shown.add_row(*map(escape, cells))
+    out.print(shown)
+    out.print()
+    out.print(escape(report.settings["caption"]), soft_wrap=True)
+    files = ", ".join((REPORT, TABLE, FIGURE, experiment.ledger.file.name))
+    out.print(escape(f"In {output}: {files}"), soft_wrap=True)

@@ -1,0 +1,180 @@
+"""What the commands on one's own data have in common: their options, and the experiment that these describe."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import transformers
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from typer.core import TyperCommand
+
+from ..errors import ConfigError
+from ..experiment import Experiment
+from ..fitting import FitSettings
+from ..search import Candidate, workers
+from ..watch import Watch
+
+SCHEDULERS = ("constant", "cosine")
+
+
+def size(text: str) -> int | float:
+    """A number of images, or a share of them."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    raise typer.BadParameter(f"{text!r}: give a number of images, such as 200, or a share, such as 0.2")
+
+
+Model = Annotated[str, typer.Argument(help="A timm id, a transformers id, or a folder of either.", show_default=False)]
+Images = Annotated[
+    str,
+    typer.Argument(metavar="DATA", help="A folder of class folders, parquet, a dataset's Hub id.", show_default=False),
+]
+Output = Annotated[Path, typer.Option(help="Folder for the results; run again with it to go on.", show_default=False)]
+Lrs = Annotated[list[float] | None, typer.Option("--lr", help="One or more to choose from.", show_default="1e-3 1e-4")]
+HeadLrs = Annotated[
+    list[float] | None,
+    typer.Option("--head-lr", help="The same where the head alone is tuned.", show_default="1e-2 1e-3"),
+]
+Epochs = Annotated[int, typer.Option(min=1, help="Of each run; the best by validation accuracy counts.")]
+BatchSize = Annotated[int, typer.Option(min=1)]
+Optimizer = Annotated[str, typer.Option(help="adam, adamw or sgd.")]
+WeightDecay = Annotated[float, typer.Option(min=0, help="Pulls towards the pretrained weights.")]
+Scheduler = Annotated[str, typer.Option(help="constant or cosine.")]
+Precision = Annotated[str | None, typer.Option(help="bf16 or fp16.", show_default="float32")]
+NormStats = Annotated[str, typer.Option(help="Whose normalisation statistics move: frozen, target or all.")]
+DeltaDtype = Annotated[str | None, typer.Option(help="Of the saved deltas: bfloat16 or float16 halve the file.")]
+Few = Annotated[Any, typer.Option("--images", parser=size, metavar="N", help="Tune on so many, or such a share.")]
+Validation = Annotated[
+    Any, typer.Option(parser=size, metavar="N", help="So many to choose with, drawn where not given.")
+]
+Test = Annotated[Any, typer.Option(parser=size, metavar="N", help="So many to report on, drawn where not given.")]
+ImageColumn = Annotated[str | None, typer.Option(help="Of a table, where names do not tell.")]
+LabelColumn = Annotated[str | None, typer.Option(help="The same for the labels.")]
+Augment = Annotated[str, typer.Option(help="none, flip or crop.")]
+Random = Annotated[bool, typer.Option("--random", help="Random weights: to try the command out.")]
+Cpu = Annotated[bool, typer.Option("--cpu", help="Leave an accelerator alone.")]
+
+
+class ManyValues(TyperCommand):
+    """A command whose repeatable options also take several values at once: ``--lr 1e-3 1e-4``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Write ``--lr 1 2`` as ``--lr 1 --lr 2``; the values end at the next option."""
+        many = {name for parameter in self.params if getattr(parameter, "multiple", False) for name in parameter.opts}
+        written: list[str] = []
+        option: str | None = None
+        for argument in args:
+            if argument in many:
+                option = argument
+                written.append(argument)
+            elif option is None or argument.startswith("--"):
+                option = None
+                written.append(argument)
+            else:
+                written += [argument] if written[-1] is option else [option, argument]
+        return super().parse_args(ctx, written)
+
+
+def experiment_of(
+    model: str,
+    data: str,
+    output: Path,
+    *,
+    watch: Bar,
+    seed: int,
+    tests: bool,
+    lr: list[float] | None,
+    head_lr: list[float] | None,
+    scheduler: str,
+    config: Mapping[str, Any],
+    reading: Mapping[str, Any],
+    augment: str,
+    random: bool,
+    **fitting: Any,
+) -> Experiment:
+    """The experiment that the options describe.
+
+    Raises:
+        ConfigError: A choice that does not exist.
+    """
+    if scheduler not in SCHEDULERS:
+        raise ConfigError(f"--scheduler {scheduler!r}: choose one of {', '.join(SCHEDULERS)}")
+    engine = workers()
+    lrs, head_lrs = tuple(lr or (1e-3, 1e-4)), tuple(head_lr or (1e-2, 1e-3))
+    watch.first = engine.rank == 0
+    transformers.logging.set_verbosity_error()
+    return Experiment(
+        model,
+        data,
+        output,
+        FitSettings(lrs[0], lr_scheduler=scheduler, **fitting),
+        lrs=lrs,
+        head_lrs=head_lrs,
+        reading=reading,
+        config=config,
+        augment=augment,
+        weights="random" if random else "pretrained",
+        tests=tests,
+        seed=seed,
+        engine=engine,
+        watch=watch,
+    )
+
+
+class Bar(Watch):
+    """Progress on standard error: a line for each finished run, and below them a bar over all."""
+
+    def __init__(self) -> None:
+        self.out = Console(stderr=True, highlight=False, soft_wrap=True)
+        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+        self.progress = Progress(*columns, console=self.out, transient=True, disable=not self.out.is_terminal)
+        self.task = self.progress.add_task("", total=0)
+        self.runs = 0
+        self.first = True  # of the processes that share the work
+
+    def planned(self, runs: int) -> None:
+        """See `Watch`."""
+        self.runs += runs
+        self.progress.update(self.task, total=self.runs)
+
+    def epoch(self, key: Mapping[str, Any], done: float, epochs: int) -> None:
+        """See `Watch`."""
+        self.progress.update(self.task, description=f"{escape(_named(key))}: epoch {done:.0f} of {epochs}")
+
+    def finished(self, key: Mapping[str, Any], result: Mapping[str, Any], known: bool) -> None:
+        """See `Watch`."""
+        self.progress.update(self.task, advance=1, description="")
+        if known and not self.first:
+            return
+        if "validation" in result:
+            part = f" after {key['stop']:.0%} of the run" if "stop" in key else ""
+            where = " (in the ledger)" if known else ""
+            text = (
+                f"{_named(key)}{part}: validation {100 * result['validation']:.1f} %, cost {result['cost']:.0f}{where}"
+            )
+        else:
+            text = f"{_named(key)}{' (in the ledger)' if known else ''}"
+        self.out.print(escape(text))
+
+
+def _named(key: Mapping[str, Any]) -> str:
+    return f"seed {key['seed']}, {Candidate(key['method'], key['lr'])}"
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[Bar]:
+    """Progress while the block runs, and after Ctrl-C what to do next."""
+    bar = Bar()
+    try:
+        with bar.progress:
+            yield bar
+    except KeyboardInterrupt:
+        bar.out.print("stopped; the same command goes on from here")
+        raise

@@ -1,0 +1,592 @@
+"""One's own data from folder to adapter: choosing, new heads, forgetting, resuming, comparing, and what is written."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+timm = pytest.importorskip("timm")
+PIL = pytest.importorskip("PIL.Image")
+pytest.importorskip("datasets")
+pytest.importorskip("typer")
+
+import transformers  # noqa: E402
+from peft import PeftModel  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+from timm.models import save_for_hf  # noqa: E402
+
+from peft_surgical import SurgicalConfig, anatomy_of, experiment  # noqa: E402
+from peft_surgical.bases import load_base  # noqa: E402
+from peft_surgical.choosing import choose, compare, search  # noqa: E402
+from peft_surgical.errors import AdapterError, ConfigError, DataError  # noqa: E402
+from peft_surgical.evaluation import Report, accuracy  # noqa: E402
+from peft_surgical.experiment import Experiment  # noqa: E402
+from peft_surgical.fitting import FitSettings, fit  # noqa: E402
+from peft_surgical.ledger import Ledger  # noqa: E402
+from peft_surgical.methods import METHODS, method_of  # noqa: E402
+from peft_surgical.newhead import NewHeadFirst, modules_of_head, with_new_head  # noqa: E402
+from peft_surgical.outputs import read_source, write_compared, write_tuned  # noqa: E402
+from peft_surgical.schedules import HeadFirst, Progress  # noqa: E402
+from peft_surgical.scores import BlockScores  # noqa: E402
+from peft_surgical.search import candidates_of  # noqa: E402
+from peft_surgical.watch import Watch  # noqa: E402
+
+NAMES = ("ant", "bee", "cow")
+ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
+
+
+def write_images(root, count, seed=0, names=NAMES):
+    """Three classes that a channel's mean tells apart."""
+    rng = np.random.default_rng(seed)
+    for number, name in enumerate(names):
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = rng.normal(120, 25, (16, 16, 3))
+            pixels[..., number] += 60
+            PIL.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(root / name / f"{i}.png")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """``model`` and ``other`` (two classes), ``data`` with given parts, ``flat`` to be split, and ``source``."""
+    root = tmp_path_factory.mktemp("experiment")
+    for name, classes in (("model", NAMES), ("other", ("yes", "no"))):
+        torch.manual_seed(1)
+        network = timm.create_model(
+            "test_resnet", num_classes=len(classes), pretrained_cfg_overlay={"input_size": (3, 32, 32)}
+        )
+        save_for_hf(network, root / name, model_config={"label_names": classes}, safe_serialization=True)
+    for part, count in (("train", 6), ("validation", 4), ("test", 4)):
+        write_images(root / "data" / part, count, seed=len(part))
+    write_images(root / "flat", 12)
+    write_images(root / "source", 5, seed=9)
+    return root
+
+
+def of(place, folder, data="data", model="model", epochs=1, lrs=(1e-2,), head_lrs=(1e-2,), **more):
+    fitting = FitSettings(1e-2, epochs=epochs, batch_size=6, **more.pop("fitting", {}))
+    return Experiment(str(place / model), str(place / data), folder, fitting, lrs=lrs, head_lrs=head_lrs, **more)
+
+
+def reopened(folder):
+    """As the last lines of `tune` say."""
+    report = Report.load(folder / "report.json")
+    base = load_base(report.model, **report.settings["open"])
+    return PeftModel.from_pretrained(base.model, folder).eval(), report
+
+
+def measured(experiment, model, report):
+    """Accuracy on test by hand, against the report's."""
+    rows = experiment.rows("test", 0)
+    inputs = torch.stack([rows[i]["pixel_values"] for i in range(len(rows))])
+    with torch.no_grad():
+        found = accuracy(model(inputs), torch.tensor(rows.labels))
+    assert report.find("accuracy", "test").value == found
+
+
+# --- a new head ---
+
+
+def anatomy():
+    return anatomy_of(timm.create_model("test_resnet", num_classes=3))
+
+
+def test_a_new_head_trains_alone_and_then_with_the_target():
+    blocks = anatomy()
+    schedule = with_new_head(method_of("block1")).schedule(blocks, {})
+    assert schedule.criterion is None
+    alone = schedule.factors(Progress(0, 9))
+    assert set(alone) == set(blocks.tensors) - set(blocks["head"].tensors)
+    assert set(alone.values()) == {0.0}
+    assert schedule.factors(Progress(2, 9)) == alone
+    assert schedule.factors(Progress(3, 9)) == {}  # everything at the full rate
+
+
+def test_a_schedule_sees_the_rest_of_the_run_and_no_score_of_the_new_head():
+    gradual = with_new_head(METHODS["gradual-first-last"]).schedule(anatomy(), {})
+    assert [gradual.factors(Progress(step, 30))["layer2.0.conv1.weight"] for step in (0, 13, 14, 29)] == [0, 0, 1, 1]
+    assert "fc.weight" not in gradual.factors(Progress(29, 30))
+    auto = NewHeadFirst(("a", "b"), METHODS["auto-rgn"].schedule(anatomy(), {}))
+    assert auto.criterion == "rgn"
+    scores = BlockScores("rgn", {"x": 1.0}, {"a": 1.0, "b": 2.0, "head": 8.0}, {"x": 3}, 6, 1)
+    assert auto.factors(Progress(0, 9), scores) == {"a": 0.0, "b": 0.0}
+    assert auto.factors(Progress(3, 9), scores) == {"a": 0.5, "b": 1.0}
+    assert isinstance(with_new_head(METHODS["lp-ft"]).schedule(anatomy(), {"share": 0.5}), HeadFirst)
+
+
+def test_what_is_saved_whole_is_exactly_the_head():
+    network = timm.create_model("test_resnet", num_classes=3)
+    assert modules_of_head(network, anatomy_of(network)) == ["fc"]
+    network.layer1[0].my_fc = torch.nn.Linear(2, 2)  # PEFT would take it, too
+    assert modules_of_head(network, anatomy_of(network)) == []
+
+
+def test_a_head_of_zeros_is_the_same_with_every_seed(place):
+    bases = [load_base(place / "model", label_names=NAMES, head="zero", seed=seed) for seed in (0, 1)]
+    assert all(base.head_is_new for base in bases)
+    assert all(not base.model.fc.weight.any() and not base.model.fc.bias.any() for base in bases)
+    assert all(base.model.conv1.weight.any() if hasattr(base.model.conv1, "weight") else True for base in bases)
+
+
+# --- tuning ---
+
+
+def test_a_target_with_two_rates_and_a_source(place, tmp_path):
+    run = of(place, tmp_path, lrs=(1e-2, 1e-5), epochs=2)
+    choice = choose(run, "block1", 0)
+    source = read_source(run, place / "source")
+    report = write_tuned(run, choice, 0, source)
+    runs = run.ledger.runs()
+    assert [(one.key["method"], one.key["lr"], one.key["seed"]) for one in runs] == [
+        ("block1", 1e-2, 0),
+        ("block1", 1e-5, 0),
+    ]
+    assert report.settings["lr"] == max(runs, key=lambda one: one.result["validation"]).key["lr"]
+    names = [(one.name, one.dataset, one.n) for one in report]
+    kinds = ("accuracy before", "accuracy")
+    parts = (("validation", 12), ("test", 12), (f"source {place / 'source'}", 15))
+    assert names == [(kind, part, n) for part, n in parts for kind in kinds]
+    assert {one.selection for one in report if one.name == "accuracy before"} == {"none"}
+    assert "flatters" in report.find("accuracy", "validation").selection
+    assert report.find("accuracy", "test").selection == "learning rate and epoch by validation accuracy"
+    assert report == Report.load(tmp_path / "report.json")
+    model, again = reopened(tmp_path)
+    assert again == report
+    measured(run, model, report)
+    config = SurgicalConfig.from_pretrained(tmp_path)
+    assert (config.target, config.base_model_name_or_path) == ("block1", str(place / "model"))
+    assert config.selection["learning_rates"] == {
+        f"block1 at {one.key['lr']:g}": one.result["validation"] for one in runs
+    }
+    moved = report.settings["moved"]
+    assert moved["block1"] > 0
+    assert [value for name, value in moved.items() if name != "block1"] == [0.0] * 4
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert {file.name for file in tmp_path.iterdir()} == {
+        *ADAPTER,
+        "README.md",
+        "report.json",
+        "figure.png",
+        "ledger.jsonl",
+    }
+
+
+def test_what_moved_by_hand(place, tmp_path):
+    run = of(place, tmp_path)
+    report = write_tuned(run, choose(run, "block2", 0), 0)
+    base = load_base(place / "model").model.state_dict()
+    deltas = load_file(tmp_path / ADAPTER[0])
+    names = [name for name in run.anatomy["block2"].tensors if "running" not in name and "num_batches" not in name]
+    assert len(names) == len(deltas)
+    expected = sum(v.double().square().sum() for v in deltas.values()) ** 0.5
+    expected /= sum(base[name].double().square().sum() for name in names) ** 0.5
+    assert report.settings["moved"]["block2"] == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_scores_choose_the_blocks(place, tmp_path):
+    run = of(place, tmp_path, data="flat")
+    choice = choose(run, "auto-rgn", 0, num_blocks=2)
+    scores = run.scores("rgn", 0)
+    assert choice.run.key["method"] == " + ".join(scores.contiguous(2))
+    assert choice.rule == "blocks by rgn on tuning images; epoch by validation accuracy"
+    assert choice.cost == choice.run.result["cost"] + scores.num_batches
+    report = write_tuned(run, choice, 0)
+    assert SurgicalConfig.from_pretrained(tmp_path).selection["block_scores"] == dict(scores.block_scores)
+    assert [one.dataset for one in report] == ["validation"] * 2
+    assert run.data(0).label_names == NAMES
+    # As a method it is something else: all tensors, each at its own rate.
+    assert METHODS["auto-rgn"].target == "all"
+
+
+class Counted(Watch):
+    def __init__(self):
+        self.total, self.told = 0, []
+
+    def planned(self, runs):
+        self.total += runs
+
+    def finished(self, key, result, known):
+        self.told.append((key["method"], key.get("stop"), known))
+
+
+def test_auto_races_what_rgn_nominates(place, tmp_path):
+    watch = Counted()
+    run = of(place, tmp_path, epochs=2, watch=watch)
+    choice = choose(run, "auto", 0)
+    best = run.scores("rgn", 0).top(2)
+    first = [one.key["method"] for one in choice.trials if one.key.get("stop") or one.key["method"] == "none"]
+    assert sorted({*first}) == sorted({"none", *best, "head", "all"})
+    assert {one.key.get("stop") for one in choice.trials} <= {None, 0.5}  # two epochs have two rungs
+    assert choice.selection["asked"] == "auto"
+    assert choice.selection["scores"]["criterion"] == "rgn"
+    assert len(watch.told) == watch.total
+    report = write_tuned(run, choice, 0)
+    assert report.target == choice.run.key["method"]
+    if report.target == "none":
+        assert not (tmp_path / ADAPTER[0]).exists()
+    else:
+        measured(run, reopened(tmp_path)[0], report)
+
+
+def test_not_to_tune_can_win(place, tmp_path, monkeypatch):
+    run = of(place, tmp_path)
+    monkeypatch.setattr(experiment, "fit", lambda *args, **how: pytest.fail("nothing is to be trained"))
+    choice = choose(run, "none", 0)
+    (tmp_path / ADAPTER[0]).write_bytes(b"of an earlier choice")
+    report = write_tuned(run, choice, 0)
+    assert report.target == "none"
+    assert report.find("accuracy", "test").value == report.find("accuracy before", "test").value
+    assert not (tmp_path / ADAPTER[0]).exists()
+
+
+@pytest.mark.parametrize(
+    ("asked", "method", "head"),
+    [("block1", False, "saved whole"), ("head", False, "all zeros"), ("auto-rgn", True, "saved whole")],
+)
+def test_new_classes(place, tmp_path, asked, method, head):
+    run = of(place, tmp_path, model="other", epochs=3)
+    choice = choose(run, asked, 0, is_method=method)
+    report = write_tuned(run, choice, 0)
+    assert head in report.settings["head"]
+    config = SurgicalConfig.from_pretrained(tmp_path)
+    assert config.modules_to_save == (None if asked == "head" else ["fc"])
+    model, _ = reopened(tmp_path)
+    assert model.get_base_model().num_classes == 3
+    measured(run, model, report)
+    if asked != "head":
+        assert report.settings["moved"]["block1"] > 0
+        assert "head" not in report.settings["moved"]
+        assert any(
+            name.endswith("fc.weight") and value.shape[0] == 3
+            for name, value in load_file(tmp_path / ADAPTER[0]).items()
+        )
+
+
+def test_as_many_classes_of_other_names(place, tmp_path):
+    write_images(tmp_path / "data", 5, names=("x", "y", "z"))
+    run = of(place, tmp_path / "out", data=tmp_path / "data")
+    with pytest.warns(UserWarning, match="Its head is replaced by a new one"):
+        assert run.head_is_new
+    write_tuned(run, choose(run, "block1", 0), 0)
+    _, report = reopened(tmp_path / "out")  # without the warning
+    assert report.settings["open"] == {
+        "label_names": ["x", "y", "z"],
+        "head": "new",
+        "weights": "pretrained",
+        "seed": 0,
+    }
+
+
+def test_a_transformers_model(place, tmp_path):
+    config = transformers.ViTConfig(
+        hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, image_size=16, patch_size=8
+    )
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
+    transformers.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "vit")
+    run = of(place, tmp_path / "out", model=tmp_path / "vit", epochs=3)
+    report = write_tuned(run, choose(run, "block2", 0), 0)
+    assert run.head_is_new
+    assert SurgicalConfig.from_pretrained(tmp_path / "out").modules_to_save == ["classifier"]
+    rows = run.rows("test", 0)
+    model, _ = reopened(tmp_path / "out")
+    with torch.no_grad():
+        logits = model(torch.stack([rows[i]["pixel_values"] for i in range(len(rows))])).logits
+    assert report.find("accuracy", "test").value == accuracy(logits, torch.tensor(rows.labels))
+
+
+def test_a_new_head_that_cannot_be_saved_whole_becomes_deltas_on_zeros(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "modules_of_head", lambda *args: [])
+    run = of(place, tmp_path, model="other", epochs=3)
+    report = write_tuned(run, choose(run, "block1", 0), 0)
+    assert "tuned as deltas" in report.settings["head"]
+    assert report.settings["open"]["head"] == "zero"
+    assert SurgicalConfig.from_pretrained(tmp_path).target == "block1 + head"
+    measured(run, reopened(tmp_path)[0], report)
+
+
+def test_a_race_looks_only_after_a_new_head_has_trained_alone(place, tmp_path, monkeypatch):
+    run = of(place, tmp_path, model="other", epochs=15)
+    seen = []
+    monkeypatch.setattr(
+        "peft_surgical.choosing.race", lambda candidates, *args, rungs, keep: seen.append((candidates, rungs))
+    )
+    search(run, "race", 0)
+    candidates, rungs = seen[0]
+    assert rungs == [6 / 15, 7 / 15, 1.0]  # it trains alone for 5 epochs
+    assert "none" not in [one.method for one in candidates]
+
+
+def test_half_precision_on_disk_and_bfloat16_in_training(place, tmp_path):
+    run = of(place, tmp_path, config={"delta_dtype": "bfloat16", "norm_stats": "target"}, fitting={"precision": "bf16"})
+    report = write_tuned(run, choose(run, "block1", 0), 0)
+    assert {value.dtype for name, value in load_file(tmp_path / ADAPTER[0]).items() if "delta" in name} == {
+        torch.bfloat16
+    }
+    measured(run, reopened(tmp_path)[0], report)
+    run = of(place, tmp_path / "b", fitting={"precision": "bf16"})
+    measured(run, reopened_after(run)[0], Report.load(tmp_path / "b" / "report.json"))
+
+
+def reopened_after(run):
+    write_tuned(run, choose(run, "block1", 0), 0)
+    return reopened(run.folder)
+
+
+# --- interrupted ---
+
+
+class Interrupted:
+    """`fit`, until it is to be stopped: in the middle of its second call, after one of its epochs."""
+
+    def __init__(self, at):
+        self.at, self.calls = at, []
+
+    def __call__(self, network, method, *args, **how):
+        self.calls.append((method.name, how["stop_epoch"]))
+        if len(self.calls) == self.at:
+            fit(network, method, *args, **{**how, "stop_epoch": 1})
+            raise KeyboardInterrupt
+        return fit(network, method, *args, **how)
+
+
+def test_an_interrupted_experiment_ends_as_if_it_had_not_been(place, tmp_path, monkeypatch):
+    lrs = (1e-2, 1e-3)
+    whole = of(place, tmp_path / "whole", lrs=lrs, epochs=2)
+    write_tuned(whole, choose(whole, "block1", 0), 0)
+    monkeypatch.setattr(experiment, "fit", Interrupted(at=2))
+    run = of(place, tmp_path / "parts", lrs=lrs, epochs=2)
+    with pytest.raises(KeyboardInterrupt):
+        choose(run, "block1", 0)
+    assert len(run.ledger) == 1
+    assert any((tmp_path / "parts" / "checkpoints").rglob("checkpoint-*"))
+    again = Interrupted(at=None)
+    monkeypatch.setattr(experiment, "fit", again)
+    run = of(place, tmp_path / "parts", lrs=lrs, epochs=2)
+    write_tuned(run, choose(run, "block1", 0), 0)
+    assert len(again.calls) == 1
+    for name in ("ledger.jsonl", "report.json", *ADAPTER):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    # Once more, nothing is trained: what was written is read.
+    run = of(place, tmp_path / "parts", lrs=lrs, epochs=2)
+    write_tuned(run, choose(run, "block1", 0), 0)
+    assert len(again.calls) == 1
+    assert (tmp_path / "parts" / ADAPTER[0]).read_bytes() == (tmp_path / "whole" / ADAPTER[0]).read_bytes()
+    # Without the adapter it is trained again.
+    (tmp_path / "parts" / "report.json").unlink()
+    write_tuned(run, choose(run, "block1", 0), 0)
+    assert len(again.calls) == 2
+    assert (tmp_path / "parts" / ADAPTER[0]).read_bytes() == (tmp_path / "whole" / ADAPTER[0]).read_bytes()
+
+
+def test_keys_hold_what_determines_a_run(place, tmp_path):
+    base = of(place, tmp_path).shared
+    others = [
+        of(place, tmp_path, data="flat"),
+        of(place, tmp_path, model="other"),
+        of(place, tmp_path, epochs=2),
+        of(place, tmp_path, augment="flip"),
+        of(place, tmp_path, weights="random"),
+        of(place, tmp_path, config={"norm_stats": "target"}),
+        of(place, tmp_path, fitting={"optimizer": "sgd"}),
+        of(place, tmp_path, tests=True),
+        of(place, tmp_path, data="flat", reading={"tuning": 6}),
+    ]
+    keys = [json.dumps(one.shared, sort_keys=True) for one in others]
+    assert len({*keys, json.dumps(base, sort_keys=True)}) == 10
+    moved = place / "moved"
+    shutil.copytree(place / "data", moved, dirs_exist_ok=True)
+    assert of(place, tmp_path, data="moved").shared == base
+    # The drawn head of a new base is no part of it: seeds have their own.
+    assert of(place, tmp_path, model="other", seed=1).shared["base"] == others[1].shared["base"]
+
+
+def test_a_run_that_diverges_loses(place, tmp_path):
+    run = of(place, tmp_path, lrs=(1e30, 1e-3), fitting={"optimizer": "sgd"})
+    choice = choose(run, "block1", 0)
+    assert choice.run.key["lr"] == 1e-3
+    assert choice.trials[0].result["diverged"]
+    alone = of(place, tmp_path, lrs=(1e30,), fitting={"optimizer": "sgd"})
+    with pytest.raises(ConfigError, match=r"block1 with learning rate 1e\+30 and seed 0 ended in NaN"):
+        choose(alone, "block1", 0)
+
+
+def test_a_reloaded_adapter_that_differs_is_an_error(place, tmp_path):
+    run = of(place, tmp_path)
+    model = load_base(place / "model").model
+    other = load_base(place / "model").model
+    run.check(model, other, 0)
+    with torch.no_grad():
+        other.fc.bias[0] += 1e-6
+    with pytest.raises(AdapterError, match="does not give the logits of the network that was trained"):
+        run.check(model, other, 0)
+
+
+# --- comparing ---
+
+
+def test_compare_over_drawn_splits(place, tmp_path, monkeypatch):
+    def few(*args, **how):
+        return [one for one in candidates_of(*args, **how) if one.method in {"none", "block1", "head"}]
+
+    monkeypatch.setattr("peft_surgical.choosing.candidates_of", few)
+    run = of(place, tmp_path, data="flat", lrs=(1e-2, 1e-4), tests=True, reading={"test": 9, "validation": 9})
+    rows = compare(run, ["none", "block1", "cross-val"], [0, 1])
+    assert list(rows) == ["none", "block1", "cross-val"]
+    assert run.draws
+    assert [one.key["seed"] for one in rows["block1"]] == [0, 1]
+    assert len({one.key["lr"] for one in rows["block1"]}) == 1
+    tried = run.ledger.runs(method="block1", seed=0)
+    best = max(tried, key=lambda one: one.result["validation"])
+    assert rows["block1"][0].key["lr"] == best.key["lr"]
+    report = write_compared(run, rows, [0, 1])
+    assert report == Report.load(tmp_path / "report.json")
+    assert [one.name for one in report] == ["accuracy of none", "accuracy of block1", "accuracy of cross-val"]
+    assert all((one.interval, one.n, one.seeds) == ("t", 9, (0, 1)) for one in report)
+    values = {name: [one.result["test"] for one in found] for name, found in rows.items()}
+    assert [one.value for one in report] == pytest.approx([sum(found) / 2 for found in values.values()])
+    for name, rank in report.settings["rank"].items():
+        ranks = [1 + sum(other[i] > values[name][i] for other in values.values()) for i in (0, 1)]
+        assert rank == sum(ranks) / 2
+    # A search over more chose at least as well on validation, and cost what all its runs cost.
+    assert rows["cross-val"][0].result["validation"] >= rows["block1"][0].result["validation"]
+    every = [one.result["cost"] for one in run.ledger.runs(seed=0)]
+    assert rows["cross-val"][0].result["cost"] == pytest.approx(sum(every))
+    caption = report.settings["caption"]
+    assert "9 test images per seed, mean with the 95% interval (Student's t) over the seeds 0, 1" in caption
+    assert "A seed changes the split and the training order" in caption
+    assert "no test image had a say" in caption
+    table = (tmp_path / "table.md").read_text()
+    assert table.startswith("| method | accuracy (%) | 95% interval | rank | cost | chosen |\n")
+    assert caption in table
+    assert (tmp_path / "figure.png").is_file()
+
+
+def test_compare_on_given_parts_changes_only_the_order(place, tmp_path):
+    run = of(place, tmp_path, tests=True)
+    rows = compare(run, ["none"], [3])
+    report = write_compared(run, rows, [3])
+    assert not run.draws
+    assert run.data(3) is run.data(0)
+    assert report.find("accuracy of none").interval == "wilson"
+    assert "A seed changes only the training order" in report.settings["caption"]
+    assert report.find("accuracy of none").selection == "none"
+
+
+def test_compare_without_test_images_says_that_it_flatters(place, tmp_path):
+    run = of(place, tmp_path, data="flat", tests=True)
+    report = write_compared(run, compare(run, ["none"], [0]), [0])
+    assert "on the very images that are reported, so it flatters" in report.settings["caption"]
+
+
+# --- errors ---
+
+
+@pytest.mark.parametrize(
+    ("asked", "more", "error", "match"),
+    [
+        ("blok1", {}, ConfigError, "Near misses: block1.*Methods: full, .*Searches: auto, race"),
+        ("block1", {"num_blocks": 2}, ConfigError, "'block1' has none: use auto-rgn, auto-snr, auto-fisher"),
+        ("race", {"budget": 0.5}, ConfigError, "'race' has none"),
+        ("block1", {"is_method": True}, ConfigError, "'block1' is no method: choose one of full"),
+        ("auto-rgn", {"num_blocks": 9}, DataError, "k=9: choose 1 to 5"),
+    ],
+)
+def test_what_cannot_be_chosen(place, tmp_path, asked, more, error, match):
+    with pytest.raises(error, match=match):
+        choose(of(place, tmp_path), asked, 0, **more)
+
+
+def test_what_cannot_be_compared(place, tmp_path):
+    run = of(place, tmp_path)
+    with pytest.raises(ConfigError, match="'auto-fisher' names nothing to train by itself"):
+        compare(run, ["none", "auto-fisher"], [0])
+    with pytest.raises(ConfigError, match="give each seed once"):
+        compare(run, ["none"], [0, 0])
+    assert not run.ledger.file.exists()
+
+
+def test_settings_are_checked_before_anything_is_read(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    for more, match in (
+        ({"config": {"norm_stats": "mine"}}, "norm_stats='mine'"),
+        ({"lrs": (0.0,)}, "all must be positive"),
+        ({"fitting": {"precision": "fp16"}}, "precision='fp16' needs a GPU"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            of(place, tmp_path, data="nowhere", **more)
+
+
+def test_forgetting_needs_the_same_classes(place, tmp_path):
+    write_images(tmp_path / "other", 5, names=("x", "y", "z"))
+    with pytest.raises(DataError, match="has the classes x, y, z, the data ant, bee, cow"):
+        read_source(of(place, tmp_path), tmp_path / "other")
+    given = read_source(of(place, tmp_path), place / "data")
+    assert (len(given.part), given.name) == (12, f"source {place / 'data'}, test")
+
+
+def test_images_stay_in_memory_unless_they_are_augmented(place, tmp_path, monkeypatch):
+    run = of(place, tmp_path)
+    rows = run.rows("tuning", 0)
+    assert rows[0] is rows[0]
+    assert run.rows("tuning", 0) is rows
+    assert of(place, tmp_path, augment="flip").rows("tuning", 0).keep is False
+    monkeypatch.setattr(experiment, "_KEPT_BYTES", 10)
+    assert rows[1] is not rows[1]
+
+
+def test_without_matplotlib_there_is_no_figure(place, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    run = of(place, tmp_path)
+    with pytest.warns(UserWarning, match="no figure: drawing a figure needs matplotlib"):
+        write_tuned(run, choose(run, "none", 0), 0)
+    assert (tmp_path / "report.json").is_file()
+
+
+# --- processes ---
+
+
+def command(place, output, *arguments):
+    paths = [str(place / "model"), str(place / "flat"), "--output", str(output)]
+    return [sys.executable, "-m", "peft_surgical", arguments[0], *paths, *arguments[1:]]
+
+
+@pytest.mark.slow
+def test_tune_from_the_shell(place, tmp_path):
+    line = command(
+        place, tmp_path, "tune", "--target", "block1", "--lr", "1e-2", "1e-3", "--epochs", "2", "--test", "6"
+    )
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("validation")) == (0, 2), done.stderr
+    lines = done.stdout[done.stdout.index("from peft import") :].replace("(image)", "(PIL.new('RGB', (16, 16)))")
+    found = {}
+    exec(f"from PIL import Image as PIL\n{lines}", found)
+    assert found["logits"].shape == (1, 3)
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_comparison(place, tmp_path):
+    options = ["compare", "--methods", "none", "all", "block1", "race", "--seeds", "0", "1", "--epochs", "2"]
+    options += ["--lr", "1e-2", "--head-lr", "1e-2", "--test", "6"]
+    alone = subprocess.run(command(place, tmp_path / "one", *options), capture_output=True, text=True, check=True)
+    shared = [
+        subprocess.Popen(
+            command(place, tmp_path / "two", *options),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)},
+        )
+        for rank in (0, 1)
+    ]
+    said = [process.communicate(timeout=600)[0] for process in shared]
+    assert [process.returncode for process in shared] == [0, 0]
+    assert said[1] == ""
+    assert said[0].replace(str(tmp_path / "two"), "") == alone.stdout.replace(str(tmp_path / "one"), "")
+    runs = [sorted(map(str, Ledger(tmp_path / name / "ledger.jsonl"))) for name in ("one", "two")]
+    assert runs[0] == runs[1]
+    assert (tmp_path / "two" / "ledger.jsonl").read_bytes().count(b"\n") == len(runs[0])  # nothing was done twice
