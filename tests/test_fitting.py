@@ -2,6 +2,9 @@
 
 import copy
 import gc
+import json
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -392,3 +395,13 @@ def test_what_cannot_be_fitted_is_refused(method, how, message):
     tuning, validation = data()
     with pytest.raises(ConfigError, match=message):
         fit(network(), method, tuning, validation, SETTINGS, **how)
+
+
+def test_a_run_that_diverges_loses_to_its_own_past_and_to_others():
+    tuning, validation = data()
+    settings = replace(SETTINGS, lr=1e30, optimizer="sgd")
+    with pytest.warns(UserWarning, match="the run diverged"):
+        found = fit(network(), "all", tuning, validation, settings)
+    assert found.losses[-1] == sys.float_info.max
+    assert found.curve[-1] == 0.0
+    assert json.dumps(found.losses, allow_nan=False)

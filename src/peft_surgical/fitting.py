@@ -8,7 +8,9 @@ is stopped and continued.
 from __future__ import annotations
 
 import json
+import math
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -28,7 +30,6 @@ from transformers.trainer_callback import PrinterCallback
 from .callback import SurgicalCallback
 from .config import SurgicalConfig
 from .errors import ConfigError
-from .evaluation import accuracy
 from .gradients import forward_loss, logits_of
 from .methods import Method, method_of
 from .tensors import anatomy_under
@@ -91,7 +92,7 @@ class Fitted:
     Attributes:
         model: The PeftModel at its best epoch.
         curve: Validation accuracy, a fraction, at the end of each epoch.
-        losses: Validation loss at the same points.
+        losses: Validation loss at the same points; the largest float where it is not finite.
         best_epoch: The epoch, from 1, whose model this is: of equal accuracies the first.
         cost: In training steps of this batch size, counted from the beginning of the run: optimizer steps x batches
             per step, batches that were scored, and forward passes over the validation images as a third each.
@@ -253,7 +254,7 @@ def fit(
     return Fitted(
         model=model,
         curve=curve,
-        losses=tuple(point["eval_loss"] for point in points),
+        losses=tuple(_finite(point["eval_loss"]) for point in points),
         best_epoch=1 + curve.index(max(curve)),
         cost=trainer.state.global_step * settings.accumulation + scored + FORWARD_SHARE * forwards,
         record=surgical.pace.record,
@@ -270,6 +271,10 @@ def _last_checkpoint(folder: Path) -> tuple[str | None, int]:
             continue
         return str(found[step]), round(state["epoch"])
     return None, 0
+
+
+def _finite(loss: float) -> float:
+    return loss if math.isfinite(loss) else sys.float_info.max
 
 
 def forget_checkpoints(folder: str | Path) -> None:
@@ -293,4 +298,7 @@ def balanced(dataset: Dataset[Any], seed: int) -> Dataset[Any]:
 
 def _metrics(predicted: Any) -> dict[str, float]:
     logits = predicted.predictions[0] if isinstance(predicted.predictions, tuple) else predicted.predictions
-    return {"accuracy": accuracy(torch.from_numpy(logits), torch.from_numpy(predicted.label_ids))}
+    logits, labels = torch.from_numpy(logits), torch.from_numpy(predicted.label_ids)
+    # NaN is wrong rather than an error: an epoch that diverged loses to those before it, and a candidate to the others.
+    right = (logits.argmax(1) == labels) & ~logits.isnan().any(1)
+    return {"accuracy": int(right.sum()) / len(labels)}
