@@ -31,7 +31,6 @@ import json
 import multiprocessing
 import os
 import re
-import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -41,34 +40,21 @@ from statistics import fmean
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import transformers
 from accelerate import PartialState
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
 
-from peft_surgical import SurgicalConfig
 from peft_surgical.cifar import NETWORKS, Images, corruptions_in, load_network, normalise, read_images, split
 from peft_surgical.errors import DataError
 from peft_surgical.evaluation import Report, accuracy, mean_interval, measure, predict_logits, wilson_interval
+from peft_surgical.fitting import FitSettings, fit
 from peft_surgical.ledger import Cell, Ledger, Run, shard
 
 LEARNING_RATES, HEAD_LEARNING_RATES = [1e-3, 1e-4, 1e-5], [1e-1, 1e-2, 1e-3]  # the paper's
 SELECTION = "learning rate by validation accuracy of seed 0, epoch by validation accuracy of each run"
 # A fresh interpreter, not a fork: what it reloads cannot come from this process's memory.
 RELOADER = functools.cache(lambda: ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")))
-
-
-class LogitTrainer(Trainer):
-    """Trainer for a network that returns bare logits; its own loss and evaluation want a dict or a tuple."""
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Cross entropy, mean over the batch."""
-        logits = model(inputs["pixel_values"])
-        loss = F.cross_entropy(logits, inputs["labels"])
-        return (loss, {"logits": logits}) if return_outputs else loss
 
 
 def device_of(args: argparse.Namespace) -> torch.device:
@@ -82,50 +68,18 @@ def tune(args: argparse.Namespace, key: dict[str, Any], tuning: Images, validati
         inputs = normalise(images.pixels, args.network)
         return [{"pixel_values": x, "labels": y} for x, y in zip(inputs, images.labels, strict=True)]
 
-    config = SurgicalConfig(target=key["target"], norm_stats=args.norm_stats, delta_dtype=args.delta_dtype)
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            output_dir=folder,
-            num_train_epochs=args.epochs,
-            per_device_train_batch_size=args.batch_size,
-            per_device_eval_batch_size=500,
-            lr_scheduler_type="constant",
-            max_grad_norm=0,  # the paper does not clip
-            eval_strategy="epoch",
-            save_strategy="best",
-            save_only_model=True,
-            save_total_limit=1,
-            load_best_model_at_end=True,
-            metric_for_best_model="accuracy",
-            label_names=["labels"],
-            remove_unused_columns=False,
-            dataloader_pin_memory=False,
-            seed=key["seed"],
-            report_to="none",
-            logging_strategy="no",
-            log_level="error",
-            disable_tqdm=True,
-            use_cpu=args.cpu,
-        )
-        model = get_peft_model(load_network(args.network, args.models), config).to(device_of(args))
-        # Handed over ready made: Trainer's own parameter groups would spare biases and norms from weight decay.
-        trainable = [p for p in model.parameters() if p.requires_grad]
-        adam = torch.optim.Adam(trainable, lr=key["lr"], weight_decay=args.weight_decay)
-        trainer = LogitTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=rows(tuning),
-            eval_dataset=rows(validation),
-            compute_metrics=lambda out: {
-                "accuracy": accuracy(*map(torch.from_numpy, (out.predictions, out.label_ids)))
-            },
-            optimizers=(adam, None),
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-    steps_per_epoch = -(-len(tuning.labels) // args.batch_size)
-    curve = [entry["eval_accuracy"] for entry in trainer.state.log_history if "eval_accuracy" in entry]
-    return model, trainer.state.best_global_step // steps_per_epoch, curve
+    settings = FitSettings(
+        key["lr"],
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        weight_decay=args.weight_decay,
+        seed=key["seed"],
+        use_cpu=args.cpu,
+    )
+    config = {"norm_stats": args.norm_stats, "delta_dtype": args.delta_dtype}
+    network = load_network(args.network, args.models)
+    found = fit(network, key["target"], rows(tuning), rows(validation), settings, config=config)
+    return found.model, found.best_epoch, list(found.curve)
 
 
 @functools.lru_cache(maxsize=2)

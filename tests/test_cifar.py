@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from peft_surgical import cifar
+from peft_surgical import cifar, extras
 from peft_surgical.errors import DataError
 
 SHARED = Path(os.environ.get("PEFT_SURGICAL_SHARED", Path(__file__).parents[2] / "shared"))
@@ -120,7 +120,7 @@ def test_missing_extra_names_the_install(tmp_path, monkeypatch):
     def absent(name):
         raise ImportError(name)
 
-    monkeypatch.setattr(cifar.importlib, "import_module", absent)
+    monkeypatch.setattr(extras.importlib, "import_module", absent)
     with pytest.raises(DataError, match=r'needs pyarrow\.parquet: pip install "peft-surgical\[recipes\]"'):
         cifar.read_images(tmp_path, "frost")
 

@@ -7,7 +7,6 @@ downloaded unless a Hub id is given, and nothing here trains.
 
 from __future__ import annotations
 
-import importlib
 import io
 import os
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .errors import DataError
+from .extras import require
 
 SHARED_VARIABLE = "PEFT_SURGICAL_SHARED"
 """Environment variable that points at the folder holding ``models/`` and ``data/``."""
@@ -290,14 +290,6 @@ def split(labels: Tensor, seed: int, tune: int = 1000, validation: int = 200) ->
     return Split(*(torch.from_numpy(np.sort(np.concatenate(part))) for part in parts))
 
 
-def _require(module: str, purpose: str) -> Any:
-    # Imported by name: these belong to the extra `recipes`, and `import peft_surgical` must work without it.
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise DataError(f'{purpose} needs {module}: pip install "peft-surgical[recipes]"') from error
-
-
 def _images(arrays: list[np.ndarray] | np.ndarray, labels: Any, source: str) -> Images:
     try:
         pixels = np.array(arrays)
@@ -328,8 +320,8 @@ def _columns(names: Sequence[str], source: str) -> tuple[str, str]:
 
 def _read_parquet(file: Path) -> Images:
     # Straight from Arrow: datasets would first write its own copy of the file into the user's cache.
-    parquet = _require("pyarrow.parquet", "reading a parquet file")
-    pillow = _require("PIL.Image", "reading a parquet file")
+    parquet = require("pyarrow.parquet", "reading a parquet file")
+    pillow = require("PIL.Image", "reading a parquet file")
     try:
         table = parquet.read_table(file)
     except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
@@ -358,7 +350,7 @@ def _read_npy(file: Path, severity: int) -> Images:
 
 
 def _read_hub(repo: str) -> Images:
-    datasets = _require("datasets", "reading from the Hub")
+    datasets = require("datasets", "reading from the Hub")
     try:
         data = datasets.load_dataset(repo, split="test")
     except Exception as error:  # the Hub, its cache and the network each have their own exceptions
