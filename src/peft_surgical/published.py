@@ -134,8 +134,8 @@ def read_published(
 
     ``waterbirds`` (group ``2 * label + place``) and ``celeba`` (label blond, group ``2 * label + male``): the source is
     the training split. 400 images, 100 of each group, are drawn from the validation split to tune on; the rest of it
-    validates. The test split tests. Report `peft_surgical.evaluation.worst_group_accuracy`. Few of the rarest groups
-    are left to validate on, few of the rarest groups.
+    validates. The test split tests. Report `peft_surgical.evaluation.worst_group_accuracy`. Few images of
+    the rarest groups are left to validate on.
 
     ``camelyon17`` (group: hospital): the target is the hospital ``center``, by default 2 as the files number them, the
     test hospital of WILDS (which its paper calls hospital 5). 100 of its images, 50 of each class, are drawn to tune on
