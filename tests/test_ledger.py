@@ -72,9 +72,11 @@ def test_processes_appending_at_once_lose_nothing(tmp_path):
     code = textwrap.dedent(
         """
         import importlib.util, sys, types
-        # Without the package's __init__, which imports torch: this test starts several processes.
+        # Without the package's __init__ and its errors, which import torch and peft: three at once take a minute where
+        # the machine is busy.
         package = types.ModuleType("peft_surgical"); package.__path__ = [sys.argv[1]]
-        sys.modules["peft_surgical"] = package
+        errors = types.ModuleType("peft_surgical.errors"); errors.DataError = ValueError
+        sys.modules |= {"peft_surgical": package, "peft_surgical.errors": errors}
         from peft_surgical.ledger import Ledger
         ledger = Ledger(sys.argv[2])
         for i in range(60):
