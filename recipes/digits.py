@@ -1,4 +1,4 @@
-"""Which block to tune? Three shifts of the handwritten digits, in two minutes and without a download.
+"""Which block to tune? Three shifts of the handwritten digits, in a minute and without a download.
 
 ::
 
