@@ -76,3 +76,14 @@ def test_a_replica_of_data_parallel_reads_its_own_deltas():
     replica = replicate(module)
     assert torch.equal(replica.weight, module._parameters["weight"] + 1 + 1)
     assert torch.equal(module.weight, module._parameters["weight"])
+
+
+def test_the_annotations_of_traits_can_be_evaluated():
+    # transformers does so for every subclass of PreTrainedModel, a special one included
+    import typing
+
+    from peft_surgical.norm import HoldsStatistics
+    from peft_surgical.reading import ReadsDeltas, ReadsRecurrentDeltas
+
+    for trait in (ReadsDeltas, ReadsRecurrentDeltas, HoldsStatistics):
+        typing.get_type_hints(trait)

@@ -25,7 +25,8 @@ class ReadsDeltas(Special):
             that nn.DataParallel's replicas find theirs.
     """
 
-    surgery_links: dict[str, tuple[SurgicalLayer | None, str]]
+    # Any stands for SurgicalLayer or None: transformers evaluates the annotations of every subclass of its models.
+    surgery_links: dict[str, tuple[Any, str]]
 
     @classmethod
     def tensor_property(cls, name: str) -> property:
