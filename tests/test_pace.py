@@ -316,3 +316,52 @@ def test_the_plot_shows_the_mean_factor_of_each_block():
         "block1": [0.75, 0.5],
         "head": [0.25, 1.0],
     }
+
+
+class CountsInGroup(torch.optim.Optimizer):
+    """SGD that keeps what it has counted in its parameter groups, as schedule-free optimizers do."""
+
+    def __init__(self, parameters, lr=0.1, per_group=1):
+        super().__init__(parameters, {"lr": lr, "k": 0, "per_group": per_group})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["k"] += group["per_group"] or len(group["params"])
+            for p in group["params"]:
+                if p.grad is not None:
+                    p -= group["lr"] / group["k"] * p.grad
+
+
+def test_what_an_optimizer_keeps_in_its_groups_is_kept():
+    model, reference = adapted(), adapted()
+    optimizer = CountsInGroup(trainable(model))
+    Pace(model, optimizer, Fixed(fc=0.5, conv1=0.0), total_steps=4)
+    train(model, optimizer)
+    assert [group["k"] for group in optimizer.param_groups] == [4]
+    names = list(trained_tensors(reference))
+    groups = [{"params": [t.parameter]} for t in trained_tensors(reference).values()]
+    by_hand = CountsInGroup(groups)
+    for group, name in zip(by_hand.param_groups, names, strict=True):
+        group["lr"] *= 0.5 if name.startswith("fc") else 0.0 if name.startswith("conv1") else 1.0
+    train(reference, by_hand)
+    same(weights(model), weights(reference))
+
+
+def test_an_optimizer_whose_groups_would_disagree_is_refused():
+    model = adapted()
+    optimizer = CountsInGroup(trainable(model), per_group=0)  # counts tensors, so each rate would count its own
+    Pace(model, optimizer, Fixed(fc=0.5), total_steps=4)
+    with pytest.raises(ConfigError, match="CountsInGroup keeps 'k' in its parameter groups"):
+        train(model, optimizer, steps=1)
+    assert [len(group["params"]) for group in optimizer.param_groups] == [len(trainable(model))]
+
+
+def test_a_new_pace_takes_the_place_of_one_that_was_left_behind():
+    model, reference = adapted(), adapted()
+    Pace(model, torch.optim.Adam(trainable(model), 0.01), Fixed(fc=0.0), total_steps=4)  # a run that was interrupted
+    optimizer = torch.optim.Adam(trainable(model), 0.01)
+    Pace(model, optimizer, total_steps=4)
+    train(model, optimizer)
+    train(reference, torch.optim.Adam(trainable(reference), 0.01))
+    assert all(torch.equal(a, b) for a, b in zip(weights(model).values(), weights(reference).values(), strict=True))

@@ -542,4 +542,5 @@ def test_auto_races_the_nominated_later_than_a_race(tmp_path):
         [*given, *(Candidate("all", lr) for lr in (1e-3, 1e-4, 1e-5, 1e-6))], scores, fit, Ledger(tmp_path / "b.jsonl")
     )
     assert wider.chosen.method == "all"
+    assert {stop for _, stop in calls} == {2 / 15, 2 / 5, 1}
     assert "block2" not in {method for method, _ in calls}

@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model
 from tiny import ConvNet
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import BatchFeature, ViTConfig, ViTForImageClassification
 
 from peft_surgical import SurgicalConfig, anatomy_of, resolve_target, score_blocks
 from peft_surgical.criteria import CRITERIA
@@ -172,6 +172,7 @@ def test_every_form_of_batch_gives_the_same_scores(net, batches):
         score_blocks(net, dicts),
         score_blocks(named, dicts),
         score_blocks(net, [{"image": x, "label": y} for x, y in batches]),
+        score_blocks(net, [BatchFeature({"pixel_values": x, "labels": y}) for x, y in batches]),  # a processor's
         score_blocks(net, [[x, F.one_hot(y, 5).float()] for x, y in batches]),  # timm's loaders with mixup
         score_blocks(net, batches, loss_fn=lambda logits, labels: F.nll_loss(F.log_softmax(logits, 1), labels)),
     ]

@@ -66,8 +66,6 @@ class SurgicalCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Attach to the optimizer, with what a resumed run brings along."""
-        if "pace" in self.__dict__:
-            self.pace.close()  # of a run that was interrupted: its factors would be applied a second time
         precision = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
         self.pace = Pace(
             _model(kwargs["model"]),

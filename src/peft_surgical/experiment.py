@@ -269,9 +269,9 @@ class Experiment:
         except DivergedError as error:  # one of several candidates: it loses, and does not end the search
             forget_checkpoints(place)
             return {"validation": 0.0, "validation_loss": _LARGEST, "cost": float(error.steps), "diverged": True}
-        losses = [min(loss, _LARGEST) for loss in found.losses]
-        result: dict[str, Any] = {"validation": found.validation, "validation_loss": losses[-1], "cost": found.cost}
-        result |= {"epoch": found.best_epoch, "curve": list(found.curve), "losses": losses}
+        result: dict[str, Any] = {"validation": found.validation, "validation_loss": found.losses[-1]}
+        result |= {"cost": found.cost, "epoch": found.best_epoch}
+        result |= {"curve": list(found.curve), "losses": list(found.losses)}
         if "stop" in key:
             return result
         # With mixed precision, Accelerate replaced the forward by one that casts.

@@ -160,7 +160,7 @@ def collect(
 
     with _left_as_it_was(model, tensors, dataloader), torch.enable_grad():
         for batch in itertools.islice(dataloader, num_batches):
-            batch = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, batch)
+            batch = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, _plain(batch))
             size = batch_size(batch)
             if per_input:
                 for start in range(0, size, chunk):
@@ -266,6 +266,11 @@ def _only_input(batch: Mapping[str, Any]) -> Tensor:
             "its input: keep one tensor beside the labels"
         )
     return next(iter(inputs.values()))
+
+
+def _plain(batch: Any) -> Any:
+    # Processors and tokenizers return mappings of their own, which torch takes for a single leaf.
+    return dict(batch) if isinstance(batch, Mapping) and not isinstance(batch, dict) else batch
 
 
 def _rows(batch: Any, size: int, start: int, stop: int) -> Any:

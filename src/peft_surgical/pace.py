@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .anatomy import Anatomy
 from .errors import AdapterError, ConfigError
@@ -19,6 +20,9 @@ from .tensors import anatomy_under, trained_tensors
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+# Parameter -> the `Pace` whose gate is on it. By identity: tensors compare entry by entry.
+_RUNNING: MutableMapping[nn.Parameter, Pace] = WeakIdKeyDictionary()
 
 
 class Pace:
@@ -74,7 +78,7 @@ class Pace:
         autocast: torch.dtype | None = None,
     ) -> None:
         if total_steps < 1:
-            raise ConfigError(f"total_steps={total_steps}: the number of optimizer steps of the whole run")
+            raise ConfigError(f"total_steps={total_steps}: give the number of optimizer steps of the whole run, from 1")
         self.model, self.schedule, self.penalty = model, schedule, penalty
         self.total_steps, self.reset_moments, self.num_batches = total_steps, reset_moments, num_batches
         self.anatomy = anatomy_under(model, blocks)
@@ -95,6 +99,11 @@ class Pace:
         self._begun: int | None = None  # the epoch whose moments were forgotten last, or need not be
         self.record: dict[int, dict[str, float]] = {}
         self._groups: list[dict[str, Any]] | None = None
+        self._parts: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        for parameter in self._name_of:
+            if (other := _RUNNING.get(parameter)) is not None:
+                other.close()  # of a run that was interrupted: its factors would be applied as well
+            _RUNNING[parameter] = self
         self._handles = [
             self.optimizer.register_step_pre_hook(self._before),
             self.optimizer.register_step_post_hook(self._after),
@@ -180,6 +189,9 @@ class Pace:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for parameter in self._name_of:
+            if _RUNNING.get(parameter) is self:
+                del _RUNNING[parameter]
 
     # --- hooks ---
 
@@ -197,12 +209,13 @@ class Pace:
                 assert self.penalty is not None
                 tensor.parameter.grad += self.penalty.gradient(tensor).to(tensor.parameter.grad)
         self._groups = optimizer.param_groups
-        optimizer.param_groups = [
-            {**group, "params": members, "lr": group["lr"] * factor}
+        self._parts = [
+            (group, {**group, "params": members, "lr": group["lr"] * factor})
             for group in self._groups
             for factor, members in self._by_factor(group["params"], factors).items()
             if factor > 0
         ]
+        optimizer.param_groups = [part for _, part in self._parts]
 
     def _by_factor(self, parameters: Iterable[nn.Parameter], factors: Mapping[str, float]) -> dict[float, list[Any]]:
         found: dict[float, list[Any]] = {}
@@ -214,6 +227,21 @@ class Pace:
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._restore()
         self.step += 1
+        for group in optimizer.param_groups:
+            self._keep(group, [part for whole, part in self._parts if whole is group])
+
+    def _keep(self, group: dict[str, Any], parts: Sequence[dict[str, Any]]) -> None:
+        """Bring back what a step has counted in its groups, as schedule-free optimizers do."""
+        for key in {key for part in parts for key in part} - {"params", "lr"}:
+            values = [part.get(key) for part in parts]
+            if all(value is group.get(key) for value in values):
+                continue
+            if any(bool(value != values[0]) for value in values):
+                raise ConfigError(
+                    f"{type(self.optimizer).__name__} keeps {key!r} in its parameter groups, and it comes out "
+                    "differently for tensors with different rates: use an optimizer whose state is the tensors' own"
+                )
+            group[key] = values[0]
 
     def _restore(self) -> None:
         if self._groups is not None:

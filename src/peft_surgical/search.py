@@ -1,4 +1,4 @@
-"""Choosing among candidates by training them: `cross_val`, `race` and `greedy`, over any fit function.
+"""Choosing among candidates by training them: `cross_val`, `race`, `auto` and `greedy`, over any fit function.
 
 A search knows nothing of networks or images. It asks a fit function for runs and reads two numbers of each: the
 validation accuracy and the cost. Runs are looked up in a ledger first, so a search that was killed goes on, and one
@@ -32,8 +32,6 @@ NONE = "none"
 RUNGS, KEEP = (1 / 15, 1 / 5, 1.0), 1 / 3
 """Shares of a run after which a race looks: with 15 epochs after 1, 3 and 15. With ten candidates, of which a third
 survives each rung, the whole race then costs 10 x 1 + 4 x 2 + 12 = 30 epochs: two runs."""
-
-
 AUTO_RUNGS, AUTO_KEEP = (2 / 15, 2 / 5, 1.0), 1 / 4
 """Of `auto`, whose candidates are fewer: 7 x 2 + 2 x 4 + 9 = 31 epochs. It looks later, because tuning all at a large
 rate often validates worst after one epoch and best after six."""
