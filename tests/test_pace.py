@@ -1,6 +1,8 @@
 """Rates, freezing and penalties through any optimizer, against networks that are frozen and scaled by hand."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -365,3 +367,13 @@ def test_a_new_pace_takes_the_place_of_one_that_was_left_behind():
     train(model, optimizer)
     train(reference, torch.optim.Adam(trainable(reference), 0.01))
     assert all(torch.equal(a, b) for a, b in zip(weights(model).values(), weights(reference).values(), strict=True))
+
+
+def test_a_pace_that_is_never_closed_does_not_keep_its_model():
+    model = adapted()
+    optimizer = torch.optim.Adam(trainable(model), 0.01)
+    pace = Pace(model, optimizer, Fixed(fc=0.0), total_steps=4)
+    gone = weakref.ref(model)
+    del model, optimizer, pace
+    gc.collect()
+    assert gone() is None

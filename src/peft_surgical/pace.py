@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +22,9 @@ from .tensors import anatomy_under, trained_tensors
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Parameter -> the `Pace` whose gate is on it. By identity: tensors compare entry by entry.
-_RUNNING: MutableMapping[nn.Parameter, Pace] = WeakIdKeyDictionary()
+# Parameter -> the `Pace` whose gate is on it. By identity: tensors compare entry by entry. Weak on both sides: a `Pace`
+# holds its parameters.
+_RUNNING: MutableMapping[nn.Parameter, weakref.ref[Pace]] = WeakIdKeyDictionary()
 
 
 class Pace:
@@ -101,9 +103,10 @@ class Pace:
         self._groups: list[dict[str, Any]] | None = None
         self._parts: list[tuple[dict[str, Any], dict[str, Any]]] = []
         for parameter in self._name_of:
-            if (other := _RUNNING.get(parameter)) is not None:
-                other.close()  # of a run that was interrupted: its factors would be applied as well
-            _RUNNING[parameter] = self
+            other = _RUNNING.get(parameter)
+            if other is not None and (left := other()) is not None:
+                left.close()  # of a run that was interrupted: its factors would be applied as well
+            _RUNNING[parameter] = weakref.ref(self)
         self._handles = [
             self.optimizer.register_step_pre_hook(self._before),
             self.optimizer.register_step_post_hook(self._after),
@@ -190,8 +193,7 @@ class Pace:
             handle.remove()
         self._handles.clear()
         for parameter in self._name_of:
-            if _RUNNING.get(parameter) is self:
-                del _RUNNING[parameter]
+            _RUNNING.pop(parameter, None)
 
     # --- hooks ---
 
