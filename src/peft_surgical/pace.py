@@ -193,7 +193,8 @@ class Pace:
             handle.remove()
         self._handles.clear()
         for parameter in self._name_of:
-            _RUNNING.pop(parameter, None)
+            if (running := _RUNNING.get(parameter)) is not None and running() is self:
+                del _RUNNING[parameter]
 
     # --- hooks ---
 
