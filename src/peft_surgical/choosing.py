@@ -188,9 +188,11 @@ def compare(experiment: Experiment, methods: Sequence[str], seeds: Sequence[int]
     done = run([key for keys in tried.values() for key in keys])
     rates = {name: best_of([one for one in done if one.key["method"] == name]).key["lr"] for name in tried}
     rest = [experiment.key(name, rates.get(name, cells[name].candidates[0]), s) for name in plain for s in seeds]
-    run([key for key in rest if key not in [one.key for one in done]])
-    # Nothing is left to train: the cells only read.
-    found = {name: cell.fill(experiment.ledger, experiment.train) for name, cell in cells.items()}
+    done += run([key for key in rest if key not in [one.key for one in done]])
+    # From what the engine gave: of processes that train together only the first needs to see the ledger.
+    found = {
+        name: [next(one for one in done if one.key == key) for key in rest if key["method"] == name] for name in plain
+    }
     _refuse_diverged([one for runs in found.values() for one in runs])
     for name in methods:
         if name in SEARCHES:

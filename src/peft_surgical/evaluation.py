@@ -391,6 +391,8 @@ def measure(
 ) -> Measurement:
     """A :class:`Measurement` from one proportion per seed: Wilson's interval for one seed, Student's t for more.
 
+    An interval ends at 0 and 1 at the latest.
+
     Args:
         name: The metric.
         values: One fraction per seed.
@@ -409,6 +411,7 @@ def measure(
     single = len(values) == 1
     # round: a proportion of n examples times n is a whole number up to rounding.
     value, low, high = wilson_interval(round(values[0] * n), n) if single else mean_interval(values)
+    low, high = max(0.0, low), min(1.0, high)  # Student's t knows of no ends
     return Measurement(name, dataset, value, low, high, "wilson" if single else "t", n, tuple(seeds), selection)
 
 

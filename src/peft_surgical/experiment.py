@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from torch import Tensor, nn
@@ -29,11 +30,13 @@ from .config import SurgicalConfig
 from .data import Data, collate, items, read_data
 from .delta import fingerprint
 from .errors import AdapterError, ConfigError, UnknownTargetError
-from .evaluation import accuracy, predict_logits
+from .evaluation import predict_logits, predicted_classes
 from .fitting import FitSettings, fit, forget_checkpoints
+from .judging import check_metrics, interval_of, judge, tolerant
 from .ledger import Ledger, Run
 from .methods import METHODS, Method, method_of
 from .newhead import modules_of_head, with_new_head
+from .published import Published
 from .scores import BlockScores
 from .search import NONE, Engine, Workers
 from .selection import score_blocks
@@ -53,7 +56,8 @@ class Experiment:
 
     Attributes:
         model: As for `load_base`.
-        source: As for `read_data`.
+        source: As for `read_data`; or a function from a seed to `Data`, or to a `Published` data set, which then
+            decides everything about the images.
         folder: For the ledger, checkpoints and outputs.
         fitting: How to train; rate and seed are set for each run.
         lrs: Learning rates to try.
@@ -64,7 +68,11 @@ class Experiment:
         weights: As for `load_base`.
         tests: Whether every full run looks at the test images, to be reported; else only the chosen one may.
         seed: The seed whose data stands for all in the keys of runs.
-        engine: What runs the runs; see `search.workers`.
+        metrics: Names of `judging.METRICS`. The first chooses epochs, rates and targets; of test images all are
+            reported.
+        opener: Opens the base, called as `load_base` is.
+        arguments: As for `fit`.
+        engine: What runs the runs; see `search.workers` and `search.Together`.
         watch: Told about progress.
     """
 
@@ -80,11 +88,15 @@ class Experiment:
     weights: str = "pretrained"
     tests: bool = False
     seed: int = 0
+    metrics: tuple[str, ...] = ("accuracy",)
+    opener: Callable[..., Base] = load_base
+    arguments: Mapping[str, Any] = field(default_factory=dict)
     engine: Engine = field(default_factory=Workers)
     watch: Watch = field(default_factory=Watch)
 
     def __post_init__(self) -> None:
         SurgicalConfig(target="all", **self.config)
+        check_metrics(self.metrics)
         for lr in (*self.lrs, *self.head_lrs):
             replace(self.fitting, lr=lr)  # refuses what is no rate
         if self.device.type == "cpu":
@@ -92,7 +104,7 @@ class Experiment:
                 raise ConfigError("precision='fp16' needs a GPU: choose bf16, or None for float32")
             self.fitting = replace(self.fitting, use_cpu=True)  # Trainer refuses bfloat16 if it is not told
         self.ledger = Ledger(self.folder / "ledger.jsonl")
-        self._data: dict[int, Data] = {}
+        self._data: dict[int, Data | Published] = {}
         self._bases: dict[tuple[int, bool], Base] = {}
         self._rows: dict[str, Any] = {}
         self.racing = False  # a race stops runs early, so its checkpoints are not those of whole runs
@@ -105,7 +117,7 @@ class Experiment:
         able = torch.accelerator.is_available() and not self.fitting.use_cpu
         return (torch.accelerator.current_accelerator() if able else None) or torch.device("cpu")
 
-    def data(self, seed: int) -> Data:
+    def data(self, seed: int) -> Data | Published:
         """The images of a seed: others only where a part is drawn."""
         first = self._read(self.seed)
         return self._read(seed) if self.draws else first
@@ -115,9 +127,10 @@ class Experiment:
         """Whether seeds change who tunes, validates and tests."""
         return any("seed" in how for how in self._read(self.seed).origin.values())
 
-    def _read(self, seed: int) -> Data:
+    def _read(self, seed: int) -> Data | Published:
         if seed not in self._data:
-            self._data[seed] = read_data(self.source, seed=seed, **self.reading)
+            read = self.source if callable(self.source) else functools.partial(_read_data, self.source, self.reading)
+            self._data[seed] = read(seed)
         return self._data[seed]
 
     def opening(self, seed: int, zero: bool = False) -> dict[str, Any]:
@@ -132,7 +145,7 @@ class Experiment:
         if (seed, zero) not in self._bases:
             if len(self._bases) > 1:  # a whole network each
                 self._bases.clear()
-            self._bases[seed, zero] = load_base(self.model, **self.opening(seed, zero), augment=self.augment)
+            self._bases[seed, zero] = self.opener(self.model, **self.opening(seed, zero), augment=self.augment)
         return self._bases[seed, zero]
 
     @functools.cached_property
@@ -155,6 +168,8 @@ class Experiment:
         digest = _digest(prints) if self.weights == "pretrained" else None  # of a random one the seed says it all
         sizes = {f"{part}_images": self.reading.get(part) for part in ("tuning", "validation", "test")}
         what = {"model": self.model, "base": digest, "weights": self.weights, "data": data.fingerprint, **sizes}
+        if self.metrics != ("accuracy",):
+            what["metrics"] = list(self.metrics)
         return what | {"augment": self.augment, "tests": self.tests} | fitting | dict(self.config)
 
     def rows(self, part: str, seed: int) -> Rows:
@@ -249,7 +264,7 @@ class Experiment:
             return {"scores": self._score(method.removeprefix(_SCORES), seed)}
         if method == NONE:
             own = self.base(seed).model
-            return {"validation": self.accuracy(own, "validation", seed), "cost": 0.0, **self._tested(own, seed)}
+            return {"validation": self.judged(own, "validation", seed), "cost": 0.0, **self._tested(own, seed)}
         row, zero, config = self.prepared(method)
         place = self.folder / "checkpoints" / ("race" if self.racing else "single") / self.digest(key)
         epochs = self.fitting.epochs
@@ -265,6 +280,8 @@ class Experiment:
                 stop_epoch=max(1, round(key["stop"] * epochs)) if "stop" in key else None,
                 collate=collate,
                 callbacks=[Epochs(functools.partial(self.watch.epoch, key))],
+                metric=functools.partial(self._selecting, self.rows("validation", seed).groups),
+                arguments=self.arguments,
             )
         except DivergedError as error:  # one of several candidates: it loses, and does not end the search
             forget_checkpoints(place)
@@ -272,7 +289,7 @@ class Experiment:
         result: dict[str, Any] = {"validation": found.validation, "validation_loss": found.losses[-1]}
         result |= {"cost": found.cost, "epoch": found.best_epoch}
         result |= {"curve": list(found.curve), "losses": list(found.losses)}
-        if "stop" in key:
+        if "stop" in key or not PartialState().is_main_process:  # where all train together, one looks at the outcome
             return result
         # With mixed precision, Accelerate replaced the forward by one that casts.
         trained = extract_model_from_parallel(found.model, keep_fp32_wrapper=False)
@@ -292,20 +309,36 @@ class Experiment:
         network = copy.deepcopy(self.base(seed).model).to(self.device)
         return score_blocks(network, loader, criterion, blocks=self.anatomy, autocast=precision).to_json()
 
-    def _tested(self, model: nn.Module, seed: int) -> dict[str, float]:
-        wanted = self.tests and self.data(seed).test is not None
-        return {"test": self.accuracy(model, "test", seed)} if wanted else {}
+    def _tested(self, model: nn.Module, seed: int) -> dict[str, Any]:
+        """The metric that selects as ``test``; where there are several metrics, all of them with their intervals."""
+        if not self.tests or self.data(seed).test is None:
+            return {}
+        rows = self.rows("test", seed)
+        scores, labels = predicted_classes(self.logits(model, rows), rows.label_tensor), rows.label_tensor
+        found: dict[str, Any] = {"test": judge(self.metrics[:1], scores, labels, rows.groups)[self.metrics[0]]}
+        if self.metrics != ("accuracy",):
+            intervals = {name: interval_of(name, scores, labels, rows.groups) for name in self.metrics}
+            found["measured"] = {name: [*interval, n] for name, (interval, n) in intervals.items()}
+        return found
 
     def logits(self, model: nn.Module, rows: Dataset[Any]) -> Tensor:
         """(images, classes), on the CPU."""
         model.to(self.device)
-        batches = DataLoader(rows, batch_size=100, collate_fn=collate)
+        workers = self.arguments.get("dataloader_num_workers", 0)
+        batches = DataLoader(rows, batch_size=100, collate_fn=collate, num_workers=workers)
         return torch.cat([predict_logits(model, batch["pixel_values"]) for batch in batches])
 
-    def accuracy(self, model: nn.Module, part: str, seed: int) -> float:
-        """On a part of the data, a fraction."""
+    def judge(self, model: nn.Module, part: str, seed: int) -> dict[str, float]:
+        """Metric -> value on a part of the data, a fraction."""
         rows = self.rows(part, seed)
-        return accuracy(self.logits(model, rows), torch.tensor(rows.labels))
+        return judge(self.metrics, self.logits(model, rows), rows.label_tensor, rows.groups)
+
+    def judged(self, model: nn.Module, part: str, seed: int) -> float:
+        """The metric that selects, on a part of the data."""
+        return self.judge(model, part, seed)[self.metrics[0]]
+
+    def _selecting(self, groups: Tensor | None, logits: Tensor, labels: Tensor) -> float:
+        return judge(self.metrics[:1], tolerant(logits), labels, groups)[self.metrics[0]]
 
     def scores(self, criterion: str, seed: int) -> BlockScores:
         """Scores of the blocks on the tuning images; of a new head none, since a random one says nothing."""
@@ -361,9 +394,16 @@ class Rows(Dataset):
 
     def __init__(self, part: Any, transform: Callable[[Any], Tensor], keep: bool) -> None:
         self.labels: list[int] = list(part.select_columns(["label"])["label"][:])
+        grouped = "group" in part.column_names
+        self.groups = torch.tensor(part.select_columns(["group"])["group"][:]) if grouped else None
         self.items = items(part, transform)
         self.keep = keep
         self.kept: dict[int, dict[str, Any]] = {}
+
+    @property
+    def label_tensor(self) -> Tensor:
+        """int64 (n,)."""
+        return torch.tensor(self.labels, dtype=torch.int64)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -375,6 +415,10 @@ class Rows(Dataset):
         if self.keep and row["pixel_values"].nbytes * len(self) <= _KEPT_BYTES:
             self.kept[index] = row
         return row
+
+
+def _read_data(source: Any, reading: Mapping[str, Any], seed: int) -> Data:
+    return read_data(source, seed=seed, **reading)
 
 
 def _digest(what: Any) -> str:

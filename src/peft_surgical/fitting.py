@@ -7,9 +7,9 @@ is stopped and continued.
 
 from __future__ import annotations
 
-import json
+import copy
+import functools
 import math
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -20,25 +20,32 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import extract_model_from_parallel
 from peft import get_peft_model
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from .callback import SurgicalCallback
+from .checkpoints import Mark, drop_scratch, last_checkpoint
+from .checkpoints import forget_checkpoints as forget_checkpoints
 from .config import SurgicalConfig
 from .errors import ConfigError
-from .gradients import forward_loss, logits_of
 from .methods import Method, method_of
+from .processes import SameStatistics, check_launch, check_sharding, settle, told
 from .tensors import anatomy_under
+from .trainer import ClassifierTrainer as ClassifierTrainer
+from .trainer import StopAt
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
     "sgd": lambda parameters, **how: torch.optim.SGD(parameters, momentum=0.9, **how),
 }
+SELECTED_BY = "selected_by"
+"""What Trainer logs the metric as that chooses the epoch; ``accuracy`` is logged beside it."""
+
 FORWARD_SHARE = 1 / 3
 """Cost of a forward pass as a share of a training step, which runs forward once and backward twice its work."""
 
@@ -91,11 +98,12 @@ class Fitted:
 
     Attributes:
         model: The PeftModel at its best epoch.
-        curve: Validation accuracy, a fraction, at the end of each epoch.
-        losses: Validation loss at the same points; the largest float where it is not finite.
+        curve: Validation accuracy (or what `fit` was told to choose by), a fraction, at the end of each epoch.
+        losses: Cross entropy of the validation images at the same points; the largest float where it is not finite.
         best_epoch: The epoch, from 1, whose model this is: of equal accuracies the first.
-        cost: In training steps of this batch size, counted from the beginning of the run: optimizer steps x batches
-            per step, batches that were scored, and forward passes over the validation images as a third each.
+        cost: In training steps of this batch size on one process, counted from the beginning of the run: optimizer
+            steps x batches per step, batches that were scored, and forward passes over the validation images as a
+            third each.
         record: Epoch -> factor of each tensor's rate, of schedules that data drives.
     """
 
@@ -108,41 +116,8 @@ class Fitted:
 
     @property
     def validation(self) -> float:
-        """Accuracy at the best point."""
+        """The curve at its best point."""
         return max(self.curve)
-
-
-class ClassifierTrainer(Trainer):
-    """Trainer for any image classifier: also those that return bare logits."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        # The loss below is the mean over one batch, also of a network whose forward takes any keyword: Trainer is to
-        # divide it by the number of accumulated batches.
-        self.model_accepts_loss_kwargs = False
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # type: ignore[no-untyped-def]
-        """The model's own loss, or cross entropy; mean over the batch."""
-        outputs: list[Any] = []
-
-        def keep(given: Any, labels: Any) -> torch.Tensor:
-            outputs.append(given)
-            own = getattr(given, "loss", None)
-            return own if own is not None else F.cross_entropy(logits_of(given).float(), labels)
-
-        loss = forward_loss(model, inputs, keep)
-        return (loss, {"logits": logits_of(outputs[0])}) if return_outputs else loss
-
-
-class _StopAt(TrainerCallback):
-    """Stops after so many epochs of the run, at whose end Trainer evaluates and saves."""
-
-    def __init__(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def on_epoch_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
-        """See TrainerCallback."""
-        control.should_training_stop = round(state.epoch) >= self.epoch
 
 
 def fit(
@@ -158,9 +133,14 @@ def fit(
     stop_epoch: int | None = None,
     collate: Callable[[Any], Any] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    metric: Callable[[Tensor, Tensor], float] | None = None,
+    arguments: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> Fitted:
-    """Train one adapter and choose its epoch by validation accuracy.
+    """Train one adapter and choose its epoch by validation accuracy, or by another metric.
+
+    Under `accelerate launch` all processes train it together and return the same model, bit for bit; see
+    docs/accelerate.md.
 
     Args:
         network: A fresh base; it is changed.
@@ -170,16 +150,20 @@ def fit(
         settings: How to train.
         options: The method's own settings, such as ``{"threshold": 0.2}``.
         config: Further fields of the `SurgicalConfig`: ``norm_stats``, ``delta_dtype``, ``blocks``, ...
-        folder: Where checkpoints lie; a run that was stopped or killed goes on from there, and ends as if it had not
-            been. Without one the run leaves nothing behind.
+        folder: Where checkpoints lie, for all processes the same; a run that was stopped or killed goes on from there,
+            and ends as if it had not been. Without one the run leaves nothing behind.
         stop_epoch: Stop after so many epochs of the run, so that it can go on later. Needs a folder.
         collate: Makes a batch of rows; by default Trainer's own.
         callbacks: Further ones.
+        metric: Logits (n, classes) and labels (n,) of the validation images, in their order -> what chooses the epoch,
+            the larger the better. None is accuracy. Logits may hold NaN.
+        arguments: Further fields of `TrainingArguments` that change how a run is carried out, not what comes of it:
+            ``report_to``, ``dataloader_num_workers``, ``logging_strategy``, ...
         progress: Show Trainer's progress bar.
 
     Raises:
         ConfigError: Unknown method, option or setting, ``stop_epoch`` without a folder, or with one that holds more
-            epochs than that.
+            epochs than that; a launch or a checkpoint that does not go with this run.
     """
     row = method_of(method) if isinstance(method, str) else method
     if stop_epoch is not None and folder is None:
@@ -196,90 +180,100 @@ def fit(
         reset_moments=row.reset_moments,
         blocks=anatomy,
     )
-    last, done = (None, 0) if folder is None else _last_checkpoint(Path(folder))
-    if stop_epoch is not None and done > stop_epoch:
-        raise ConfigError(
-            f"{folder} holds {done} epochs of a run that is to stop after {stop_epoch}: name another folder, or call "
-            "forget_checkpoints(folder) to start again"
-        )
+    paced = bool(surgical.schedule or surgical.penalty or surgical.reset_moments)
+    driven = surgical.schedule is not None and surgical.schedule.criterion is not None
+    check_sharding(row.name, folder, paced=paced, driven=driven, clips=settings.max_grad_norm > 0)
     with tempfile.TemporaryDirectory() if folder is None else nullcontext(str(folder)) as place:
-        arguments = TrainingArguments(
-            output_dir=place,
+        decided: dict[str, Any] = {
+            "output_dir": place,
+            "num_train_epochs": settings.epochs,
+            "per_device_train_batch_size": settings.batch_size,
+            "gradient_accumulation_steps": settings.accumulation,
+            "lr_scheduler_type": settings.lr_scheduler,
+            "max_grad_norm": settings.max_grad_norm,
+            "bf16": settings.precision == "bf16",
+            "fp16": settings.precision == "fp16",
+            "eval_strategy": "epoch",
+            "save_strategy": "best" if folder is None else "epoch",
+            "save_only_model": folder is None,
+            "save_total_limit": 1 if folder is None else 2,  # of 1, Trainer would keep the best and not the last
+            "load_best_model_at_end": True,
+            "metric_for_best_model": SELECTED_BY,
+            "greater_is_better": True,
+            "label_names": ["labels"],
+            "remove_unused_columns": False,
+            "seed": settings.seed,
+            "use_cpu": settings.use_cpu,
+        }
+        if clash := sorted(set(decided) & set(arguments or {})):
+            raise ConfigError(f"arguments={clash}: what a run is, `fit` and FitSettings say; leave these out")
+        usual = {"report_to": "none", "logging_strategy": "no", "log_level": "error", "dataloader_pin_memory": False}
+        usual |= {"per_device_eval_batch_size": 500, "disable_tqdm": not progress}
+        trainer_arguments = TrainingArguments(**decided, **{**usual, **(arguments or {})})
+        check_launch(trainer_arguments)
+        world = trainer_arguments.world_size
+        # One process is one device: where it sees several GPUs, Trainer would spread its batches over nn.DataParallel.
+        trainer_arguments._n_gpu = min(trainer_arguments.n_gpu, 1)
+        # Accelerate fills the batches of all processes up, however few images there are.
+        share = -(-len(validation) // world)  # type: ignore[arg-type]
+        trainer_arguments.per_device_eval_batch_size = min(trainer_arguments.per_device_eval_batch_size, share)
+        last, done = (None, 0) if folder is None else told(last_checkpoint(folder, world))
+        if stop_epoch is not None and done > stop_epoch:
+            raise ConfigError(
+                f"{folder} holds {done} epochs of a run that is to stop after {stop_epoch}: name another folder, or "
+                "call forget_checkpoints(folder) to start again"
+            )
+        if stop_epoch is not None and done == stop_epoch:
             # Trainer always begins the next epoch of a run that has one; what is finished is only to be read.
-            num_train_epochs=settings.epochs if stop_epoch is None or done < stop_epoch else done,
-            per_device_train_batch_size=settings.batch_size,
-            per_device_eval_batch_size=500,
-            gradient_accumulation_steps=settings.accumulation,
-            lr_scheduler_type=settings.lr_scheduler,
-            max_grad_norm=settings.max_grad_norm,
-            bf16=settings.precision == "bf16",
-            fp16=settings.precision == "fp16",
-            eval_strategy="epoch",
-            save_strategy="best" if folder is None else "epoch",
-            save_only_model=folder is None,
-            save_total_limit=1 if folder is None else 2,  # of 1, Trainer would keep the best and not the last
-            load_best_model_at_end=True,
-            metric_for_best_model="accuracy",
-            label_names=["labels"],
-            remove_unused_columns=False,
-            dataloader_pin_memory=False,
-            seed=settings.seed,
-            report_to="none",
-            logging_strategy="no",
-            log_level="error",
-            disable_tqdm=not progress,
-            use_cpu=settings.use_cpu,
-        )
-        # Handed over ready made: Trainer's own parameter groups would spare biases and norms from weight decay.
-        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            trainer_arguments.num_train_epochs = done
+        if folder is not None and trainer_arguments.should_save:
+            drop_scratch(folder)
+        names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         make = OPTIMIZERS[row.optimizer or settings.optimizer]
-        optimizer = make(trainable, lr=settings.lr, weight_decay=settings.weight_decay)
         trainer = ClassifierTrainer(
             model=model,
-            args=arguments,
+            args=trainer_arguments,
             train_dataset=tuning,
             eval_dataset=validation,
             data_collator=collate,
-            compute_metrics=_metrics,
-            optimizers=(optimizer, None),
-            callbacks=[surgical, *([] if stop_epoch is None else [_StopAt(stop_epoch)]), *callbacks],
+            compute_metrics=functools.partial(_evaluated, metric=metric),
+            # Trainer's own parameter groups would spare biases and norms from weight decay.
+            optimizer_of=lambda: make(
+                [parameter for parameter in model.parameters() if parameter.requires_grad],
+                lr=settings.lr,
+                weight_decay=settings.weight_decay,
+            ),
+            callbacks=[
+                *([surgical] if paced else []),  # DeepSpeed's optimizers can do without a pace only
+                *([] if stop_epoch is None else [StopAt(stop_epoch)]),
+                *([] if folder is None else [Mark()]),
+                SameStatistics(),
+                *callbacks,
+            ],
         )
         trainer.remove_callback(PrinterCallback)
+        whole = copy.deepcopy(model) if trainer.is_fsdp_enabled else model
         trainer.train(resume_from_checkpoint=last)
-    points = [entry for entry in trainer.state.log_history if "eval_accuracy" in entry]
-    curve = tuple(point["eval_accuracy"] for point in points)
-    batches = -(-len(tuning) // settings.batch_size)  # type: ignore[arg-type]
-    scored = len(surgical.pace.record) * min(surgical.num_batches, batches)
+        settle(whole, trainer.model, names)
+    record = surgical.pace.record if paced else {}
+    points = [entry for entry in trainer.state.log_history if f"eval_{SELECTED_BY}" in entry]
+    curve = tuple(point[f"eval_{SELECTED_BY}"] for point in points)
+    batches = -(-len(tuning) // (settings.batch_size * world))  # type: ignore[arg-type]
+    scored = len(record) * min(surgical.num_batches, batches) * world
     forwards = len(points) * len(validation) / settings.batch_size  # type: ignore[arg-type]
     return Fitted(
-        model=model,
+        # With mixed precision, Accelerate has replaced the forward by one that casts.
+        model=extract_model_from_parallel(whole, keep_fp32_wrapper=False),
         curve=curve,
         losses=tuple(_finite(point["eval_loss"]) for point in points),
         best_epoch=1 + curve.index(max(curve)),
-        cost=trainer.state.global_step * settings.accumulation + scored + FORWARD_SHARE * forwards,
-        record=surgical.pace.record,
+        cost=trainer.state.global_step * settings.accumulation * world + scored + FORWARD_SHARE * forwards,
+        record=record,
     )
-
-
-def _last_checkpoint(folder: Path) -> tuple[str | None, int]:
-    """The last whole checkpoint, of which Trainer writes the state at the very end, and its number of epochs."""
-    found = {int(path.name.rpartition("-")[2]): path for path in folder.glob("checkpoint-*") if path.is_dir()}
-    for step in sorted(found, reverse=True):
-        try:
-            state = json.loads((found[step] / TRAINER_STATE_NAME).read_text())
-        except (OSError, ValueError):  # killed while it was written
-            continue
-        return str(found[step]), round(state["epoch"])
-    return None, 0
 
 
 def _finite(loss: float) -> float:
     return loss if math.isfinite(loss) else sys.float_info.max
-
-
-def forget_checkpoints(folder: str | Path) -> None:
-    """Remove what `fit` keeps to go on from."""
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def balanced(dataset: Dataset[Any], seed: int) -> Dataset[Any]:
@@ -296,9 +290,20 @@ def balanced(dataset: Dataset[Any], seed: int) -> Dataset[Any]:
     return Subset(dataset, torch.cat(chosen).sort().values.tolist())
 
 
-def _metrics(predicted: Any) -> dict[str, float]:
-    logits = predicted.predictions[0] if isinstance(predicted.predictions, tuple) else predicted.predictions
-    logits, labels = torch.from_numpy(logits), torch.from_numpy(predicted.label_ids)
+def _evaluated(predicted: Any, metric: Callable[[Tensor, Tensor], float] | None = None) -> dict[str, float]:
+    """`_metrics`, and the loss of every image once: Trainer's own counts those that fill up the last batch."""
+    logits, labels = _logits_and_labels(predicted)
+    return {**_metrics(predicted, metric), "loss": F.cross_entropy(logits.double(), labels).item()}
+
+
+def _metrics(predicted: Any, metric: Callable[[Tensor, Tensor], float] | None = None) -> dict[str, float]:
+    logits, labels = _logits_and_labels(predicted)
     # NaN is wrong rather than an error: an epoch that diverged loses to those before it, and a candidate to the others.
     right = (logits.argmax(1) == labels) & ~logits.isnan().any(1)
-    return {"accuracy": int(right.sum()) / len(labels)}
+    accuracy = int(right.sum()) / len(labels)
+    return {"accuracy": accuracy, SELECTED_BY: accuracy if metric is None else metric(logits, labels)}
+
+
+def _logits_and_labels(predicted: Any) -> tuple[Tensor, Tensor]:
+    logits = predicted.predictions[0] if isinstance(predicted.predictions, tuple) else predicted.predictions
+    return torch.from_numpy(logits), torch.from_numpy(predicted.label_ids)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,20 +10,19 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .bases import load_base
 from .choosing import Choice
-from .config import CONFIG, WEIGHTS
 from .data import read_data
 from .errors import DataError
 from .evaluation import Measurement, Report, accuracy, measure, wilson_interval
 from .experiment import SEARCHES, Experiment, Rows
 from .extras import require
+from .keeping import REPORT, keep_adapter
 from .ledger import SELECTION_SEED, Run
 from .search import NONE, Candidate
 
-REPORT, FIGURE, TABLE = "report.json", "figure.png", "table.md"
+FIGURE, TABLE = "figure.png", "table.md"
 LOADING = """\
 from peft import PeftModel
 from peft_surgical.bases import load_base
@@ -72,24 +70,8 @@ def write_tuned(experiment: Experiment, choice: Choice, seed: int, source: Sourc
         AdapterError: What is reloaded does not give the logits of what was saved, bit for bit.
     """
     key, folder = choice.run.key, experiment.folder
-    tuned = key["method"] != NONE
-    zero = tuned and experiment.prepared(key["method"])[1]
-    opening = experiment.opening(seed, zero)
-    if not zero:  # decided by now: whoever opens the base again is not to be asked or warned
-        opening["head"] = "new" if experiment.head_is_new else "keep"
-    fresh = load_base(experiment.model, **opening).model
-    if tuned:
-        model = experiment.load(_adapter(experiment, choice), experiment.base(seed, zero).model)
-        config = model.peft_config["default"]
-        config.selection, config.base_model_name_or_path = choice.selection, experiment.model
-        model.save_pretrained(folder)
-        after = experiment.load(folder, fresh)
-        experiment.check(model, after, seed)
-        moved = moves(fresh, after, experiment)
-    else:
-        for name in (CONFIG, WEIGHTS):  # of another choice, earlier
-            (folder / name).unlink(missing_ok=True)
-        after, moved = copy.deepcopy(fresh), {}
+    kept = keep_adapter(experiment, choice.run, choice.selection, folder)
+    after = kept.model
     # Before is what load_base gives: a new head is a random draw then.
     before = experiment.base(seed).model
     report = Report(
@@ -101,42 +83,18 @@ def write_tuned(experiment: Experiment, choice: Choice, seed: int, source: Sourc
             "asked": choice.asked,
             "run": experiment.digest(key),
             "cost": choice.cost,
-            "head": _head(experiment, key["method"], zero),
-            "open": opening,
+            "head": kept.head,
+            "open": kept.opening,
             "data_parts": dict(experiment.data(seed).origin),
             "images": {part: len(rows) for part, rows in experiment.data(seed).parts.items()},
             "selection": choice.selection,
-            "moved": moved,
+            "moved": kept.moved,
         },
     )
     report.save(folder / REPORT)
-    _draw(lambda: figure_of(experiment, choice, report))
+    draw_or_warn(lambda: figure_of(experiment, choice, report))
     experiment.tidy()
     return report
-
-
-def _adapter(experiment: Experiment, choice: Choice) -> Path:
-    """Where the chosen run's adapter lies; a finished experiment has moved it to its place."""
-    own = experiment.adapter(choice.run.key)
-    if (own / CONFIG).is_file():
-        return own
-    report = experiment.folder / REPORT
-    finished = report.is_file() and (experiment.folder / CONFIG).is_file()
-    if finished and Report.load(report).settings.get("run") == experiment.digest(choice.run.key):
-        return experiment.folder
-    experiment.train(choice.run.key)
-    return own
-
-
-def _head(experiment: Experiment, method: str, zero: bool) -> str:
-    if not experiment.head_is_new:
-        return "kept"
-    if method == NONE:
-        return "new, untrained"
-    if experiment.head_only(method):
-        return "new: all zeros in the base, which load_base(head='zero') opens, and tuned alone, as deltas"
-    how = "all zeros in the base, which load_base(head='zero') opens, tuned as deltas" if zero else "saved whole"
-    return f"new: trained alone for a part of the run and then with the target; {how}"
 
 
 def _measured(
@@ -153,23 +111,6 @@ def _measured(
         for name, model, rule in (("accuracy before", before, "none"), ("accuracy", after, rules[part])):
             value = accuracy(experiment.logits(model, rows), labels)
             found.append(measure(name, [value], dataset=part, n=len(labels), seeds=[seed], selection=rule))
-    return found
-
-
-def moves(base: nn.Module, tuned: Any, experiment: Experiment) -> dict[str, float]:
-    """Block -> how far its parameters moved: L2 norm of the difference over their own; without a new head."""
-    merged = dict(copy.deepcopy(tuned).cpu().merge_and_unload().named_parameters())
-    pretrained = {name: value for name, value in base.named_parameters() if value.is_floating_point()}
-
-    def norm(tensors: list[Tensor]) -> float:
-        return float(sum(tensor.detach().double().square().sum().item() for tensor in tensors) ** 0.5)
-
-    found = {}
-    for block in experiment.anatomy:
-        names = [name for name in block.tensors if name in pretrained]
-        own = norm([pretrained[name].cpu() for name in names])
-        if own and not (experiment.head_is_new and block.name == "head"):
-            found[block.name] = norm([merged[name].double() - pretrained[name].cpu().double() for name in names]) / own
     return found
 
 
@@ -207,7 +148,7 @@ def write_compared(experiment: Experiment, rows: Mapping[str, list[Run]], seeds:
     part = "validation" if experiment.data(seeds[0]).test is None else "test"
     n = len(getattr(experiment.data(seeds[0]), part))
     values = {name: [run.result[part] for run in runs] for name, runs in rows.items()}
-    rules = {name: _rule(experiment, name) for name in rows}
+    rules = {name: rule_of(experiment, name) for name in rows}
     measured = [
         measure(f"accuracy of {name}", values[name], dataset=part, n=n, seeds=seeds, selection=rules[name])
         for name in rows
@@ -221,7 +162,7 @@ def write_compared(experiment: Experiment, rows: Mapping[str, list[Run]], seeds:
         "seeds": list(seeds),
         "rank": ranks,
         "cost": {name: fmean(run.result["cost"] for run in runs) for name, runs in rows.items()},
-        "chosen": {name: [_chosen(run) for run in runs] for name, runs in rows.items()},
+        "chosen": {name: [chosen_of(run) for run in runs] for name, runs in rows.items()},
         "caption": caption_of(experiment, rows, seeds, part),
     }
     report = Report(experiment.model, "comparison", tuple(measured), settings)
@@ -229,7 +170,7 @@ def write_compared(experiment: Experiment, rows: Mapping[str, list[Run]], seeds:
     report.save(folder / REPORT)
     lines = [f"| {' | '.join(cells)} |" for cells in (COMPARED, ["---"] * len(COMPARED), *compared(report))]
     (folder / TABLE).write_text("\n".join([*lines, "", settings["caption"], ""]), encoding="utf-8")
-    _draw(lambda: _bars(measured, list(rows), "accuracy (%)", f"{part}, 95% intervals", folder / FIGURE))
+    draw_or_warn(lambda: bars(measured, list(rows), "accuracy (%)", f"{part}, 95% intervals", folder / FIGURE))
     experiment.tidy()
     return report
 
@@ -248,17 +189,20 @@ def compared(report: Report) -> list[list[str]]:
     return found
 
 
-def _rule(experiment: Experiment, name: str) -> str:
+def rule_of(experiment: Experiment, name: str) -> str:
+    """How the runs of a row were selected, in words."""
     if name == NONE:
         return "none"
+    metric = f"validation {experiment.metrics[0].replace('_', ' ')}"
     if name in SEARCHES:
-        return f"{name}: target, learning rate and epoch by validation accuracy of each seed"
+        return f"{name}: target, learning rate and epoch by {metric} of each seed"
     several = len(experiment.rates(name)) > 1
-    rate = f"learning rate by validation accuracy of seed {SELECTION_SEED}, " if several else ""
-    return f"{rate}epoch by validation accuracy"
+    rate = f"learning rate by {metric} of seed {SELECTION_SEED}, " if several else ""
+    return f"{rate}epoch by {metric}"
 
 
-def _chosen(run: Run) -> str:
+def chosen_of(run: Run) -> str:
+    """What was chosen for a run, in short."""
     lr = run.key["lr"]
     return run.result.get("chosen") or ("-" if lr is None else f"lr {lr:g}")
 
@@ -266,7 +210,8 @@ def _chosen(run: Run) -> str:
 # --- figures ---
 
 
-def _draw(draw: Any) -> None:
+def draw_or_warn(draw: Any) -> None:
+    """Draw a figure, or say what to install for it."""
     try:
         draw()
     except DataError as error:  # without matplotlib the numbers are worth having, too
@@ -308,7 +253,8 @@ def _bar(axes: Any, names: list[str], values: list[float], label: str) -> None:
     axes.set_xlabel(label)
 
 
-def _bars(measured: Sequence[Measurement], names: list[str], label: str, title: str, file: Path) -> None:
+def bars(measured: Sequence[Measurement], names: list[str], label: str, title: str, file: Path) -> None:
+    """Bars in percent with their intervals, into a file."""
     figures = require("matplotlib.figure", "drawing a figure", "plots")
     figure = figures.Figure(figsize=(6, 1.5 + 0.3 * len(names)), layout="constrained")
     axes = figure.subplots()

@@ -16,9 +16,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from accelerate import PartialState
+
 from .anatomy import Anatomy
 from .errors import ConfigError
 from .ledger import Ledger, Run
+from .processes import told
 
 Fit = Callable[[dict[str, Any]], Mapping[str, Any]]
 """Key -> result. A key holds the search's settings and the candidate's ``method`` and ``lr``; in a race also ``stop``,
@@ -290,6 +293,29 @@ class Workers:
         while any(ledger.find(key) is None for key in keys):
             time.sleep(self.poll)
         return [ledger.run(key, fit) for key in keys]
+
+
+@dataclass(frozen=True)
+class Together:
+    """All processes of ``accelerate launch`` train each run together, one after the other; the first keeps the ledger.
+
+    What a run is worth is what the first process says, and so is what is in the ledger: the others need not see its
+    file.
+    """
+
+    def __call__(self, fit: Fit, keys: Sequence[dict[str, Any]], ledger: Ledger) -> list[Run]:
+        """See `Engine`."""
+        first = PartialState().is_main_process
+        runs = []
+        for key in keys:
+            result = told(ledger.find(key) if first else None)
+            if result is None:
+                own = fit(dict(key))
+                if first:
+                    ledger.append(key, own)
+                result = told(ledger.find(key) if first else None)
+            runs.append(Run(dict(key), result))
+        return runs
 
 
 @functools.cache

@@ -33,8 +33,8 @@ from .options import (
     Validation,
     WeightDecay,
     experiment_of,
-    watched,
 )
+from .progress import watched
 from .terminal import console, table
 
 METHODS = (NONE, "all", "head", "block1", "auto-rgn", "race")

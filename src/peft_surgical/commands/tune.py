@@ -36,8 +36,8 @@ from .options import (
     Validation,
     WeightDecay,
     experiment_of,
-    watched,
 )
+from .progress import watched
 from .terminal import console, table
 
 

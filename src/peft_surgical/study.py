@@ -1,0 +1,242 @@
+"""What a recipe does: the source step, the comparison, and its report, table, figure, adapter and card."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import PartialState
+from huggingface_hub import constants
+
+from .anatomy import anatomy_of
+from .bases import Base, load_base
+from .choosing import compare
+from .commands.progress import watched
+from .errors import ConfigError, DataError
+from .evaluation import Report
+from .experiment import SEARCHES, Experiment
+from .findings import held_out, write_study
+from .fitting import FitSettings
+from .methods import method_of
+from .pretraining import SourceTraining, train_source
+from .protocol import Protocol, rows_of
+from .published import Published
+from .search import NONE, Engine, Together, workers
+from .tables import is_hub_id
+from .targets import parse, resolve
+from .watch import Watch
+
+SOURCE = "source"
+"""Folder of the network that was trained on the source, in that of the study."""
+Read = Callable[[int], Published]
+"""Seed -> the data."""
+
+
+def run_study(
+    protocol: Protocol,
+    args: argparse.Namespace,
+    read: Read,
+    *,
+    opener: Callable[..., Base] = load_base,
+) -> Report | None:
+    """Carry out a protocol with the options of `protocol.parser_of`; goes on where an earlier call was stopped.
+
+    In ``args.output``: ``source/`` (a plain checkpoint), ``ledger.jsonl`` (every run), ``report.json``, ``table.md``,
+    ``figure.png``, and ``adapter/``, that of the first seed of the row that validates best over all seeds.
+
+    Args:
+        protocol: What is compared.
+        args: What the user asked for.
+        read: The data of a seed.
+        opener: Opens the network, as `load_base` does.
+
+    Returns:
+        The report, in the first process; None in the others, and after ``--dry-run`` and ``--source-only``.
+
+    Raises:
+        SurgicalError: Something asked for cannot be done; says what, and the way out.
+    """
+    engine, fitting = _engine(args), _fitting(protocol, args)
+    rows = rows_of(protocol, args.target, args.method)
+    checkpoint = None if protocol.source is None else args.source_checkpoint
+    option = "--model" if checkpoint is None else "--source-checkpoint"
+    opener = _brought(option, opener)
+    with _bringing("--data", str(args.data), protocol.data is not None):
+        first = read(args.seeds[0])
+    if args.forgetting:
+        held_out(protocol, first.parts)
+    if args.push_to_hub and protocol.source is not None and args.source_checkpoint is None:
+        raise ConfigError(
+            "--push-to-hub: the adapter would be of a network that only this folder has. Push the network of the "
+            "source step first, and give its id by --source-checkpoint"
+        )
+    if args.dry_run:
+        if _is_first(engine):
+            print(plan(protocol, args, first, opener))
+        return None
+    folder = Path(args.output)
+    model, arguments = checkpoint or args.model, _arguments(args)
+    if protocol.source is not None:
+        if checkpoint is None:
+            training = _source(protocol, args, fitting)
+            model = str(train_source(model, first, training, folder / SOURCE, arguments=arguments, opener=opener))
+        if args.source_only:
+            return None
+    transformers.logging.set_verbosity_error()
+    experiment = Experiment(
+        model,
+        read,
+        folder,
+        replace(fitting, lr=args.lr[0]),
+        lrs=tuple(args.lr),
+        head_lrs=tuple(args.head_lr),
+        config={"norm_stats": args.norm_stats},
+        augment=args.augment,
+        tests=True,
+        seed=args.seeds[0],
+        metrics=protocol.metrics,
+        opener=opener,
+        arguments=arguments,
+        engine=engine,
+    )
+    with watched() if _is_first(engine) else nullcontext(Watch()) as experiment.watch:
+        found = compare(experiment, rows, args.seeds)
+    report = None
+    if _is_first(engine):
+        unit = fitting.batch_size / args.batch_size
+        report = write_study(protocol, experiment, found, args.seeds, unit=unit, forgetting=args.forgetting)
+    if isinstance(engine, Together):
+        PartialState().wait_for_everyone()
+    return report
+
+
+def _engine(args: argparse.Namespace) -> Engine:
+    if args.spread == "runs":
+        return workers()
+    PartialState(cpu=args.cpu)  # before anything else asks for it: with --cpu, gloo
+    return Together()
+
+
+def _is_first(engine: Engine) -> bool:
+    return PartialState().is_main_process if isinstance(engine, Together) else getattr(engine, "rank", 0) == 0
+
+
+def _fitting(protocol: Protocol, args: argparse.Namespace) -> FitSettings:
+    world = PartialState().num_processes if args.spread == "batches" else 1
+    share = world * args.accumulation
+    if args.batch_size % share:
+        raise ConfigError(
+            f"--batch-size {args.batch_size} does not divide over {world} process(es) and {args.accumulation} "
+            f"accumulated batch(es): give a multiple of {share}"
+        )
+    return replace(
+        protocol.fitting,
+        epochs=args.epochs,
+        batch_size=args.batch_size // share,
+        accumulation=args.accumulation,
+        optimizer=args.optimizer,
+        lr_scheduler=args.scheduler,
+        weight_decay=args.weight_decay,
+        precision=args.precision,
+        use_cpu=args.cpu or not torch.accelerator.is_available(),
+    )
+
+
+def _source(protocol: Protocol, args: argparse.Namespace, fitting: FitSettings) -> SourceTraining:
+    training = protocol.source
+    assert training is not None
+    world = PartialState().num_processes if args.spread == "batches" else 1
+    batch = max(1, training.fitting.batch_size // world)
+    own = replace(
+        training.fitting,
+        epochs=args.source_epochs,
+        batch_size=batch,
+        precision=fitting.precision,
+        use_cpu=fitting.use_cpu,
+    )
+    return replace(training, fitting=own)
+
+
+def _arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """What Trainer is told beside what a run is."""
+    found: dict[str, Any] = {"dataloader_num_workers": args.workers}
+    if args.report_to != "none":
+        # Checkpoints are forgotten once a run is over; its logs are not to go with them.
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(args.output, "logs")))
+        found |= {"report_to": args.report_to, "logging_strategy": "epoch"}
+    return found
+
+
+@contextmanager
+def _bringing(option: str, what: str, published: bool) -> Iterator[None]:
+    """Errors about something of the Hub that is not here say how to bring it."""
+    try:
+        yield
+    except DataError as error:
+        what = what.removeprefix("hf-hub:")
+        if Path(what).expanduser().exists() or not published or not (is_hub_id(what) or "/" not in what):
+            raise
+        offline = "HF_HUB_OFFLINE is set, so nothing is downloaded. " if constants.HF_HUB_OFFLINE else ""
+        repository = what if "/" in what else f"timm/{what}"
+        kind = " --repo-type dataset" if option == "--data" else ""
+        raise DataError(
+            f"{error}\n{offline}Where there is a network, `hf download {repository}{kind} --local-dir DIR` fetches it: "
+            f"bring DIR here and give it as {option} DIR"
+        ) from error
+
+
+def _brought(option: str, opener: Callable[..., Base]) -> Callable[..., Base]:
+    def opened(name: str, **how: Any) -> Base:
+        with _bringing(option, name, published=True):
+            return opener(name, **how)
+
+    return opened
+
+
+# --- the plan ---
+
+
+def plan(protocol: Protocol, args: argparse.Namespace, data: Published, opener: Callable[..., Base]) -> str:
+    """What a call would do, in words: data, network, and for each row its tensors, parameters, steps and rates.
+
+    Reads the network's config, not its weights, and opens no image.
+    """
+    checkpoint = None if protocol.source is None else args.source_checkpoint
+    network = opener(checkpoint or args.model, label_names=data.label_names, head="new", weights="random").model
+    anatomy = anatomy_of(network)
+    sizes = {name: value.numel() for name, value in network.named_parameters()}
+    whole = sum(sizes.values())
+    lines = [str(data), "", f"network: {checkpoint or args.model}, {whole:,} parameters in {len(list(anatomy))} blocks"]
+    if protocol.source is not None:
+        images = len(data.source) if data.source else 0
+        how = f"{protocol.source.method}, {args.source_epochs} epochs on {images} images"
+        lines.append(f"source: {how if checkpoint is None else 'trained already'}")
+    steps = args.epochs * math.ceil(len(data.tuning) / args.batch_size)
+    run = f"{args.optimizer}, {args.scheduler} rate, batch {args.batch_size}, {args.epochs} epochs"
+    lines += [f"one run: {steps} steps ({run})", f"seeds: {', '.join(map(str, args.seeds))}", ""]
+    head = set(anatomy["head"].tensors) if "head" in anatomy else set()
+    for name in rows_of(protocol, args.target, args.method):
+        if name == NONE or name in SEARCHES:
+            what = "the network as it is" if name == NONE else "a search over blocks, head and all"
+            lines.append(f"{name}: {what}{_paper(protocol, name)}")
+            continue
+        tensors = [tensor for tensor in resolve(parse(method_of(name).target), anatomy) if tensor in sizes]
+        count = sum(sizes[tensor] for tensor in tensors)
+        rates = args.head_lr if set(tensors) <= head else args.lr
+        said = ", ".join(f"{rate:g}" for rate in rates)
+        size = f"{len(tensors)} tensors, {count:,} parameters ({count / whole:.1%})"
+        lines.append(f"{name}: {size}; rates {said}{_paper(protocol, name)}")
+    return "\n".join(lines)
+
+
+def _paper(protocol: Protocol, row: str) -> str:
+    found = protocol.published.get(row)
+    return "" if found is None else f"; the paper: {found:g} %"
