@@ -1,0 +1,158 @@
+"""The command adapt, on folders that the tests write and a tiny timm network with random weights."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+typer = pytest.importorskip("typer")
+timm = pytest.importorskip("timm")
+pytest.importorskip("datasets")
+
+from peft import PeftModel  # noqa: E402
+
+from peft_surgical import ConfigError, DataError  # noqa: E402
+from peft_surgical import adapting as module  # noqa: E402
+from peft_surgical.adapting import AdaptSettings, open_base  # noqa: E402
+from peft_surgical.bases import load_base  # noqa: E402
+from peft_surgical.commands.adapt import adapt_command  # noqa: E402
+from peft_surgical.evaluation import Report  # noqa: E402
+from peft_surgical.incoming import read_incoming  # noqa: E402
+
+MODEL = "test_resnet"
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Six noisy images, three of each of two classes."""
+    folder, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for number in range(6):
+        file = folder / ("cat", "dog")[number % 2] / f"{number}.png"
+        file.parent.mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)).save(file)
+    return folder
+
+
+@pytest.fixture
+def run(capsys):
+    app = typer.Typer()
+    app.command()(adapt_command)
+
+    def call(*arguments):
+        app(args=[str(argument) for argument in arguments], standalone_mode=False)
+        return capsys.readouterr().out
+
+    return call
+
+
+def test_an_online_stream_with_labels(run, photos, tmp_path):
+    out = run(MODEL, photos, "--random", "--output", tmp_path, "--lr", "0.05", "--views", 3, "--cpu")
+    report = Report.load(tmp_path / "report.json")
+    assert (report.target, report.settings["optimizer"], report.settings["images"]) == ("stem", "sgd", 6)
+    assert (report.settings["steps"], report.settings["skipped"]) == (6, 0)
+    assert [m.name for m in report] == ["accuracy before", "accuracy"]
+    with (tmp_path / "predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 6
+    for column, metric in (("class", "accuracy"), ("class before", "accuracy before")):
+        assert report.find(metric).value == sum(row[column] == row["label"] for row in rows) / 6
+    assert {row["file"].split("/")[0]: row["label"] for row in rows} == {"cat": "0", "dog": "1"}
+    assert all(row["name"] == ("cat", "dog")[int(row["class"])] for row in rows)
+    assert (tmp_path / "figure.png").stat().st_size > 1000
+    assert f"{100 * report.find('accuracy').value:.1f}" in out
+    assert "adapter_model.safetensors" in out
+
+    base = load_base(report.model, **report.settings["open"])
+    model = PeftModel.from_pretrained(base.model, tmp_path)
+    moved = [value for name, value in model.named_parameters() if "surgical_delta" in name]
+    assert any(value.abs().max() > 0 for value in moved)
+    assert {name.split(".surgery")[0].split(".")[-1] for name, _ in model.named_parameters() if "surgery" in name} <= {
+        "conv1",
+        "bn1",
+        *"0123456789",
+    }
+
+
+def test_the_same_command_gives_the_same_predictions(run, photos, tmp_path):
+    texts = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run(
+            MODEL,
+            photos,
+            "--random",
+            "--output",
+            tmp_path / name,
+            "--lr",
+            "0.05",
+            "--views",
+            2,
+            "--seed",
+            seed,
+            "--cpu",
+        )
+        texts.append((tmp_path / name / "predictions.csv").read_text())
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_stream_without_labels_is_predicted_too(run, photos, tmp_path):
+    out = run(
+        *(MODEL, photos, "--unlabelled", "--random", "--output", tmp_path, "--lr", "1e-3", "--mode", "episodic"),
+        *("--views", 2, "--crop", "resize", "--images", 4, "--target", "head", "--cpu"),
+    )
+    report = Report.load(tmp_path / "report.json")
+    assert report.measurements == ()
+    assert (report.settings["images"], report.settings["optimizer"]) == (4, "adamw")
+    header, *rows = (tmp_path / "predictions.csv").read_text().splitlines()
+    assert "label" not in header
+    assert [row.split(",")[0] for row in rows] == ["cat/0.png", "cat/2.png", "cat/4.png", "dog/1.png"]
+    assert "4 images" in out
+    assert not (tmp_path / "adapter_model.safetensors").exists()  # nothing was kept
+
+
+def test_tent_with_statistics(run, photos, tmp_path):
+    run(
+        *(MODEL, photos, "--random", "--output", tmp_path, "--method", "tent", "--lr", "1e-2", "--batch-size", 4),
+        *("--norm-stats", "all", "--cpu"),
+    )
+    settings = json.loads((tmp_path / "report.json").read_text())["settings"]
+    assert (settings["target"], settings["optimizer"], settings["steps"]) == ("norm", "adam", 2)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert any(name.endswith("running_mean") for name in config["tensor_names"])
+
+
+def test_an_adapter_that_does_not_reload_is_not_passed_over(photos, tmp_path, monkeypatch):
+    images = read_incoming(photos, limit=2)
+    settings = AdaptSettings("memo", "stem", "online", 0.05, views=2)
+    told = []
+    adapted = module.adapt(open_base(MODEL, images, "random"), images, settings, tell=lambda *now: told.append(now))
+    right = [(logits.argmax(1) == images.labels).float().mean().item() for logits in (adapted.after, adapted.before)]
+    assert told == [(2, 2, *right)]
+    monkeypatch.setattr(module, "predict_logits", lambda model, inputs: torch.rand(2))
+    with pytest.raises(module.AdapterError, match="does not reload"):
+        module.write_adapted(tmp_path, MODEL, images, settings, adapted, "random")
+
+
+def test_a_base_without_a_head_for_the_classes_is_refused(photos, tmp_path):
+    timm.models.save_for_hf(timm.create_model(MODEL, num_classes=7), tmp_path, safe_serialization=True)
+    with pytest.raises(DataError, match="no head for the 2 classes of the data, and without labels none can be"):
+        open_base(str(tmp_path), read_incoming(photos))
+    assert open_base(str(tmp_path), read_incoming(photos, unlabelled=True)).classes == 7
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"method": "ttt"}, "method='ttt': choose one of memo, tent"),
+        ({"mode": "both"}, "mode='both': choose one of online, episodic"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"crop": "centre"}, "crop='centre'"),
+        ({"optimizer": "lion"}, "optimizer='lion': choose one of sgd, adam, adamw"),
+        ({"method": "tent", "prior_strength": 16.0}, "prior_strength is MEMO's"),
+    ],
+)
+def test_settings_out_of_range_are_refused(changed, message):
+    with pytest.raises(ConfigError, match=message):
+        AdaptSettings(**{"method": "memo", "target": "stem", "mode": "online", "lr": 0.1, **changed})
