@@ -10,8 +10,8 @@ from typing import Any
 
 from safetensors import safe_open
 
-from .config import CONFIG, WEIGHTS, SurgicalConfig
-from .delta import HOLDER, file_key
+from .config import CONFIG, PICKLE, WEIGHTS, SurgicalConfig
+from .delta import HOLDER, file_key, file_sha256
 from .errors import AdapterFileError
 from .spec import NUMBERED
 from .targets import Name, parse
@@ -59,6 +59,8 @@ class Contents:
         scale: Factor of the deltas.
         dtypes: The dtypes of the deltas in the file.
         bytes: Size of the weights and the config together.
+        file_bytes: Size of the weights.
+        sha256: Of the weights' file.
         parts: The deltas, by block or module.
         parts_are: ``"block"`` or ``"module"``.
         statistics: Number of normalisation statistics that it holds.
@@ -72,6 +74,8 @@ class Contents:
     scale: float
     dtypes: tuple[str, ...]
     bytes: int
+    file_bytes: int
+    sha256: str
     parts: tuple[Part, ...]
     parts_are: str
     statistics: int
@@ -85,6 +89,7 @@ class Contents:
     def to_dict(self, top: int | None = None) -> dict[str, Any]:
         """Plain JSON values; ``top`` limits the number of single tensors."""
         plain = {name: getattr(self, name) for name in ("folder", "base", "target", "norm_stats", "scale", "bytes")}
+        plain["sha256"] = self.sha256
         rows = [
             {"name": p.name, "tensors": len(p.deltas), "parameters": p.parameters, "norm": p.norm} for p in self.parts
         ]
@@ -97,6 +102,36 @@ class Contents:
         }
 
 
+def read_config(folder: str | os.PathLike[str], strict_base: bool = True) -> SurgicalConfig:
+    """The config of the adapter in a folder, whose file has been verified: whole, unaltered, complete, finite.
+
+    Args:
+        folder: That ``save_pretrained`` wrote.
+        strict_base: As in `SurgicalConfig`.
+
+    Raises:
+        AdapterFileError: If there is no adapter, it is another method's or a pickle, or its file is not whole.
+    """
+    place = Path(folder)
+    if missing := [name for name in (CONFIG, WEIGHTS) if not (place / name).is_file()]:
+        what = f"has no {missing[0]}" if place.is_dir() else "is no folder"
+        if (place / PICKLE).is_file():
+            what += f", only {PICKLE}, a pickle, which can run code when it is read and is not read here"
+        raise AdapterFileError(
+            f"{place} {what}: pass a folder that save_pretrained wrote (peft-surgical pull fetches one from the Hub)"
+        )
+    try:
+        config = SurgicalConfig.from_pretrained(place, strict_base=strict_base)
+    except AdapterFileError:
+        raise
+    except (ValueError, TypeError, KeyError) as error:
+        raise AdapterFileError(f"{place / CONFIG} cannot be read ({error}): save or download it again") from error
+    if not isinstance(config, SurgicalConfig):
+        method = getattr(config.peft_type, "value", config.peft_type)
+        raise AdapterFileError(f"{place} is a {method} adapter: only surgical ones are read here")
+    return config
+
+
 def contents_of(folder: str | os.PathLike[str]) -> Contents:
     """Read and verify the adapter in a folder.
 
@@ -104,20 +139,7 @@ def contents_of(folder: str | os.PathLike[str]) -> Contents:
         AdapterFileError: If there is none, it is another method's, or its file is not whole.
     """
     place = Path(folder)
-    if missing := [name for name in (CONFIG, WEIGHTS) if not (place / name).is_file()]:
-        what = f"has no {missing[0]}" if place.is_dir() else "is no folder"
-        raise AdapterFileError(
-            f"{place} {what}: pass a folder that save_pretrained wrote (hf download fetches one from the Hub)"
-        )
-    try:
-        config = SurgicalConfig.from_pretrained(place)
-    except AdapterFileError:
-        raise
-    except (ValueError, TypeError, KeyError) as error:
-        raise AdapterFileError(f"{place / CONFIG} cannot be read ({error}): save or download it again") from error
-    if not isinstance(config, SurgicalConfig):
-        method = getattr(config.peft_type, "value", config.peft_type)
-        raise AdapterFileError(f"{place} is a {method} adapter: only surgical ones can be shown")
+    config = read_config(place)
     names = config.tensor_names or []
     deltas, dtypes, statistics = [], set(), 0
     with safe_open(place / WEIGHTS, framework="pt") as file:
@@ -145,6 +167,8 @@ def contents_of(folder: str | os.PathLike[str]) -> Contents:
         scale=config.scale,
         dtypes=tuple(sorted(dtypes)),
         bytes=sum((place / name).stat().st_size for name in (CONFIG, WEIGHTS)),
+        file_bytes=(place / WEIGHTS).stat().st_size,
+        sha256=file_sha256(place / WEIGHTS),
         parts=tuple(Part(name, tuple(members)) for name, members in grouped.items()),
         parts_are=kind,
         statistics=statistics,

@@ -1,4 +1,4 @@
-"""``peft-surgical show ADAPTER``: what an adapter's folder holds, verified, without its base."""
+"""``peft-surgical show ADAPTER``: what an adapter in a folder or on the Hub holds, verified, without its base."""
 
 from __future__ import annotations
 
@@ -8,38 +8,40 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from ..cards import size
 from ..contents import Contents, contents_of
+from ..pulling import locate
+from .pull import Revision
 from .terminal import console, table
 
 
 def show(
-    adapter: Annotated[str, typer.Argument(help="A folder that save_pretrained wrote.")],
+    adapter: Annotated[str, typer.Argument(help="A folder that save_pretrained wrote, or owner/name on the Hub.")],
+    revision: Revision = None,
     top: Annotated[int, typer.Option(min=0, help="How many of the largest deltas to list.")] = 10,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Verify an adapter's file and print what was tuned, and how far it moved."""
-    contents = contents_of(adapter)
+    folder, is_remote = locate(adapter, revision=revision)
+    contents = contents_of(folder)
     if json:
         typer.echo(to_json.dumps(contents.to_dict(top), indent=2))
     else:
-        _print(contents, top)
+        _print(contents, top, f"{adapter}, commit {folder.name}" if is_remote else contents.folder)
 
 
-def _size(n: int) -> str:
-    return f"{n / 1e6:.1f} MB" if n >= 1e6 else f"{n / 1e3:.1f} kB"
-
-
-def _print(contents: Contents, top: int) -> None:
+def _print(contents: Contents, top: int, place: str) -> None:
     out = console()
     facts = table("", "")
     facts.show_header = False
     for name, value in (
-        ("adapter", contents.folder),
+        ("adapter", place),
         ("base", contents.base or "not named in its config"),
         ("target", contents.target if isinstance(contents.target, str) else " + ".join(contents.target or ["modules"])),
         ("norm policy", contents.norm_stats + (f", {contents.statistics} statistics" if contents.statistics else "")),
         ("scale", f"{contents.scale:g}"),
-        ("size", f"{_size(contents.bytes)}, {', '.join(contents.dtypes)}"),
+        ("size", f"{size(contents.bytes)}, {', '.join(contents.dtypes)}"),
+        ("SHA-256", contents.sha256),
         ("saved whole", ", ".join(contents.modules_to_save)),
         ("file", "verified: whole, unaltered, finite"),
     ):
