@@ -1,5 +1,6 @@
 """What all tests share: no network, few threads, deterministic kernels' seeds."""
 
+import gc
 import os
 
 # Before any library reads them.
@@ -10,11 +11,28 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 
 
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def quick_collections():
+    """For modules with many short runs of Trainer, which collects garbage before each, among the libraries' objects."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture
+def own_accelerate_state():
+    """Accelerate's singletons, which outlive a run that is interrupted or that trains in bfloat16, do not here."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 def pytest_configure(config):

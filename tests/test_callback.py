@@ -1,19 +1,17 @@
 """`SurgicalCallback` in Trainer: records, resuming, accumulation, clipping and schedulers, against loops by hand."""
 
 import copy
-import gc
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate.state import AcceleratorState, GradientState
 from peft import get_peft_model
 from tiny import ConvNet, same, snapshot
 from torch import nn
 from torch.func import functional_call
 from torch.utils.data import DataLoader, Dataset, IterableDataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.trainer_callback import PrinterCallback
 
@@ -23,6 +21,8 @@ from peft_surgical.callback import RECORD, scoring_loader
 from peft_surgical.errors import AnatomyError, ConfigError
 from peft_surgical.penalties import Penalty
 from peft_surgical.schedules import AutoRGN, AutoSNR, gradual_unfreezing
+
+pytestmark = pytest.mark.usefixtures("quick_collections", "own_accelerate_state")
 
 RATE, DECAY = 0.02, 0.1
 
@@ -47,22 +47,6 @@ def network(dropout=0.0):
 
 NAMES = tuple(name for name, _ in network().named_parameters())
 BLOCK1 = tuple(name for name in NAMES if name.startswith(("conv1", "bn1", "layer1")))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick_collections():
-    # Trainer collects garbage before every run, among all objects of the libraries: most of a tiny run's time.
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture(autouse=True)
-def _own_state():
-    # Accelerate's singletons outlive a run that is interrupted, or that trains in bfloat16.
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 class Rows(Dataset):
@@ -330,6 +314,30 @@ def test_a_run_resumes_in_the_middle_of_an_epoch_bit_for_bit(case, tmp_path, sco
         assert same(snapshot(again.model), snapshot(whole.model))
 
 
+def test_new_moments_begin_with_an_epoch_also_in_a_run_that_resumes_there(tmp_path):
+    saving = {"save_strategy": "epoch"}
+    whole = trained(tmp_path, SurgicalCallback(reset_moments=True), **saving)
+    rest = trained(
+        tmp_path / "rest", SurgicalCallback(reset_moments=True), resume=str(tmp_path / "checkpoint-3"), **saving
+    )
+    assert same(snapshot(rest.model), snapshot(whole.model))
+
+
+class BySteps(AutoRGN):
+    """Wants scores, and says the share of the run that was done when they were taken."""
+
+    def factors(self, progress, scores):
+        return dict.fromkeys(scores.tensor_scores, progress.share)
+
+
+def test_a_schedule_with_scores_knows_the_step_also_in_a_run_that_resumes(tmp_path):
+    saving = {"save_strategy": "epoch"}
+    whole = trained(tmp_path, SurgicalCallback(BySteps()), **saving)
+    assert [set(entry[RECORD].values()) for entry in recorded(whole)] == [{0.0}, {0.5}]
+    rest = trained(tmp_path / "rest", SurgicalCallback(BySteps()), resume=str(tmp_path / "checkpoint-3"), **saving)
+    assert recorded(rest) == recorded(whole)
+
+
 def test_an_interrupted_trainer_can_be_started_again(tmp_path):
     whole = trained(tmp_path / "whole", SurgicalCallback(AutoRGN()), **SAVING)
     trainer = trainer_of(tmp_path, SurgicalCallback(AutoRGN()), Kill(3), **SAVING)
@@ -349,6 +357,43 @@ def test_afterwards_the_optimizer_and_the_gradients_are_left_alone(tmp_path):
     trainer.model(Rows().images, Rows().classes).loss.backward()
     optimizer.step()
     assert all(p.any() for p in group["params"])
+
+
+# --- steps ---
+
+
+def test_blocks_join_at_the_steps_that_the_schedule_says(tmp_path):
+    schedule = gradual_unfreezing(anatomy_of(network()))
+    seen = []
+
+    class Watching(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            names = {n: p for n, p in kwargs["model"].named_parameters() if p.requires_grad}
+            seen.append({n.removeprefix("base_model.model.").split(".")[0] for n, p in names.items() if p.grad.any()})
+
+    trained(tmp_path, SurgicalCallback(schedule), Watching(), num_train_epochs=3)
+    wanted = [{"fc"}] * 3 + [{"fc", "layer2"}] * 3 + [{"fc", "layer2", "layer1", "bn1", "conv1"}] * 3
+    assert seen == wanted
+
+
+def test_steps_that_a_gradient_scaler_skips_count(tmp_path):
+    trainer = trainer_of(tmp_path, callback := SurgicalCallback(FrozenFrom(3)))
+    callback.on_train_begin(
+        trainer.args, TrainerState(max_steps=6), None, model=trainer.model, optimizer=trainer.optimizer
+    )
+    counted = []
+    for step in range(5):  # and none of them reaches the optimizer
+        callback.on_step_begin(trainer.args, TrainerState(global_step=step), None)
+        counted.append((callback.pace.step, callback.pace.factors["conv1.weight"]))
+    assert counted == [(0, 1.0), (1, 1.0), (2, 1.0), (3, 0.0), (4, 0.0)]
+
+
+@pytest.mark.parametrize(("epoch", "wanted"), [(None, 0), (0.0, 0), (0.5, 0), (2 - 1e-9, 2), (2.0, 2), (2.25, 2)])
+def test_epochs_are_whole_also_where_their_fractions_do_not_add_up(tmp_path, epoch, wanted):
+    trainer = trainer_of(tmp_path, callback := SurgicalCallback())
+    state = TrainerState(epoch=epoch, max_steps=9)
+    callback.on_train_begin(trainer.args, state, None, model=trainer.model, optimizer=trainer.optimizer)
+    assert callback.pace.epoch == wanted
 
 
 # --- rates ---
@@ -469,6 +514,58 @@ def test_the_scoring_loader_is_a_function_of_seed_and_epoch():
     assert len({tuple(drawn(seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
     assert sorted(drawn(0, 0, 9)) == list(range(20))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_each_process_scores_images_of_its_own(monkeypatch):
+    rows, drawn = Rows(20), []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    for rank in (0, 1):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        rows.drawn.clear()
+        list(scoring_loader(DataLoader(rows, 4), 4, 2, seed=0, epoch=0))
+        drawn += rows.drawn
+    assert len(drawn) == len(set(drawn)) == 16
+
+
+def test_scores_are_taken_with_the_seed_the_collator_and_the_loss_of_the_run(tmp_path):
+    rows, asked = Rows(), []
+
+    def collate(drawn):
+        return {
+            "pixel_values": torch.stack([row["pixel_values"] for row in drawn]) / 2,
+            "labels": torch.zeros(len(drawn)).long(),
+        }
+
+    def loss(outputs, labels):
+        asked.append(labels.tolist())
+        return outputs.logits.square().mean()
+
+    def run(**how):
+        arguments = {"max_steps": 1, "rows": rows, "data_seed": 0, **how}
+        trainer = trainer_of(tmp_path, SurgicalCallback(AutoRGN(), loss_fn=loss, num_batches=1), **arguments)
+        trainer.data_collator = collate
+        rows.drawn.clear()
+        trainer.train()
+        return rows.drawn[:4], recorded(trainer)[0][RECORD]
+
+    first, factors = run(seed=0)
+    assert asked == [[0, 0, 0, 0]]  # one batch, its labels by the collator
+    net = network().eval()
+    outputs = net(torch.stack([rows.images[i] for i in first]) / 2)
+    outputs.logits.square().mean().backward()
+    ratios = {n: (p.grad.norm() / p.norm()).item() for n, p in net.named_parameters() if p.any()}
+    for name, ratio in ratios.items():
+        assert factors[name] / factors["fc.weight"] == pytest.approx(ratio / ratios["fc.weight"], rel=1e-4)
+    assert run(seed=0)[0] == first
+    assert run(seed=1)[0] != first
+
+
+def test_no_more_batches_than_asked_for_are_scored(tmp_path):
+    data = list(DataLoader(Rows(), 5))
+    runs = [SurgicalCallback(AutoRGN(), scoring_data=data[:n], num_batches=k) for n, k in ((2, 1), (1, 5), (2, 5))]
+    found = [recorded(trained(tmp_path, callback, max_steps=1))[0][RECORD] for callback in runs]
+    assert found[0] == found[1] != found[2]
 
 
 def test_scoring_disturbs_neither_the_order_nor_the_dropout(tmp_path):

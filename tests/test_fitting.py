@@ -1,15 +1,14 @@
 """`fit` against a plain PyTorch loop bit for bit; the chosen epoch, costs, stopping and going on."""
 
 import copy
-import gc
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 from tiny import ConvNet, same, snapshot
 from torch import nn
@@ -19,31 +18,17 @@ from transformers import TrainerCallback
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from peft_surgical.errors import ConfigError
-from peft_surgical.fitting import FitSettings, _finite, _metrics, balanced, fit, forget_checkpoints
+from peft_surgical.fitting import SELECTED_BY, FitSettings, _finite, _metrics, balanced, fit, forget_checkpoints
 from peft_surgical.gradients import forward_loss
 from peft_surgical.tensors import trained_tensors
+
+pytestmark = pytest.mark.usefixtures("quick_collections", "own_accelerate_state")
 
 SETTINGS = FitSettings(lr=0.02, epochs=3, batch_size=4, weight_decay=0.1, use_cpu=True)
 BLOCK1 = (
     *("conv1.weight", "bn1.weight", "bn1.bias"),
     *("layer1.0.weight", "layer1.0.bias", "layer1.1.weight", "layer1.1.bias"),
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick_collections():
-    # Trainer collects garbage before every run, among all objects of the libraries: most of a tiny run's time.
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture(autouse=True)
-def _own_state():
-    # Accelerate's singletons outlive a run that is interrupted, or that trains in bfloat16.
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 class Rows(Dataset):
@@ -207,6 +192,84 @@ def test_the_models_own_loss_is_found_below_the_wrapper_of_several_processes():
     wanted = smoothed(net(tuning.images).logits, tuning.classes)
     assert torch.equal(forward_loss(nn.DataParallel(net), batch), wanted)  # as with DDP, forward takes anything
     assert not torch.equal(F.cross_entropy(net(tuning.images).logits, tuning.classes), wanted)
+
+
+class Seen(TrainerCallback):
+    """Keeps the arguments, the optimizer, the norm of each step's gradient and the rate after it."""
+
+    def __init__(self):
+        self.norms, self.rates = [], []
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.args, self.optimizer = args, kwargs["optimizer"].optimizer
+        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"]]
+        self.norms.append(torch.cat([gradient.flatten() for gradient in gradients]).norm().item())
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.rates += kwargs["lr_scheduler"].get_last_lr()
+
+
+def test_clipping_and_the_schedule_of_the_rate_are_as_the_settings_say():
+    plain, clipped = Seen(), Seen()
+    fit(network(), "block1", *data(), SETTINGS, callbacks=[plain])
+    assert min(plain.norms) > 0.02
+    assert plain.rates == [0.02] * 9
+    how = {"max_grad_norm": 0.01, "lr_scheduler": "linear"}
+    fit(network(), "block1", *data(), replace(SETTINGS, **how), callbacks=[clipped])
+    assert clipped.norms == pytest.approx([0.01] * 9, rel=1e-3)
+    assert clipped.rates == pytest.approx([0.02 * (1 - step / 9) for step in range(1, 10)])
+
+
+@pytest.mark.parametrize(("method", "kind"), [("freeze-embed", torch.optim.SGD), ("block1", torch.optim.AdamW)])
+def test_a_method_may_bring_its_optimizer(method, kind):
+    seen = Seen()
+    fit(network(), method, *data(), replace(SETTINGS, epochs=1, optimizer="adamw"), callbacks=[seen])
+    assert type(seen.optimizer) is kind
+    assert {group["weight_decay"] for group in seen.optimizer.param_groups} == {0.1}
+    assert {group.get("momentum", 0.9) for group in seen.optimizer.param_groups} == {0.9}
+
+
+def test_precision_and_norm_policy_are_as_asked_for():
+    seen = Seen()
+    how = {"config": {"norm_stats": "target"}, "callbacks": [seen]}
+    found = fit(network(), "block1", *data(), replace(SETTINGS, epochs=1, precision="bf16"), **how)
+    assert (seen.args.bf16, seen.args.fp16) == (True, False)
+    assert found.model.peft_config["default"].norm_stats == "target"
+    moved = dict(found.model.merge_and_unload().named_buffers())
+    assert not torch.equal(moved["bn1.running_mean"], dict(network().named_buffers())["bn1.running_mean"])
+
+
+def test_the_seed_draws_the_order_of_the_images():
+    orders = []
+    for seed in (0, 1, 0):
+        tuning, validation = data()
+        fit(network(), "head", tuning, validation, replace(SETTINGS, epochs=2, seed=seed))
+        orders.append(tuple(tuning.drawn))
+    assert orders[0] == orders[2] != orders[1]
+
+
+def test_the_reference_codes_method_forgets_the_moments_at_every_epoch():
+    for method, steps in (("auto-rgn-reference", 3), ("auto-rgn", 6)):
+        seen = Seen()
+        fit(network(), method, *data(), replace(SETTINGS, epochs=2), callbacks=[seen])
+        assert max(int(state["step"]) for state in seen.optimizer.state.values()) == steps
+
+
+def test_the_validation_accuracy_is_that_of_the_best_epoch():
+    found = fit(network(), "head", *data(), replace(SETTINGS, epochs=1))
+    assert replace(found, curve=(0.5, 0.75, 0.25)).validation == 0.75
+
+
+def test_options_reach_the_penalty_and_the_schedule():
+    def tuned(method, **options):
+        return weights(fit(network(), method, *data(), replace(SETTINGS, epochs=2), options=options).model)
+
+    full, trunk = tuned("full"), dict(network().named_parameters())
+    assert_same_weights(tuned("l2-sp", strength=0.0), full)
+    held = tuned("l2-sp", strength=100.0)
+    assert not torch.equal(held["fc.weight"], full["fc.weight"])
+    late = tuned("lp-ft", share=0.99)  # the head alone, but for no step at all
+    assert {name for name in late if not torch.equal(late[name], trunk[name])} == {"fc.weight", "fc.bias"}
 
 
 def test_dfr_trains_the_head_on_equally_many_of_every_class():
@@ -401,5 +464,8 @@ def test_an_epoch_that_diverged_counts_as_wrong():
     nan, labels = float("nan"), np.array([0, 1, 0])
     logits = np.array([[nan, 0.0], [0.0, 1.0], [nan, nan]], dtype=np.float32)
     found = _metrics(SimpleNamespace(predictions=logits, label_ids=labels))
-    assert found == {"accuracy": 1 / 3}  # although NaN is the largest of the first row, at its label
+    assert found == {
+        "accuracy": 1 / 3,
+        SELECTED_BY: 1 / 3,
+    }  # although NaN is the largest of the first row, at its label
     assert [_finite(x) for x in (0.5, nan, float("inf"))] == [0.5, sys.float_info.max, sys.float_info.max]

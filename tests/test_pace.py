@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import json
 import weakref
 
 import pytest
@@ -13,7 +14,7 @@ from tiny import ConvNet
 from torch import nn
 from torch.utils.data import DataLoader
 
-from peft_surgical import Pace, Penalty, SurgicalConfig, anatomy_of
+from peft_surgical import Pace, Penalty, SurgicalConfig, anatomy_of, score_blocks
 from peft_surgical.errors import AdapterError, ConfigError
 from peft_surgical.pace import plot_record
 from peft_surgical.penalties import PenaltyKind
@@ -172,6 +173,36 @@ def test_a_step_that_raises_leaves_the_groups_as_they_were():
     assert [(g["lr"], len(g["params"])) for g in optimizer.param_groups] == [(0.1, len(trainable(model)))]
 
 
+def test_a_step_that_raised_once_can_be_repeated():
+    def stumbles():
+        raise RuntimeError("no power")
+
+    model, reference = adapted(), adapted()
+    optimizer = torch.optim.SGD(trainable(model), 0.1)
+    pace = Pace(model, optimizer, Fixed(fc=0.5), total_steps=3)
+    with pytest.raises(RuntimeError, match="no power"):
+        optimizer.step(stumbles)
+    train(model, optimizer, steps=2)
+    by_hand = torch.optim.SGD(trainable(reference), 0.1)
+    Pace(reference, by_hand, Fixed(fc=0.5), total_steps=3)
+    train(reference, by_hand, steps=2)
+    assert pace.step == 2
+    assert [(g["lr"], len(g["params"])) for g in optimizer.param_groups] == [(0.1, len(trainable(model)))]
+    same(weights(model), weights(reference))
+
+
+def test_parameters_of_ones_own_beside_the_models_keep_the_full_rate():
+    model, own = adapted(), nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([*trainable(model), own], 0.1)
+    Pace(model, optimizer, Fixed(**dict.fromkeys(("conv1", "bn1", "layer1", "layer2", "fc"), 0.0)), total_steps=1)
+    own.grad = torch.full((3,), 2.0)
+    for parameter in trainable(model):
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert torch.allclose(own, torch.full((3,), 0.8))
+    assert not any(parameter.any() for parameter in trainable(model))
+
+
 @pytest.mark.parametrize("kind", PenaltyKind.__args__)
 def test_a_penalty_is_the_same_as_its_term_in_the_loss(kind):
     model, reference, penalty = adapted(), adapted(), Penalty(kind, 0.05)
@@ -183,6 +214,21 @@ def test_a_penalty_is_the_same_as_its_term_in_the_loss(kind):
     plain = adapted()
     train(plain, torch.optim.SGD(trainable(plain), 0.05))
     assert not torch.allclose(weights(plain)["fc.weight"], weights(model)["fc.weight"])
+
+
+def test_a_penalty_passes_over_tensors_without_a_gradient():
+    model = adapted()
+    optimizer = torch.optim.SGD(trainable(model), 0.1)
+    pace = Pace(model, optimizer, penalty=Penalty("l2-sp", 1.0), total_steps=1)
+    with torch.no_grad():
+        for parameter in trainable(model):
+            parameter.fill_(0.5)
+    fc = {name: tensor.parameter for name, tensor in pace.tensors.items() if name.startswith("fc")}
+    for parameter in fc.values():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, tensor in pace.tensors.items():
+        assert torch.allclose(tensor.parameter, torch.tensor(0.45 if name in fc else 0.5)), name
 
 
 def test_penalties_by_hand():
@@ -197,6 +243,20 @@ def test_penalties_by_hand():
     assert Penalty("l2-sp", 2.0).loss(model).item() == pytest.approx(0.25 * count)
     full = sum(((p.detach() - 0.5) ** 2).sum() for p in base.parameters())
     assert Penalty("l2", 2.0).loss(model).item() == pytest.approx(full.item(), rel=1e-6)
+
+
+def test_a_new_head_has_no_pretrained_value_to_be_pulled_to_and_decays_to_zero_like_the_rest():
+    model = get_peft_model(network(), SurgicalConfig(target="block2", modules_to_save=["fc"]))
+    tensors = trained_tensors(model)
+    with torch.no_grad():
+        for tensor in tensors.values():
+            tensor.parameter.fill_(0.5)
+    new = {name for name, tensor in tensors.items() if not tensor.is_delta}
+    assert new == {"fc.weight", "fc.bias"}
+    deltas = sum(tensor.parameter.numel() for name, tensor in tensors.items() if name not in new)
+    assert Penalty("l2-sp", 1.0).loss(model).item() == pytest.approx(0.125 * deltas)
+    whole = sum(0.5 * tensor.value.square().sum().item() for tensor in tensors.values())
+    assert Penalty("l2", 1.0).loss(model).item() == pytest.approx(whole, rel=1e-6)
 
 
 def test_penalty_errors():
@@ -236,6 +296,88 @@ def test_auto_rgn_takes_new_scores_every_epoch_and_resumes():
     assert max(pace.record[1].values()) == 1.0
     again, _, _ = run(state=run(stop=6)[2])  # in the middle of the second epoch
     assert all(torch.equal(a, b) for a, b in zip(weights(model).values(), weights(again).values(), strict=True))
+
+
+class ByEpoch:
+    """The head is frozen in epoch 0, and block 1 in all others."""
+
+    criterion = None
+
+    def factors(self, progress, scores=None):
+        return {"fc.weight": float(progress.epoch > 0), "conv1.weight": float(progress.epoch == 0)}
+
+
+def test_a_schedule_may_follow_the_epochs_also_where_one_ends_without_a_step():
+    model = adapted()
+    optimizer = torch.optim.SGD(trainable(model), 0.1)
+    pace = Pace(model, optimizer, ByEpoch(), total_steps=8)
+    for epoch, frozen, free in ((0, "fc.weight", "conv1.weight"), (1, "conv1.weight", "fc.weight")):
+        pace.start_epoch(epoch)
+        optimizer.zero_grad()
+        F.cross_entropy(model(X), Y).backward()  # such as the rest of an accumulation that is never stepped
+        assert not pace.tensors[frozen].parameter.grad.any()
+        assert pace.tensors[free].parameter.grad.any()
+        assert (pace.factors[frozen], pace.factors[free], pace.factors["layer2.0.weight"]) == (0.0, 1.0, 1.0)
+
+
+def test_what_is_loaded_says_the_same_at_once():
+    model = adapted()
+    pace = Pace(model, torch.optim.SGD(trainable(model), 0.1), AutoRGN(), total_steps=8)
+    for epoch in (0, 1):
+        pace.start_epoch(epoch, loader())
+        train(model, pace.optimizer, steps=2)
+    again = adapted()
+    resumed = Pace(again, torch.optim.SGD(trainable(again), 0.1), AutoRGN(), total_steps=8)
+    resumed.load_state_dict(json.loads(json.dumps(pace.state_dict())))
+    assert (resumed.step, resumed.epoch) == (4, 1)
+    assert resumed.factors == pace.factors != pace.record[0]
+
+
+def test_moments_that_a_resumed_epoch_has_begun_to_gather_are_kept():
+    def run(stop, state=None):
+        model = adapted()
+        optimizer = torch.optim.Adam(trainable(model), 0.01)
+        pace = Pace(model, optimizer, total_steps=6, reset_moments=True)
+        for part, held in zip((model, optimizer, pace), state or (), strict=False):
+            part.load_state_dict(held)
+        while pace.step < stop:
+            pace.start_epoch(pace.step // 3)
+            train(model, optimizer, steps=1)
+        return model, [copy.deepcopy(part.state_dict()) for part in (model, optimizer, pace)]
+
+    model, state = run(6)
+    assert {int(found["step"]) for found in state[1]["state"].values()} == {3}
+    for stop in (3, 4):  # at the end of an epoch, and after the first step of the next
+        again, _ = run(6, run(stop)[1])
+        same(weights(model), weights(again))
+
+
+class Notes(AutoRGN):
+    """Auto-RGN that keeps where it was asked."""
+
+    def factors(self, progress, scores):
+        self.__dict__.setdefault("asked", []).append((progress, scores))
+        return super().factors(progress, scores)
+
+
+def test_scores_are_taken_as_the_pace_was_told():
+    def loss(logits, labels):
+        return logits.square().mean()
+
+    model, schedule = adapted(), Notes()
+    optimizer = torch.optim.SGD(trainable(model), 0.1)
+    blocks = {"block1": ["conv1", "bn1"], "block2": ["layer1", "layer2"], "head": "fc"}
+    how = {"loss_fn": loss, "autocast": torch.bfloat16, "num_batches": 2, "blocks": blocks}
+    pace = Pace(model, optimizer, schedule, total_steps=8, **how)
+    pace.start_epoch(0, loader())
+    train(model, optimizer, steps=3)
+    expected = score_blocks(model, loader(), "rgn", **how)
+    pace.start_epoch(1, loader())
+    assert [progress for progress, _ in schedule.asked] == [Progress(0, 8, 0), Progress(3, 8, 1)]
+    assert schedule.asked[1][1] == expected
+    for name in how:  # each of them matters
+        others = {key: value for key, value in how.items() if key != name}
+        assert score_blocks(model, loader(), "rgn", **others) != expected
 
 
 def test_scores_are_not_touched_by_the_gates_of_what_is_frozen():

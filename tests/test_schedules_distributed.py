@@ -1,14 +1,10 @@
 """Scores and schedules under DDP, two processes on the CPU (gloo), against one process that sees all images."""
 
-import os
-import socket
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from accelerate import Accelerator
+from launching import run
 from peft import get_peft_model
 from tiny import ConvNet
 from torch import nn
@@ -18,9 +14,9 @@ from transformers.trainer_callback import PrinterCallback
 from peft_surgical import Pace, SurgicalCallback, SurgicalConfig, anatomy_of, score_blocks
 from peft_surgical.callback import RECORD
 from peft_surgical.criteria import CRITERIA
-from peft_surgical.fitting import ClassifierTrainer
 from peft_surgical.schedules import AutoRGN, gradual_unfreezing
 from peft_surgical.tensors import trained_tensors, unwrapped
+from peft_surgical.trainer import ClassifierTrainer
 
 pytestmark = pytest.mark.slow
 
@@ -110,10 +106,7 @@ def by_trainer(folder):
     return [entry[RECORD] for entry in trainer.state.log_history if RECORD in entry], deltas(model)
 
 
-def work(rank, port, folder):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
-    os.environ.update(LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2")
-    torch.set_num_threads(1)
+def work(rank, folder):
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == 2
     # The first process has two batches and the second one, or none at all.
@@ -131,17 +124,12 @@ def work(rank, port, folder):
         assert unwrapped(model) is not model
     found["trainer"] = by_trainer(f"{folder}/trainer")
     torch.save(found, f"{folder}/rank{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(work, (port, str(folder)), nprocs=2)
+    assert run(work, str(folder), processes=2) == [0, 0]
     return [torch.load(folder / f"rank{rank}.pt") for rank in (0, 1)]
 
 

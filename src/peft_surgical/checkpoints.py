@@ -24,8 +24,16 @@ MARK = "complete.json"
 """Name of the mark in a checkpoint's folder."""
 
 
+KEPT = 2
+"""Checkpoints that are kept: the last to go on from, and the best."""
+
+
 class Mark(TrainerCallback):
-    """Marks each checkpoint when all processes have written theirs, and finds the best again in a folder that moved."""
+    """Marks each checkpoint when all processes have written theirs, and only then deletes older ones.
+
+    Trainer would delete first: of a run that is killed there, neither the old one nor the new one would count. It would
+    also not find the best one again in a folder that was moved.
+    """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """See TrainerCallback."""
@@ -38,6 +46,10 @@ class Mark(TrainerCallback):
         if state.is_world_process_zero:
             place = _place(args.output_dir, state.global_step)
             write_atomically(place / MARK, json.dumps({"processes": args.world_size}))
+            found = _checkpoints(args.output_dir)
+            older = [step for step in sorted(found) if step not in (state.global_step, state.best_global_step)]
+            for step in older[: max(0, len(found) - KEPT)]:
+                shutil.rmtree(found[step], ignore_errors=True)
 
 
 def last_checkpoint(folder: str | Path, processes: int) -> tuple[str | None, int]:
@@ -50,7 +62,7 @@ def last_checkpoint(folder: str | Path, processes: int) -> tuple[str | None, int
     Raises:
         ConfigError: The checkpoint is that of another number of processes.
     """
-    found = {int(path.name.rpartition("-")[2]): path for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
+    found = _checkpoints(folder)
     for step in sorted(found, reverse=True):
         try:
             state = json.loads((found[step] / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
@@ -75,6 +87,10 @@ def drop_scratch(folder: str | Path) -> None:
 def forget_checkpoints(folder: str | Path) -> None:
     """Remove what `fitting.fit` keeps to go on from."""
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _checkpoints(folder: str | Path) -> dict[int, Path]:
+    return {int(path.name.rpartition("-")[2]): path for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
 
 
 def _place(folder: str, step: int) -> Path:

@@ -196,7 +196,7 @@ def fit(
             "eval_strategy": "epoch",
             "save_strategy": "best" if folder is None else "epoch",
             "save_only_model": folder is None,
-            "save_total_limit": 1 if folder is None else 2,  # of 1, Trainer would keep the best and not the last
+            "save_total_limit": 1 if folder is None else None,  # with a folder, `Mark` deletes
             "load_best_model_at_end": True,
             "metric_for_best_model": SELECTED_BY,
             "greater_is_better": True,
@@ -210,7 +210,7 @@ def fit(
         usual = {"report_to": "none", "logging_strategy": "no", "log_level": "error", "dataloader_pin_memory": False}
         usual |= {"per_device_eval_batch_size": 500, "disable_tqdm": not progress}
         trainer_arguments = TrainingArguments(**decided, **{**usual, **(arguments or {})})
-        check_launch(trainer_arguments)
+        check_launch(trainer_arguments, settings.precision)
         world = trainer_arguments.world_size
         # One process is one device: where it sees several GPUs, Trainer would spread its batches over nn.DataParallel.
         trainer_arguments._n_gpu = min(trainer_arguments.n_gpu, 1)

@@ -39,20 +39,27 @@ def sharding() -> str | None:
     return next((name for name, flag in flags.items() if parse_flag_from_env(flag)), None)
 
 
-def check_launch(arguments: TrainingArguments) -> None:
+def check_launch(arguments: TrainingArguments, precision: str | None) -> None:
     """Refuse a launch that would train otherwise than was asked for, without a word.
 
     Args:
         arguments: Whose making has set up the process group.
+        precision: What the run is to be trained in: None, ``bf16`` or ``fp16``.
 
     Raises:
-        ConfigError: The processes do not know of each other, or are to be sharded in a way that is not supported.
+        ConfigError: The processes do not know of each other, are to be sharded in a way that is not supported, or
+            `accelerate launch` was told another precision.
     """
     launched, together = int(os.environ.get("WORLD_SIZE", "1")), arguments.world_size
     if launched > together:
         raise ConfigError(
             f"{launched} processes were launched and each would train alone, into one folder: no accelerator was "
             "found. Set ACCELERATE_USE_CPU=true to train together on the CPU, or launch one process"
+        )
+    if arguments.mixed_precision != (precision or "no"):
+        raise ConfigError(
+            f"`accelerate launch` says mixed_precision={arguments.mixed_precision}, and the run precision={precision}: "
+            "the run's own counts. Give it there, or launch with --mixed_precision no"
         )
     if arguments.fsdp or arguments.deepspeed:
         raise ConfigError("fsdp and deepspeed are not for TrainingArguments here: tell `accelerate launch`")

@@ -36,6 +36,13 @@ class ClassifierTrainer(Trainer):
             self.optimizer = self.optimizer_of()
         return super().create_optimizer(model)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """See Trainer, which lets the first process save alone: with FSDP the others must give their shards."""
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        self.model.save_pretrained(output_dir or self.args.output_dir, is_main_process=self.args.should_save)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # type: ignore[no-untyped-def]
         """The model's own loss, or cross entropy; mean over the batch."""
         outputs: list[Any] = []
