@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,8 @@ from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftConfig
 
 from .delta import canonical_json, file_key, file_sha256, verify_file
-from .errors import AdapterFileError, ConfigError
+from .errors import AdapterFileError, BaseMismatchError, ConfigError, TargetError
+from .fields import check_fields, read_object
 from .norm import check_policy
 from .targets import parse
 
@@ -87,13 +87,12 @@ class SurgicalConfig(PeftConfig):
     weights_sha256: str | None = field(default=None, metadata={"help": "Filled in on saving."})
 
     def __post_init__(self) -> None:
+        check_fields(vars(self))
         super().__post_init__()
         self.peft_type = SurgicalType.SURGICAL
         check_policy(self.norm_stats)
         if self.delta_dtype is not None and self.delta_dtype not in DELTA_DTYPES:
             raise ConfigError(f"delta_dtype={self.delta_dtype!r}: choose None or one of {', '.join(DELTA_DTYPES)}.")
-        if isinstance(self.scale, bool) or not isinstance(self.scale, (int, float)) or self.scale != self.scale:
-            raise ConfigError(f"scale={self.scale!r} is not a number: 0 is the base, 1 the tuned model.")
         self.scale = float(self.scale)
         if isinstance(self.target_modules, (set, tuple)):
             self.target_modules = sorted(self.target_modules)
@@ -153,35 +152,58 @@ class SurgicalConfig(PeftConfig):
         """
         strict = kwargs.pop("strict_base", True)
         source = os.fspath(pretrained_model_name_or_path)
-        config = super().from_pretrained(source, subfolder=subfolder, **kwargs)
-        if not isinstance(config, cls):
-            return config
+        try:
+            config = super().from_pretrained(source, subfolder=subfolder, **kwargs)
+            if not isinstance(config, cls):
+                return config
+            weights = _locate(source, subfolder, kwargs)
+            if weights is not None:
+                config = _superseded(weights) or config
+        except (ConfigError, TargetError) as error:
+            raise AdapterFileError(f"The config of {source} does not hold what a config holds: {error}") from error
         config.strict_base = strict
-        weights = _locate(source, subfolder, kwargs)
         if weights is not None:
-            superseded = _superseded(weights.parent)
-            if superseded is not None and file_sha256(weights) == superseded.get("weights_sha256"):
-                # A save was killed between its two files: these weights are still the old adapter's.
-                config = cls(**{key: value for key, value in superseded.items() if key in cls.__dataclass_fields__})
-                config.strict_base = strict
-            keys = None if config.tensor_names is None else {file_key(name) for name in config.tensor_names}
-            verify_file(weights, config.weights_sha256, keys, others=bool(config.modules_to_save))
+            config._verify(source, weights)
+        elif config.weights_sha256 is not None or config.base_fingerprint is not None:
+            # PEFT would look for the file once the adapter is on the model.
+            raise AdapterFileError(
+                f"{source} has the config of an adapter, but no {WEIGHTS}: save or download it again."
+            )
         return config
+
+    def _verify(self, source: str, weights: Path) -> None:
+        """Check the adapter file that belongs to this config, and keep what it holds for the plan to compare."""
+        if self.tensor_names is None:
+            # The target would be resolved anew, by patterns from a file, and perhaps to other tensors.
+            raise AdapterFileError(
+                f"The config of {source} does not say which tensors its file is for (tensor_names). It is not the "
+                "config that was saved with it: save or download both again."
+            )
+        if self.base_fingerprint is None and self.strict_base:
+            raise BaseMismatchError(
+                f"The config of {source} does not say what its base is (base_fingerprint). If you know that it fits, "
+                "say strict_base=False."
+            )
+        keys = {file_key(name) for name in self.tensor_names}
+        self._held = verify_file(weights, self.weights_sha256, keys, others=bool(self.modules_to_save))
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
         """Read the JSON, without the journal that a killed save may have left in it."""
-        plain = super().from_json_file(path_json_file, **kwargs)
+        plain = read_object(path_json_file)
         plain.pop("superseded", None)
+        plain.pop("runtime_config", None)  # of other methods, and never read from a file
         return plain
 
 
 def _as_blocks(blocks: Mapping[str, str | Sequence[str]]) -> dict[str, list[str]]:
-    if not isinstance(blocks, Mapping) or not blocks:
+    named = {name: [paths] if isinstance(paths, str) else paths for name, paths in blocks.items()}
+    whole = all(isinstance(paths, (list, tuple)) and all(isinstance(p, str) for p in paths) for paths in named.values())
+    if not named or not whole or not all(isinstance(name, str) for name in named):
         raise ConfigError(
             f"blocks={blocks!r}: give a mapping such as {{'block1': ['conv1', 'layer1'], 'head': ['fc']}}."
         )
-    return {name: [paths] if isinstance(paths, str) else list(paths) for name, paths in blocks.items()}
+    return {name: list(paths) for name, paths in named.items()}
 
 
 def _locate(source: str, subfolder: str | None, kwargs: Mapping[str, Any]) -> Path | None:
@@ -206,9 +228,17 @@ def _locate(source: str, subfolder: str | None, kwargs: Mapping[str, Any]) -> Pa
         raise AdapterFileError(f"{source} on the Hub has no {WEIGHTS}; nothing else is loaded.") from error
 
 
-def _superseded(folder: Path) -> dict[str, Any] | None:
-    path = folder / CONFIG
-    return json.loads(path.read_text(encoding="utf-8")).get("superseded") if path.is_file() else None
+def _superseded(weights: Path) -> SurgicalConfig | None:
+    """The older config, if a save was killed between its two files: these weights are still the old adapter's."""
+    path = weights.with_name(CONFIG)
+    old = read_object(path).get("superseded") if path.is_file() else None
+    if old is None:
+        return None
+    if not isinstance(old, dict):
+        raise ConfigError("superseded is not the config of an older adapter.")
+    if old.get("weights_sha256") != file_sha256(weights):
+        return None
+    return SurgicalConfig(**{key: value for key, value in old.items() if key in SurgicalConfig.__dataclass_fields__})
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -99,7 +99,8 @@ def _check_names(found: Iterable[str], expected: Iterable[str], where: str) -> N
 
 def _check_finite(tensors: Mapping[str, torch.Tensor], where: str) -> None:
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
+        # In float32, where a float64 value may be too large, and which 8-bit formats have no check of their own for.
+        if tensor.is_floating_point() and not tensor.is_meta and not bool(torch.isfinite(tensor.float()).all()):
             raise AdapterFileError(
                 f"{where}: {name} holds NaN or Inf. The run that made it diverged (try a smaller learning rate), or "
                 "the file is damaged."
@@ -123,7 +124,9 @@ def _neutral_key(key: str) -> str | None:
     return f"{path}{holder}{leaf}" if holder and kind in _KINDS and leaf else None
 
 
-def verify_file(path: str | Path, sha256: str | None, keys: Iterable[str] | None, others: bool = False) -> None:
+def verify_file(
+    path: str | Path, sha256: str | None, keys: Iterable[str] | None, others: bool = False
+) -> dict[str, tuple[tuple[int, ...], bool]]:
     """Check an adapter file by itself, before any model is touched: whole, unaltered, complete, finite.
 
     Args:
@@ -131,6 +134,9 @@ def verify_file(path: str | Path, sha256: str | None, keys: Iterable[str] | None
         sha256: What its config says its SHA-256 is; None skips that check.
         keys: The `file_key` of every tensor that it must hold; None skips that check.
         others: Whether it may hold other tensors too (those of ``modules_to_save``).
+
+    Returns:
+        Key -> shape, and whether it is floating point: what a plan compares with the base.
 
     Raises:
         AdapterFileError: Names the file and what is wrong with it.
@@ -147,7 +153,8 @@ def verify_file(path: str | Path, sha256: str | None, keys: Iterable[str] | None
         found = {_neutral_key(key) or key for key in tensors if not others or _neutral_key(key)}
         _check_names(found, keys, where)
     for key, tensor in tensors.items():
-        if not others and not tensor.is_floating_point() and not key.endswith("num_batches_tracked"):
+        delta = not others or _neutral_key(key) is not None
+        if delta and not tensor.is_floating_point() and not key.endswith("num_batches_tracked"):
             raise AdapterFileError(f"{where}: {key} has dtype {tensor.dtype}; deltas are floating point.")
     _check_finite(tensors, where)
     if sha256 is not None and file_sha256(path) != sha256:
@@ -155,6 +162,7 @@ def verify_file(path: str | Path, sha256: str | None, keys: Iterable[str] | None
             f"{where} is not the file that its config was saved with (SHA-256 {file_sha256(path)[:12]}..., expected "
             f"{sha256[:12]}...). It was altered or replaced: save or download both again."
         )
+    return {key: (tuple(tensor.shape), tensor.is_floating_point()) for key, tensor in tensors.items()}
 
 
 def file_sha256(path: str | Path) -> str:

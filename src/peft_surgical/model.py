@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -15,7 +14,7 @@ from peft.utils.other import set_additional_trainable_modules
 from torch import nn
 
 from .attach import attach, detach, join, surgical_layers
-from .combine import check_combination, combine
+from .combine import Combination, check_combination, check_disjoint, combine_tensor, combined_config
 from .config import SurgicalConfig
 from .delta import HOLDER, check_tensors
 from .errors import AdapterError, AdapterFileError
@@ -209,48 +208,56 @@ class SurgicalModel(BaseTuner):
         combination_type: str = "linear",
         density: float | None = None,
         majority_sign_method: str = "total",
+        seed: int = 0,
     ) -> None:
         """Combine adapters into a new one. Deltas are task vectors, so this is task arithmetic on them.
 
-        A tensor that only some of the adapters tune is combined from those.
+        A tensor that only some of the adapters tune is combined from those. The adapters, their weights and the
+        method are recorded in the new adapter's ``selection``.
 
         Args:
             adapters: Names of the adapters.
-            weights: One factor per adapter, times its own scale.
+            weights: One factor per adapter, times its own scale; a negative one negates it.
             adapter_name: Name of the new adapter.
-            combination_type: linear (Ilharco et al. 2023), ties (Yadav et al. 2023), dare_linear, dare_ties (Yu et
-                al. 2024) or magnitude_prune, as in `peft.utils.merge_utils`.
-            density: Share of the values to keep, in [0, 1]; needed by all but linear.
+            combination_type: The method; see `Combination`, also for what follows.
+            density: Share of the values to keep, in (0, 1]; needed by all but linear and disjoint.
             majority_sign_method: How ties elects a sign: "total" or "frequency".
+            seed: Of the values that dare drops.
 
         Raises:
-            AdapterError: For unknown names, unequal lengths, a missing density, or adapters with statistics.
+            AdapterError: For unknown names or choices, unequal lengths, a missing density, adapters with statistics,
+                or a result that is not finite. The model is then as it was.
         """
-        check_combination(self.peft_config, adapters, weights, adapter_name, combination_type, density)
-        first = self.peft_config[adapters[0]]
-        names = dict.fromkeys(name for adapter in adapters for name in self.peft_config[adapter].tensor_names)
-        config = copy.copy(first)
-        config.target = " + ".join(dict.fromkeys(str(self.peft_config[name].target) for name in adapters))
-        config.target, config.target_modules = (None, None) if first.target is None else (config.target, None)
-        config.blocks = next(
-            (self.peft_config[name].blocks for name in adapters if self.peft_config[name].blocks), None
-        )
-        config.scale, config.base_fingerprint, config.weights_sha256 = 1.0, None, None
-        self.peft_config[adapter_name] = config
-        self._given_names[adapter_name] = list(names)
+        how = Combination(combination_type, density, majority_sign_method, seed)
+        check_combination(self.peft_config, adapters, weights, adapter_name)
+        configs = [self.peft_config[name] for name in adapters]
+        check_disjoint([config.tensor_names for config in configs], how)
+        names = list(dict.fromkeys(name for config in configs for name in config.tensor_names))
+        rows = [
+            {"adapter": name, "weight": float(weight), "scale": config.scale}
+            for name, weight, config in zip(adapters, weights, configs, strict=True)
+        ]
+        self.peft_config[adapter_name] = combined_config(configs, names, {**how.record(), "parents": rows})
+        self._given_names[adapter_name] = names
         try:
             self.inject_adapter(self.model, adapter_name)
+            self._fill_combined(adapter_name, adapters, weights, how)
         except BaseException:
-            self.peft_config.pop(adapter_name, None)
+            self._given_names.pop(adapter_name, None)
+            self._remove(self.model, adapter_name)
             raise
-        with torch.no_grad():
-            for _, layer in surgical_layers(self.model):
-                present = [(name, w) for name, w in zip(adapters, weights, strict=True) if name in layer.surgical_delta]
-                for key, target in layer.surgical_delta[adapter_name].named_parameters() if present else ():
-                    parts = [(n, w) for n, w in present if key in layer.surgical_delta[n]._parameters]
-                    tensors = [layer.delta(n, key).to(target.dtype) * layer.scaling[n] for n, _ in parts]
-                    factors = torch.tensor([w for _, w in parts], dtype=target.dtype, device=target.device)
-                    target.copy_(combine(tensors, factors, combination_type, density, majority_sign_method))
+
+    @torch.no_grad()
+    def _fill_combined(self, new: str, adapters: list[str], weights: list[float], how: Combination) -> None:
+        for path, layer in surgical_layers(self.model):
+            pairs = [(name, w) for name, w in zip(adapters, weights, strict=True) if name in layer.surgical_delta]
+            for key, target in layer.surgical_delta[new].named_parameters() if pairs else ():
+                present = [(name, w) for name, w in pairs if key in layer.surgical_delta[name]._parameters]
+                tensors = [layer.delta(name, key).to(target.dtype) * layer.scaling[name] for name, _ in present]
+                combined = combine_tensor(join(path, key), tensors, [w for _, w in present], how)
+                if not bool(torch.isfinite(combined).all()):
+                    raise AdapterError(f"{join(path, key)} would not be finite: choose smaller weights.")
+                target.copy_(combined)
 
     # --- state dicts ---
 

@@ -21,6 +21,7 @@ from .attach import bare, join
 from .config import SurgicalConfig
 from .delta import check_base, fingerprint, shown
 from .errors import AnatomyError, BaseMismatchError, UnknownTargetError
+from .expected import check_held
 from .norm import moving_statistics, statistics_of
 from .reading import base_value
 from .support import ModulePlan, Site, check_supported, is_quantized, refuse_other_methods
@@ -69,6 +70,7 @@ def make_plan(model: nn.Module, config: SurgicalConfig, names: Sequence[str] | N
         UnknownTargetError: Nothing matches, or everything that does is excluded.
         UnsupportedModelError: The tensors cannot be read through deltas: quantized, offloaded, in a container.
         AdapterError: The model already carries another PEFT method.
+        AdapterFileError: The config is from disk, and its file does not hold what the base needs.
     """
     # torch.compile's wrapper puts itself into every path; the adapter is the network's.
     model = getattr(model, "_orig_mod", model)
@@ -77,6 +79,8 @@ def make_plan(model: nn.Module, config: SurgicalConfig, names: Sequence[str] | N
         modules = dict(model.named_modules())
         wanted = _wanted(model, modules, config, names)
         plan = _plan(modules, wanted, config, exact=names is not None or is_resolved(config))
+        if names is None:
+            check_held(modules, plan.modules, config)
     check_supported(model, plan.modules)
     return plan
 
