@@ -12,7 +12,10 @@ and the two blocks with the highest RGN. Processes share a ledger and can be kil
 runs of the same settings from the ledger of ``recipes/cifar10c.py``. Several ``--tuning-images`` give the paper's
 Figure 4.
 
-    python recipes/compare.py --table --network resnet32 --markdown table.md
+    python recipes/compare.py --table --network resnet32 --markdown table.md --export runs.jsonl
+
+draws the table alone, and copies the runs that it reads into a ledger from which it can be drawn again: without the
+stopped runs of the searches, whose choice, trials and cost are in their own results.
 
 Protocol: that of ``recipes/cifar10c.py`` (1,000 images to tune, 200 to validate, the others to test, drawn per class
 with each seed; Adam, constant rate, batch 64, 15 epochs, the epoch chosen by validation accuracy). Cost is counted in
@@ -41,10 +44,11 @@ from peft_surgical import anatomy_of, score_blocks
 from peft_surgical.cifar import NETWORKS, Images, load_network, normalise, read_images, split
 from peft_surgical.evaluation import accuracy, mean_interval, predict_logits
 from peft_surgical.fitting import FORWARD_SHARE, FitSettings, fit, forget_checkpoints
-from peft_surgical.ledger import Cell, Ledger, Run, shard
+from peft_surgical.ledger import SELECTION_SEED, Cell, Ledger, Run, shard
 from peft_surgical.schedules import block_means
 from peft_surgical.search import AUTO_KEEP, AUTO_RUNGS, NONE, auto, candidates_of, race
 
+CROSS_VALIDATED = [NONE, "block1", "block2", "block3", "head", "all"]
 METHODS = [NONE, "all", "gradual-first-last", "gradual-last-first", "l1-sp", "l2-sp", "auto-snr", "auto-rgn"]
 SEARCHES = ["cross-val", "race", "auto"]
 
@@ -182,10 +186,16 @@ def cell(args: argparse.Namespace, task: str, method: str, images: int) -> Cell:
     return Cell(settings, rates, tuple(args.seeds))
 
 
+def cells(args: argparse.Namespace) -> list[Cell]:
+    """Every cell that the asked rows need; a row of cross-val needs those of all its targets."""
+    methods = [m for m in args.methods if m != "cross-val"]
+    methods += [m for m in CROSS_VALIDATED if "cross-val" in args.methods]
+    return [cell(args, t, m, n) for n in args.tuning_images for m in dict.fromkeys(methods) for t in args.tasks]
+
+
 def cross_validated(args: argparse.Namespace, ledger: Ledger, task: str, images: int) -> list[Run]:
     """On each seed the target that validates best; every target's rate is the one that seed 0 chose."""
-    targets = [NONE, "block1", "block2", "block3", "head", "all"]
-    runs = [cell(args, task, target, images).reported(ledger) for target in targets]
+    runs = [cell(args, task, target, images).reported(ledger) for target in CROSS_VALIDATED]
     if not all(runs):
         return []
     tried = sum(run.result["cost"] for some in runs for run in some) / len(args.seeds)
@@ -206,7 +216,8 @@ def show(args: argparse.Namespace, ledger: Ledger) -> None:
 
     images = args.tuning_images[-1]
     runs = {m: {t: reported(args, ledger, t, m, images) for t in args.tasks} for m in args.methods}
-    whole = [t for t in args.tasks if all(runs[m][t] for m in args.methods)]
+    begun = [m for m in args.methods if any(runs[m].values())]  # a method without a finished cell has no say
+    whole = [t for t in args.tasks if begun and all(runs[m][t] for m in begun)]
     means = {
         m: {t: fmean(r.result["test"] for r in runs[m][t]) for t in args.tasks if runs[m][t]} for m in args.methods
     }
@@ -214,12 +225,14 @@ def show(args: argparse.Namespace, ledger: Ledger) -> None:
     lines = []
     for method, by_task in runs.items():
         cells = [half([run.result["test"] for run in found]) if found else "-" for found in by_task.values()]
-        if whole:
+        summary = ["-", "-", "-"]
+        if whole and method in begun:
             seeds = zip(*(by_task[task] for task in whole), strict=True)
             mean = half([fmean(run.result["test"] for run in same) for same in seeds])
-            ranks = [1 + sum(means[m][t] > means[method][t] for m in args.methods) for t in whole]
+            ranks = [1 + sum(means[m][t] > means[method][t] for m in begun) for t in whole]
             cost = f"{fmean(run.result['cost'] for task in whole for run in by_task[task]):.0f}"
-        lines.append([method, *cells, *([mean, f"{fmean(ranks):.1f}", cost] if whole else ["-", "-", "-"])])
+            summary = [mean, f"{fmean(ranks):.1f}", cost]
+        lines.append([method, *cells, *summary])
     caption = (
         f"{args.network}. Test accuracy in percent on the images that neither tune nor validate, mean ± half the 95% "
         f"interval (Student's t) over seeds {', '.join(map(str, args.seeds))}, whose test sets overlap; {images} "
@@ -277,7 +290,24 @@ def plot(args: argparse.Namespace, ledger: Ledger) -> None:
     figure.savefig(args.figure, dpi=120)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def export(args: argparse.Namespace, ledger: Ledger) -> None:
+    """Add the runs behind the asked rows to another ledger, such as that of another network's rows."""
+    target, unfinished = Ledger(args.export), []
+    known = target.runs()
+    for one in cells(args):
+        read = one.reported(ledger)
+        if not read:
+            unfinished.append(f"{one.settings['method']} on {one.settings['task']}")
+        elif len(one.candidates) > 1:  # those of the seed that chose among them have their say, too
+            rates = {run.key["lr"]: run for run in ledger.runs(**one.settings, seed=SELECTION_SEED)}
+            read = [*(rates[lr] for lr in one.candidates), *(run for run in read if run.key["seed"] != SELECTION_SEED)]
+        for run in read:
+            if run not in known:
+                target.append(run.key, run.result)
+    print(f"{len(target)} runs in {target.file}" + (f"; not finished: {', '.join(unfinished)}" if unfinished else ""))
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--network", choices=list(NETWORKS), default="resnet26")
@@ -301,21 +331,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--table", action="store_true", help="only draw from the ledger")
     add("--markdown", help="also write the table to this file")
     add("--figure", help="also draw Figures 4 and 6 into this file")
+    add("--export", help="also add the runs behind the table, and no others, to this ledger")
     args = parser.parse_args(argv)
+    args.ledger = Path(args.ledger or Path(args.output, "ledger.jsonl"))
     if not args.data and not args.table:
         parser.error("--data is needed to train; without it --table draws what the ledger holds")
     if not (parts := re.fullmatch(r"(\d+)/(\d+)", args.shard)):
         parser.error(f"--shard {args.shard}: write i/n, such as 1/2")
+    if args.export and Path(args.export).resolve() == args.ledger.resolve():
+        parser.error(f"--export {args.export} is the ledger that is read: name another file")
+    args.shard = int(parts[1]), int(parts[2])
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_arguments(argv)
     transformers.logging.set_verbosity_error()
     if args.threads:
         torch.set_num_threads(args.threads)
-    ledger = Ledger(args.ledger or Path(args.output, "ledger.jsonl"))
-    trained = [m for m in args.methods if m != "cross-val"]
-    trained += [m for m in (NONE, "block1", "block2", "block3", "head", "all") if "cross-val" in args.methods]
-    cells = [cell(args, t, m, n) for n in args.tuning_images for m in dict.fromkeys(trained) for t in args.tasks]
-    for one in [] if args.table else shard(cells, *map(int, parts.groups())):
+    ledger = Ledger(args.ledger)
+    for one in [] if args.table else shard(cells(args), *args.shard):
         one.fill(ledger, functools.partial(lookup, args, ledger))
     show(args, ledger)
+    if args.export:
+        export(args, ledger)
 
 
 if __name__ == "__main__":

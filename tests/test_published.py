@@ -1,7 +1,6 @@
 """Published datasets: miniature copies in each layout, how they are cut and drawn, what broken ones say."""
 
 import contextlib
-import io
 from unittest import mock
 
 import numpy as np
@@ -10,6 +9,21 @@ import torch
 
 datasets = pytest.importorskip("datasets")
 PIL = pytest.importorskip("PIL.Image")
+
+from miniatures import (  # noqa: E402
+    COUNTRIES,
+    camelyon_folder,
+    camelyon_rows,
+    camelyon_tables,
+    celeba_folder,
+    fmow_folder,
+    fmow_rows,
+    grouped_rows,
+    grouped_tables,
+    parquet_folder,
+    waterbirds_folder,
+    write,
+)
 
 from peft_surgical.data import items  # noqa: E402
 from peft_surgical.errors import DataError  # noqa: E402
@@ -39,13 +53,6 @@ def read(name, source, **options):
         return read_published(name, source, **options)
 
 
-def encoded(seed, mode="RGB"):
-    bands = {"RGB": (8, 8, 3), "RGBA": (8, 8, 4), "L": (8, 8)}[mode]
-    buffer = io.BytesIO()
-    PIL.fromarray(np.random.default_rng(seed).integers(0, 256, bands, dtype=np.uint8)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def column(part, name):
     return part.select_columns([name])[name][:]
 
@@ -59,92 +66,7 @@ def sizes(data):
     return {name: len(part) for name, part in data.parts.items()}
 
 
-def write(file, lines):
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(f"{line}\n" for line in lines))
-
-
-def bytes_of(n):
-    return [{"bytes": encoded(i), "path": None} for i in range(n)]
-
-
 # Waterbirds and CelebA: groups
-
-# Rows of each group (label, attribute) = (0, 0), (0, 1), (1, 0), (1, 1) of each split, skewed as published.
-GROUPS = {"train": (20, 2, 1, 9), "validation": (9, 9, 5, 6), "test": (4, 4, 2, 2)}
-
-
-def grouped_rows():
-    """(split number, label, attribute), split by split, with groups mixed."""
-    rows = []
-    for number, of_split in enumerate(GROUPS.values()):
-        mixed = [(number, group // 2, group % 2) for group, n in enumerate(of_split) for _ in range(n)]
-        rows += [mixed[i] for i in np.random.default_rng(number).permutation(len(mixed))]
-    return rows
-
-
-def waterbirds_folder(root, rows=None, name="waterbirds_v1.0"):
-    lines = ["img_id,img_filename,y,split,place,place_filename"]
-    for i, (split, label, place) in enumerate(rows or grouped_rows()):
-        file = f"00{label + 1}.Some_Bird/Some_Bird_{i:04d}_{i}.jpg"
-        (root / name / file).parent.mkdir(parents=True, exist_ok=True)
-        (root / name / file).write_bytes(encoded(i))
-        lines.append(f"{i + 1},{file},{label},{split},{place},/o/ocean/{i:08d}.jpg")
-    write(root / name / "metadata.csv", lines)
-    return root
-
-
-def celeba_folder(root):
-    folder = root / "celebA_v1.0"
-    rows = grouped_rows()
-    (folder / "img_align_celeba").mkdir(parents=True)
-    for i in range(len(rows)):
-        (folder / "img_align_celeba" / f"{i + 1:06d}.jpg").write_bytes(encoded(i))
-    attributes = [f"{i + 1:06d}.jpg,-1,{2 * y - 1},{2 * m - 1},1" for i, (_, y, m) in enumerate(rows)]
-    write(folder / "list_attr_celeba.csv", ["image_id,5_o_Clock_Shadow,Blond_Hair,Male,Young", *attributes])
-    parts = [f"{i + 1:06d}.jpg,{split}" for i, (split, _, _) in enumerate(rows)]
-    write(folder / "list_eval_partition.csv", ["image_id,partition", *parts])
-    return root
-
-
-def grouped_tables(name):
-    """A DatasetDict as the Hub's copy: grodino/waterbirds, flwrlabs/celeba."""
-    if name == "waterbirds":
-        features = {
-            "image": datasets.Image(),
-            "label": datasets.ClassLabel(names=["landbird", "waterbird"]),
-            "place": datasets.ClassLabel(names=["land", "water"]),
-        }
-    else:
-        attributes = ("5_o_Clock_Shadow", "Blond_Hair", "Male", "Young")
-        features = {
-            "image": datasets.Image(),
-            "celeb_id": datasets.Value("int64"),
-            **{attribute: datasets.Value("bool") for attribute in attributes},
-        }
-    found = datasets.DatasetDict()
-    for number, split in enumerate(("train", "validation" if name == "waterbirds" else "valid", "test")):
-        rows = [(label, attribute) for n, label, attribute in grouped_rows() if n == number]
-        label, attribute = map(list, zip(*rows, strict=True))
-        columns = {"image": bytes_of(len(rows))}
-        if name == "waterbirds":
-            columns |= {"label": label, "place": attribute}
-        else:
-            columns |= {"celeb_id": [7] * len(rows), "Blond_Hair": map(bool, label), "Male": map(bool, attribute)}
-            columns |= {"5_o_Clock_Shadow": [False] * len(rows), "Young": [True] * len(rows)}
-        columns = {key: list(values) for key, values in columns.items()}
-        found[split] = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
-    return found
-
-
-def parquet_folder(root, found):
-    """As the Hub stores them: data/train-00000-of-00002.parquet and so on."""
-    (root / "data").mkdir(parents=True)
-    for split, dataset in found.items():
-        for shard in range(2):
-            part = dataset.shard(2, shard, contiguous=True)
-            part.to_parquet(root / "data" / f"{split}-0000{shard}-of-00002.parquet")
-    return root
 
 
 @pytest.mark.parametrize("name", ["waterbirds", "celeba"])
@@ -260,57 +182,6 @@ def test_groups_that_are_too_small(tmp_path):
 
 # Camelyon17
 
-# (hospital, split number) -> images of each class; the file numbers those of hospitals 1 and 2, too.
-CENTERS = {(0, 0): 4, (0, 1): 2, (3, 0): 3, (3, 1): 1, (4, 0): 5, (4, 1): 2, (1, 0): 3, (1, 1): 2, (2, 0): 9, (2, 1): 6}
-
-
-def camelyon_rows():
-    """(patient, node, x, y, tumor, slide, center, split number), slide by slide."""
-    rows = []
-    for slide, ((center, split), n) in enumerate(CENTERS.items()):
-        rows += [(4 + slide, slide % 5, 3328 + 32 * i, 21792, i % 2, slide, center, split) for i in range(2 * n)]
-    return rows
-
-
-def camelyon_folder(root, write_images=True):
-    folder = root / "camelyon17_v1.0"
-    lines = [",patient,node,x_coord,y_coord,tumor,slide,center,split"]
-    for i, (patient, node, x, y, tumor, slide, center, split) in enumerate(camelyon_rows()):
-        lines.append(f"{i},{patient:03d},{node},{x},{y},{tumor},{slide},{center},{split}")
-        stem = f"patient_{patient:03d}_node_{node}"
-        (folder / "patches" / stem).mkdir(parents=True, exist_ok=True)
-        if write_images:
-            file = folder / "patches" / stem / f"patch_{stem}_x_{x}_y_{y}.png"
-            file.write_bytes(encoded(i, "RGBA" if i % 3 else "L"))
-    write(folder / "metadata.csv", lines)
-    return root
-
-
-def camelyon_tables():
-    """A DatasetDict as wltjr1007/Camelyon17-WILDS: the validation split holds hospitals 0, 3, 4 and 1."""
-    kinds = {"image_id": "uint32", "patient": "uint8", "node": "uint8", "x_coord": "uint16", "y_coord": "uint16"}
-    features = {
-        "image": datasets.Image(),
-        "label": datasets.ClassLabel(names=["normal", "tumor"]),
-        "center": datasets.ClassLabel(
-            names=["train-center1", "val-center", "test-center", "train-center2", "train-center3"]
-        ),
-        **{name: datasets.Value(kind) for name, kind in kinds.items()},
-        "slide": datasets.Value("uint8"),
-    }
-    found = {"train": [], "validation": [], "test": []}
-    for i, row in enumerate(camelyon_rows()):
-        center, split = row[6:]
-        name = {1: "validation", 2: "test"}.get(center, ("train", "validation")[split])
-        found[name].append((i, *row))
-    tables = datasets.DatasetDict()
-    for split, rows in found.items():
-        number, patient, node, x, y, tumor, slide, center, _ = map(list, zip(*rows, strict=True))
-        columns = {"image": bytes_of(len(rows)), "label": tumor, "center": center, "image_id": number}
-        columns |= {"patient": patient, "node": node, "x_coord": x, "y_coord": y, "slide": slide}
-        tables[split] = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
-    return tables
-
 
 def test_camelyon17_in_every_layout(tmp_path):
     found = camelyon_tables()
@@ -391,48 +262,6 @@ def test_wrong_hospitals(tmp_path):
 
 
 # FMoW
-
-COUNTRIES = {"Africa": "NAM", "Asia": "JPN", "Europe": "FRA", "Americas": "USA", "Oceania": "AUS", "Other": "XKX"}
-
-
-def fmow_rows(missing=("space_facility",)):
-    """(split, category, timestamp, country): in Africa, no image at all of some classes."""
-    rows = []
-    for i, category in enumerate(FMOW_CATEGORIES):
-        for country in COUNTRIES.values():
-            if country == "NAM" and category in missing:
-                continue
-            rows.append(("train", category, f"{2002 + i % 11}-06-28T08:21:33Z", country))
-            rows.append(("seq", category, "2016-01-01T00:00:00Z", country))
-            rows.append(("val", category, "2012-12-31T23:59:59Z", country))
-            rows.append(("val", category, "2013-01-01T00:00:00Z", country))
-            rows.append(("val", category, "2015-12-31T23:59:59Z", country))
-            rows.append(("test", category, "2012-03-05T10:00:00Z", country))
-            rows.append(("test", category, "2016-01-01T00:00:00Z", country))
-            rows.append(("test", category, "2017-08-09T10:00:00Z", country))
-            rows.append(("train", category, "2016-05-05T10:00:00Z", country))
-    return rows
-
-
-def fmow_folder(root, rows):
-    folder = root / "fmow_v1.1"
-    (folder / "images").mkdir(parents=True)
-    lines = [f'{s},{c}_{i}_rgb.jpg,"POLYGON ((1 2, 3 4))",{c},{t},{k}' for i, (s, c, t, k) in enumerate(rows)]
-    write(folder / "rgb_metadata.csv", ["split,img_filename,polygon,category,timestamp,country_code", *lines])
-    write(
-        folder / "country_code_mapping.csv",
-        [
-            "name,alpha-2,alpha-3,country-code,iso_3166-2,region,sub-region,intermediate-region,region-code,"
-            "sub-region-code,intermediate-region-code",
-            'Antarctica,AQ,ATA,010,ISO 3166-2:AQ,"","","","","",""',
-            'Australia,AU,AUS,036,ISO 3166-2:AU,Oceania,Australia and New Zealand,"",009,053,""',
-            'France,FR,FRA,250,ISO 3166-2:FR,Europe,Western Europe,"",150,155,""',
-            'Japan,JP,JPN,392,ISO 3166-2:JP,Asia,Eastern Asia,"",142,030,""',
-            "Namibia,NA,NAM,516,ISO 3166-2:NA,Africa,Sub-Saharan Africa,Southern Africa,002,202,018",
-            'United States of America,US,USA,840,ISO 3166-2:US,Americas,Northern America,"",019,021,""',
-        ],
-    )
-    return root
 
 
 def test_fmow(tmp_path):

@@ -67,6 +67,7 @@ def train_source(
     *,
     arguments: Mapping[str, Any] | None = None,
     opener: Callable[..., Base] = load_base,
+    progress: bool = False,
 ) -> Path:
     """The folder of a checkpoint that is trained on the source domain; trains it unless it is there.
 
@@ -81,6 +82,7 @@ def train_source(
         folder: For the checkpoint, ``source.json`` (a `Report`) and, until it is done, what is needed to go on.
         arguments: As for `fit`.
         opener: Opens the network, as `load_base` does.
+        progress: As for `fit`.
 
     Raises:
         DataError: The data has no source.
@@ -114,6 +116,7 @@ def train_source(
         folder=place / "checkpoints",
         collate=collate,
         arguments=arguments,
+        progress=progress,
     )
     state = PartialState()
     if state.is_main_process:

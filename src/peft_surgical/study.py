@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import os
+import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -26,6 +29,7 @@ from .experiment import SEARCHES, Experiment
 from .findings import held_out, write_study
 from .fitting import FitSettings
 from .methods import method_of
+from .pretraining import REPORT as SOURCE_REPORT
 from .pretraining import SourceTraining, train_source
 from .protocol import Protocol, rows_of
 from .published import Published
@@ -64,12 +68,16 @@ def run_study(
     Raises:
         SurgicalError: Something asked for cannot be done; says what, and the way out.
     """
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()  # of files of weights
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")  # for those who develop it
     engine, fitting = _engine(args), _fitting(protocol, args)
     rows = rows_of(protocol, args.target, args.method)
     checkpoint = None if protocol.source is None else args.source_checkpoint
     option = "--model" if checkpoint is None else "--source-checkpoint"
-    opener = _brought(option, opener)
-    with _bringing("--data", str(args.data), protocol.data is not None):
+    opener = _brought(option, opener) if opener is load_base else opener
+    read = functools.cache(read)
+    with _bringing("--data", str(args.data), protocol.layouts, published=protocol.data is not None):
         first = read(args.seeds[0])
     if args.forgetting:
         held_out(protocol, first.parts)
@@ -78,19 +86,30 @@ def run_study(
             "--push-to-hub: the adapter would be of a network that only this folder has. Push the network of the "
             "source step first, and give its id by --source-checkpoint"
         )
-    if args.dry_run:
-        if _is_first(engine):
-            print(plan(protocol, args, first, opener))
-        return None
     folder = Path(args.output)
+    trains_source = (
+        protocol.source is not None and checkpoint is None and not (folder / SOURCE / SOURCE_REPORT).exists()
+    )
+    if trains_source and getattr(engine, "world", 1) > 1:
+        raise ConfigError(
+            "--spread runs: every process would train the source for itself. Run --source-only without it first: the "
+            "same --output then has the network for all"
+        )
+    if args.dry_run or trains_source:
+        said = plan(protocol, args, first, opener)  # refuses targets before the source takes hours
+        if args.dry_run:
+            if _is_first(engine):
+                print(said)
+            return None
     model, arguments = checkpoint or args.model, _arguments(args)
     if protocol.source is not None:
         if checkpoint is None:
-            training = _source(protocol, args, fitting)
-            model = str(train_source(model, first, training, folder / SOURCE, arguments=arguments, opener=opener))
+            place, training = folder / SOURCE, _source(protocol, args, fitting)
+            shown = _is_first(engine) and sys.stderr.isatty()
+            train_source(model, first, training, place, arguments=arguments, opener=opener, progress=shown)
+            model = str(place)
         if args.source_only:
             return None
-    transformers.logging.set_verbosity_error()
     experiment = Experiment(
         model,
         read,
@@ -176,26 +195,23 @@ def _arguments(args: argparse.Namespace) -> dict[str, Any]:
 
 
 @contextmanager
-def _bringing(option: str, what: str, published: bool) -> Iterator[None]:
+def _bringing(option: str, what: str, takes: str, *, published: bool = True) -> Iterator[None]:
     """Errors about something of the Hub that is not here say how to bring it."""
     try:
         yield
     except DataError as error:
-        what = what.removeprefix("hf-hub:")
-        if Path(what).expanduser().exists() or not published or not (is_hub_id(what) or "/" not in what):
+        name = what.removeprefix("hf-hub:")
+        if Path(name).expanduser().exists() or not (is_hub_id(name) or "/" not in name):
             raise
         offline = "HF_HUB_OFFLINE is set, so nothing is downloaded. " if constants.HF_HUB_OFFLINE else ""
-        repository = what if "/" in what else f"timm/{what}"
-        kind = " --repo-type dataset" if option == "--data" else ""
-        raise DataError(
-            f"{error}\n{offline}Where there is a network, `hf download {repository}{kind} --local-dir DIR` fetches it: "
-            f"bring DIR here and give it as {option} DIR"
-        ) from error
+        way = f"{name} --repo-type dataset" if option == "--data" else name if "/" in name else f"timm/{name}"
+        fetch = f"Where there is a network, `hf download {way} --local-dir DIR` fetches it for {option} DIR. "
+        raise DataError(f"{error}\n{offline}{fetch if published else ''}{option} takes {takes}") from error
 
 
 def _brought(option: str, opener: Callable[..., Base]) -> Callable[..., Base]:
     def opened(name: str, **how: Any) -> Base:
-        with _bringing(option, name, published=True):
+        with _bringing(option, name, "a timm id, a transformers id, or a folder"):
             return opener(name, **how)
 
     return opened
