@@ -212,6 +212,26 @@ def test_a_validation_stream_that_collapses_ends_and_the_rest_is_wrong(recipe, w
     assert rows_of(text, 2)["tent", "online", "norm"][-1] == "1"
 
 
+def test_shorter_episodic_streams_are_compared_with_the_same_images(recipe, world):
+    text = start(
+        *(recipe, world, "--target", "head", "--corruption", "frost", "--images", "8", "--episodic-images", "5"),
+        *("--episodic-lr", "1e-3", "--head-lr", "1e-3", "--figure", str(world / "figure.png")),
+    )
+    runs = {(run.key["method"], run.key["mode"]): run.result for run in Ledger(world / "ledger.jsonl")}
+    assert {name: result["n"] for name, result in runs.items()} == {
+        ("none", "none"): 8,
+        ("memo", "online"): 8,
+        ("memo", "episodic"): 5,
+    }
+    share = runs["none", "none"]["right"][:5].count("1") / 5
+    assert rows_of(text)["none", "first 5", "none"][0].startswith(
+        f"{recipe.wilson_interval(round(share * 5), 5)[0]:.1%}"[:-1]
+    )
+    both = [[int(right) for right in runs[name]["right"][:5]] for name in (("memo", "episodic"), ("none", "none"))]
+    gained = 100 * (sum(both[0]) - sum(both[1])) / 5
+    assert rows_of(text, 1)["memo", "episodic", "head"][0].startswith(f"{gained:+.1f} ±")
+
+
 def test_batch_statistics_alone_are_a_row(recipe, world):
     text = start(
         recipe, world, *("--network", "resnet32", "--method", "none", "bn", "--corruption", "frost"), "--images", "6"

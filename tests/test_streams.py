@@ -10,10 +10,10 @@ from tiny import CASES, disturb, same, snapshot
 from peft_surgical import SurgicalConfig
 from peft_surgical.streams import (
     CollapseWarning,
+    CollapseWatch,
     Moving,
     Record,
     Stream,
-    CollapseWatch,
     evaluating,
     moving_deltas,
     moving_statistics,

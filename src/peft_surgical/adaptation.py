@@ -28,7 +28,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .batchnorm import batch_statistics, mixed_statistics, prior_share
 from .errors import ConfigError, TargetError
 from .gradients import logits_of
-from .streams import Moving, Record, Stream, CollapseWatch, checked, evaluating
+from .streams import CollapseWatch, Moving, Record, Stream, checked, evaluating
 from .views import AugMix, Views, generator_at
 
 COLLAPSE_WINDOW = 100
@@ -241,7 +241,9 @@ class Tent:
         self.steps = _positive("steps", steps)
         self.episodic = episodic
         self.preprocess = preprocess or _same
-        self.stream = Stream(Moving(model, optimizer, lr, weight_decay), CollapseWatch(collapse_window), reset_on_collapse)
+        self.stream = Stream(
+            Moving(model, optimizer, lr, weight_decay), CollapseWatch(collapse_window), reset_on_collapse
+        )
 
     def __call__(self, images: Tensor) -> Tensor:
         """Adapt to and predict one batch.

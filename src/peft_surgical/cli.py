@@ -14,9 +14,16 @@ from typing import TextIO
 
 import typer
 
+from .commands.adapt import adapt_command
+from .commands.adapters import adapters
 from .commands.blocks import blocks
 from .commands.compare import compare
+from .commands.diff import diff
+from .commands.lora import to_lora
+from .commands.merge import merge
 from .commands.options import ManyValues
+from .commands.pull import pull
+from .commands.push import push
 from .commands.score import score
 from .commands.show import show
 from .commands.tune import tune
@@ -36,7 +43,14 @@ app.command("blocks")(blocks)
 app.command("score")(score)
 app.command("tune", cls=ManyValues)(tune)
 app.command("compare", cls=ManyValues)(compare)
+app.command("adapt")(adapt_command)
 app.command("show")(show)
+app.command("diff")(diff)
+app.command("merge")(merge)
+app.command("to-lora")(to_lora)
+app.command("push", cls=ManyValues)(push)
+app.command("pull")(pull)
+app.command("list")(adapters)
 
 
 @app.callback()

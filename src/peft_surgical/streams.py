@@ -158,7 +158,7 @@ class Moving:
         self.optimizer.state.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """Moving by name, statistics and the optimizer's state: copies."""
+        """Deltas, statistics and the optimizer's state: copies."""
         return {
             "tensors": [tensor.detach().clone() for tensor in self._moving],
             "optimizer": copy.deepcopy(self.optimizer.state_dict()),
