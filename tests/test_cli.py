@@ -233,7 +233,7 @@ def test_several_values_of_one_option():
     ("arguments", "match"),
     [
         (["blocks", "resnet5O"], "unknown base 'resnet5O'"),
-        (["show", "nowhere"], "nowhere is no folder"),
+        (["show", "nowhere"], "'nowhere': it is neither a folder here nor owner/name on the Hub"),
         (["show"], "Missing argument"),
         (["show", "x", "--top", "many"], "Invalid value for '--top'"),
         (["tunee"], "No such command 'tunee'"),

@@ -151,6 +151,35 @@ def test_a_study_from_end_to_end(tmp_path):
     )
 
 
+def test_the_card_of_the_adapter(tmp_path):
+    words = ("--output", str(tmp_path / "birds"), "--seeds", "0", "--target", "head")
+    report = run(*words)
+    assert not (tmp_path / "birds/adapter/README.md").exists()  # nobody said under which licence
+    run(*words, "--license", "apache-2.0")
+    card = (tmp_path / "birds/adapter/README.md").read_text()
+    assert "license: apache-2.0" in card
+    assert "More Information Needed" not in card
+    measured = report.find("worst_group_accuracy of head")
+    assert f"value: {measured.value}" in card
+    assert str(measured.low) in card
+    # The two rows that were compared
+    for one in (measured, report.find("worst_group_accuracy of none")):
+        assert f"{100 * one.value:.1f}" in card
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "give --license, such as apache-2.0"),
+        (("--license", "mit"), "others cannot open 'tiny' by its name"),
+    ],
+)
+def test_a_push_that_could_not_end_well(words, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        run("--output", str(tmp_path), "--push-to-hub", "me/birds", *words)
+    assert not list(tmp_path.iterdir())
+
+
 def test_one_seed_has_the_interval_of_its_images(tmp_path):
     report = run("--output", str(tmp_path), "--seeds", "3", "--target", "head")
     (base,) = Ledger(tmp_path / "ledger.jsonl").runs(method="none")
@@ -287,7 +316,7 @@ def test_what_is_pushed_has_a_base_to_be_found(tmp_path):
     from peft_surgical.pretraining import SourceTraining
 
     protocol = dataclasses.replace(PROTOCOL, source=SourceTraining(PROTOCOL.fitting))
-    args = parser_of(protocol, "").parse_args(["--data", "x", "--cpu", "--push-to-hub", "me/birds"])
+    args = parser_of(protocol, "").parse_args(["--data", "x", "--cpu", "--push-to-hub", "me/birds", "--license", "mit"])
     args.output = str(tmp_path)
     with pytest.raises(ConfigError, match="give its id by --source-checkpoint"):
         run_study(protocol, args, read, opener=opener)

@@ -28,10 +28,12 @@ from .errors import (
     UnresolvedTargetError,
     UnsupportedModelError,
 )
+from .hub import load_adapted, open_adapted, pull, push_adapter
 from .layer import SurgicalLayer
 from .model import SurgicalModel, set_scale
 from .pace import Pace
 from .penalties import Penalty
+from .pushing import redirected
 from .register import register
 from .scores import BlockScores
 from .selection import resolve_target, score_blocks
@@ -60,7 +62,11 @@ __all__ = [
     "UnresolvedTargetError",
     "UnsupportedModelError",
     "anatomy_of",
+    "load_adapted",
+    "open_adapted",
     "parse",
+    "pull",
+    "push_adapter",
     "register",
     "resolve",
     "resolve_target",
@@ -68,4 +74,4 @@ __all__ = [
     "set_scale",
 ]
 
-register()
+register(redirected)

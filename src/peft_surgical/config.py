@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import PeftConfig
 
 from .delta import canonical_json, file_key, file_sha256, verify_file
@@ -224,6 +224,8 @@ def _locate(source: str, subfolder: str | None, kwargs: Mapping[str, Any]) -> Pa
     }
     try:
         return Path(hf_hub_download(source, WEIGHTS, subfolder=subfolder, **download))
+    except LocalEntryNotFoundError:
+        raise  # not in the cache, and offline: that says nothing about what the repository has
     except EntryNotFoundError as error:
         raise AdapterFileError(f"{source} on the Hub has no {WEIGHTS}; nothing else is loaded.") from error
 

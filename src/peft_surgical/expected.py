@@ -17,7 +17,7 @@ from .errors import AdapterError, AdapterFileError, BaseMismatchError
 from .support import ModulePlan
 
 _PEFT_PREFIX = "base_model.model."
-_HOLDERS = (HOLDER, "surgical_delta", "surgical_stats")
+_HOLDERS = (HOLDER, "surgical_delta", "surgical_stats", "default")  # the last: PEFT's name of an adapter without one
 _NO_FORWARD = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)  # PEFT's own list
 _GENERATES = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 

@@ -162,6 +162,7 @@ def table_of(protocol: Protocol, report: Report, rows: Sequence[str]) -> str:
     caption = (
         f"{protocol.name}, {report.model}: test part, n = {settings['parts']['test']} images, seeds {seeds}, 95% "
         f"intervals ({kind}). Selection: {rules}; no test image had a say. Cost: steps of a run, or of a "
-        f"whole search, with batches of {settings['batch']}. Paper: {protocol.reference}, with another source network and other draws."
+        f"whole search, with batches of {settings['batch']}. Paper: {protocol.reference}, with another source network "
+        "and other draws."
     )
     return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", caption, ""])

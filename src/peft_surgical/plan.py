@@ -79,7 +79,7 @@ def make_plan(model: nn.Module, config: SurgicalConfig, names: Sequence[str] | N
         modules = dict(model.named_modules())
         wanted = _wanted(model, modules, config, names)
         plan = _plan(modules, wanted, config, exact=names is not None or is_resolved(config))
-        if names is None:
+        if names is None and is_resolved(config):
             check_held(modules, plan.modules, config)
     check_supported(model, plan.modules)
     return plan
@@ -91,9 +91,10 @@ def is_resolved(config: SurgicalConfig) -> bool:
     So they are in a config that was read from disk. A config that was used in this process is resolved again: its
     target may have been changed since, or it may serve another network.
     """
-    return config.tensor_names is not None and (
-        config.base_fingerprint is not None or (config.target is None and not config.target_modules)
-    )
+    if config.tensor_names is None:
+        return False
+    from_disk = config.base_fingerprint is not None or hasattr(config, "_held")
+    return from_disk or (config.target is None and not config.target_modules)
 
 
 def _wanted(

@@ -185,7 +185,7 @@ def parser_of(protocol: Protocol, doc: str | None) -> argparse.ArgumentParser:
         "--report-to", default="none", help="tensorboard, wandb, ...: as for Trainer; default: %(default)s"
     )
     out.add_argument("--push-to-hub", metavar="REPO", help="push the kept adapter with its card and report")
-    out.add_argument("--license", help="of the adapter: needed for its card")
+    out.add_argument("--license", help="of the adapter, such as apache-2.0: without it there is no card")
     out.add_argument(
         "--spread",
         choices=("batches", "runs"),

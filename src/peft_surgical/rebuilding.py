@@ -101,14 +101,15 @@ def told(record: BaseRecord | None, asked: BaseName | None, report: Report | Non
         ConfigError: Nothing says which base it is, or it has random weights.
     """
     opened = report.settings.get("open") if report is not None else None
+    opened = opened if isinstance(opened, Mapping) else None
     # A hash of the weights is what a record has that was read from base.json: proven before, and not to be doubted.
     if report is not None and opened is not None and (record is None or record.weights_sha256 is None):
         if opened.get("weights") == "random":
             raise ConfigError("the base of this adapter is random (--random), and nobody can open it: tune a real one")
-        labels = tuple(opened["label_names"]) if opened.get("label_names") else None
+        labels = tuple(map(str, opened["label_names"])) if opened.get("label_names") else None
         record = record or BaseRecord(*split_name(report.model))
         if record.fingerprint is None:
-            record = replace(record, label_names=labels, num_classes=None, head=opened["head"])
+            record = replace(record, label_names=labels, num_classes=None, head=opened.get("head", "keep"))
         elif record.label_names is None:
             record = replace(record, label_names=labels)
     if asked is not None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from typing import Any
 
 import peft
 from peft import PeftModel
@@ -25,12 +27,15 @@ _HOOKS = {
 }
 
 
-def register() -> None:
+def register(push_to_hub: Callable[..., Any] | None = None) -> None:
     """Enter the method into PEFT's mappings and make ``PeftModel.save_pretrained`` atomic for it. Idempotent.
 
     PEFT's ``register_peft_method`` takes only names from its own enum, so the mappings are written directly. The
     prefix entry is needed by injection from a state dict; its value must be the lower-case type and an underscore,
     from which transformers derives it.
+
+    Args:
+        push_to_hub: Wraps ``PeftModel.push_to_hub``, which else pushes a card of its own; see `pushing.redirected`.
 
     Raises:
         SurgicalError: PEFT's internal hooks differ from those that this version was written for.
@@ -49,3 +54,5 @@ def register() -> None:
     PEFT_TYPE_TO_PREFIX_MAPPING[key] = PREFIX
     if not hasattr(PeftModel.save_pretrained, "__wrapped__"):
         PeftModel.save_pretrained = saving_atomically(PeftModel.save_pretrained)
+    if push_to_hub is not None and not hasattr(PeftModel.push_to_hub, "__wrapped__"):
+        PeftModel.push_to_hub = push_to_hub(PeftModel.push_to_hub)

@@ -314,7 +314,7 @@ class Together:
                 if first:
                     ledger.append(key, own)
                 result = told(ledger.find(key) if first else None)
-            runs.append(Run(dict(key), result))
+            runs.append(Run(dict(key), result or {}))
         return runs
 
 

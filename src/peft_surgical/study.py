@@ -23,11 +23,13 @@ from .anatomy import anatomy_of
 from .bases import Base, load_base
 from .choosing import compare
 from .commands.progress import watched
+from .corruptions import open_classifier
 from .errors import ConfigError, DataError
 from .evaluation import Report
 from .experiment import SEARCHES, Experiment
 from .findings import held_out, write_study
 from .fitting import FitSettings
+from .handover import check_handover, hand_over
 from .methods import method_of
 from .pretraining import REPORT as SOURCE_REPORT
 from .pretraining import SourceTraining, train_source
@@ -40,6 +42,8 @@ from .watch import Watch
 
 SOURCE = "source"
 """Folder of the network that was trained on the source, in that of the study."""
+BY_NAME = (load_base, open_classifier)
+"""Openers of what `load_base` opens by the same name, with the arguments that the report keeps."""
 Read = Callable[[int], Published]
 """Seed -> the data."""
 
@@ -54,7 +58,8 @@ def run_study(
     """Carry out a protocol with the options of `protocol.parser_of`; goes on where an earlier call was stopped.
 
     In ``args.output``: ``source/`` (a plain checkpoint), ``ledger.jsonl`` (every run), ``report.json``, ``table.md``,
-    ``figure.png``, and ``adapter/``, that of the first seed of the row that validates best over all seeds.
+    ``figure.png``, and ``adapter/``, that of the first seed of the row that validates best over all seeds; with
+    ``--license`` it has its card.
 
     Args:
         protocol: What is compared.
@@ -75,17 +80,13 @@ def run_study(
     rows = rows_of(protocol, args.target, args.method)
     checkpoint = None if protocol.source is None else args.source_checkpoint
     option = "--model" if checkpoint is None else "--source-checkpoint"
-    opener = _brought(option, opener) if opener is load_base else opener
+    check_handover(args, has_source_step=protocol.source is not None, by_name=opener in BY_NAME)
+    opener = _brought(option, opener) if opener in BY_NAME else opener
     read = functools.cache(read)
     with _bringing("--data", str(args.data), protocol.layouts, published=protocol.data is not None):
         first = read(args.seeds[0])
     if args.forgetting:
         held_out(protocol, first.parts)
-    if args.push_to_hub and protocol.source is not None and args.source_checkpoint is None:
-        raise ConfigError(
-            "--push-to-hub: the adapter would be of a network that only this folder has. Push the network of the "
-            "source step first, and give its id by --source-checkpoint"
-        )
     folder = Path(args.output)
     trains_source = (
         protocol.source is not None and checkpoint is None and not (folder / SOURCE / SOURCE_REPORT).exists()
@@ -132,6 +133,8 @@ def run_study(
     if _is_first(engine):
         unit = fitting.batch_size / args.batch_size
         report = write_study(protocol, experiment, found, args.seeds, unit=unit, forgetting=args.forgetting)
+        if (url := hand_over(args, report, folder)) is not None:
+            print(f"pushed to {url}")
     if isinstance(engine, Together):
         PartialState().wait_for_everyone()
     return report
