@@ -184,3 +184,8 @@ def test_networks_of_no_library(tmp_path):
     base = dataclasses.replace(load_base("test_resnet", weights="random"), library="mine")
     with pytest.raises(DataError, match="a network of 'mine' has no plain checkpoint"):
         save_checkpoint(base, base.model, tmp_path)
+
+
+def test_too_few_to_hold_out(network, tmp_path):
+    with pytest.raises(DataError, match="a tenth of the 6 source images cannot be held out by class"):
+        train_source(network, data(source=images(6), source_validation=None), TRAINING, tmp_path / "source")

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import multiprocessing
+import os
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ pytest.importorskip("rich")
 import tiny  # noqa: E402
 from peft import PeftModel  # noqa: E402
 
+from peft_surgical import experiment as experiment_module  # noqa: E402
 from peft_surgical.bases import Base  # noqa: E402
 from peft_surgical.errors import ConfigError  # noqa: E402
 from peft_surgical.evaluation import Report, accuracy, wilson_interval, worst_group_accuracy  # noqa: E402
@@ -24,6 +26,7 @@ from peft_surgical.ledger import Ledger  # noqa: E402
 from peft_surgical.protocol import Protocol, parser_of, rows_of  # noqa: E402
 from peft_surgical.published import Published  # noqa: E402
 from peft_surgical.study import run_study  # noqa: E402
+from peft_surgical.watch import DivergedError  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no accelerator is found.*")
 
@@ -263,8 +266,6 @@ def test_accumulation_is_the_same_batch(tmp_path):
 
 
 def _one_of_two(rank, folder, port, place):
-    import os
-
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     os.environ |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "2"}
     torch.set_num_threads(1)
@@ -320,3 +321,20 @@ def test_what_is_pushed_has_a_base_to_be_found(tmp_path):
     args.output = str(tmp_path)
     with pytest.raises(ConfigError, match="give its id by --source-checkpoint"):
         run_study(protocol, args, read, opener=opener)
+
+
+def test_logs_are_kept_where_they_are_asked_for(tmp_path, monkeypatch):
+    seen = {}
+
+    def looks(*given, arguments, **how):
+        seen[arguments["run_name"]] = os.environ.get("TENSORBOARD_LOGGING_DIR"), arguments["report_to"]
+        raise DivergedError(1)
+
+    monkeypatch.setattr(experiment_module, "fit", looks)
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    words = ("--output", str(tmp_path), "--seeds", "0", "--target", "re:conv1.*|fc.*", "--lr", "1e-2")
+    with pytest.raises(ConfigError, match="ended in NaN"):
+        run(*words, "--report-to", "tensorboard")
+    name = "re:conv1.*|fc.*-lr0.01-seed0"
+    assert seen == {name: (str(tmp_path / "logs" / "re_conv1._fc._-lr0.01-seed0"), "tensorboard")}
+    assert "TENSORBOARD_LOGGING_DIR" not in os.environ

@@ -41,7 +41,7 @@ from .scores import BlockScores
 from .search import NONE, Engine, Workers
 from .selection import score_blocks
 from .targets import DATA_TARGETS, parse, resolve
-from .watch import DivergedError, Epochs, Watch
+from .watch import DivergedError, Epochs, Watch, file_name, logging_to
 
 SEARCHES = ("auto", "race", "cross-val", "greedy")
 """What can be asked for beside a target or a method: training candidates, see `choosing`."""
@@ -72,6 +72,7 @@ class Experiment:
             reported.
         opener: Opens the base, called as `load_base` is.
         arguments: As for `fit`.
+        logs: Folder for TensorBoard's files, a folder for each run in it; None leaves them to Trainer.
         engine: What runs the runs; see `search.workers` and `search.Together`.
         watch: Told about progress.
     """
@@ -91,6 +92,7 @@ class Experiment:
     metrics: tuple[str, ...] = ("accuracy",)
     opener: Callable[..., Base] = load_base
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    logs: Path | None = None
     engine: Engine = field(default_factory=Workers)
     watch: Watch = field(default_factory=Watch)
 
@@ -268,21 +270,23 @@ class Experiment:
         row, zero, config = self.prepared(method)
         place = self.folder / "checkpoints" / ("race" if self.racing else "single") / self.digest(key)
         epochs = self.fitting.epochs
+        name = f"{method}-lr{key['lr']:g}-seed{seed}"
         try:
-            found = fit(
-                copy.deepcopy(self.base(seed, zero).model),
-                row,
-                self.rows("tuning", seed),
-                self.rows("validation", seed),
-                replace(self.fitting, lr=key["lr"], seed=seed),
-                config={**self.config, **config},
-                folder=place,
-                stop_epoch=max(1, round(key["stop"] * epochs)) if "stop" in key else None,
-                collate=collate,
-                callbacks=[Epochs(functools.partial(self.watch.epoch, key))],
-                metric=functools.partial(self._selecting, self.rows("validation", seed).groups),
-                arguments=self.arguments,
-            )
+            with logging_to(None if self.logs is None else self.logs / file_name(name)):
+                found = fit(
+                    copy.deepcopy(self.base(seed, zero).model),
+                    row,
+                    self.rows("tuning", seed),
+                    self.rows("validation", seed),
+                    replace(self.fitting, lr=key["lr"], seed=seed),
+                    config={**self.config, **config},
+                    folder=place,
+                    stop_epoch=max(1, round(key["stop"] * epochs)) if "stop" in key else None,
+                    collate=collate,
+                    callbacks=[Epochs(functools.partial(self.watch.epoch, key))],
+                    metric=functools.partial(self._selecting, self.rows("validation", seed).groups),
+                    arguments={**self.arguments, "run_name": name},
+                )
         except DivergedError as error:  # one of several candidates: it loses, and does not end the search
             forget_checkpoints(place)
             return {"validation": 0.0, "validation_loss": _LARGEST, "cost": float(error.steps), "diverged": True}

@@ -161,7 +161,13 @@ def _hold_out(part: Any, seed: int) -> tuple[Any, Any]:
     require("datasets", "reading data")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        parts = part.train_test_split(test_size=HELD_OUT, seed=seed, stratify_by_column="label")
+        try:
+            parts = part.train_test_split(test_size=HELD_OUT, seed=seed, stratify_by_column="label")
+        except ValueError as error:
+            raise DataError(
+                f"a tenth of the {len(part)} source images cannot be held out by class ({error}): bring more of them, "
+                "or give a checkpoint that was trained on the source"
+            ) from error
     return parts["train"], parts["test"]
 
 

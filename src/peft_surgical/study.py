@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import functools
 import math
-import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -38,7 +37,7 @@ from .published import Published
 from .search import NONE, Engine, Together, workers
 from .tables import is_hub_id
 from .targets import parse, resolve
-from .watch import Watch
+from .watch import Watch, logging_to
 
 SOURCE = "source"
 """Folder of the network that was trained on the source, in that of the study."""
@@ -103,11 +102,13 @@ def run_study(
                 print(said)
             return None
     model, arguments = checkpoint or args.model, _arguments(args)
+    logs = None if args.report_to == "none" else folder / "logs"
     if protocol.source is not None:
         if checkpoint is None:
             place, training = folder / SOURCE, _source(protocol, args, fitting)
             shown = _is_first(engine) and sys.stderr.isatty()
-            train_source(model, first, training, place, arguments=arguments, opener=opener, progress=shown)
+            with logging_to(logs and logs / SOURCE):
+                train_source(model, first, training, place, arguments=arguments, opener=opener, progress=shown)
             model = str(place)
         if args.source_only:
             return None
@@ -125,6 +126,7 @@ def run_study(
         metrics=protocol.metrics,
         opener=opener,
         arguments=arguments,
+        logs=logs,
         engine=engine,
     )
     with watched() if _is_first(engine) else nullcontext(Watch()) as experiment.watch:
@@ -191,8 +193,6 @@ def _arguments(args: argparse.Namespace) -> dict[str, Any]:
     """What Trainer is told beside what a run is."""
     found: dict[str, Any] = {"dataloader_num_workers": args.workers}
     if args.report_to != "none":
-        # Checkpoints are forgotten once a run is over; its logs are not to go with them.
-        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(args.output, "logs")))
         found |= {"report_to": args.report_to, "logging_strategy": "epoch"}
     return found
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
@@ -49,3 +53,25 @@ class Epochs(TrainerCallback):
         if not all(bool(parameter.isfinite().all()) for parameter in trained):
             raise DivergedError(state.global_step)
         self.tell(state.epoch, int(args.num_train_epochs))
+
+
+@contextmanager
+def logging_to(folder: Path | None) -> Iterator[None]:
+    """Where TensorBoard's files of a run go, unless the user has said so in the environment.
+
+    Trainer would put them beside the run's checkpoints, which are forgotten once it is over.
+    """
+    variable = "TENSORBOARD_LOGGING_DIR"
+    if folder is None or variable in os.environ:
+        yield
+        return
+    os.environ[variable] = str(folder)
+    try:
+        yield
+    finally:
+        del os.environ[variable]
+
+
+def file_name(text: str) -> str:
+    """A text as a file's name: a target may hold colons, stars, slashes and spaces."""
+    return re.sub(r"[^\w.+-]+", "_", text)
