@@ -3,6 +3,8 @@
 import copy
 import hashlib
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -582,3 +584,21 @@ def test_an_adapter_in_the_hubs_cache(base, tmp_path, monkeypatch):
 def test_mistakes_are_found_before_a_file_is_read(arguments, match):
     with pytest.raises(AdapterError, match=match):
         combine_adapters(*arguments)
+
+
+def test_the_page_runs(base, tmp_path, monkeypatch):
+    page = (Path(__file__).parents[1] / "docs" / "combining.md").read_text(encoding="utf-8")
+    for name, target, seed in (("frost", "block1", 3), ("fog", "block1", 4), ("head-b", "head", 5)):
+        saved(base, tmp_path / name, target, seed)
+    monkeypatch.chdir(tmp_path)
+    fresh = {"network": copy.deepcopy(base), "images": INPUTS}
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 5
+    for block in blocks[:2]:  # of one model
+        exec(block, fresh)
+    assert fresh["model"].active_adapters == ["frost", "fog"]
+    for block in blocks[2:]:  # each of a base of its own
+        own = {"network": copy.deepcopy(base), "images": INPUTS}
+        exec(block, own)
+    assert own["network"].conv1.weight.equal(base.conv1.weight)
+    assert {path.name for path in tmp_path.iterdir()} >= {"both", "mean", "merged", "minus-frost", "frost-lora"}

@@ -421,7 +421,9 @@ def own_loop(rank, kind, folder):
     dist.all_reduce(losses)
     # Every rank gathers; each writes its own folder, so that they can be compared.
     model.save_pretrained(f"{folder}/rank{rank}")
-    if rank == 0:
+    whole = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in model.state_dict().items()}
+    if rank == 0:  # Trainer hands its state dict to the first process, which saves alone
+        model.save_pretrained(f"{folder}/first", state_dict=whole)
         torch.save(losses / 2, f"{folder}/losses.pt")
 
 
@@ -433,11 +435,13 @@ def test_a_loop_of_ones_own_on_two_processes_equals_one(kind, tmp_path):
     assert run(own_loop, kind, str(tmp_path), processes=2) == [0, 0]
     assert torch.allclose(torch.load(tmp_path / "losses.pt"), torch.tensor(losses), atol=1e-5)
     base = transformer()
-    loaded = [PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / f"rank{rank}") for rank in (0, 1)]
+    places = ("rank0", "rank1", "first")
+    loaded = [PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / place) for place in places]
     found = [get_peft_model_state_dict(model) for model in loaded]
     wanted = get_peft_model_state_dict(alone)
     assert found[0].keys() == wanted.keys()
     for key, value in wanted.items():
         assert torch.equal(found[0][key], found[1][key])
+        assert torch.equal(found[0][key], found[2][key])
         assert torch.allclose(found[0][key], value, atol=1e-5)
         assert value.any()

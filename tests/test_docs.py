@@ -2,12 +2,27 @@
 
 import ast
 import graphlib
+import importlib.util
+import json
+import math
 import re
+import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def summaries():
+    spec = importlib.util.spec_from_file_location("summaries", ROOT / "docs" / "summaries.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_every_marked_table_is_as_measured():
@@ -29,6 +44,58 @@ def test_a_changed_number_is_noticed(tmp_path):
     assert "README.md differs" in subprocess.run(check, cwd=tmp_path, capture_output=True, text=True).stdout
     assert subprocess.run(check[:-1], cwd=tmp_path, capture_output=True, check=True)
     assert subprocess.run(check, cwd=tmp_path, capture_output=True).returncode == 0
+
+
+def test_summaries_are_what_the_committed_ledgers_say(summaries):
+    for name, summary in summaries.SUMMARIES.items():
+        assert (ROOT / "docs/results" / name).read_text(encoding="utf-8") == summary(), f"run docs/summaries.py: {name}"
+
+
+def test_a_summary_equals_arithmetic_of_its_own(summaries):
+    """Means over networks and corruptions seed by seed, then Student's t with two degrees of freedom."""
+    lines = (ROOT / "docs/results/compare.jsonl").read_text(encoding="utf-8").splitlines()
+    runs = [run for run in map(json.loads, lines) if run["key"]["tuning_images"] == 1000]
+
+    def by_seed(chosen):
+        found = [[r["result"]["test"] for r in runs if chosen(r["key"]) and r["key"]["seed"] == s] for s in range(3)]
+        assert [len(tests) for tests in found] == [8, 8, 8]
+        return [100 * statistics.fmean(tests) for tests in found]
+
+    def shown(values, sign=""):
+        return f"{statistics.fmean(values):{sign}.1f} ± {4.302653 * statistics.stdev(values) / math.sqrt(3):.1f}"
+
+    own = by_seed(lambda key: key["method"] == "auto" and key["task"] != "flip")
+    before = by_seed(lambda key: key["method"] == "none" and key["task"] != "flip")
+    rows = [[text.strip() for text in line.split("|")[1:-1]] for line in summaries.compare_means().splitlines()[:-2]]
+    table = {row[0]: dict(zip(rows[0], row, strict=True)) for row in rows}
+    assert table["auto"]["both"] == shown(own)
+    better = [float(table[name]["both"].split()[0]) for name in ("cross-val", "all")]
+    assert float(table["none"]["minus all"].split()[0]) == pytest.approx(statistics.fmean(before) - better[1], abs=0.06)
+    assert float(table["auto"]["minus cross-val"].split()[0]) == pytest.approx(
+        statistics.fmean(own) - better[0], abs=0.11
+    )
+    assert summaries.minus([0.5, 0.75, 0.5], [0.25, 0.25, 0.5]) == shown([25, 50, 0], "+")
+
+
+def test_a_changed_run_and_a_missing_one_change_the_summary(summaries, tmp_path, monkeypatch):
+    for name in ("compare.jsonl", "cifar10c.jsonl"):
+        shutil.copy(ROOT / "docs/results" / name, tmp_path)
+    monkeypatch.setattr(summaries, "RESULTS", tmp_path)
+    ledger = tmp_path / "cifar10c.jsonl"
+    runs = [json.loads(line) for line in ledger.read_text(encoding="utf-8").splitlines()]
+    chosen = {"network": "resnet32", "target": "block1", "corruption": "pixelate", "norm_stats": "target", "seed": 1}
+    (run,) = [run for run in runs if chosen.items() <= run["key"].items()]
+    run["result"]["test"] -= 0.3
+    ledger.write_text("".join(f"{json.dumps(run)}\n" for run in runs), encoding="utf-8")
+    before = (ROOT / "docs/results/norm-policies.md").read_text(encoding="utf-8").splitlines()
+    after = summaries.norm_policies().splitlines()
+    changed = [new.split(" | ")[0] for old, new in zip(before, after, strict=True) if old != new]
+    assert changed == ["| target", "| target minus frozen"]
+    ledger = tmp_path / "compare.jsonl"
+    lines = ledger.read_text(encoding="utf-8").splitlines()
+    left = [line for line in lines if '"method": "auto-rgn"' not in line or '"resnet32"' not in line]
+    ledger.write_text("\n".join(left) + "\n", encoding="utf-8")
+    assert "| auto-rgn |" not in summaries.compare_means()  # complete on one network only
 
 
 def test_no_module_imports_from_above_its_place_on_the_ladder():

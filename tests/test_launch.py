@@ -1,5 +1,6 @@
 """The config files of `accelerate launch`, and launches with them for real, as far as they go without a GPU."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -18,6 +19,11 @@ from accelerate.utils import DistributedType
 from launched.tune import tune
 from launching import CONFIGS, environment, launched
 from safetensors.torch import load_file
+from tiny import ConvNet
+from torch import nn
+
+from peft_surgical import anatomy_of
+from peft_surgical.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = Path(__file__).parent / "launched" / "tune.py"
@@ -102,7 +108,20 @@ def test_zero2_is_told_to_the_processes_and_leaves_the_rest_to_the_run():
 def test_each_machine_gives_its_rank():
     args = launched("multi_node.yaml", "--machine_rank", "1", "--main_process_ip", "127.0.0.2")
     launch.prepare_multi_gpu_env(args)
-    assert (args.nnodes, args.nproc_per_node, args.node_rank, args.master_addr) == ("2", "4", 1, "127.0.0.2")
+    assert (args.nnodes, args.nproc_per_node, args.node_rank) == ("2", "4", 1)
+    assert (args.rdzv_backend, args.rdzv_endpoint) == ("static", "127.0.0.2:29500")
+
+
+def test_the_table_says_which_methods_can_be_sharded():
+    anatomy = anatomy_of(ConvNet(nn.BatchNorm2d))
+    lines = (CONFIGS / "README.md").read_text(encoding="utf-8").splitlines()
+    fsdp2, zero2 = (next(line for line in lines if f"[`{name}`]" in line) for name in ("fsdp2.yaml", "zero2.yaml"))
+    for name, row in METHODS.items():
+        schedule = row.schedule(anatomy, dict(row.options)) if row.schedule else None
+        driven = schedule is not None and schedule.criterion is not None
+        paced = bool(schedule or row.penalty or row.reset_moments)
+        assert (f"`{name.removesuffix('-reference')}`" in fsdp2) == driven  # all but
+        assert (f"`{name}`" in zero2) == (not paced)
 
 
 def commands(text):
@@ -145,10 +164,11 @@ def finish(*launches):
         return [(one.communicate(timeout=LIMIT)[0], one.returncode) for one in launches]
     finally:
         for one in launches:
-            try:
+            one.terminate()  # what is still running ends its workers, which have sessions of their own
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                one.wait(60)
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(one.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
 
 
 def outcome(output, processes=2):

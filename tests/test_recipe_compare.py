@@ -87,6 +87,76 @@ def test_a_missing_run_leaves_its_cell_and_the_mean_empty(compare, tmp_path):
     assert "| block1 | - | - | - | - |" in (tmp_path / "table.md").read_text()
 
 
+def test_a_method_without_a_finished_cell_leaves_the_others_their_means(compare, tmp_path):
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    for block, better in (("block1", 0.0), ("block2", 0.1)):
+        runs = {"lr1m3_0": (0.5, 0.5 + better), "lr1m3_1": (0.5, 0.5 + better), "lr1m4_0": (0.1, 0.1)}
+        fill(ledger, block, **runs)
+    fill(ledger, "l2-sp", lr1m3_0=(0.9, 0.9))
+    compare.main(arguments(compare, tmp_path, "--methods", "block1", "l2-sp", "block2"))
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    assert lines[2:5] == [
+        "| block1 | 50.0 ± 0.0 | 50.0 ± 0.0 | 2.0 | 100 |",
+        "| l2-sp | - | - | - | - |",
+        "| block2 | 60.0 ± 0.0 | 60.0 ± 0.0 | 1.0 | 100 |",
+    ]
+
+
+def test_export_copies_the_runs_behind_the_table_and_no_others(compare, tmp_path, capsys):
+    ledger, exported = Ledger(tmp_path / "ledger.jsonl"), Ledger(tmp_path / "exported" / "runs.jsonl")
+    fill(ledger, "none", lrNone_0=(0.2, 0.20), lrNone_1=(0.9, 0.21), lrNone_2=(0.2, 0.2))  # seed 2 is not asked for
+    fill(ledger, "block1", lr1m3_0=(0.5, 0.50), lr1m4_0=(0.6, 0.60), lr1m4_1=(0.4, 0.61), lr1m3_1=(0.9, 0.9))
+    for block in ("block2", "block3", "all"):
+        fill(ledger, block, lr1m3_0=(0.3, 0.4), lr1m4_0=(0.1, 0.1), lr1m3_1=(0.3, 0.4), lr1m5_0=(0.9, 0.9))
+    fill(ledger, "head", lr1m1_0=(0.3, 0.4), lr1m2_0=(0.1, 0.1), lr1m1_1=(0.3, 0.4))
+    fill(ledger, "l2-sp", lr1m3_0=(0.3, 0.4))  # not finished
+    auto = {"recipe": "compare", **SETTINGS, "method": "auto", "lr": None, "epochs": 15, "batch_size": 64}
+    auto |= {"weight_decay": 1e-4, "grid": [[1e-3, 1e-4], [1e-1, 1e-2]]}
+    rungs = [*compare.AUTO_RUNGS, compare.AUTO_KEEP]
+    for seed in (0, 1):
+        result = {"validation": 0.5, "test": 0.5, "cost": 200.0, "chosen": "all at 0.001", "trials": {"none": 0.2}}
+        ledger.append({**auto, "seed": seed, "rungs": rungs}, result)
+        ledger.append(
+            {**auto, "seed": seed}, {**result, "test": 0.9}
+        )  # raced on other rungs, before they were a setting
+        stopped = {**SETTINGS, "recipe": "compare race", "method": "all", "lr": 1e-3, "seed": seed, "stop": rungs[0]}
+        ledger.append(stopped, {"validation": 0.3, "cost": 40.0})
+    methods = ["--methods", "none", "cross-val", "auto", "l2-sp"]
+    compare.main(arguments(compare, tmp_path, *methods, "--export", str(exported.file)))
+    assert "runs.jsonl; not finished: l2-sp on frost" in " ".join(capsys.readouterr().out.split())
+    kept = [(run.key["method"], run.key["lr"], run.key["seed"]) for run in exported]
+    blocks = [(block, lr, seed) for block in ("block2", "block3") for lr, seed in ((1e-3, 0), (1e-4, 0), (1e-3, 1))]
+    assert sorted(kept, key=str) == sorted(
+        [
+            *[("none", None, 0), ("none", None, 1), ("auto", None, 0), ("auto", None, 1)],
+            *[("block1", 1e-3, 0), ("block1", 1e-4, 0), ("block1", 1e-4, 1), *blocks],
+            *[("head", 1e-1, 0), ("head", 1e-2, 0), ("head", 1e-1, 1)],
+            *[("all", 1e-3, 0), ("all", 1e-4, 0), ("all", 1e-3, 1)],
+        ],
+        key=str,
+    )
+    assert {run.key["recipe"] for run in exported} == {"compare"}
+    assert all(run.key["rungs"] == rungs for run in exported.runs(method="auto"))
+
+    table = (tmp_path / "table.md").read_text()
+    again = [*arguments(compare, tmp_path, *methods), "--ledger", str(exported.file)]
+    compare.main(again)
+    assert (tmp_path / "table.md").read_text() == table
+    before = exported.file.read_bytes()
+    compare.main(arguments(compare, tmp_path, *methods, "--export", str(exported.file)))
+    assert exported.file.read_bytes() == before  # added once
+    fill(ledger, "l2-sp", lr1m4_0=(0.3, 0.4), lr1m3_1=(0.3, 0.4))
+    compare.main(arguments(compare, tmp_path, "--methods", "l2-sp", "--export", str(exported.file)))
+    assert exported.file.read_bytes().startswith(before)
+    assert len(exported) == len(kept) + 3
+
+
+def test_export_onto_the_ledger_itself_is_refused(compare, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        compare.main(arguments(compare, tmp_path, "--export", str(tmp_path / "." / "ledger.jsonl")))
+    assert "is the ledger that is read: name another file" in capsys.readouterr().err
+
+
 def test_cifar_flip_is_the_clean_images_with_other_labels(compare, world, monkeypatch):
     _, images = world
     seen = []

@@ -123,6 +123,8 @@ def test_what_cannot_be_done_is_refused_before_anything_is_trained(recipe, place
         recipe.main(words(place, tmp_path, "--corruptions", "fog", "--severities", "5", "1"))
     with pytest.raises(ConfigError, match="--push-to-hub takes one adapter, and 2 corruptions and severities have"):
         recipe.main(words(place, tmp_path, "--corruptions", "fog", "frost", "--push-to-hub", "me/fog"))
+    with pytest.raises(ConfigError, match="give --license"):  # and not that nobody could open the network
+        recipe.main(words(place, tmp_path, "--corruptions", "fog", "--push-to-hub", "me/fog"))
     six = write_model(tmp_path / "six", classes=6)
     with pytest.raises(DataError, match="six has 6 outputs, and the data has 4 classes"):
         recipe.main(words(place, tmp_path / "out", "--corruptions", "fog", "--model", six, "--dry-run"))

@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -27,6 +28,17 @@ def test_contiguous_is_the_best_run_in_the_order_of_the_data():
     assert ONE.contiguous(1) == ("block1",)
     assert ONE.contiguous(2) == ("block3", "head")  # 5.0, where the two best blocks are no neighbours
     assert ONE.contiguous(4) == ("block1", "block2", "block3", "head")
+
+
+def test_of_equal_runs_the_one_nearer_to_the_input_is_chosen():
+    equal = scores(block1=1.0, block2=2.0, block3=1.0, head=2.0)
+    assert equal.contiguous(1) == ("block2",)
+    assert equal.contiguous(2) == ("block1", "block2")
+
+
+def test_only_the_test_split_is_test_data():
+    splits = ("tuning", "validation", "test")
+    assert [replace(ONE, split=split).uses_test_data for split in splits] == [False, False, True]
 
 
 def test_a_budget_bounds_the_share_of_parameters():
@@ -56,6 +68,8 @@ def test_contiguous_needs_exactly_one_of_its_arguments():
 def test_scores_that_are_not_finite_are_no_scores():
     with pytest.raises(DataError, match=r"block2\.weight is not finite"):
         scores(block1=1.0, block2=float("nan"))
+    with pytest.raises(DataError, match="score of block1 is not finite"):
+        replace(ONE, block_scores={"block1": float("inf")})
     with pytest.raises(DataError, match="no block"):
         scores()
 

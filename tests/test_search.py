@@ -214,6 +214,12 @@ def test_ties_in_a_race_go_to_the_lower_loss_and_then_to_the_first(ledger):
     assert race(each(*"dcba"), fit, ledger, {"other": 1}, rungs=(1 / 15, 1)).chosen.method == "d"
 
 
+def test_what_wins_a_race_is_a_run_in_full_also_if_it_was_as_good_when_it_was_stopped(ledger):
+    fit = Table({"a": 0.7, "b": 0.8})
+    assert race(each("a", "b"), fit, ledger).run.key == {"method": "b", "lr": 0.1}
+    assert fit.calls == [("a", 1), ("b", 1), ("b", 3), ("b", 15)]
+
+
 def test_no_tuning_wins_a_race_without_being_run_again(ledger):
     fit = Table({"none": 0.9, "a": 0.5, "b": 0.6})
     found = race(each("none", "a", "b"), fit, ledger)
@@ -317,7 +323,9 @@ import sys, time, types
 # Without what imports torch and peft, which a search has no use for: several processes start.
 package = types.ModuleType("peft_surgical"); package.__path__ = [sys.argv[1]]
 sys.modules["peft_surgical"] = package
+sys.modules["accelerate"] = types.SimpleNamespace(PartialState=object)
 sys.modules["peft_surgical.anatomy"] = types.SimpleNamespace(Anatomy=object)
+sys.modules["peft_surgical.processes"] = types.SimpleNamespace(told=None)
 sys.modules["peft_surgical.errors"] = types.SimpleNamespace(ConfigError=ValueError, DataError=ValueError)
 from peft_surgical.ledger import Ledger
 from peft_surgical.search import Candidate, race

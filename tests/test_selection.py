@@ -9,13 +9,14 @@ import torch.nn.functional as F
 from peft import PeftModel, get_peft_model
 from tiny import ConvNet
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 from transformers import BatchFeature, ViTConfig, ViTForImageClassification
+from transformers.modeling_outputs import ImageClassifierOutput
 
 from peft_surgical import SurgicalConfig, anatomy_of, resolve_target, score_blocks
 from peft_surgical.criteria import CRITERIA
 from peft_surgical.errors import AdapterError, ConfigError, DataError, UnresolvedTargetError, UnsupportedModelError
-from peft_surgical.gradients import forward_loss
+from peft_surgical.gradients import forward_loss, is_looking
 from peft_surgical.tensors import trained_tensors
 
 
@@ -62,6 +63,9 @@ def test_rgn_of_a_tensor_that_is_all_zero_is_that_of_its_block(net, batches):
     nn.init.zeros_(net.fc.bias)
     scores = score_blocks(net, batches, "rgn")
     assert scores.tensor_scores["fc.bias"] == scores["head"] > 0
+    nn.init.zeros_(net.fc.weight)
+    scores = score_blocks(net, batches, "rgn")
+    assert scores.tensor_scores["fc.weight"] == scores["head"] == 0  # nothing to compare with in the whole block
 
 
 def test_snr_is_squared_mean_over_variance_over_inputs(net, batches):
@@ -69,6 +73,19 @@ def test_snr_is_squared_mean_over_variance_over_inputs(net, batches):
     for name, g in per_input_by_hand(net, batches).items():
         expected = torch.nan_to_num(g.double().mean(0) ** 2 / g.double().var(0), posinf=0.0).mean()
         assert scores.tensor_scores[name] == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_snr_counts_entries_without_noise_as_0_and_a_block_entry_by_entry(net, batches):
+    dark = [(x * torch.tensor([1.0, 1.0, 0.0]).reshape(3, 1, 1), y) for x, y in batches]  # one channel is black
+    scores = score_blocks(net, dark, "snr", num_batches=None)
+    entries = {}
+    for name, g in per_input_by_hand(net, dark).items():
+        variance = g.double().var(0)
+        entries[name] = torch.where(variance > 0, g.double().mean(0) ** 2 / variance, 0.0).flatten()
+    assert (entries["conv1.weight"] == 0).float().mean() == pytest.approx(1 / 3)
+    assert scores.tensor_scores["conv1.weight"] == pytest.approx(float(entries["conv1.weight"].mean()), rel=1e-3)
+    head = torch.cat([entries["fc.weight"], entries["fc.bias"]])
+    assert scores["head"] == pytest.approx(float(head.mean()), rel=1e-3)
 
 
 def test_fisher_is_the_mean_squared_gradient_over_inputs(net, batches):
@@ -97,6 +114,33 @@ def test_criteria_over_inputs_do_not_depend_on_the_batches(net, batches, criteri
         score_blocks(net, whole, criterion, num_batches=None, chunk_size=5),
     ):
         assert one.tensor_scores == pytest.approx(other.tensor_scores, rel=1e-3)
+
+
+def test_no_more_inputs_than_a_chunk_are_differentiated_at_once(net, batches):
+    calls = []
+
+    def loss(logits, labels):
+        calls.append(len(labels))
+        return F.cross_entropy(logits, labels)
+
+    for chunk_size, chunks in ((None, 3), (4, 6), (1, 18)):  # of three batches of six
+        calls.clear()
+        score_blocks(net, batches, "fisher", loss_fn=loss, chunk_size=chunk_size)
+        assert calls == [1] * chunks  # torch.func calls it once for all inputs of a chunk, as if for one
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_two_processes_with_the_same_batches_are_one_with_each_batch_twice(net, batches, criterion, monkeypatch):
+    # What every collective gives where the other process holds the same; real processes are in the slow tier.
+    one = score_blocks(net, [*batches, *batches], criterion, num_batches=None)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_gather", lambda found, own: [part.copy_(own) for part in found])
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda own: own.mul_(2))
+    two = score_blocks(net, batches, criterion, num_batches=None)
+    assert (two.num_samples, two.num_batches) == (one.num_samples, one.num_batches) == (36, 6)
+    assert two.uses_labels
+    assert two.tensor_scores == pytest.approx(one.tensor_scores, rel=1e-4)
 
 
 def test_a_network_that_vmap_refuses_is_taken_one_input_at_a_time(net, batches, caplog):
@@ -159,6 +203,71 @@ def test_everything_is_left_bit_identical(net, batches, criterion):
             assert torch.equal(old, new) if isinstance(old, torch.Tensor) else old == new
 
 
+def test_generators_that_the_data_draws_from_are_left_where_they_were(net, batches):
+    own = torch.Generator().manual_seed(3)
+
+    class Augmented(list):
+        def __getitem__(self, i):
+            image, label = super().__getitem__(i)
+            return image + random.random() + float(np.random.rand()) + torch.randn(()), label
+
+    dataset = Augmented(zip(*batches[0], strict=True))
+    sampler = BatchSampler(RandomSampler(dataset, generator=own), 2, drop_last=False)
+    before = own.get_state(), torch.get_rng_state(), random.getstate(), str(np.random.get_state())
+    for loader in (DataLoader(dataset, batch_sampler=sampler), DataLoader(dataset, 2, sampler=sampler.sampler)):
+        found = [score_blocks(net, loader).tensor_scores for _ in range(2)]
+        assert found[0] == found[1]  # the same images, drawn and changed in the same way
+        after = own.get_state(), torch.get_rng_state(), random.getstate(), str(np.random.get_state())
+        for old, new in zip(before, after, strict=True):
+            assert torch.equal(old, new) if isinstance(old, torch.Tensor) else old == new
+
+
+def test_modes_come_back_where_a_module_has_a_train_of_its_own(net, batches):
+    class Kept(ConvNet):
+        def train(self, mode=True):
+            return super().train(False)  # as those do that keep their statistics
+
+    kept = Kept(nn.BatchNorm2d)
+    kept.load_state_dict(net.state_dict())
+    assert all(module.training for module in kept.modules())  # nobody has called train() yet
+    score_blocks(kept, batches)
+    assert all(module.training for module in kept.modules())
+
+
+def test_an_error_while_scoring_leaves_no_trace_either(net, batches):
+    def broken(logits, labels):
+        raise RuntimeError("a loss of one's own")
+
+    net.train()
+    net.fc.weight.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="a loss of one's own"):
+        score_blocks(net, batches, loss_fn=broken)
+    assert all(module.training for module in net.modules())
+    assert [name for name, p in net.named_parameters() if not p.requires_grad] == ["fc.weight"]
+    assert not is_looking()
+
+
+def test_scores_can_be_taken_where_gradients_are_switched_off(net, batches):
+    with torch.no_grad():
+        found = score_blocks(net, batches)
+    assert found == score_blocks(net, batches)
+
+
+def test_a_loss_of_the_networks_own_is_the_one_that_counts(net, batches):
+    class WithLoss(ConvNet):
+        def forward(self, pixel_values, labels=None):
+            logits = super().forward(pixel_values)
+            return ImageClassifierOutput(loss=3 * F.cross_entropy(logits, labels), logits=logits)
+
+    own = WithLoss(nn.BatchNorm2d)
+    own.load_state_dict(net.state_dict())
+    dicts = [{"pixel_values": x, "labels": y} for x, y in batches]
+    plain = score_blocks(net, batches).tensor_scores
+    assert score_blocks(own, dicts).tensor_scores == pytest.approx({n: 3 * s for n, s in plain.items()}, rel=1e-5)
+    given = score_blocks(own, dicts, loss_fn=lambda outputs, labels: F.cross_entropy(outputs.logits, labels))
+    assert given.tensor_scores == pytest.approx(plain, rel=1e-5)
+
+
 def test_every_form_of_batch_gives_the_same_scores(net, batches):
     class ByName(ConvNet):
         def forward(self, pixel_values, labels=None):
@@ -207,7 +316,7 @@ def test_a_transformers_model_with_its_own_loss():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("criterion", ["rgn", "snr"])
+@pytest.mark.parametrize("criterion", ["rgn", "snr", "fisher"])
 def test_mixed_precision_gives_nearly_the_same_scores(net, batches, dtype, criterion):
     plain = score_blocks(net, batches, criterion)
     mixed = score_blocks(net, batches, criterion, autocast=dtype)
@@ -219,6 +328,18 @@ def test_mixed_precision_gives_nearly_the_same_scores(net, batches, dtype, crite
     assert score_blocks(half.to(dtype), inputs).block_scores == pytest.approx(
         score_blocks(net, batches).block_scores, rel=0.15
     )
+
+
+@pytest.mark.parametrize("criterion", ["rgn", "fisher"])
+def test_small_gradients_survive_half_precision(net, batches, criterion):
+    def small(logits, labels):
+        return 1e-5 * F.cross_entropy(logits.float(), labels)
+
+    plain = score_blocks(net, batches, criterion, loss_fn=small)
+    half = ConvNet(nn.BatchNorm2d)
+    half.load_state_dict(net.state_dict())
+    found = score_blocks(half.half(), [(x.half(), y) for x, y in batches], criterion, loss_fn=small)
+    assert found.block_scores == pytest.approx(plain.block_scores, rel=0.05)
 
 
 def test_an_adapter_is_scored_by_effective_weights_and_its_trained_tensors_only(net, batches):
@@ -283,10 +404,22 @@ def test_resolve_target_names_blocks_and_says_why(net, batches, tmp_path):
 
 
 def test_resolve_target_keeps_to_a_budget(net, batches):
-    config = resolve_target(SurgicalConfig(target="auto-fisher"), net, batches, budget=0.5, num_batches=1)
+    asked = SurgicalConfig(target="auto-fisher")
+    config = resolve_target(asked, net, batches, budget=0.6, num_batches=1)
+    assert config.target == "block2 + head"
     anatomy = anatomy_of(net)
     total = sum(block.num_parameters for block in anatomy)
-    assert sum(anatomy[name].num_parameters for name in config.target.split(" + ")) <= 0.5 * total
+    assert sum(anatomy[name].num_parameters for name in config.target.split(" + ")) <= 0.6 * total
+    assert config.selection["budget"] == 0.6
+    assert resolve_target(asked, net, batches, budget=0.4, num_batches=1).target == "head"
+    assert (asked.target, asked.selection) == ("auto-fisher", None)  # a copy was resolved
+
+
+def test_resolve_target_chooses_among_the_blocks_of_the_config(net, batches):
+    blocks = {"block1": ["conv1", "bn1"], "block2": ["layer1"], "block3": ["layer2"], "head": ["fc"]}
+    config = resolve_target(SurgicalConfig(target="auto-rgn", blocks=blocks), net, batches)
+    assert config.selection["block_scores"] == score_blocks(net, batches, blocks=blocks).block_scores
+    assert config.target in blocks
 
 
 def test_resolve_target_leaves_a_concrete_target_alone(net, batches):
@@ -324,6 +457,13 @@ def test_errors_name_the_way_out(net, batches):
         score_blocks(net, [(batches[0][0] * float("inf"), batches[0][1])])
     with pytest.raises(ConfigError, match="at least 2 inputs"):
         score_blocks(net, [(batches[0][0][:1], batches[0][1][:1])], "snr")
+
+
+def test_parameters_that_are_cut_up_are_refused_before_anything_runs(net, monkeypatch):
+    # Of a single process there is no DTensor; what is asked is the class.
+    monkeypatch.setattr("peft_surgical.tensors.DTensor", nn.Parameter)
+    with pytest.raises(UnsupportedModelError, match=r"conv1\.weight is sharded \(FSDP\): score the network before"):
+        score_blocks(net, [])
 
 
 def test_the_loss_of_a_batch_without_labels_is_the_users(net, batches):

@@ -22,8 +22,6 @@ from .processes import wait
 
 MARK = "complete.json"
 """Name of the mark in a checkpoint's folder."""
-
-
 KEPT = 2
 """Checkpoints that are kept: the last to go on from, and the best."""
 

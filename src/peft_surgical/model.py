@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -50,6 +51,11 @@ class SurgicalModel(BaseTuner):
         """Adapter -> tensor names that a combination has decided already, until it is injected."""
         return self.__dict__.setdefault("_names_to_inject", {})
 
+    @property
+    def _fingerprints(self) -> dict[str, dict[str, str] | None]:
+        """Adapter -> fingerprint of its base, taken while that was whole; of several processes' adapters only."""
+        return self.__dict__.setdefault("_fingerprints_taken", {})
+
     # --- adding an adapter ---
 
     def inject_adapter(
@@ -75,6 +81,9 @@ class SurgicalModel(BaseTuner):
         config._awaits_weights = config.base_fingerprint is not None
         config.tensor_names = list(plan.names)
         self._attach(model, adapter_name, plan, config, low_cpu_mem_usage)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not low_cpu_mem_usage:
+            # They may shard the base. Trainer then lets one of them save, which could not ask the others for theirs.
+            self._fingerprints[adapter_name] = fingerprint_of(model, config)
         for parameter, requires_grad in known.items():
             parameter.requires_grad = requires_grad
 
@@ -279,7 +288,9 @@ class SurgicalModel(BaseTuner):
         inner = getattr(getattr(model, "base_model", None), "model", model)
         # Kept apart from the config's own field, which says what base an adapter *expects*: the same config may be
         # used for a fresh adapter on another base.
-        config._fingerprint = fingerprint_of(inner, config)
+        taken = getattr(getattr(model, "base_model", None), "_fingerprints", {}).get(adapter_name)
+        sharded = any(hasattr(value, "full_tensor") for value in inner.parameters())
+        config._fingerprint = taken if sharded and taken else fingerprint_of(inner, config)
         found = {key: value.full_tensor() if hasattr(value, "full_tensor") else value for key, value in found.items()}
         broken = [key for key, value in found.items() if not value.is_meta and not bool(torch.isfinite(value).all())]
         if broken:

@@ -145,7 +145,8 @@ def run_study(
 def _engine(args: argparse.Namespace) -> Engine:
     if args.spread == "runs":
         return workers()
-    PartialState(cpu=args.cpu)  # before anything else asks for it: with --cpu, gloo
+    # Before anything else asks for it; as Trainer decides it in `fit`: without an accelerator, gloo.
+    PartialState(cpu=args.cpu or not torch.accelerator.is_available())
     return Together()
 
 

@@ -60,7 +60,7 @@ def tune(output, method="full", cpu=True, kill_at=0, batch=BATCH):
     digest = hashlib.sha256()
     for name, value in found.model.state_dict().items():
         if "surgical_delta" in name:
-            digest.update(value.numpy().tobytes())
+            digest.update(value.cpu().numpy().tobytes())
     return found, {"curve": found.curve, "losses": found.losses, "deltas": digest.hexdigest()}
 
 

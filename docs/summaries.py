@@ -1,0 +1,124 @@
+"""Writes the tables that put several results together, from the ledgers of ``docs/results``.
+
+::
+
+    python docs/summaries.py && python docs/tables.py
+
+``compare-means.md``: the methods of ``recipes/compare.py`` over both networks and four corruptions, with differences
+paired by seed. ``norm-policies.md``: the norm policies of ``recipes/cifar10c.py``. Which runs count is for the recipes
+to say: here are their own rules and defaults.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from types import ModuleType
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "recipes"))
+
+import cifar10c  # noqa: E402
+import compare  # noqa: E402
+
+from peft_surgical.evaluation import mean_interval  # noqa: E402
+from peft_surgical.ledger import Ledger, Run  # noqa: E402
+
+RESULTS = ROOT / "docs" / "results"
+NETWORKS = {"resnet26": "ResNet-26", "resnet32": "ResNet-32"}
+CORRUPTIONS = ["gaussian_noise", "frost", "zoom_blur", "pixelate"]
+METHODS = ["none", "all", "block1", *(m for m in compare.METHODS if m not in {"none", "all"}), *compare.SEARCHES]
+YARDSTICKS = ["cross-val", "all"]
+POLICIES = ["frozen", "target", "all"]
+
+
+def percent(values: Sequence[float], sign: str = "") -> str:
+    """Mean over seeds and half its 95% interval."""
+    value, low, high = mean_interval(values)
+    return f"{100 * value:{sign}.1f} ± {50 * (high - low):.1f}"
+
+
+def minus(values: Sequence[float], others: Sequence[float]) -> str:
+    """The mean of the differences, seed by seed."""
+    return percent([a - b for a, b in zip(values, others, strict=True)], "+")
+
+
+def by_seed(runs: Sequence[Sequence[Run]], name: str) -> list[float]:
+    """Seed by seed the mean of one result over cells, whose runs stand in the order of the seeds."""
+    return [fmean(run.result[name] for run in same) for same in zip(*runs, strict=True)]
+
+
+def table(header: Sequence[str], lines: Sequence[Sequence[str]], caption: str) -> str:
+    """A Markdown table with what it says below it."""
+    text = "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *lines])
+    return f"{text}\n\n{caption}\n"
+
+
+def arguments(recipe: ModuleType, ledger: str, *words: str):
+    """What the recipe makes of a command line that asks for seeds 0 to 2 of the two larger rates from a ledger."""
+    grid = ["--seeds", "0", "1", "2", "--lr", "1e-3", "1e-4", "--head-lr", "1e-1", "1e-2"]
+    return recipe.parse_arguments(["--table", "--ledger", str(RESULTS / ledger), *grid, *words])
+
+
+def compare_means() -> str:
+    """Every method with all its runs on both networks, its distance to cross-validation and to full tuning."""
+    runs: dict[str, dict[str, list[list[Run]]]] = {}
+    for network in NETWORKS:
+        args = arguments(compare, "compare.jsonl", "--network", network)
+        ledger, images = Ledger(args.ledger), args.tuning_images[-1]
+        for method in METHODS:
+            found = [compare.reported(args, ledger, task, method, images) for task in CORRUPTIONS]
+            if all(found):
+                runs.setdefault(method, {})[network] = found
+    both = {m: [cell for cells in by.values() for cell in cells] for m, by in runs.items() if len(by) == len(NETWORKS)}
+    tests = {method: by_seed(cells, "test") for method, cells in both.items()}
+    lines = []
+    for method, cells in both.items():
+        own = [percent(by_seed(runs[method][network], "test")) for network in NETWORKS]
+        distances = ["" if method == other else minus(tests[method], tests[other]) for other in YARDSTICKS]
+        cost = fmean(by_seed(cells, "cost"))
+        lines.append([method, *own, percent(tests[method]), *distances, f"{cost:.0f}"])
+    caption = (
+        f"Test accuracy in percent, mean over {', '.join(CORRUPTIONS)}, and over both networks; ± half the 95% "
+        f"interval (Student's t) over seeds {', '.join(map(str, args.seeds))}, whose test sets overlap. Differences "
+        "are taken seed by seed. Methods with all their runs on both networks; selection rules and cost as in the "
+        "table of each network."
+    )
+    return table(["method", *NETWORKS.values(), "both", *(f"minus {m}" for m in YARDSTICKS), "cost"], lines, caption)
+
+
+def norm_policies(network: str = "resnet32", target: str = "block1") -> str:
+    """What is gained on the target and forgotten on clean images, by whose BatchNorm statistics move."""
+    corruptions, names = ["gaussian_noise", "pixelate"], ["test", "clean"]
+    columns: dict[tuple[str, str], dict[str, list[float]]] = {}
+    rates: dict[str, str] = {}
+    for corruption in corruptions:
+        for policy in POLICIES:  # the rate is the one chosen for the first
+            words = ["--network", network, "--norm-stats", policy]
+            words += ["--lr", rates[corruption]] if corruption in rates else []
+            args = arguments(cifar10c, "cifar10c.jsonl", *words)
+            runs = cifar10c.cell(args, corruption, target).reported(Ledger(args.ledger))
+            rates.setdefault(corruption, str(runs[0].key["lr"]))
+            columns[policy, corruption] = {name: by_seed([runs], name) for name in names}
+    values = {p: [columns[p, c][name] for c in corruptions for name in names] for p in POLICIES}
+    lines = [[policy, *map(percent, values[policy])] for policy in POLICIES]
+    first = POLICIES[0]
+    lines += [[f"{p} minus {first}", *map(minus, values[p], values[first])] for p in POLICIES[1:]]
+    caption = (
+        f"{target} of the {NETWORKS[network]} at the rate that seed 0's validation images choose for {first} "
+        f"({', '.join(f'{c} {rate}' for c, rate in rates.items())}); test accuracy in percent on the corruption that "
+        "it was tuned for, and on the same images without it; mean ± half the 95% interval (Student's t) over seeds "
+        f"{', '.join(map(str, args.seeds))}, whose test sets overlap. Differences are taken seed by seed. The epoch is "
+        "chosen by validation accuracy of each run."
+    )
+    header = [text for corruption in corruptions for text in (corruption, "clean after it")]
+    return table(["norm_stats", *header], lines, caption)
+
+
+SUMMARIES = {"compare-means.md": compare_means, "norm-policies.md": norm_policies}
+
+if __name__ == "__main__":
+    for name, summary in SUMMARIES.items():
+        (RESULTS / name).write_text(summary(), encoding="utf-8")
