@@ -519,3 +519,30 @@ def test_a_pace_that_is_never_closed_does_not_keep_its_model():
     del model, optimizer, pace
     gc.collect()
     assert gone() is None
+
+
+def test_an_optimizer_whose_step_calls_its_parents_steps_once():
+    """torch calls the hooks of both: the penalty must not count twice, nor the step."""
+
+    class Own(torch.optim.SGD):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    model = adapted()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.fill_(1.0)
+    torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], 0.1)  # only now does torch hook the parent's step
+    optimizer = Own(parameters, lr=1.0)
+    pace = Pace(model, optimizer, penalty=Penalty("l2-sp", 0.1), total_steps=10)
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert pace.step == 1
+    for parameter in parameters:
+        torch.testing.assert_close(parameter.detach(), torch.full_like(parameter, 0.9))
+    optimizer.step()  # the same gradients again, as after an accumulation: with a penalty of their own
+    assert pace.step == 2
+    for parameter in parameters:
+        torch.testing.assert_close(parameter.detach(), torch.full_like(parameter, 0.9 - 0.1 - 0.09))

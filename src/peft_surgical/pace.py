@@ -101,6 +101,7 @@ class Pace:
         self._begun: int | None = None  # the epoch whose moments were forgotten last, or need not be
         self.record: dict[int, dict[str, float]] = {}
         self._groups: list[dict[str, Any]] | None = None
+        self._with_penalty: dict[nn.Parameter, tuple[int, int]] = {}  # gradients that have it
         self._parts: list[tuple[dict[str, Any], dict[str, Any]]] = []
         for parameter in self._name_of:
             other = _RUNNING.get(parameter)
@@ -208,9 +209,12 @@ class Pace:
         self._restore()  # of a step that raised
         factors = self._current()
         for tensor in self._penalised if self.penalty is not None else ():
-            if tensor.parameter.grad is not None:
+            grad = tensor.parameter.grad
+            # Where a subclass's step calls its parent's, torch calls this for both; and a step that raised comes again.
+            if grad is not None and self._with_penalty.get(tensor.parameter) != (id(grad), grad._version):
                 assert self.penalty is not None
-                tensor.parameter.grad += self.penalty.gradient(tensor).to(tensor.parameter.grad)
+                grad += self.penalty.gradient(tensor).to(grad)
+                self._with_penalty[tensor.parameter] = id(grad), grad._version
         self._groups = optimizer.param_groups
         self._parts = [
             (group, {**group, "params": members, "lr": group["lr"] * factor})
@@ -228,7 +232,10 @@ class Pace:
         return found
 
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self._groups is None:
+            return  # of a subclass's step, after its parent's
         self._restore()
+        self._with_penalty.clear()
         self.step += 1
         for group in optimizer.param_groups:
             self._keep(group, [part for whole, part in self._parts if whole is group])
