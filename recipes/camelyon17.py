@@ -18,6 +18,7 @@ best part is the first one. What else can be asked for::
     ... --optimizer adamw                      # with rates of its own; the paper reports both
     ... --target auto --seeds 0                # let scores and a race choose, instead of comparing
     ... --method freeze-embed                  # Kumar et al. 2022b: everything but the embedding, by SGD
+    ... --license apache-2.0 --push-to-hub ME/NAME     # with --source-checkpoint ID: the card, and where to push it
     ... --dry-run                              # parts, tensors, steps and rates; opens no image and trains nothing
 
 ``--data`` is the Hub id, a folder with its parquet files, or the folder of ``camelyon17_v1.0`` (metadata.csv and

@@ -224,8 +224,11 @@ def _locate(source: str, subfolder: str | None, kwargs: Mapping[str, Any]) -> Pa
     }
     try:
         return Path(hf_hub_download(source, WEIGHTS, subfolder=subfolder, **download))
-    except LocalEntryNotFoundError:
-        raise  # not in the cache, and offline: that says nothing about what the repository has
+    except LocalEntryNotFoundError as error:  # it says nothing about what the repository has
+        raise AdapterFileError(
+            f"{WEIGHTS} of {source} could not be fetched from the Hub, and is not in the cache: go online (without "
+            "HF_HUB_OFFLINE) and try again."
+        ) from error
     except EntryNotFoundError as error:
         raise AdapterFileError(f"{source} on the Hub has no {WEIGHTS}; nothing else is loaded.") from error
 
