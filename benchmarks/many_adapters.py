@@ -68,11 +68,6 @@ def plain_output(network: nn.Module, folder: str, images: Tensor) -> Tensor:
     return own(images)
 
 
-def resident_set() -> int:
-    """Bytes of this process in memory."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
 def tensor_bytes(network: nn.Module) -> int:
     tensors = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
@@ -99,7 +94,7 @@ def measure(args: argparse.Namespace, root: Path) -> dict[str, Any]:
     plain = copy.deepcopy(network)
     own = {folder: plain_output(plain, folder, images) for folder in folders}
 
-    before, resident = tensor_bytes(network), resident_set()
+    before = tensor_bytes(network)
     pool = AdapterPool(network, budget_bytes=10**12)
     loads = []
     for folder in folders:
@@ -113,7 +108,6 @@ def measure(args: argparse.Namespace, root: Path) -> dict[str, Any]:
         "base": before,
         "tuned": pool.state().bytes,
         "tensors": tensor_bytes(network),
-        "process": resident_set() - resident,
         "files": sum(path.stat().st_size for path in root.rglob("*") if path.is_file()),
         "parameters": pool.state().bytes // args.adapters // 4,
     }
@@ -126,7 +120,9 @@ def measure(args: argparse.Namespace, root: Path) -> dict[str, Any]:
     seconds, farthest = rounds(args, pool, plain, images, own, wait)
     if farthest > TOLERANCE:
         raise DataError(f"a mixed batch differs from one model per adapter by {farthest:.2g} of the largest logit")
-    return {**result, "equal": equal, "farthest": farthest, "seconds": {"load": loads, **seconds}}
+    part = max(len(loads) // 5, 1)
+    loading = {"load": loads, "first": loads[:part], "last": loads[-part:]}
+    return {**result, "equal": equal, "farthest": farthest, "seconds": {**loading, **seconds}}
 
 
 def rounds(
@@ -185,6 +181,8 @@ def rounds(
 
 WHAT = {
     "load": "load from disk, verified (first use)",
+    "first": "of these the first fifth",
+    "last": "of these the last fifth, beside the others",
     "switch": "switch in the pool",
     "set_adapter": "switch by PEFT's set_adapter",
     "plain": "forward of the plain network",
@@ -205,15 +203,16 @@ def shown(seconds: Sequence[float]) -> list[str]:
 
 
 def caption(args: argparse.Namespace, result: dict[str, Any], where: dict[str, Any]) -> str:
-    place = where["gpu"] or f"{where['cpu']}, {where['threads']} of {where['cores']} cores"
-    mega = {name: f"{result[name] / 1e6:.1f} MB" for name in ("base", "tuned", "tensors", "process", "files")}
+    busy = f"load average {os.getloadavg()[2]:.1f} over the last 15 minutes"  # a busy machine shows in every time
+    place = where["gpu"] or f"{where['cpu']}, {where['threads']} of {where['cores']} cores, {busy}"
+    mega = {name: f"{result[name] / 1e6:.1f} MB" for name in ("base", "tuned", "tensors", "files")}
     exact = "exactly their sum" if result["tensors"] == result["base"] + result["tuned"] else "not their sum"
     return (
-        f"{args.adapters} adapters of {args.target} ({result['parameters']:,} parameters each) on {args.network} of timm "
-        f"with random weights, float32, {args.side} px, batches of {args.batch_size}; {place}. All {result['equal']} "
+        f"{args.adapters} adapters of {args.target} ({result['parameters']:,} parameters each) on {args.network}, "
+        f"random weights, float32, {args.side} px, batches of {args.batch_size}; {place}. All {result['equal']} "
         "outputs equal those of one plain model per adapter bit for bit; rows of mixed batches differ by at most "
         f"{result['farthest']:.1g} of the largest logit. Memory: base {mega['base']}, adapters {mega['tuned']}, all "
-        f"tensors {mega['tensors']}, {exact}; the process grew by {mega['process']}. Folders on disk: {mega['files']}. "
+        f"tensors {mega['tensors']}, {exact}. Folders on disk: {mega['files']}. "
         "Medians over rounds (of loading: over adapters) with the 95% interval between order statistics."
     )
 

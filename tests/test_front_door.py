@@ -281,6 +281,21 @@ def test_mixed_batches_serve_each_sample_its_own_head():
         assert close(mixed[row], alone[name][row])
 
 
+def test_mixed_batches_where_one_adapter_saves_the_head_whole_and_one_has_the_bases():
+    base, model = adapted("block1", modules_to_save=["classifier"])
+    model.add_adapter("other", SurgicalConfig(target="block2"))
+    disturb(model)
+    model.eval()
+    alone = {"__base__": outputs(base, INPUTS)}
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        alone[name] = outputs(model, INPUTS)
+    names = ["default", "other", "__base__"] * 2
+    mixed = outputs(model, {**INPUTS, "adapter_names": names})
+    for row, name in enumerate(names):
+        assert close(mixed[row], alone[name][row])
+
+
 def test_mixed_batches_with_raw_parameters_and_root_tensors():
     case = CASES["root tokens"]
     model = get_peft_model(case.network(), SurgicalConfig(target="all", blocks=case.blocks))

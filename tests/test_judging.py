@@ -40,7 +40,8 @@ def test_intervals():
     assert interval_of("worst_group_accuracy", PREDICTED, LABELS, GROUPS) == (wilson_interval(2, 4), 4)
     (value, low, high), n = interval_of("average_group_accuracy", PREDICTED, LABELS, GROUPS)
     one, two, three = wilson_interval(3, 4), wilson_interval(2, 4), wilson_interval(2, 2)
-    assert n == 10 and value == pytest.approx(0.75)
+    assert n == 10
+    assert value == pytest.approx(0.75)
     below = math.hypot(one.value - one.low, two.value - two.low, three.value - three.low) / 3
     above = math.hypot(one.high - one.value, two.high - two.value, three.high - three.value) / 3
     assert (low, high) == (pytest.approx(value - below), pytest.approx(value + above))

@@ -2,8 +2,11 @@
 
 import copy
 import random
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
 
 import pytest
 import torch
@@ -490,6 +493,30 @@ def test_many_threads_many_adapters_little_room(base, sites):
     assert state.bytes <= 3 * ONE
     assert held_bytes(network) == state.bytes
     assert state.evictions == state.loads - len(state.resident)
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs_and_its_outputs_are_equal(tmp_path):
+    pytest.importorskip("timm")
+    script = Path(__file__).parents[1] / "benchmarks" / "many_adapters.py"
+    command = [
+        sys.executable,
+        str(script),
+        "--network",
+        "test_resnet",
+        "--adapters",
+        "5",
+        "--rounds",
+        "6",
+        "--side",
+        "32",
+    ]
+    done = subprocess.run([*command, "--markdown", str(tmp_path / "table.md")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    table = (tmp_path / "table.md").read_text()
+    assert "| switch in the pool |" in table
+    assert "All 5 outputs equal" in table
+    assert "exactly their sum" in table
 
 
 def test_turns_by_themselves():

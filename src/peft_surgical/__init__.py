@@ -12,9 +12,12 @@ Importing this package registers the method; then PEFT's own front door works wi
     'base_model.model.0.surgery.surgical_delta.default.bias'
 """
 
+from .adapters import read_adapter
 from .anatomy import Anatomy, Block, anatomy_of
 from .callback import SurgicalCallback
+from .combination import combine_adapters
 from .config import SurgicalConfig
+from .difference import diff
 from .errors import (
     AdapterError,
     AdapterFileError,
@@ -30,9 +33,11 @@ from .errors import (
 )
 from .hub import load_adapted, open_adapted, pull, push_adapter
 from .layer import SurgicalLayer
+from .lora import to_lora
 from .model import SurgicalModel, set_scale
 from .pace import Pace
 from .penalties import Penalty
+from .pool import AdapterPool
 from .pushing import redirected
 from .register import register
 from .scores import BlockScores
@@ -42,6 +47,7 @@ from .targets import TargetSpec, parse, resolve
 __all__ = [
     "AdapterError",
     "AdapterFileError",
+    "AdapterPool",
     "Anatomy",
     "AnatomyError",
     "BaseMismatchError",
@@ -62,16 +68,20 @@ __all__ = [
     "UnresolvedTargetError",
     "UnsupportedModelError",
     "anatomy_of",
+    "combine_adapters",
+    "diff",
     "load_adapted",
     "open_adapted",
     "parse",
     "pull",
     "push_adapter",
+    "read_adapter",
     "register",
     "resolve",
     "resolve_target",
     "score_blocks",
     "set_scale",
+    "to_lora",
 ]
 
 register(redirected)

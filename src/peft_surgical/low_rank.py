@@ -134,14 +134,16 @@ def _plan(
         elif names:
             others[entry.path] = entry
     biased = [path for path, entry in factors.items() if "bias" in entry.parameters and join(path, "bias") in moved]
-    # PEFT's lora_bias is for all targets, and merges only into those that have a bias themselves.
-    kinds = [modules[path] for path in factors]
-    bias = keep and bool(biased) and all(getattr(module, "bias", None) is not None for module in kinds)
+    bias = False
     if not keep:
         nothing += [join(path, "bias") for path in biased]
         factors = {path: entry for path, entry in factors.items() if join(path, "weight") in moved}
-    elif not bias:
-        others |= {path: factors.pop(path) for path in biased}
+    elif biased:
+        # PEFT's lora_bias is for all targets, and merges only into those that have a bias: either these are kept whole
+        # or the others, whichever is less.
+        without = [path for path in factors if getattr(modules[path], "bias", None) is None]
+        bias = _weight(without, modules) < _weight(biased, modules)
+        others |= {path: factors.pop(path) for path in (without if bias else biased)}
     whole = _units(others, modules) if keep else set()
     whole = _unambiguous(whole, factors, modules, saved)
     kept = tuple(path for path in modules if path in whole)
@@ -155,6 +157,10 @@ def _plan(
     ]
     order = {name: i for i, name in enumerate(plan.names)}
     return LoraPlan(factors, bias, kept, tuple(sorted(nothing, key=lambda name: order[name])))
+
+
+def _weight(paths: Iterable[str], modules: Mapping[str, nn.Module]) -> int:
+    return sum(parameter.numel() for path in paths for parameter in modules[path].parameters())
 
 
 def _can_have_factors(entry: ModulePlan, modules: Mapping[str, nn.Module]) -> bool:
@@ -192,6 +198,7 @@ def _unambiguous(
     while True:
         taken = {path for path in modules if whole and path.endswith(tuple(whole))}
         besides = taken - whole - {path for path in modules if saved and path.endswith(tuple(saved))}
+        besides = {path for path in besides if modules[path].state_dict()}
         containers = [path for path in besides if not _is_leaf(modules[path])]
         elsewhere = [path for path in factors if path not in taken]
         ambiguous = {

@@ -108,7 +108,10 @@ def _layers_of(module: nn.Module) -> list[SurgicalLayer]:
 
 
 def _tell(routing: _Routing, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-    return args, {**kwargs, "adapter_names": routing.names_for(_rows(args, kwargs))}
+    # An adapter that saves no module whole uses the base's, of which PEFT's wrapper is to be told by its own name.
+    own: Any = module._adapters
+    names = [name if name in own else BASE for name in routing.names_for(_rows(args, kwargs))]
+    return args, {**kwargs, "adapter_names": names}
 
 
 def _rows(args: Any, kwargs: Any) -> int | None:

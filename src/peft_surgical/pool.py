@@ -156,10 +156,7 @@ class AdapterPool:
     def clear(self) -> nn.Module:
         """Take all adapters off, once nobody uses the model; the base as it was given."""
         with self._turns.turn(object(), lambda: None):
-            if not self._owns_model:
-                self._switch.to(self._active(), self._given)
-            for entry in self._entries.values():
-                self._detach(entry.name)
+            self._take_off(list(self._entries.values()), self._given)
             self._entries.clear()
         with self._lock:
             self._folders.clear()
@@ -192,7 +189,7 @@ class AdapterPool:
         self._switch.to(self._active(), [self._entries[adapters[0]].name])
         while sum(entry.bytes for entry in self._entries.values()) > self.budget_bytes:
             _, entry = self._entries.popitem(last=False)
-            self._detach(entry.name)
+            self._active().delete_adapter(entry.name)
             self._evictions += 1
 
     def _load(self, missing: Sequence[str], adapters: Sequence[str]) -> None:
@@ -213,10 +210,7 @@ class AdapterPool:
                 added[adapter] = _Entry(f"pooled{self._made}", sizes[adapter])
                 self._attach(folder, added[adapter].name)
         except BaseException:
-            for entry in added.values():
-                self._detach(entry.name)
-            if self._model is not None:
-                self._switch.to(self._model, before)
+            self._take_off(list(added.values()), before)
             raise
         self._entries.update(added)
         self._loads += len(added)
@@ -228,14 +222,18 @@ class AdapterPool:
         else:
             self._model.load_adapter(folder, name)
 
-    def _detach(self, name: str) -> None:
-        if self._model is None or name not in self._model.peft_config:
+    def _take_off(self, entries: Sequence[_Entry], active: list[str]) -> None:
+        """Remove adapters, those that are not there included, and make others active; with the last one the model."""
+        if self._model is None:
             return
-        if self._owns_model and len(self._model.peft_config) == 1:
+        names = [entry.name for entry in entries if entry.name in self._model.peft_config]
+        if self._owns_model and len(names) == len(self._model.peft_config):
             self._model.unload()
             self._model = None
             self._switch = _Switch(self._network)
-        else:
+            return
+        self._switch.to(self._model, active)  # before: PEFT warns where an active one is deleted
+        for name in names:
             self._model.delete_adapter(name)
 
     def _count(self, requests: int) -> None:
@@ -291,8 +289,8 @@ class _Switch:
     def to(self, model: PeftModel, names: list[str]) -> None:
         """Activate adapters that are on the model."""
         for layer in self._layers:
-            layer._active_adapter = list(names)
-            layer._movable = set()
+            # Past nn.Module.__setattr__, which looks for parameters first and takes most of the time.
+            layer.__dict__.update(_active_adapter=list(names), _movable=set())
         for layer in self._caching:
             layer.forget()
         for wrapper in self._wrappers:
