@@ -421,6 +421,7 @@ print("equal")
 """
 
 
+@pytest.mark.slow
 def test_peft_loads_it_in_a_process_without_this_package(tmp_path):
     base, model, inputs, _ = tuned("convolutions")
     to_lora(model, energy=1.0, output=tmp_path / "lora")
