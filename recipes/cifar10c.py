@@ -50,6 +50,7 @@ from peft_surgical.errors import DataError
 from peft_surgical.evaluation import Report, accuracy, mean_interval, measure, predict_logits, wilson_interval
 from peft_surgical.fitting import FitSettings, fit
 from peft_surgical.ledger import Cell, Ledger, Run, shard
+from peft_surgical.watch import file_name
 
 LEARNING_RATES, HEAD_LEARNING_RATES = [1e-3, 1e-4, 1e-5], [1e-1, 1e-2, 1e-3]  # the paper's
 SELECTION = "learning rate by validation accuracy of seed 0, epoch by validation accuracy of each run"
@@ -123,7 +124,7 @@ def run(args: argparse.Namespace, key: dict[str, Any]) -> dict[str, Any]:
         result |= {name: accuracy(after, test.labels) for name, after in logits.items()}
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:8]
         words = [args.network, key["corruption"], key["target"], f"{key['lr']:g}", f"seed{key['seed']}", digest]
-        folder = Path(args.output, "adapters", file_name(words))
+        folder = Path(args.output, "adapters", file_name("-".join(words)))
         model.save_pretrained(folder)
         check_reload(args, folder, pixels, logits)
         result |= {
@@ -141,10 +142,6 @@ def run(args: argparse.Namespace, key: dict[str, Any]) -> dict[str, Any]:
     said = f"{key['corruption']} {key['target']} lr={key['lr']} seed={key['seed']}: {text}"
     print(f"{said}, {result['seconds']:.0f} s", flush=True)
     return result
-
-
-def file_name(words: Sequence[str]) -> str:
-    return "-".join(re.sub(r"[^\w.+-]+", "_", word) for word in words)  # a target may hold * : / and spaces
 
 
 def reload_logits(args: argparse.Namespace, folder: str, threads: int, sets: list[Any]) -> list[Any]:
@@ -214,9 +211,8 @@ def fill(args: argparse.Namespace, ledger: Ledger, one: Cell) -> None:
     runs = one.fill(ledger, functools.partial(run, args))
     folder = Path(args.output, "reports")
     folder.mkdir(parents=True, exist_ok=True)
-    report(args, runs).save(
-        folder / f"{file_name([one.settings[k] for k in ('network', 'corruption', 'target')])}.json"
-    )
+    name = "-".join(one.settings[k] for k in ("network", "corruption", "target"))
+    report(args, runs).save(folder / f"{file_name(name)}.json")
 
 
 def show(args: argparse.Namespace, ledger: Ledger) -> None:

@@ -167,7 +167,9 @@ def test_checkpoints_are_plain(library, network, tmp_path):
         transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "vit")
         network = str(tmp_path / "vit")
     base = load_base(network, label_names=("dark", "bright"), head="new", seed=3)
-    folder = save_checkpoint(base, base.model, tmp_path / "plain")
+    folder = save_checkpoint(
+        library, base.model, tmp_path / "plain", label_names=base.label_names, transform=base.transform_eval
+    )
     again = load_base(folder)
     assert (again.label_names, again.head_is_new, again.library) == (("dark", "bright"), False, library)
     x = torch.rand(2, 3, 32, 32)
@@ -181,9 +183,8 @@ def test_checkpoints_are_plain(library, network, tmp_path):
 
 
 def test_networks_of_no_library(tmp_path):
-    base = dataclasses.replace(load_base("test_resnet", weights="random"), library="mine")
     with pytest.raises(DataError, match="a network of 'mine' has no plain checkpoint"):
-        save_checkpoint(base, base.model, tmp_path)
+        save_checkpoint("mine", torch.nn.Linear(2, 2), tmp_path)
 
 
 def test_too_few_to_hold_out(network, tmp_path):

@@ -82,7 +82,30 @@ def norm_target(network: nn.Module) -> list[str]:
     return names
 
 
-class Memo:
+class _Streamed:
+    """What both methods let one do with the stream that they adapt to."""
+
+    stream: Stream
+
+    @property
+    def record(self) -> Record:
+        """What has happened so far."""
+        return self.stream.record
+
+    def reset(self) -> None:
+        """Deltas as at construction, statistics as they were, a fresh optimizer, bit for bit, and position 0."""
+        self.stream.reset()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream is, what moved and the optimizer's state, as tensors and plain values."""
+        return self.stream.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken: the results are those of a stream that was never interrupted."""
+        self.stream.load_state_dict(state)
+
+
+class Memo(_Streamed):
     """MEMO (Zhang, Levine and Finn 2022): make the views of an image agree, then predict it.
 
     For each image: ``steps`` times, make views, and step down the entropy of their mean prediction; then predict the
@@ -179,25 +202,8 @@ class Memo:
     def _statistics(self) -> AbstractContextManager[None]:
         return nullcontext() if self.prior_strength is None else mixed_statistics(self.model, self.prior_strength)
 
-    @property
-    def record(self) -> Record:
-        """What has happened so far."""
-        return self.stream.record
 
-    def reset(self) -> None:
-        """Back to the start: the deltas at construction and a fresh optimizer, bit for bit, and position 0."""
-        self.stream.reset()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where the stream is, what moved and the optimizer's state, as tensors and plain values."""
-        return self.stream.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken: the results are those of a stream that was never interrupted."""
-        self.stream.load_state_dict(state)
-
-
-class Tent:
+class Tent(_Streamed):
     """TENT (Wang et al. 2021): step down the mean entropy of each batch, and predict from the same forward.
 
     The target is the scale and shift of every normalisation: ``SurgicalConfig(target=norm_target(network))``; any other
@@ -273,23 +279,6 @@ class Tent:
                     self.stream.deltas.restore()
         self.stream.predicted(logits.detach())
         return logits.detach()
-
-    @property
-    def record(self) -> Record:
-        """What has happened so far."""
-        return self.stream.record
-
-    def reset(self) -> None:
-        """Back to the start: deltas, statistics that moved and the optimizer, bit for bit, and position 0."""
-        self.stream.reset()
-
-    def state_dict(self) -> dict[str, Any]:
-        """As `Memo.state_dict`."""
-        return self.stream.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """As `Memo.load_state_dict`."""
-        self.stream.load_state_dict(state)
 
 
 def _same(images: Tensor) -> Tensor:

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -295,8 +294,7 @@ class Experiment:
         result |= {"curve": list(found.curve), "losses": list(found.losses)}
         if "stop" in key or not PartialState().is_main_process:  # where all train together, one looks at the outcome
             return result
-        # With mixed precision, Accelerate replaced the forward by one that casts.
-        trained = extract_model_from_parallel(found.model, keep_fp32_wrapper=False)
+        trained: Any = found.model
         trained.save_pretrained(self.adapter(key))
         reloaded = self.load(self.adapter(key), self.base(seed, zero).model)
         if not self.config.get("delta_dtype"):  # what is rounded on disk differs on purpose

@@ -11,20 +11,11 @@ from .errors import ConfigError
 from .evaluation import Report
 from .findings import ADAPTER
 from .keeping import REPORT
+from .outputs import LOADING
 from .pushing import push_adapter
 from .saving import CARD
 from .staging import Staged, weights_of
 from .tables import is_hub_id
-
-LOADING = """\
-from peft import PeftModel
-from peft_surgical.bases import load_base
-from peft_surgical.evaluation import Report
-
-report = Report.load({report!r})
-base = load_base(report.model, **report.settings["open"])
-model = PeftModel.from_pretrained(base.model, {adapter!r}).eval()
-logits = model(base.transform_eval(image)[None])  # image: a PIL image in RGB"""
 
 
 def check_handover(args: argparse.Namespace, *, has_source_step: bool, by_name: bool) -> None:
@@ -81,7 +72,7 @@ def hand_over(args: argparse.Namespace, report: Report, folder: Path) -> str | N
         return None
     (adapter / CARD).unlink(missing_ok=True)  # PEFT's own, which is not filled in
     if args.license is not None:
-        lines = LOADING.format(report=str(adapter / REPORT), adapter=str(adapter))
+        lines = LOADING.format(report=str(adapter / REPORT), folder=str(adapter))
         about = About(
             repo=args.push_to_hub or f"local/{folder.name}",
             license=args.license,

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError
-from .extras import require
 from .opening import Adapted, open_adapted
+from .plain import save_checkpoint
 
 LOADING = {
     "timm": 'timm.create_model("local-dir:{folder}", pretrained=True)',
@@ -42,15 +42,13 @@ def merge_to(source: str | os.PathLike[str], output: str | os.PathLike[str], **h
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
         place = Path(scratch, "merged")
-        if adapted.record.library == "timm":
-            hub = require("timm.models", "writing a timm checkpoint", "timm")
-            names = {"label_names": list(adapted.label_names)} if adapted.label_names else {}
-            hub.save_for_hf(network, place, model_config=names, safe_serialization=True)
-        else:
-            network.save_pretrained(place)
-            processor = getattr(adapted.transform, "processor", None)
-            if processor is not None:
-                processor.save_pretrained(place)
+        save_checkpoint(
+            adapted.record.library or "timm",
+            network,
+            place,
+            label_names=adapted.label_names,
+            transform=adapted.transform,
+        )
         if target.is_dir():
             target.rmdir()
         shutil.move(place, target)

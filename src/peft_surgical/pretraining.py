@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -120,8 +119,9 @@ def train_source(
     )
     state = PartialState()
     if state.is_main_process:
-        trained = extract_model_from_parallel(found.model, keep_fp32_wrapper=False).merge_and_unload().eval()
-        save_checkpoint(base, trained, place)
+        tuned: Any = found.model
+        trained = tuned.merge_and_unload().eval()
+        save_checkpoint(base.library, trained, place, label_names=base.label_names, transform=base.transform_eval)
         _check(base, trained, place, Rows(held_out, base.transform_eval, keep=False))
         parts = {"source, held out": held_out, "source, test": data.source_test}
         measured = tuple(
