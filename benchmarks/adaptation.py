@@ -25,7 +25,6 @@ import os
 import random
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -34,9 +33,10 @@ from step import machine, median_interval
 from torch import Tensor, nn
 
 from peft_surgical import SurgicalConfig, anatomy_of, parse, resolve
-from peft_surgical.adaptation import Memo, marginal_entropy
-from peft_surgical.cifar import ResNet26
-from peft_surgical.views import AugMix, generator_at
+from peft_surgical.adaptation.objectives import Memo, marginal_entropy
+from peft_surgical.adaptation.views import AugMix, generator_at
+from peft_surgical.evaluation import TextTable
+from peft_surgical.shifts.cifar import ResNet26
 
 LR = 1e-5
 """So small that the network stays what it is from round to round."""
@@ -150,10 +150,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     if given := [f"{name}={value}" for name, value in os.environ.items() if name.startswith("MALLOC_")]:
         caption += f" {', '.join(sorted(given))}."
-    text = "\n".join(f"| {' | '.join(line)} |" for line in [HEADER, ["---"] * len(HEADER), *lines])
-    print(f"{text}\n\n{caption}")
+    table = TextTable(HEADER, lines, caption)
+    print(table.markdown())
     if args.markdown:
-        Path(args.markdown).write_text(f"{text}\n\n{caption}\n", encoding="utf-8")
+        table.save(args.markdown)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
@@ -25,15 +24,13 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
-from peft_surgical.cifar import load_network, normalise, read_images, split
 from peft_surgical.delta import file_sha256
 from peft_surgical.errors import DataError
-from peft_surgical.evaluation import Report, accuracy, mean_interval, predict_logits
-from peft_surgical.ledger import Ledger, Run
+from peft_surgical.evaluation import Report, TextTable, accuracy, mean_interval, predict_logits
+from peft_surgical.evaluation.ledger import Ledger, Run
+from peft_surgical.shifts.cifar import load_network, normalise, read_images, split
 
 WEIGHTS = "adapter_model.safetensors"
 # Between two machines, kernels differ in the last bits, which may move an image or two; not more.
@@ -182,14 +179,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         pairs.append((run, ledger.run(key, functools.partial(evaluate, args, run)).result))
     if not pairs:
         raise DataError(f"no finished adapter for {', '.join(args.corruption)} in {args.run}")
-    lines = rows(pairs, args.dtypes)
-    table = Table(*HEADER, caption=caption(pairs))
-    for line in lines:
-        table.add_row(*line)
-    Console(width=None if sys.stdout.isatty() else 150).print(table)
+    table = TextTable(HEADER, rows(pairs, args.dtypes), caption(pairs))
+    table.show()
     if args.markdown:
-        text = "\n".join(f"| {' | '.join(line)} |" for line in [HEADER, ["---"] * len(HEADER), *lines])
-        Path(args.markdown).write_text(f"{text}\n\n{caption(pairs)}\n", encoding="utf-8")
+        table.save(args.markdown)
 
 
 if __name__ == "__main__":

@@ -39,8 +39,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from fuzzing.judge import Bench
 from fuzzing.mutations import mutated
-from rich.console import Console
-from rich.table import Table
+
+from peft_surgical.evaluation import TextTable
 
 MEMORY = 256 * 2**20
 CHUNK = 2000
@@ -140,16 +140,12 @@ def caption(found: dict[str, Any], limit: float) -> str:
 
 
 def show(found: dict[str, Any], limit: float, markdown: str | None) -> None:
-    lines, text = rows(found), caption(found, limit)
-    table = Table(*HEADER, caption=text)
-    for line in lines:
-        table.add_row(*line)
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    table = TextTable(HEADER, rows(found), caption(found, limit))
+    table.show()
     for seed, mutation, detail in found["findings"]:
         print(f"{seed} {mutation}: {detail}")
     if markdown:
-        body = "\n".join(f"| {' | '.join(line)} |" for line in [HEADER, ["---"] * len(HEADER), *lines])
-        Path(markdown).write_text(f"{body}\n\n{text}\n", encoding="utf-8")
+        table.save(markdown)
 
 
 def single(seeds: Sequence[int], limit: float) -> None:

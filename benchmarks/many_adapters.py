@@ -18,7 +18,6 @@ import argparse
 import copy
 import os
 import random
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -28,16 +27,14 @@ from typing import Any
 import timm
 import torch
 from peft import get_peft_model
-from rich.console import Console
-from rich.table import Table
 from step import machine, median_interval
 from torch import Tensor, nn
 
 from peft_surgical import SurgicalConfig
-from peft_surgical.adapters import Adapter, read_adapter
+from peft_surgical.adapters.adapter import Adapter, read_adapter
+from peft_surgical.adapters.pool import AdapterPool
 from peft_surgical.errors import DataError
-from peft_surgical.evaluation import Interval
-from peft_surgical.pool import AdapterPool
+from peft_surgical.evaluation import Interval, TextTable
 
 TOLERANCE = 1e-4  # of logits, relative to the largest: other batch sizes take other kernels
 
@@ -240,14 +237,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         result = measure(args, Path(root))
     header = ["", "median", "95% interval", "n"]
     lines = [[what, *shown(result["seconds"][name])] for name, what in WHAT.items()]
-    text = caption(args, result, machine(args.device))
-    table = Table(*header, caption=text)
-    for line in lines:
-        table.add_row(*line)
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    table = TextTable(header, lines, caption(args, result, machine(args.device)))
+    table.show()
     if args.markdown:
-        rows = "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *lines])
-        Path(args.markdown).write_text(f"{rows}\n\n{text}\n", encoding="utf-8")
+        table.save(args.markdown)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,6 @@ import math
 import os
 import platform
 import re
-import sys
 import tempfile
 import time
 import warnings
@@ -48,16 +47,14 @@ import timm
 import torch
 import torch.nn.functional as F
 from peft import LNTuningConfig, get_peft_model
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.profiler import ProfilerActivity, profile
 
 from peft_surgical import SurgicalConfig, anatomy_of, parse, resolve
-from peft_surgical.cifar import ResNet26
-from peft_surgical.evaluation import Interval
-from peft_surgical.ledger import Ledger, Run
+from peft_surgical.evaluation import Interval, TextTable
+from peft_surgical.evaluation.ledger import Ledger, Run
+from peft_surgical.shifts.cifar import ResNet26
 
 WEIGHTS = "adapter_model.safetensors"
 CHECKED_STEPS = 3
@@ -459,19 +456,15 @@ def show(runs: Sequence[Run], markdown: str | None) -> None:
     if not runs:
         print("no finished cell: nothing to show")
         return
-    # Where the output goes to a file, rich would fold these tables to 80 columns.
-    console, text = Console(width=None if sys.stdout.isatty() else 150), []
+    text = ""
     for header, cells, caption in zip((TIMES, SIZES), (times, sizes), captions(runs), strict=True):
-        table = Table(*header, caption=caption, show_lines=True)
-        rows = [cells(run) for run in runs]
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
-        text += [f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows]] + ["", caption, ""]
+        table = TextTable(header, [cells(run) for run in runs], caption)
+        table.show(show_lines=True)
+        text += table.markdown() + "\n"
     notes = verdicts(runs)
-    console.print("\n".join(notes), highlight=False)
+    print("\n".join(notes))
     if markdown:
-        Path(markdown).write_text("\n".join([*text, *(f"- {line}" for line in notes), ""]), encoding="utf-8")
+        Path(markdown).write_text(text + "".join(f"- {line}\n" for line in notes), encoding="utf-8")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -23,8 +23,8 @@ sys.path.insert(0, str(ROOT / "recipes"))
 import cifar10c  # noqa: E402
 import compare  # noqa: E402
 
-from peft_surgical.evaluation import mean_interval  # noqa: E402
-from peft_surgical.ledger import Ledger, Run  # noqa: E402
+from peft_surgical.evaluation import TextTable, plus_minus  # noqa: E402
+from peft_surgical.evaluation.ledger import Ledger, Run  # noqa: E402
 
 RESULTS = ROOT / "docs" / "results"
 NETWORKS = {"resnet26": "ResNet-26", "resnet32": "ResNet-32"}
@@ -34,26 +34,14 @@ YARDSTICKS = ["cross-val", "all"]
 POLICIES = ["frozen", "target", "all"]
 
 
-def percent(values: Sequence[float], sign: str = "") -> str:
-    """Mean over seeds and half its 95% interval."""
-    value, low, high = mean_interval(values)
-    return f"{100 * value:{sign}.1f} ± {50 * (high - low):.1f}"
-
-
 def minus(values: Sequence[float], others: Sequence[float]) -> str:
     """The mean of the differences, seed by seed."""
-    return percent([a - b for a, b in zip(values, others, strict=True)], "+")
+    return plus_minus([a - b for a, b in zip(values, others, strict=True)], sign="+")
 
 
 def by_seed(runs: Sequence[Sequence[Run]], name: str) -> list[float]:
     """Seed by seed the mean of one result over cells, whose runs stand in the order of the seeds."""
     return [fmean(run.result[name] for run in same) for same in zip(*runs, strict=True)]
-
-
-def table(header: Sequence[str], lines: Sequence[Sequence[str]], caption: str) -> str:
-    """A Markdown table with what it says below it."""
-    text = "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *lines])
-    return f"{text}\n\n{caption}\n"
 
 
 def arguments(recipe: ModuleType, ledger: str, *words: str):
@@ -76,17 +64,19 @@ def compare_means() -> str:
     tests = {method: by_seed(cells, "test") for method, cells in both.items()}
     lines = []
     for method, cells in both.items():
-        own = [percent(by_seed(runs[method][network], "test")) for network in NETWORKS]
+        own = [plus_minus(by_seed(runs[method][network], "test")) for network in NETWORKS]
         distances = ["" if method == other else minus(tests[method], tests[other]) for other in YARDSTICKS]
         cost = fmean(by_seed(cells, "cost"))
-        lines.append([method, *own, percent(tests[method]), *distances, f"{cost:.0f}"])
+        lines.append([method, *own, plus_minus(tests[method]), *distances, f"{cost:.0f}"])
     caption = (
         f"Test accuracy in percent, mean over {', '.join(CORRUPTIONS)}, and over both networks; ± half the 95% "
         f"interval (Student's t) over seeds {', '.join(map(str, args.seeds))}, whose test sets overlap. Differences "
         "are taken seed by seed. Methods with all their runs on both networks; selection rules and cost as in the "
         "table of each network."
     )
-    return table(["method", *NETWORKS.values(), "both", *(f"minus {m}" for m in YARDSTICKS), "cost"], lines, caption)
+    return TextTable(
+        ["method", *NETWORKS.values(), "both", *(f"minus {m}" for m in YARDSTICKS), "cost"], lines, caption
+    ).markdown()
 
 
 def norm_policies(network: str = "resnet32", target: str = "block1") -> str:
@@ -103,7 +93,7 @@ def norm_policies(network: str = "resnet32", target: str = "block1") -> str:
             rates.setdefault(corruption, str(runs[0].key["lr"]))
             columns[policy, corruption] = {name: by_seed([runs], name) for name in names}
     values = {p: [columns[p, c][name] for c in corruptions for name in names] for p in POLICIES}
-    lines = [[policy, *map(percent, values[policy])] for policy in POLICIES]
+    lines = [[policy, *map(plus_minus, values[policy])] for policy in POLICIES]
     first = POLICIES[0]
     lines += [[f"{p} minus {first}", *map(minus, values[p], values[first])] for p in POLICIES[1:]]
     caption = (
@@ -114,7 +104,7 @@ def norm_policies(network: str = "resnet32", target: str = "block1") -> str:
         "chosen by validation accuracy of each run."
     )
     header = [text for corruption in corruptions for text in (corruption, "clean after it")]
-    return table(["norm_stats", *header], lines, caption)
+    return TextTable(["norm_stats", *header], lines, caption).markdown()
 
 
 SUMMARIES = {"compare-means.md": compare_means, "norm-policies.md": norm_policies}

@@ -45,11 +45,11 @@ from accelerate import PartialState
 from peft import PeftModel
 from torch import Tensor
 
-from peft_surgical.cifar import NETWORKS, Images, corruptions_in, load_network, normalise, read_images, split
 from peft_surgical.errors import DataError
-from peft_surgical.evaluation import Report, accuracy, mean_interval, measure, predict_logits, wilson_interval
-from peft_surgical.fitting import FitSettings, fit
-from peft_surgical.ledger import Cell, Ledger, Run, shard
+from peft_surgical.evaluation import Report, TextTable, accuracy, interval_of_runs, measure, plus_minus, predict_logits
+from peft_surgical.evaluation.ledger import Cell, Ledger, Run, shard
+from peft_surgical.shifts.cifar import NETWORKS, Images, corruptions_in, load_network, normalise, read_images, split
+from peft_surgical.training.fitting import FitSettings, fit
 from peft_surgical.watch import file_name
 
 LEARNING_RATES, HEAD_LEARNING_RATES = [1e-3, 1e-4, 1e-5], [1e-1, 1e-2, 1e-3]  # the paper's
@@ -218,34 +218,24 @@ def fill(args: argparse.Namespace, ledger: Ledger, one: Cell) -> None:
 def show(args: argparse.Namespace, ledger: Ledger) -> None:
     """The table of all complete cells, on the terminal and as Markdown, and the bars of the paper's Figure 2."""
     import matplotlib
-    from rich.console import Console
-    from rich.table import Table
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
-
-    def percent(values: list[float], n: int | None = None) -> tuple[float, float]:
-        if len(values) == 1 and n is None:  # one seed's mean over corruptions of the same photographs: no honest n
-            return 100 * values[0], 0.0
-        value, low, high = mean_interval(values) if len(values) > 1 else wilson_interval(round(values[0] * n), n)
-        return 100 * value, 50 * (high - low)
 
     header = ["target", *args.corruption, "mean", "clean, mean"]
     lines, bars, counts = [], {}, set()
     for target in args.target:
         done = {c: runs for c in args.corruption if (runs := cell(args, c, target).reported(ledger))}
-        counts |= {runs[0].result["n"] for runs in done.values()}
-        columns = {c: percent([r.result["test"] for r in runs], runs[0].result["n"]) for c, runs in done.items()}
+        tests = {c: ([r.result["test"] for r in runs], runs[0].result["n"]) for c, runs in done.items()}
+        counts |= {n for _, n in tests.values()}
+        texts = {c: plus_minus(*test) for c, test in tests.items()}
         if len(done) == len(args.corruption):  # a mean over some of the corruptions would not compare
             for name, column in (("test", "mean"), ("clean", "clean, mean")):
                 if all(name in r.result for runs in done.values() for r in runs):
-                    columns[column] = percent(
-                        [fmean(r.result[name] for r in same) for same in zip(*done.values(), strict=True)]
-                    )
-        texts = [f"{v:.1f} ± {h:.1f}" if h else f"{v:.1f}" for v, h in columns.values()]
-        texts = dict(zip(columns, texts, strict=True))
+                    means = [fmean(r.result[name] for r in same) for same in zip(*done.values(), strict=True)]
+                    texts[column] = plus_minus(means)  # of one seed: of the same photographs, so there is no honest n
         lines.append([target, *(texts.get(column, "-") for column in header[1:])])
-        bars[target] = {c: columns[c] for c in header[1:-1] if c in columns}
+        bars[target] = {c: interval_of_runs(*test) for c, test in tests.items()}
 
     kind = "Wilson's over test images" if len(args.seeds) == 1 else "Student's t over seeds, whose test sets overlap"
     caption = (
@@ -254,13 +244,10 @@ def show(args: argparse.Namespace, ledger: Ledger) -> None:
         f"n = {', '.join(map(str, sorted(counts))) or 'none'} test images per seed. Selection: {SELECTION}; no test "
         "image had a say. Clean: the same test images without the corruption, after tuning, mean over corruptions."
     )
-    shown = Table(*(name.replace("_", "\n") for name in header), caption=caption)
-    for line in lines:
-        shown.add_row(*line)
-    Console().print(shown)
+    table = TextTable(header, lines, caption)
+    table.show()
     if args.markdown:
-        text = "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *lines])
-        Path(args.markdown).write_text(f"{text}\n\n{caption}\n", encoding="utf-8")
+        table.save(args.markdown)
 
     if not counts:
         print(f"no cell is complete in {ledger.file}: nothing to plot yet")
@@ -271,7 +258,8 @@ def show(args: argparse.Namespace, ledger: Ledger) -> None:
         places = [header[1:-1].index(c) + (i - (len(bars) - 1) / 2) * width for c in values]
         if not values:
             continue
-        heights, halves = zip(*values.values(), strict=True)
+        heights = [100 * interval.value for interval in values.values()]
+        halves = [50 * (interval.high - interval.low) for interval in values.values()]
         axes.bar(places, heights, width, yerr=halves, label=target, color=f"C{i}", capsize=2)
     axes.set_xticks(range(len(header) - 2), [c.replace("_", "\n") for c in header[1:-1]])
     axes.set(ylabel="test accuracy (%)", title=f"{args.network}: what to tune for which corruption")

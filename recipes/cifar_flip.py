@@ -38,12 +38,12 @@ import numpy as np
 import torch
 
 from peft_surgical.bases import Base, load_base
-from peft_surgical.cifar import NETWORKS, load_network, normalise
 from peft_surgical.errors import ConfigError
-from peft_surgical.fitting import FitSettings
-from peft_surgical.flipped import CLASSES, HUB_ID, read_cifar_flip
-from peft_surgical.protocol import Protocol, parser_of
-from peft_surgical.study import run_study
+from peft_surgical.shifts.cifar import NETWORKS, load_network, normalise
+from peft_surgical.shifts.flipped import CLASSES, HUB_ID, read_cifar_flip
+from peft_surgical.studies.protocol import Protocol, parser_of
+from peft_surgical.studies.study import run_study
+from peft_surgical.training.fitting import FitSettings
 
 PROTOCOL = Protocol(
     name="CIFAR-Flip",
@@ -74,7 +74,7 @@ def to_input(network: str, image: Any) -> torch.Tensor:
 
 
 def open_network(models: str | None, name: str, *, weights: str = "pretrained", **how: Any) -> Base:
-    """A network of `peft_surgical.cifar`, or any other, which `load_base` opens."""
+    """A network of `peft_surgical.shifts.cifar`, or any other, which `load_base` opens."""
     if name not in NETWORKS:
         return load_base(name, weights=weights, **how)
     if how.get("augment", "none") != "none":

@@ -41,12 +41,12 @@ import transformers
 from torch.utils.data import DataLoader
 
 from peft_surgical import anatomy_of, score_blocks
-from peft_surgical.cifar import NETWORKS, Images, load_network, normalise, read_images, split
-from peft_surgical.evaluation import accuracy, mean_interval, predict_logits
-from peft_surgical.fitting import FORWARD_SHARE, FitSettings, fit, forget_checkpoints
-from peft_surgical.ledger import SELECTION_SEED, Cell, Ledger, Run, shard
-from peft_surgical.schedules import block_means
-from peft_surgical.search import AUTO_KEEP, AUTO_RUNGS, NONE, auto, candidates_of, race
+from peft_surgical.evaluation import TextTable, accuracy, mean_interval, plus_minus, predict_logits
+from peft_surgical.evaluation.ledger import SELECTION_SEED, Cell, Ledger, Run, shard
+from peft_surgical.shifts.cifar import NETWORKS, Images, load_network, normalise, read_images, split
+from peft_surgical.training.fitting import FORWARD_SHARE, FitSettings, fit, forget_checkpoints
+from peft_surgical.training.schedules import block_means
+from peft_surgical.training.search import AUTO_KEEP, AUTO_RUNGS, NONE, auto, candidates_of, race
 
 CROSS_VALIDATED = [NONE, "block1", "block2", "block3", "head", "all"]
 METHODS = [NONE, "all", "gradual-first-last", "gradual-last-first", "l1-sp", "l2-sp", "auto-snr", "auto-rgn"]
@@ -211,9 +211,6 @@ def reported(args: argparse.Namespace, ledger: Ledger, task: str, method: str, i
 
 def show(args: argparse.Namespace, ledger: Ledger) -> None:
     """Accuracy by method and task, mean rank over the tasks that all methods have, and cost; figures beside it."""
-    from rich.console import Console
-    from rich.table import Table
-
     images = args.tuning_images[-1]
     runs = {m: {t: reported(args, ledger, t, m, images) for t in args.tasks} for m in args.methods}
     begun = [m for m in args.methods if any(runs[m].values())]  # a method without a finished cell has no say
@@ -224,11 +221,11 @@ def show(args: argparse.Namespace, ledger: Ledger) -> None:
     header = ["method", *args.tasks, "mean", "rank", "cost"]
     lines = []
     for method, by_task in runs.items():
-        cells = [half([run.result["test"] for run in found]) if found else "-" for found in by_task.values()]
+        cells = [plus_minus([run.result["test"] for run in found]) for found in by_task.values()]
         summary = ["-", "-", "-"]
         if whole and method in begun:
             seeds = zip(*(by_task[task] for task in whole), strict=True)
-            mean = half([fmean(run.result["test"] for run in same) for same in seeds])
+            mean = plus_minus([fmean(run.result["test"] for run in same) for same in seeds])
             ranks = [1 + sum(means[m][t] > means[method][t] for m in begun) for t in whole]
             cost = f"{fmean(run.result['cost'] for task in whole for run in by_task[task]):.0f}"
             summary = [mean, f"{fmean(ranks):.1f}", cost]
@@ -242,26 +239,16 @@ def show(args: argparse.Namespace, ledger: Ledger) -> None:
         "one adapter, without the search for the rate except in race and auto; one run of `all` costs "
         f"{one_run(args, images):.0f}."
     )
-    table = Table(*header, caption=caption)
-    for line in lines:
-        table.add_row(*line)
-    Console().print(table)
+    table = TextTable(header, lines, caption)
+    table.show()
     if args.markdown:
-        text = "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *lines])
-        Path(args.markdown).write_text(f"{text}\n\n{caption}\n", encoding="utf-8")
+        table.save(args.markdown)
     if args.figure:
         plot(args, ledger)
 
 
 def one_run(args: argparse.Namespace, images: int) -> float:
     return args.epochs * (-(-images // args.batch_size) + FORWARD_SHARE * args.validation_images / args.batch_size)
-
-
-def half(values: Sequence[float]) -> str:
-    if len(values) == 1:
-        return f"{100 * values[0]:.1f}"
-    value, low, high = mean_interval(values)
-    return f"{100 * value:.1f} ± {50 * (high - low):.1f}"
 
 
 def plot(args: argparse.Namespace, ledger: Ledger) -> None:

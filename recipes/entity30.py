@@ -26,11 +26,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from peft_surgical.fitting import FitSettings
-from peft_surgical.pretraining import SourceTraining
-from peft_surgical.protocol import Protocol, parser_of
-from peft_surgical.study import run_study
-from peft_surgical.subpopulations import imagenet_parts, read_breeds
+from peft_surgical.shifts.subpopulations import imagenet_parts, read_breeds
+from peft_surgical.studies.pretraining import SourceTraining
+from peft_surgical.studies.protocol import Protocol, parser_of
+from peft_surgical.studies.study import run_study
+from peft_surgical.training.fitting import FitSettings
 
 PROTOCOL = Protocol(
     name="Entity-30",

@@ -42,14 +42,12 @@ from peft import get_peft_model
 from torch import Tensor
 
 from peft_surgical import SurgicalConfig
-from peft_surgical.adaptation import Memo, Tent, norm_target
-from peft_surgical.batchnorm import batch_statistics
-from peft_surgical.cifar import NETWORKS, Images, corruptions_in, load_network, read_images, split
+from peft_surgical.adaptation import CollapseWarning, Memo, Record, Tent, batch_statistics, norm_target
 from peft_surgical.errors import DataError
-from peft_surgical.evaluation import mean_interval, wilson_interval
-from peft_surgical.gradients import logits_of
-from peft_surgical.ledger import SELECTION_SEED, Ledger, Run
-from peft_surgical.streams import CollapseWarning, Record
+from peft_surgical.evaluation import TextTable, mean_interval, plus_minus
+from peft_surgical.evaluation.ledger import SELECTION_SEED, Ledger, Run
+from peft_surgical.selection.gradients import logits_of
+from peft_surgical.shifts.cifar import NETWORKS, Images, corruptions_in, load_network, read_images, split
 
 Row = tuple[str, str, str]  # method, target, mode
 TARGETS = ["all", "stem", "conv1 + layer1.0.conv1", "block1 + block2", "head"]
@@ -184,10 +182,7 @@ def runs_of(args: argparse.Namespace, ledger: Ledger, row: Row, corruption: str)
 
 
 def interval(runs: list[Run]) -> str:
-    values = [run.result["accuracy"] for run in runs]
-    n = runs[0].result["n"]
-    value, low, high = mean_interval(values) if len(values) > 1 else wilson_interval(round(values[0] * n), n)
-    return f"{100 * value:.1f} ± {50 * (high - low):.1f}"
+    return plus_minus([run.result["accuracy"] for run in runs], runs[0].result["n"])
 
 
 def first_of(run: Run, n: int) -> Run:
@@ -210,9 +205,6 @@ def gain(runs: list[Run], base: list[Run]) -> str:
 
 def show(args: argparse.Namespace, ledger: Ledger) -> None:
     """Accuracy with the paper's beside it; gains over no adaptation; settings and cost. And the streams' figure."""
-    from rich.console import Console
-    from rich.table import Table
-
     cells = {row: {c: runs_of(args, ledger, row, c) for c in args.corruption} for row in rows_of(args)}
     cells = {row: found for row, found in cells.items() if any(found.values())}
     base = cells.get(("none", "none", "none"), {})
@@ -253,12 +245,9 @@ def show(args: argparse.Namespace, ledger: Ledger) -> None:
     ]
     text = ""
     for (header, lines), caption in zip(tables, captions, strict=True):
-        table = Table(*header, caption=caption)
-        for line in lines:
-            table.add_row(*line)
-        Console().print(table)
-        text += "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *lines])
-        text += f"\n\n{caption}\n\n"
+        table = TextTable(header, lines, caption)
+        table.show()
+        text += table.markdown() + "\n"
     if args.markdown:
         Path(args.markdown).write_text(text.rstrip() + "\n", encoding="utf-8")
     if args.figure:

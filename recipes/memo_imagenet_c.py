@@ -29,15 +29,15 @@ from typing import Any
 
 import torch
 
-from peft_surgical.adapting import AdaptSettings, adapt
+from peft_surgical.adaptation import CollapseWarning
 from peft_surgical.bases import load_base
+from peft_surgical.data.images import IMAGE_SUFFIXES, decode
+from peft_surgical.data.incoming import Incoming
 from peft_surgical.errors import DataError
-from peft_surgical.evaluation import accuracy, mean_interval, wilson_interval
+from peft_surgical.evaluation import TextTable, accuracy, plus_minus
+from peft_surgical.evaluation.ledger import SELECTION_SEED, Ledger, Run
+from peft_surgical.experiments.adapting import AdaptSettings, adapt
 from peft_surgical.extras import require
-from peft_surgical.images import IMAGE_SUFFIXES, decode
-from peft_surgical.incoming import Incoming
-from peft_surgical.ledger import SELECTION_SEED, Ledger, Run
-from peft_surgical.streams import CollapseWarning
 
 
 @functools.lru_cache(maxsize=1)
@@ -123,24 +123,6 @@ def chosen(
     return [at(tried[0], corruption, severity, "test", seed) for seed in args.seeds]
 
 
-def interval(values: list[float], n: int) -> str:
-    value, low, high = mean_interval(values) if len(values) > 1 else wilson_interval(round(values[0] * n), n)
-    return f"{100 * value:.1f} ± {50 * (high - low):.1f}"
-
-
-def show(header: Sequence[str], lines: list[list[str]], caption: str, file: str | None) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*header, caption=caption)
-    for line in lines:
-        table.add_row(*line)
-    Console().print(table)
-    if file:
-        text = "\n".join(f"| {' | '.join(line)} |" for line in [list(header), ["---"] * len(header), *lines])
-        Path(file).write_text(f"{text}\n\n{caption}\n", encoding="utf-8")
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -177,14 +159,17 @@ def main(argv: Sequence[str] | None = None) -> None:
             if name == "before" and lines:
                 continue
             own = ["none", "-", "-", "-"] if name == "before" else [row[0], row[2], row[1], f"{runs[0][0].key['lr']:g}"]
-            lines.append([*own, *(interval([r.result[name] for r in some], some[0].result["n"]) for some in runs)])
+            lines.append([*own, *(plus_minus([r.result[name] for r in some], some[0].result["n"]) for some in runs)])
     caption = (
         f"{args.model}, ImageNet-C: accuracy in percent of the predictions along streams of {args.images} images, ± "
         f"half the 95% interval ({'Wilson over images' if len(args.seeds) == 1 else 'Student over seeds'}); seeds "
         f"{', '.join(map(str, args.seeds))}. Selection: learning rate by the accuracy on {args.validation_images} "
         f"validation images of {args.select_on}; no test image had a say."
     )
-    show(["method", "mode", "target", "lr", *(f"{c} {s}" for c, s in places)], lines, caption, args.markdown)
+    table = TextTable(["method", "mode", "target", "lr", *(f"{c} {s}" for c, s in places)], lines, caption)
+    table.show()
+    if args.markdown:
+        table.save(args.markdown)
 
 
 if __name__ == "__main__":

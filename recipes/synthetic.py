@@ -26,17 +26,15 @@ from typing import Any
 import torch
 import transformers
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 from torch.utils.data import DataLoader
 
 from peft_surgical import anatomy_of, score_blocks
-from peft_surgical.cifar import NETWORKS, load_network, normalise, read_images, split
-from peft_surgical.evaluation import accuracy, mean_interval, predict_logits
-from peft_surgical.fitting import FitSettings, fit
-from peft_surgical.ledger import Cell, Ledger, Run, shard
-from peft_surgical.schedules import block_means
+from peft_surgical.evaluation import TextTable, accuracy, plus_minus, predict_logits
+from peft_surgical.evaluation.ledger import Cell, Ledger, shard
+from peft_surgical.shifts.cifar import NETWORKS, load_network, normalise, read_images, split
+from peft_surgical.training.fitting import FitSettings, fit
+from peft_surgical.training.schedules import block_means
 
 METHODS = ["none", "block1", "block2", "block3", "head", "all", "auto-rgn"]
 
@@ -88,16 +86,8 @@ def cell(args: argparse.Namespace, block: str, method: str) -> Cell:
 
 def show(args: argparse.Namespace, ledger: Ledger, blocks: Sequence[str]) -> None:
     """Table 5 as text and Markdown; Figures 5 and 6."""
-
-    def text(runs: list[Run]) -> str:
-        values = [run.result["test"] for run in runs]
-        if len(values) < 2:
-            return f"{100 * values[0]:.1f}" if values else "-"
-        value, low, high = mean_interval(values)
-        return f"{100 * value:.1f} ± {50 * (high - low):.1f}"
-
     runs = {(b, m): cell(args, b, m).reported(ledger) for b in blocks for m in args.methods}
-    lines = [[b, *(text(runs[b, m]) for m in args.methods)] for b in blocks]
+    lines = [[b, *(plus_minus([run.result["test"] for run in runs[b, m]]) for m in args.methods)] for b in blocks]
     caption = (
         f"{args.network}, Gaussian noise of {args.noise:g} x RMS on the parameters of one block. Test accuracy in "
         "percent on 800 clean images, mean ± half the 95% interval (Student's t) over seeds "
@@ -105,14 +95,11 @@ def show(args: argparse.Namespace, ledger: Ledger, blocks: Sequence[str]) -> Non
         "Selection: rate by validation accuracy of seed 0, epoch by that of each run; no test image had a say."
     )
     header = ["noise on", *args.methods]
-    table = Table(*header, caption=caption)
-    for line in lines:
-        table.add_row(*line)
-    Console().print(table)
+    table = TextTable(header, lines, caption)
+    table.show()
     folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
-    rows = "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *lines])
-    (folder / f"synthetic-{args.network}.md").write_text(f"{rows}\n\n{caption}\n", encoding="utf-8")
+    table.save(folder / f"synthetic-{args.network}.md")
 
     figure = Figure(figsize=(4 * len(blocks), 6), layout="constrained")
     axes = figure.subplots(2, len(blocks), squeeze=False)

@@ -58,11 +58,10 @@ import torch
 from matplotlib.figure import Figure
 from peft import get_peft_model
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from peft_surgical import SurgicalConfig
-from peft_surgical.evaluation import mean_interval, wilson_interval
+from peft_surgical.evaluation import TextTable, mean_interval, wilson_interval
 
 ZERO = 1e-9  # a relative loss up to here counts as none: rounding leaves 1e-15, gradient descent 1e-11
 MARGIN = 1e-6  # losses that differ by less count as equal: so much is left where descent is cut short
@@ -401,11 +400,9 @@ def main() -> None:
 
     text = []
     for title, (columns, *rows) in tables(report).items():
-        table = Table(*columns, title=title)
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
-        text += [f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *rows)] + [""]
+        table = TextTable(columns, rows)
+        table.show(title=title)
+        text.append(table.markdown())
     ended = sum(r["ended"]["count"] for r in report["theorem"])
     text += [
         "Loss over all of the target relative to E[y^2]: mean ± half its 95% t interval over draws (seeds 0 to "

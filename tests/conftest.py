@@ -28,6 +28,15 @@ def quick_collections():
 
 
 @pytest.fixture
+def own_datasets_cache(tmp_path_factory, monkeypatch):
+    """The cache in which `datasets` keeps what it has read is the user's and outlives a test: here each has its own."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    datasets.disable_progress_bars()
+
+
+@pytest.fixture
 def own_accelerate_state():
     """Accelerate's singletons, which outlive a run that is interrupted or that trains in bfloat16, do not here."""
     yield

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from peft_surgical.wilds_layouts import FMOW_CATEGORIES
+from peft_surgical.shifts.wilds_layouts import FMOW_CATEGORIES
 
 
 def encoded(seed, mode="RGB", shade=0):

@@ -16,7 +16,8 @@ from peft import get_peft_model  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from timm.models import save_for_hf  # noqa: E402
 
-from peft_surgical import SurgicalConfig, bases  # noqa: E402
+from peft_surgical import SurgicalConfig  # noqa: E402
+from peft_surgical.bases import load as bases  # noqa: E402
 from peft_surgical.bases import load_base, load_model  # noqa: E402
 from peft_surgical.errors import ConfigError, DataError  # noqa: E402
 

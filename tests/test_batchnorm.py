@@ -7,7 +7,7 @@ from tiny import CASES, disturb, images, same, snapshot
 from torch import nn
 
 from peft_surgical import ConfigError, SurgicalConfig
-from peft_surgical.batchnorm import batch_statistics, mixed_statistics
+from peft_surgical.adaptation.batchnorm import batch_statistics, mixed_statistics
 
 
 def network():

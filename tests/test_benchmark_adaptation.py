@@ -1,10 +1,10 @@
 """The benchmark of adaptation: one tiny run, and its check that both methods do the same work."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
+from scripts import script
 
 pytest.importorskip("torchvision")
 pytest.importorskip("timm")
@@ -16,10 +16,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture
 def benchmark(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    spec = importlib.util.spec_from_file_location("benchmark_adaptation", ROOT / "benchmarks" / "adaptation.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("benchmarks", "adaptation.py")
 
 
 def test_a_tiny_run(benchmark, tmp_path):

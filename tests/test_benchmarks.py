@@ -1,6 +1,5 @@
 """The benchmarks: their statistics by hand, their checks, and (slow) one tiny run of each."""
 
-import importlib.util
 import io
 import json
 import math
@@ -13,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from scripts import script
 from torch import nn
 
-from peft_surgical import cifar
-from peft_surgical.ledger import Ledger, Run
+from peft_surgical.evaluation.ledger import Ledger, Run
+from peft_surgical.shifts import cifar
 
 pytest.importorskip("timm")
 pytest.importorskip("rich")
@@ -25,10 +25,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def load(name):
-    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / "benchmarks" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("benchmarks", f"{name}.py")
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,8 @@ from collections import Counter
 
 import pytest
 
-from peft_surgical.breeds import (
+from peft_surgical.errors import DataError
+from peft_surgical.shifts.breeds import (
     BENCHMARKS,
     ROOT,
     Breeds,
@@ -17,7 +18,6 @@ from peft_surgical.breeds import (
     imagenet_files,
     read_hierarchy,
 )
-from peft_surgical.errors import DataError
 
 CLASSES = [[number, f"n0000010{number}", f"class {number}, alias"] for number in range(9)]
 

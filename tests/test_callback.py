@@ -7,20 +7,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import get_peft_model
-from tiny import ConvNet, same, snapshot
+from tiny import ConvNet, Rows, same, snapshot
 from torch import nn
 from torch.func import functional_call
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.trainer_callback import PrinterCallback
 
-import peft_surgical.pace
+import peft_surgical.training.pace
 from peft_surgical import SurgicalCallback, SurgicalConfig, anatomy_of
-from peft_surgical.callback import RECORD, scoring_loader
 from peft_surgical.errors import AnatomyError, ConfigError
-from peft_surgical.penalties import Penalty
-from peft_surgical.schedules import AutoRGN, AutoSNR, gradual_unfreezing
+from peft_surgical.training.callback import RECORD, scoring_loader
+from peft_surgical.training.penalties import Penalty
+from peft_surgical.training.schedules import AutoRGN, AutoSNR, gradual_unfreezing
 
 pytestmark = pytest.mark.usefixtures("quick_collections", "own_accelerate_state")
 
@@ -47,21 +47,6 @@ def network(dropout=0.0):
 
 NAMES = tuple(name for name, _ in network().named_parameters())
 BLOCK1 = tuple(name for name in NAMES if name.startswith(("conv1", "bn1", "layer1")))
-
-
-class Rows(Dataset):
-    def __init__(self, count=10):
-        generator = torch.Generator().manual_seed(1)
-        self.images = torch.randn(count, 3, 8, 8, generator=generator)
-        self.classes = torch.randint(5, (count,), generator=generator)
-        self.drawn = []
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, i):
-        self.drawn.append(int(i))
-        return {"pixel_values": self.images[i], "labels": int(self.classes[i])}
 
 
 class Stream(IterableDataset):
@@ -277,13 +262,13 @@ class Kill(TrainerCallback):
 @pytest.fixture
 def scored(monkeypatch):
     calls = []
-    real = peft_surgical.pace.score_blocks
+    real = peft_surgical.training.pace.score_blocks
 
     def counting(*args, **kwargs):
         calls.append(1)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(peft_surgical.pace, "score_blocks", counting)
+    monkeypatch.setattr(peft_surgical.training.pace, "score_blocks", counting)
     return calls
 
 
@@ -602,9 +587,11 @@ def test_auto_rgn_leaves_the_order_of_the_images_alone(tmp_path):
 
 def test_scores_are_taken_in_the_precision_of_training(tmp_path, monkeypatch):
     asked = []
-    real = peft_surgical.pace.score_blocks
+    real = peft_surgical.training.pace.score_blocks
     monkeypatch.setattr(
-        peft_surgical.pace, "score_blocks", lambda *args, **how: asked.append(how["autocast"]) or real(*args, **how)
+        peft_surgical.training.pace,
+        "score_blocks",
+        lambda *args, **how: asked.append(how["autocast"]) or real(*args, **how),
     )
     trainer = trained(tmp_path, SurgicalCallback(AutoRGN()), bf16=True, max_steps=1)
     assert asked == [torch.bfloat16]

@@ -1,9 +1,7 @@
 """Cards: every number from a measurement, every missing field an error, and the examples as they are rendered now."""
 
-import importlib.util
 import json
 import re
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,13 +10,15 @@ import pytest
 import yaml
 from hub_server import metadata_errors
 from huggingface_hub import ModelCard
+from scripts import script
 
-from peft_surgical import SurgicalConfig, cards
-from peft_surgical.card_figure import draw
-from peft_surgical.card_text import choices, limits_of, parents_of, protocol_of, rows_of, why
-from peft_surgical.cards import About, Weights, card_of
+from peft_surgical import SurgicalConfig
 from peft_surgical.errors import ConfigError
 from peft_surgical.evaluation import Report, measure
+from peft_surgical.hub import cards
+from peft_surgical.hub.card_figure import draw
+from peft_surgical.hub.card_text import choices, limits_of, parents_of, protocol_of, rows_of, why
+from peft_surgical.hub.cards import About, Weights, card_of
 
 RENDER = Path(__file__).parents[1] / "hub_cards" / "render.py"
 WEIGHTS = Weights(
@@ -356,7 +356,7 @@ def test_the_figure_is_shown_where_there_is_one(tmp_path):
 
 
 def test_the_template_is_in_the_package():
-    assert (Path(cards.__file__).parent / "hub_cards" / cards.TEMPLATE).is_file()
+    assert (Path(cards.__file__).parent / "templates" / cards.TEMPLATE).is_file()
 
 
 # The examples
@@ -364,12 +364,7 @@ def test_the_template_is_in_the_package():
 
 @pytest.fixture(scope="module")
 def render():
-    spec = importlib.util.spec_from_file_location("hub_cards_render", RENDER)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    return script("hub_cards", "render.py")
 
 
 def test_every_example_is_as_it_is_rendered_now(render, capsys):

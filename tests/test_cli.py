@@ -16,9 +16,9 @@ from peft import LoraConfig, get_peft_model  # noqa: E402
 
 from peft_surgical import SurgicalConfig, cli  # noqa: E402
 from peft_surgical import __main__ as module  # noqa: E402
-from peft_surgical.contents import contents_of  # noqa: E402
 from peft_surgical.errors import AdapterFileError  # noqa: E402
-from peft_surgical.scores import BlockScores  # noqa: E402
+from peft_surgical.hub.contents import contents_of  # noqa: E402
+from peft_surgical.selection import BlockScores  # noqa: E402
 
 
 @pytest.fixture
@@ -202,7 +202,7 @@ def test_ctrl_c_says_how_to_go_on(run, data, tmp_path, monkeypatch):
     def stopped(*args, **how):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("peft_surgical.experiment.fit", stopped)
+    monkeypatch.setattr("peft_surgical.experiments.experiment.fit", stopped)
     line = ("tune", "test_resnet", data, "--output", tmp_path / "a", "--target", "block1", "--random", "--epochs", 1)
     assert run(*line) == (130, "", "stopped; the same command goes on from here\n")
 

@@ -12,17 +12,13 @@ import torch
 datasets = pytest.importorskip("datasets")
 PIL = pytest.importorskip("PIL.Image")
 
-from peft_surgical.corruptions import CORRUPTIONS, check_cells, open_classifier, read_imagenet_c  # noqa: E402
-from peft_surgical.data import items  # noqa: E402
+from peft_surgical.data.labelled import items  # noqa: E402
 from peft_surgical.errors import DataError  # noqa: E402
+from peft_surgical.shifts.corruptions import CORRUPTIONS, check_cells, open_classifier, read_imagenet_c  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("own_datasets_cache")
 
 WNIDS = ("n01440764", "n01443537", "n01484850", "n01491361")
-
-
-@pytest.fixture(autouse=True)
-def _private_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-    datasets.disable_progress_bars()
 
 
 def encoded(seed, size=8, shade=0):

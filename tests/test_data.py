@@ -11,16 +11,12 @@ import torch
 datasets = pytest.importorskip("datasets")
 PIL = pytest.importorskip("PIL.Image")
 
-from peft_surgical.data import collate, items, read_data  # noqa: E402
+from peft_surgical.data.images import to_rgb  # noqa: E402
+from peft_surgical.data.labelled import collate, items, read_data  # noqa: E402
+from peft_surgical.data.splits import draw  # noqa: E402
 from peft_surgical.errors import ConfigError, DataError  # noqa: E402
-from peft_surgical.images import to_rgb  # noqa: E402
-from peft_surgical.splits import draw  # noqa: E402
 
-
-@pytest.fixture(autouse=True)
-def _private_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-    datasets.disable_progress_bars()
+pytestmark = pytest.mark.usefixtures("own_datasets_cache")
 
 
 def picture(seed, size=8):
@@ -413,7 +409,7 @@ def test_modes_become_rgb(tmp_path, image, expected, form):
     assert found.mode == "RGB"
     assert np.array_equal(np.asarray(found), expected)
     if form:
-        from peft_surgical.images import decode, fault
+        from peft_surgical.data.images import decode, fault
 
         assert np.array_equal(np.asarray(decode(encoded(image, form), "x")), expected)
         assert fault(encoded(image, form), "x") is None
@@ -433,7 +429,7 @@ def test_modes_without_a_range(tmp_path):
 
 
 def test_orientation_of_a_camera(tmp_path):
-    from peft_surgical.images import decode
+    from peft_surgical.data.images import decode
 
     image = PIL.new("RGB", (8, 4))
     exif = PIL.Exif()

@@ -11,9 +11,9 @@ from peft import get_peft_model
 from tiny import CASES, disturb, train
 
 from peft_surgical import BaseMismatchError, ConfigError, SurgicalConfig
-from peft_surgical.adapters import Adapter, read_adapter
-from peft_surgical.combination import combine_adapters
-from peft_surgical.difference import diff
+from peft_surgical.adapters.adapter import Adapter, read_adapter
+from peft_surgical.adapters.combination import combine_adapters
+from peft_surgical.adapters.difference import diff
 
 
 def adapter(name, scale=1.0, **deltas):

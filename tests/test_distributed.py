@@ -12,50 +12,22 @@ import torch.distributed as dist
 from launching import environment, run
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
-from tiny import ConvNet, outputs, vit
+from tiny import Rows, outputs, used_batchnorm, vit
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from peft_surgical import SurgicalCallback, SurgicalConfig, score_blocks
-from peft_surgical.callback import RECORD
-from peft_surgical.checkpoints import MARK
-from peft_surgical.fitting import FitSettings, fit
-from peft_surgical.schedules import AutoRGN, normalised
-from peft_surgical.trainer import ClassifierTrainer
+from peft_surgical.training.callback import RECORD
+from peft_surgical.training.checkpoints import MARK
+from peft_surgical.training.fitting import FitSettings, fit
+from peft_surgical.training.schedules import AutoRGN, normalised
+from peft_surgical.training.trainer import ClassifierTrainer
 
 pytestmark = pytest.mark.usefixtures("quick_collections", "own_accelerate_state")
 
 BATCH = 8  # of all processes and accumulated batches together
-
-
-class Rows(Dataset):
-    """Images that look a little like their class; keeps which were asked for."""
-
-    def __init__(self, count, seed):
-        generator = torch.Generator().manual_seed(seed)
-        self.classes = torch.randint(5, (count,), generator=generator)
-        looks = torch.randn(5, 3, 1, 1, generator=torch.Generator().manual_seed(0))
-        self.images = 0.5 * looks[self.classes] + torch.randn(count, 3, 8, 8, generator=generator)
-        self.drawn = []
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, i):
-        self.drawn.append(int(i))
-        return {"pixel_values": self.images[i], "labels": int(self.classes[i])}
-
-
-def conv():
-    torch.manual_seed(0)
-    network = ConvNet(nn.BatchNorm2d)
-    with torch.no_grad():
-        for name, buffer in network.named_buffers():
-            if name.endswith(("running_mean", "running_var")):
-                buffer.add_(torch.rand_like(buffer))
-    return network
 
 
 def transformer():
@@ -75,7 +47,7 @@ class Case:
     tuning: int = 24
     settings: dict = field(default_factory=dict)
     config: dict = field(default_factory=dict)
-    network: object = conv
+    network: object = used_batchnorm
     keeps: bool = False  # has a folder
     tolerance: float = 1e-5  # single precision, sums in another order
 
@@ -295,7 +267,7 @@ def test_auto_rgns_factors_are_those_of_the_union_of_the_batches(pairs):
     rows = Rows(24, 1)
     order = torch.randperm(24, generator=torch.Generator().manual_seed(0)).tolist()
     batches = [batch for rank in (0, 1) for batch in DataLoader(Subset(rows, order[rank::2]), 4)]
-    model = get_peft_model(conv(), SurgicalConfig(target="all"))
+    model = get_peft_model(used_batchnorm(), SurgicalConfig(target="all"))
     wanted = normalised(score_blocks(model, batches, "rgn", None).tensor_scores)
     assert first["record"][0] == pytest.approx(wanted, rel=1e-4)
     assert len({round(factor, 3) for factor in wanted.values()}) > 5
@@ -357,7 +329,7 @@ def test_auto_rgn_paces_two_half_batches_as_a_whole_one(tmp_path):
     rows, found = Rows(16, 1), []
     scoring = [{"pixel_values": rows.images[i : i + 4], "labels": rows.classes[i : i + 4]} for i in (0, 4, 8)]
     for accumulation in (1, 2):
-        model = get_peft_model(conv(), SurgicalConfig(target="all"))
+        model = get_peft_model(used_batchnorm(), SurgicalConfig(target="all"))
         arguments = TrainingArguments(
             output_dir=tmp_path,
             num_train_epochs=2,

@@ -1,8 +1,6 @@
 """What the texts show is what the committed results say."""
 
 import ast
-import graphlib
-import importlib.util
 import json
 import math
 import re
@@ -13,16 +11,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from scripts import script
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
 def summaries():
-    spec = importlib.util.spec_from_file_location("summaries", ROOT / "docs" / "summaries.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("docs", "summaries.py")
 
 
 def test_every_marked_table_is_as_measured():
@@ -98,31 +94,40 @@ def test_a_changed_run_and_a_missing_one_change_the_summary(summaries, tmp_path,
     assert "| auto-rgn |" not in summaries.compare_means()  # complete on one network only
 
 
-def test_no_module_imports_from_above_its_place_on_the_ladder():
+def test_every_module_imports_only_from_those_before_it_on_the_ladder():
     """CONTRIBUTING's table is the ladder; what is imported for annotations alone does not count."""
-    table = re.findall(r"^\| (\d+) \| (.*) \|$", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.MULTILINE)
-    level = {module: int(number) for number, row in table for module in re.findall(r"`(\w+)`", row)}
-    package = ROOT / "src" / "peft_surgical"
-    modules = {file.stem for file in package.glob("*.py")} - {"__init__", "__main__"} | {"commands"}
-    assert modules == set(level)
-    imports = {}
-    for file in [*package.glob("*.py"), *package.glob("commands/*.py")]:
-        name = file.stem if file.parent == package else "commands"
-        if name in level:
-            imports.setdefault(name, set()).update(imported_by(ast.parse(file.read_text(encoding="utf-8"))) & modules)
-    wrong = [(a, b) for a, found in imports.items() for b in found - {a} if level[b] > level[a]]
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (?:`(\w+)` )?\| (`.*?`) \| .* \|$", text, re.MULTILINE)
+    ladder = [f"{folder}.{name}".strip(".") for folder, row in rows for name in re.findall(r"`(\w+)`", row)]
+    files = {module_of(file): file for file in PACKAGE.rglob("*.py") if file.name not in {"__init__.py", "__main__.py"}}
+    assert sorted(ladder) == sorted(files)
+    place = {name: number for number, name in enumerate(ladder)}
+    wrong = {
+        (name, found) for name, file in files.items() for found in imported_by(file) if place[found] >= place[name]
+    }
     assert not wrong
-    graphlib.TopologicalSorter({a: found - {a} for a, found in imports.items()}).prepare()  # raises for a cycle
 
 
-def imported_by(tree):
-    """Modules of the package that a module imports, wherever in it."""
+PACKAGE = ROOT / "src" / "peft_surgical"
+
+
+def module_of(file):
+    return ".".join(file.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def imported_by(file):
+    """Modules of the package that a file imports, wherever in it; a folder stands for what its __init__ imports."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
             node.body = []
-    found = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
-    return {
-        name
-        for node in found
-        for name in ([node.module.split(".")[0]] if node.module else [a.name for a in node.names])
-    }
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            folder = file.parents[node.level - 1].joinpath(*(node.module or "").split(".")).resolve()
+            for module in [folder.with_suffix(".py"), *(folder / f"{alias.name}.py" for alias in node.names)]:
+                if module.is_file() and module.is_relative_to(PACKAGE):
+                    found.add(module_of(module))
+            if folder != PACKAGE and (folder / "__init__.py").is_file() and folder != file.parent:
+                found |= imported_by(folder / "__init__.py")
+    return found

@@ -14,12 +14,15 @@ from peft_surgical.evaluation import (
     ORACLE,
     Measurement,
     Report,
+    TextTable,
     accuracy,
     corruption_error,
     group_accuracies,
+    interval_of_runs,
     mean_corruption_error,
     mean_interval,
     measure,
+    plus_minus,
     predict_logits,
     wilson_interval,
     worst_group_accuracy,
@@ -216,3 +219,37 @@ def test_a_damaged_report_is_refused(tmp_path):
         Report.load(tmp_path / "report.json")
     with pytest.raises(DataError, match="no plain JSON"):
         Report("resnet26", "block1", (), {"lr": torch.tensor(1.0)}).to_json()
+
+
+def test_one_run_has_the_interval_of_its_examples_and_several_that_of_their_seeds():
+    assert interval_of_runs([0.8], 50) == wilson_interval(40, 50)
+    assert interval_of_runs([0.8, 0.9, 0.7], 50) == mean_interval([0.8, 0.9, 0.7])
+    with pytest.raises(DataError, match="no run has an interval"):
+        interval_of_runs([], 50)
+
+
+def test_numbers_in_percent_with_their_interval():
+    stats = pytest.importorskip("scipy.stats")
+    half = 100 * stats.t.ppf(0.975, 2) * 0.1 / math.sqrt(3)
+    assert plus_minus([0.8, 0.9, 0.7]) == f"80.0 ± {half:.1f}"
+    assert plus_minus([-0.8, -0.9, -0.7], sign="+") == f"-80.0 ± {half:.1f}"
+    assert plus_minus([0.25], sign="+") == "+25.0"
+    _, low, high = wilson_interval(10, 40)
+    assert plus_minus([0.25], 40) == f"25.0 ± {50 * (high - low):.1f}"
+    assert plus_minus([]) == "-"
+
+
+def test_a_table_as_markdown_and_on_the_terminal(tmp_path, capsys):
+    table = TextTable(["method", "gaussian_noise"], [["[all]", "74.6 ± 0.6"]], "n = 800 [test] images")
+    assert (
+        table.markdown()
+        == "| method | gaussian_noise |\n| --- | --- |\n| [all] | 74.6 ± 0.6 |\n\nn = 800 [test] images\n"
+    )
+    table.save(tmp_path / "table.md")
+    assert (tmp_path / "table.md").read_text(encoding="utf-8") == table.markdown()
+    table.show(title="a title")
+    shown = capsys.readouterr().out
+    assert all(text in shown for text in ("a title", "gaussian_noise", "[all]", "74.6 ± 0.6", "[test] images"))
+    assert TextTable(["a"], []).markdown() == "| a |\n| --- |\n"
+    with pytest.raises(DataError, match="a row of 1 cells under 2 columns: all"):
+        TextTable(["method", "mean"], [["all"]])

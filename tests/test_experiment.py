@@ -20,20 +20,21 @@ from peft import PeftModel  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from timm.models import save_for_hf  # noqa: E402
 
-from peft_surgical import SurgicalConfig, anatomy_of, experiment  # noqa: E402
+from peft_surgical import SurgicalConfig, anatomy_of  # noqa: E402
 from peft_surgical.bases import load_base  # noqa: E402
-from peft_surgical.choosing import choose, compare, search  # noqa: E402
 from peft_surgical.errors import AdapterError, ConfigError, DataError  # noqa: E402
 from peft_surgical.evaluation import Report, accuracy  # noqa: E402
-from peft_surgical.experiment import Experiment  # noqa: E402
-from peft_surgical.fitting import FitSettings, fit  # noqa: E402
-from peft_surgical.ledger import Ledger  # noqa: E402
-from peft_surgical.methods import METHODS, method_of  # noqa: E402
-from peft_surgical.newhead import NewHeadFirst, modules_of_head, with_new_head  # noqa: E402
-from peft_surgical.outputs import read_source, write_compared, write_tuned  # noqa: E402
-from peft_surgical.schedules import HeadFirst, Progress  # noqa: E402
-from peft_surgical.scores import BlockScores  # noqa: E402
-from peft_surgical.search import candidates_of  # noqa: E402
+from peft_surgical.evaluation.ledger import Ledger  # noqa: E402
+from peft_surgical.experiments import experiment  # noqa: E402
+from peft_surgical.experiments.choosing import choose, compare, search  # noqa: E402
+from peft_surgical.experiments.experiment import Experiment  # noqa: E402
+from peft_surgical.experiments.newhead import NewHeadFirst, modules_of_head, with_new_head  # noqa: E402
+from peft_surgical.experiments.outputs import read_source, write_compared, write_tuned  # noqa: E402
+from peft_surgical.selection import BlockScores  # noqa: E402
+from peft_surgical.training.fitting import FitSettings, fit  # noqa: E402
+from peft_surgical.training.methods import METHODS, method_of  # noqa: E402
+from peft_surgical.training.schedules import HeadFirst, Progress  # noqa: E402
+from peft_surgical.training.search import candidates_of  # noqa: E402
 from peft_surgical.watch import Watch  # noqa: E402
 
 NAMES = ("ant", "bee", "cow")
@@ -313,7 +314,8 @@ def test_a_race_looks_only_after_a_new_head_has_trained_alone(place, tmp_path, m
     run = of(place, tmp_path, model="other", epochs=15)
     seen = []
     monkeypatch.setattr(
-        "peft_surgical.choosing.race", lambda candidates, *args, rungs, keep: seen.append((candidates, rungs))
+        "peft_surgical.experiments.choosing.race",
+        lambda candidates, *args, rungs, keep: seen.append((candidates, rungs)),
     )
     search(run, "race", 0)
     candidates, rungs = seen[0]
@@ -433,7 +435,7 @@ def test_compare_over_drawn_splits(place, tmp_path, monkeypatch):
     def few(*args, **how):
         return [one for one in candidates_of(*args, **how) if one.method in {"none", "block1", "head"}]
 
-    monkeypatch.setattr("peft_surgical.choosing.candidates_of", few)
+    monkeypatch.setattr("peft_surgical.experiments.choosing.candidates_of", few)
     run = of(place, tmp_path, data="flat", lrs=(1e-2, 1e-4), tests=True, reading={"test": 9, "validation": 9})
     rows = compare(run, ["none", "block1", "cross-val"], [0, 1])
     assert list(rows) == ["none", "block1", "cross-val"]

@@ -10,17 +10,24 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from tiny import ConvNet, same, snapshot
+from tiny import ConvNet, Rows, same, snapshot, used_batchnorm
 from torch import nn
 from torch.func import functional_call
-from torch.utils.data import Dataset
 from transformers import TrainerCallback
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from peft_surgical.errors import ConfigError
-from peft_surgical.fitting import SELECTED_BY, FitSettings, _finite, _metrics, balanced, fit, forget_checkpoints
-from peft_surgical.gradients import forward_loss
-from peft_surgical.tensors import trained_tensors
+from peft_surgical.selection.gradients import forward_loss
+from peft_surgical.selection.tensors import trained_tensors
+from peft_surgical.training.fitting import (
+    SELECTED_BY,
+    FitSettings,
+    _finite,
+    _metrics,
+    balanced,
+    fit,
+    forget_checkpoints,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_collections", "own_accelerate_state")
 
@@ -29,33 +36,6 @@ BLOCK1 = (
     *("conv1.weight", "bn1.weight", "bn1.bias"),
     *("layer1.0.weight", "layer1.0.bias", "layer1.1.weight", "layer1.1.bias"),
 )
-
-
-class Rows(Dataset):
-    """Images and labels; keeps the order in which it was asked for them."""
-
-    def __init__(self, count, seed):
-        generator = torch.Generator().manual_seed(seed)
-        self.images = torch.randn(count, 3, 8, 8, generator=generator)
-        self.classes = torch.randint(5, (count,), generator=generator)
-        self.drawn = []
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, i):
-        self.drawn.append(int(i))
-        return {"pixel_values": self.images[i], "labels": int(self.classes[i])}
-
-
-def network(kind=ConvNet):
-    torch.manual_seed(0)
-    made = kind(nn.BatchNorm2d)
-    with torch.no_grad():
-        for name, buffer in made.named_buffers():
-            if name.endswith(("running_mean", "running_var")):
-                buffer.add_(torch.rand_like(buffer))
-    return made
 
 
 def data():
@@ -111,12 +91,12 @@ def assert_same_weights(found, wanted, exact=True):
 def test_a_run_is_a_plain_loop_bit_for_bit_and_keeps_the_best_epoch(method, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tuning, validation = data()
-    found = fit(network(), method, tuning, validation, SETTINGS)
+    found = fit(used_batchnorm(), method, tuning, validation, SETTINGS)
     order = list(tuning.drawn)
     assert [sorted(order[i : i + 10]) for i in (0, 10, 20)] == [list(range(10))] * 3
     assert order[:10] != order[10:20]
-    names = BLOCK1 if method == "block1" else [name for name, _ in network().named_parameters()]
-    curve, states = plain(network(), names, tuning, order, SETTINGS, validation)
+    names = BLOCK1 if method == "block1" else [name for name, _ in used_batchnorm().named_parameters()]
+    curve, states = plain(used_batchnorm(), names, tuning, order, SETTINGS, validation)
     assert found.curve == pytest.approx(curve)
     best = max(range(3), key=lambda epoch: (curve[epoch], -epoch))
     assert (found.best_epoch, found.validation) == (best + 1, pytest.approx(max(curve)))
@@ -128,10 +108,10 @@ def test_a_run_is_a_plain_loop_bit_for_bit_and_keeps_the_best_epoch(method, tmp_
 def test_the_first_of_equal_epochs_is_kept():
     tuning, validation = data()
     rate = FitSettings(lr=1e-5, epochs=3, batch_size=4, weight_decay=0, use_cpu=True)  # too small to change a label
-    found = fit(network(), "head", tuning, validation, rate)
+    found = fit(used_batchnorm(), "head", tuning, validation, rate)
     assert len(set(found.curve)) == 1
     assert found.best_epoch == 1
-    _, states = plain(network(), ("fc.weight", "fc.bias"), tuning, list(tuning.drawn), rate, validation)
+    _, states = plain(used_batchnorm(), ("fc.weight", "fc.bias"), tuning, list(tuning.drawn), rate, validation)
     assert_same_weights(weights(found.model), states[0])
     assert not torch.equal(states[0]["fc.weight"], states[1]["fc.weight"])
 
@@ -139,8 +119,8 @@ def test_the_first_of_equal_epochs_is_kept():
 def test_without_decay_live_deltas_are_ordinary_fine_tuning():
     tuning, validation = data()
     settings = FitSettings(lr=0.01, epochs=1, batch_size=4, weight_decay=0, use_cpu=True)
-    found = fit(network(), "block1", tuning, validation, settings)
-    net = network().eval()
+    found = fit(used_batchnorm(), "block1", tuning, validation, settings)
+    net = used_batchnorm().eval()
     for name, parameter in net.named_parameters():
         parameter.requires_grad_(name in BLOCK1)
     optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=0.01)
@@ -177,9 +157,9 @@ def test_the_models_own_loss_and_the_mean_over_accumulated_batches(kind, loss_of
     settings = FitSettings(
         lr=0.05, epochs=1, batch_size=2, optimizer="sgd", accumulation=2, weight_decay=0.1, use_cpu=True
     )
-    found = fit(network(kind), "block1", tuning, validation, settings)
+    found = fit(used_batchnorm(kind), "block1", tuning, validation, settings)
     sgd = lambda parameters, **how: torch.optim.SGD(list(parameters), momentum=0.9, **how)  # noqa: E731
-    net = network()
+    net = used_batchnorm()
     _, states = plain(net, BLOCK1, tuning, list(tuning.drawn), settings, validation, sgd, loss_of)
     assert_same_weights(weights(found.model), states[0], exact=False)
     assert found.cost == pytest.approx(3 * 2 + 8 / 2 / 3)  # 5 batches in 3 steps; validation images as forwards
@@ -187,7 +167,7 @@ def test_the_models_own_loss_and_the_mean_over_accumulated_batches(kind, loss_of
 
 def test_the_models_own_loss_is_found_below_the_wrapper_of_several_processes():
     tuning, _ = data()
-    net = network(Outputs).eval()
+    net = used_batchnorm(Outputs).eval()
     batch = {"pixel_values": tuning.images, "labels": tuning.classes}
     wanted = smoothed(net(tuning.images).logits, tuning.classes)
     assert torch.equal(forward_loss(nn.DataParallel(net), batch), wanted)  # as with DDP, forward takes anything
@@ -211,11 +191,11 @@ class Seen(TrainerCallback):
 
 def test_clipping_and_the_schedule_of_the_rate_are_as_the_settings_say():
     plain, clipped = Seen(), Seen()
-    fit(network(), "block1", *data(), SETTINGS, callbacks=[plain])
+    fit(used_batchnorm(), "block1", *data(), SETTINGS, callbacks=[plain])
     assert min(plain.norms) > 0.02
     assert plain.rates == [0.02] * 9
     how = {"max_grad_norm": 0.01, "lr_scheduler": "linear"}
-    fit(network(), "block1", *data(), replace(SETTINGS, **how), callbacks=[clipped])
+    fit(used_batchnorm(), "block1", *data(), replace(SETTINGS, **how), callbacks=[clipped])
     assert clipped.norms == pytest.approx([0.01] * 9, rel=1e-3)
     assert clipped.rates == pytest.approx([0.02 * (1 - step / 9) for step in range(1, 10)])
 
@@ -223,7 +203,7 @@ def test_clipping_and_the_schedule_of_the_rate_are_as_the_settings_say():
 @pytest.mark.parametrize(("method", "kind"), [("freeze-embed", torch.optim.SGD), ("block1", torch.optim.AdamW)])
 def test_a_method_may_bring_its_optimizer(method, kind):
     seen = Seen()
-    fit(network(), method, *data(), replace(SETTINGS, epochs=1, optimizer="adamw"), callbacks=[seen])
+    fit(used_batchnorm(), method, *data(), replace(SETTINGS, epochs=1, optimizer="adamw"), callbacks=[seen])
     assert type(seen.optimizer) is kind
     assert {group["weight_decay"] for group in seen.optimizer.param_groups} == {0.1}
     assert {group.get("momentum", 0.9) for group in seen.optimizer.param_groups} == {0.9}
@@ -232,18 +212,18 @@ def test_a_method_may_bring_its_optimizer(method, kind):
 def test_precision_and_norm_policy_are_as_asked_for():
     seen = Seen()
     how = {"config": {"norm_stats": "target"}, "callbacks": [seen]}
-    found = fit(network(), "block1", *data(), replace(SETTINGS, epochs=1, precision="bf16"), **how)
+    found = fit(used_batchnorm(), "block1", *data(), replace(SETTINGS, epochs=1, precision="bf16"), **how)
     assert (seen.args.bf16, seen.args.fp16) == (True, False)
     assert found.model.peft_config["default"].norm_stats == "target"
     moved = dict(found.model.merge_and_unload().named_buffers())
-    assert not torch.equal(moved["bn1.running_mean"], dict(network().named_buffers())["bn1.running_mean"])
+    assert not torch.equal(moved["bn1.running_mean"], dict(used_batchnorm().named_buffers())["bn1.running_mean"])
 
 
 def test_the_seed_draws_the_order_of_the_images():
     orders = []
     for seed in (0, 1, 0):
         tuning, validation = data()
-        fit(network(), "head", tuning, validation, replace(SETTINGS, epochs=2, seed=seed))
+        fit(used_batchnorm(), "head", tuning, validation, replace(SETTINGS, epochs=2, seed=seed))
         orders.append(tuple(tuning.drawn))
     assert orders[0] == orders[2] != orders[1]
 
@@ -251,20 +231,20 @@ def test_the_seed_draws_the_order_of_the_images():
 def test_the_reference_codes_method_forgets_the_moments_at_every_epoch():
     for method, steps in (("auto-rgn-reference", 3), ("auto-rgn", 6)):
         seen = Seen()
-        fit(network(), method, *data(), replace(SETTINGS, epochs=2), callbacks=[seen])
+        fit(used_batchnorm(), method, *data(), replace(SETTINGS, epochs=2), callbacks=[seen])
         assert max(int(state["step"]) for state in seen.optimizer.state.values()) == steps
 
 
 def test_the_validation_accuracy_is_that_of_the_best_epoch():
-    found = fit(network(), "head", *data(), replace(SETTINGS, epochs=1))
+    found = fit(used_batchnorm(), "head", *data(), replace(SETTINGS, epochs=1))
     assert replace(found, curve=(0.5, 0.75, 0.25)).validation == 0.75
 
 
 def test_options_reach_the_penalty_and_the_schedule():
     def tuned(method, **options):
-        return weights(fit(network(), method, *data(), replace(SETTINGS, epochs=2), options=options).model)
+        return weights(fit(used_batchnorm(), method, *data(), replace(SETTINGS, epochs=2), options=options).model)
 
-    full, trunk = tuned("full"), dict(network().named_parameters())
+    full, trunk = tuned("full"), dict(used_batchnorm().named_parameters())
     assert_same_weights(tuned("l2-sp", strength=0.0), full)
     held = tuned("l2-sp", strength=100.0)
     assert not torch.equal(held["fc.weight"], full["fc.weight"])
@@ -275,19 +255,21 @@ def test_options_reach_the_penalty_and_the_schedule():
 def test_dfr_trains_the_head_on_equally_many_of_every_class():
     tuning, validation = data()
     tuning.classes = torch.tensor([0, 0, 0, 1, 1, 1, 1, 1, 2, 2])
-    found = fit(network(), "dfr", tuning, validation, FitSettings(lr=0.1, epochs=1, batch_size=2, use_cpu=True))
+    found = fit(used_batchnorm(), "dfr", tuning, validation, FitSettings(lr=0.1, epochs=1, batch_size=2, use_cpu=True))
     assert set(trained_tensors(found.model, frozen_too=True)) >= {"fc.weight"}
     drawn = tuning.drawn[10:]  # after the labels were read
     assert sorted(tuning.classes[drawn].tolist()) == [0, 0, 1, 1, 2, 2]
     assert found.cost == pytest.approx(3 + 8 / 2 / 3)
-    before = dict(network().named_parameters())
+    before = dict(used_batchnorm().named_parameters())
     moved = {name for name, value in weights(found.model).items() if not torch.equal(value, before[name])}
     assert moved == {"fc.weight", "fc.bias"}
 
 
 def test_costs_count_steps_scores_and_validation():
     tuning, validation = data()
-    found = fit(network(), "auto-rgn", tuning, validation, FitSettings(lr=0.01, epochs=2, batch_size=4, use_cpu=True))
+    found = fit(
+        used_batchnorm(), "auto-rgn", tuning, validation, FitSettings(lr=0.01, epochs=2, batch_size=4, use_cpu=True)
+    )
     # Twice 3 steps of up to 4 images, twice the same 3 batches scored (5 are asked for), twice 8 images validated.
     assert found.cost == pytest.approx(2 * 3 + 2 * 3 + 2 * 8 / 4 / 3)
     assert sorted(found.record) == [0, 1]
@@ -315,12 +297,12 @@ class Kill(TrainerCallback):
 @pytest.mark.parametrize("method", ["block1", "auto-rgn", "gradual-last-first"])
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(method, tmp_path):
     tuning, validation = data()
-    whole = fit(network(), method, tuning, validation, SETTINGS)
-    part = fit(network(), method, tuning, validation, SETTINGS, folder=tmp_path, stop_epoch=2)
+    whole = fit(used_batchnorm(), method, tuning, validation, SETTINGS)
+    part = fit(used_batchnorm(), method, tuning, validation, SETTINGS, folder=tmp_path, stop_epoch=2)
     assert part.curve == whole.curve[:2]
     assert part.cost < whole.cost
     tuning.drawn.clear()
-    rest = fit(network(), method, tuning, validation, SETTINGS, folder=tmp_path)
+    rest = fit(used_batchnorm(), method, tuning, validation, SETTINGS, folder=tmp_path)
     assert of(rest) == of(whole)
     assert same(snapshot(rest.model), snapshot(whole.model))
     if method == "block1":  # no images drawn for scores: those of the last epoch alone
@@ -340,7 +322,9 @@ def test_a_stopped_run_trains_no_epoch_twice(tmp_path):
             steps.append(state.global_step)
 
     for stop in (1, 2, None):
-        found = fit(network(), "head", tuning, validation, rate, folder=tmp_path, stop_epoch=stop, callbacks=[Count()])
+        found = fit(
+            used_batchnorm(), "head", tuning, validation, rate, folder=tmp_path, stop_epoch=stop, callbacks=[Count()]
+        )
     assert found.best_epoch == 1
     assert steps == list(range(1, 10))
 
@@ -349,9 +333,9 @@ def test_a_stopped_run_trains_no_epoch_twice(tmp_path):
 def test_asking_again_for_what_is_finished_trains_nothing(stop, tmp_path):
     tuning, validation = data()
     settings = FitSettings(lr=0.02, epochs=2, batch_size=4, use_cpu=True)
-    first = fit(network(), "auto-rgn", tuning, validation, settings, folder=tmp_path, stop_epoch=stop)
+    first = fit(used_batchnorm(), "auto-rgn", tuning, validation, settings, folder=tmp_path, stop_epoch=stop)
     tuning.drawn.clear()
-    again = fit(network(), "auto-rgn", tuning, validation, settings, folder=tmp_path, stop_epoch=stop)
+    again = fit(used_batchnorm(), "auto-rgn", tuning, validation, settings, folder=tmp_path, stop_epoch=stop)
     assert tuning.drawn == []
     assert of(again) == of(first)
     assert same(snapshot(again.model), snapshot(first.model))
@@ -360,23 +344,23 @@ def test_asking_again_for_what_is_finished_trains_nothing(stop, tmp_path):
 def test_a_run_that_was_killed_within_an_epoch_goes_on_from_the_one_before(tmp_path):
     tuning, validation = data()
     settings = FitSettings(lr=0.02, epochs=2, batch_size=4, use_cpu=True, lr_scheduler="cosine")
-    whole = fit(network(), "auto-snr", tuning, validation, settings)
+    whole = fit(used_batchnorm(), "auto-snr", tuning, validation, settings)
     with pytest.raises(KeyboardInterrupt):
-        fit(network(), "auto-snr", tuning, validation, settings, folder=tmp_path, callbacks=[Kill(5)])
-    found = fit(network(), "auto-snr", tuning, validation, settings, folder=tmp_path)
+        fit(used_batchnorm(), "auto-snr", tuning, validation, settings, folder=tmp_path, callbacks=[Kill(5)])
+    found = fit(used_batchnorm(), "auto-snr", tuning, validation, settings, folder=tmp_path)
     assert of(found) == of(whole)
     assert same(snapshot(found.model), snapshot(whole.model))
 
 
 def test_a_checkpoint_that_was_torn_is_passed_over(tmp_path):
     tuning, validation = data()
-    whole = fit(network(), "block1", tuning, validation, SETTINGS, folder=tmp_path, stop_epoch=2)
+    whole = fit(used_batchnorm(), "block1", tuning, validation, SETTINGS, folder=tmp_path, stop_epoch=2)
     steps = sorted(path.name for path in tmp_path.iterdir())
     assert steps == ["checkpoint-3", "checkpoint-6"]
     state = tmp_path / "checkpoint-6" / "trainer_state.json"
     state.write_bytes(state.read_bytes()[:40])
     tuning.drawn.clear()
-    found = fit(network(), "block1", tuning, validation, SETTINGS, folder=tmp_path, stop_epoch=2)
+    found = fit(used_batchnorm(), "block1", tuning, validation, SETTINGS, folder=tmp_path, stop_epoch=2)
     assert len(tuning.drawn) == 10
     assert of(found) == of(whole)
     assert same(snapshot(found.model), snapshot(whole.model))
@@ -384,21 +368,21 @@ def test_a_checkpoint_that_was_torn_is_passed_over(tmp_path):
 
 def test_a_run_cannot_be_stopped_before_where_it_is(tmp_path):
     tuning, validation = data()
-    fit(network(), "head", tuning, validation, SETTINGS, folder=tmp_path, stop_epoch=2)
+    fit(used_batchnorm(), "head", tuning, validation, SETTINGS, folder=tmp_path, stop_epoch=2)
     with pytest.raises(ConfigError, match=r"holds 2 epochs of a run that is to stop after 1: .*forget_checkpoints"):
-        fit(network(), "head", tuning, validation, SETTINGS, folder=tmp_path, stop_epoch=1)
+        fit(used_batchnorm(), "head", tuning, validation, SETTINGS, folder=tmp_path, stop_epoch=1)
 
 
 def test_lp_ft_leaves_the_trunk_alone_for_half_of_the_run(tmp_path):
     tuning, validation = data()
     settings = FitSettings(lr=0.05, epochs=2, batch_size=4, weight_decay=0.1, use_cpu=True)
-    before = dict(network().named_parameters())
-    half = fit(network(), "lp-ft", tuning, validation, settings, folder=tmp_path, stop_epoch=1)
+    before = dict(used_batchnorm().named_parameters())
+    half = fit(used_batchnorm(), "lp-ft", tuning, validation, settings, folder=tmp_path, stop_epoch=1)
     order = list(tuning.drawn)
-    _, states = plain(network(), ("fc.weight", "fc.bias"), tuning, order + order, settings, validation)
+    _, states = plain(used_batchnorm(), ("fc.weight", "fc.bias"), tuning, order + order, settings, validation)
     assert_same_weights(weights(half.model), states[0])  # bit for bit a linear probe
     assert not torch.equal(states[0]["fc.weight"], before["fc.weight"])
-    fit(network(), "lp-ft", tuning, validation, settings, folder=tmp_path)
+    fit(used_batchnorm(), "lp-ft", tuning, validation, settings, folder=tmp_path)
     deltas = load_file(tmp_path / "checkpoint-6" / "adapter_model.safetensors")
     assert len(deltas) == len(before)
     assert all(value.any() for value in deltas.values())  # and then everything is tuned
@@ -457,7 +441,7 @@ def test_settings_that_cannot_be_are_refused(given, message):
 def test_what_cannot_be_fitted_is_refused(method, how, message):
     tuning, validation = data()
     with pytest.raises(ConfigError, match=message):
-        fit(network(), method, tuning, validation, SETTINGS, **how)
+        fit(used_batchnorm(), method, tuning, validation, SETTINGS, **how)
 
 
 def test_an_epoch_that_diverged_counts_as_wrong():

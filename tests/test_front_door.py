@@ -31,7 +31,7 @@ from peft_surgical import (
     UnresolvedTargetError,
     UnsupportedModelError,
 )
-from peft_surgical.mixed import _routed, _Routing
+from peft_surgical.tuner.mixed import _routed, _Routing
 
 INPUTS = {"pixel_values": images()}
 TOKENS = {"input_ids": torch.tensor([[1, 2, 3], [4, 5, 6]])}

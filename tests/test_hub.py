@@ -21,7 +21,7 @@ import transformers  # noqa: E402
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 from timm.models import save_for_hf  # noqa: E402
 
-from peft_surgical import SurgicalConfig, staging  # noqa: E402
+from peft_surgical import SurgicalConfig  # noqa: E402
 from peft_surgical.bases import load_base  # noqa: E402
 from peft_surgical.errors import AdapterError, AdapterFileError, BaseMismatchError, ConfigError, DataError  # noqa: E402
 from peft_surgical.evaluation import Report, measure  # noqa: E402
@@ -34,8 +34,9 @@ from peft_surgical.hub import (  # noqa: E402
     open_adapted,
     pull,
     push_adapter,
+    staging,
 )
-from peft_surgical.pushing import redirected  # noqa: E402
+from peft_surgical.hub.pushing import redirected  # noqa: E402
 
 NAMES = ("cat", "dog", "owl", "rat")
 IMAGE = PIL.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8))

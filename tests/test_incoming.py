@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from peft_surgical import DataError
-from peft_surgical.incoming import read_incoming
+from peft_surgical.data.incoming import read_incoming
 
 datasets = pytest.importorskip("datasets")
 

@@ -7,7 +7,7 @@ import torch
 
 from peft_surgical.errors import ConfigError, DataError
 from peft_surgical.evaluation import wilson_interval
-from peft_surgical.judging import METRICS, check_metrics, interval_of, judge, tolerant
+from peft_surgical.evaluation.judging import METRICS, check_metrics, interval_of, judge, tolerant
 
 LABELS = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 1, 1])
 GROUPS = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 2, 2])

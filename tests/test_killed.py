@@ -9,34 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 from launching import run
-from tiny import ConvNet
+from tiny import ConvNet, Rows
 from torch import nn
-from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainerState
 
-from peft_surgical.checkpoints import MARK, last_checkpoint
 from peft_surgical.errors import ConfigError
-from peft_surgical.fitting import FitSettings, fit
+from peft_surgical.training.checkpoints import MARK, last_checkpoint
+from peft_surgical.training.fitting import FitSettings, fit
 
 pytestmark = pytest.mark.usefixtures("quick_collections", "own_accelerate_state")
 
 METHODS = ("full", "auto-rgn", "gradual-first-last")
 STEPS = 3  # of an epoch; there are three epochs
-
-
-class Rows(Dataset):
-    def __init__(self, count, seed):
-        generator = torch.Generator().manual_seed(seed)
-        self.images = torch.randn(count, 3, 8, 8, generator=generator)
-        self.classes = torch.randint(5, (count,), generator=generator)
-        self.drawn = []
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, i):
-        self.drawn.append(int(i))
-        return {"pixel_values": self.images[i], "labels": int(self.classes[i])}
 
 
 class Dropping(ConvNet):

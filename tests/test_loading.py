@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny import CASES, disturb, outputs, same, snapshot, vit
 
 from peft_surgical import AdapterError, AdapterFileError, BaseMismatchError, SurgicalConfig, UnknownTargetError
-from peft_surgical.saving import commit
+from peft_surgical.tuner.saving import commit
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

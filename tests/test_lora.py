@@ -18,9 +18,9 @@ from transformers import ViTImageProcessor
 from transformers.pytorch_utils import Conv1D
 
 from peft_surgical import AdapterError, BaseMismatchError, SurgicalConfig
-from peft_surgical.adapters import read_adapter
-from peft_surgical.lora import to_lora
-from peft_surgical.low_rank import low_rank
+from peft_surgical.adapters.adapter import read_adapter
+from peft_surgical.adapters.lora import to_lora
+from peft_surgical.adapters.low_rank import low_rank
 
 INPUTS = CASES["conv+BN"].inputs()
 

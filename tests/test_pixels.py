@@ -7,8 +7,8 @@ import transformers
 from PIL import Image
 
 from peft_surgical import DataError
-from peft_surgical.pixels import halves
-from peft_surgical.transforms import of_processor, of_timm
+from peft_surgical.adaptation.pixels import halves
+from peft_surgical.bases.transforms import of_processor, of_timm
 
 pytest.importorskip("torchvision")
 

@@ -14,22 +14,17 @@ PIL = pytest.importorskip("PIL.Image")
 timm = pytest.importorskip("timm")
 transformers = pytest.importorskip("transformers")
 
-from peft_surgical import pretraining  # noqa: E402
-from peft_surgical.bases import load_base  # noqa: E402
+from peft_surgical.bases import load_base, save_checkpoint  # noqa: E402
 from peft_surgical.errors import ConfigError, DataError  # noqa: E402
 from peft_surgical.evaluation import Report  # noqa: E402
-from peft_surgical.fitting import FitSettings  # noqa: E402
-from peft_surgical.plain import save_checkpoint  # noqa: E402
-from peft_surgical.pretraining import SourceTraining, train_source  # noqa: E402
-from peft_surgical.published import Published  # noqa: E402
+from peft_surgical.shifts.published import Published  # noqa: E402
+from peft_surgical.studies import pretraining  # noqa: E402
+from peft_surgical.studies.pretraining import SourceTraining, train_source  # noqa: E402
+from peft_surgical.training.fitting import FitSettings  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("own_datasets_cache")
 
 TRAINING = SourceTraining(FitSettings(lr=1e-2, epochs=2, batch_size=10, use_cpu=True), reference="a paper")
-
-
-@pytest.fixture(autouse=True)
-def _private_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-    datasets.disable_progress_bars()
 
 
 def images(n, seed=0):

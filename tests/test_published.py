@@ -25,16 +25,12 @@ from miniatures import (  # noqa: E402
     write,
 )
 
-from peft_surgical.data import items  # noqa: E402
+from peft_surgical.data.labelled import items  # noqa: E402
 from peft_surgical.errors import DataError  # noqa: E402
-from peft_surgical.published import RECIPES, Published, read_published  # noqa: E402
-from peft_surgical.wilds_layouts import FMOW_CATEGORIES, REGIONS, read_rows  # noqa: E402
+from peft_surgical.shifts.published import RECIPES, Published, read_published  # noqa: E402
+from peft_surgical.shifts.wilds_layouts import FMOW_CATEGORIES, REGIONS, read_rows  # noqa: E402
 
-
-@pytest.fixture(autouse=True)
-def _private_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-    datasets.disable_progress_bars()
+pytestmark = pytest.mark.usefixtures("own_datasets_cache")
 
 
 @contextlib.contextmanager

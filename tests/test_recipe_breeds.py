@@ -1,6 +1,5 @@
 """Living-17 and Entity-30 on a miniature ImageNet: options and plans here; real processes in the slow tier."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -12,29 +11,25 @@ import torch
 for needed in ("timm", "datasets", "PIL", "rich", "matplotlib"):
     pytest.importorskip(needed)
 
-import datasets  # noqa: E402
 import transformers  # noqa: E402
 from peft import PeftModel  # noqa: E402
+from scripts import script  # noqa: E402
 from test_corruptions import write_model  # noqa: E402
 from test_subpopulations import write_hierarchy, write_imagenet  # noqa: E402
 
 from peft_surgical.bases import load_base  # noqa: E402
-from peft_surgical.breeds import BENCHMARKS  # noqa: E402
-from peft_surgical.data import collate, items  # noqa: E402
+from peft_surgical.data.labelled import collate, items  # noqa: E402
 from peft_surgical.errors import DataError  # noqa: E402
 from peft_surgical.evaluation import Report, accuracy, predict_logits  # noqa: E402
-from peft_surgical.ledger import Ledger  # noqa: E402
-from peft_surgical.subpopulations import EACH, read_breeds  # noqa: E402
+from peft_surgical.evaluation.ledger import Ledger  # noqa: E402
+from peft_surgical.shifts.breeds import BENCHMARKS  # noqa: E402
+from peft_surgical.shifts.subpopulations import EACH, read_breeds  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("own_datasets_cache")
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SIZES = {"living17": (5, 34, 17), "entity30": (4, 60, 60)}
 """Training images of each class, and images to tune on and to validate."""
-
-
-@pytest.fixture(autouse=True)
-def _private_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-    datasets.disable_progress_bars()
 
 
 @pytest.fixture(scope="module", params=list(BENCHMARKS))
@@ -44,10 +39,7 @@ def name(request):
 
 @pytest.fixture(scope="module")
 def recipe(name):
-    spec = importlib.util.spec_from_file_location(f"recipe_{name}", RECIPES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("recipes", f"{name}.py")
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """The CIFAR-10-C recipe on tiny data in its exact layouts, and (slow) one short run of the real thing."""
 
 import functools
-import importlib.util
 import io
 import json
 import os
@@ -14,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from scripts import script
 
-from peft_surgical import cifar
 from peft_surgical.errors import DataError
 from peft_surgical.evaluation import Report, accuracy, predict_logits
-from peft_surgical.ledger import Ledger
+from peft_surgical.evaluation.ledger import Ledger
+from peft_surgical.shifts import cifar
 
 datasets = pytest.importorskip("datasets")
 pillow = pytest.importorskip("PIL.Image")
@@ -32,10 +32,7 @@ SMALL = ["--tuning-images", "20", "--validation-images", "10", "--epochs", "1", 
 
 @pytest.fixture(scope="module")
 def recipe():
-    spec = importlib.util.spec_from_file_location("recipe_cifar10c", RECIPE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("recipes", "cifar10c.py")
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """CIFAR-Flip: the images in every layout, the split of the other CIFAR recipes, and the recipe on tiny data."""
 
 import hashlib
-import importlib.util
 import io
 import json
 import os
@@ -23,14 +22,15 @@ for needed in ("datasets", "PIL.Image", "rich", "matplotlib"):
 import datasets  # noqa: E402
 import PIL.Image  # noqa: E402
 from peft import PeftModel  # noqa: E402
+from scripts import script  # noqa: E402
 from transformers import Trainer  # noqa: E402
 
-from peft_surgical import cifar  # noqa: E402
-from peft_surgical.data import items  # noqa: E402
+from peft_surgical.data.labelled import items  # noqa: E402
 from peft_surgical.errors import ConfigError, DataError  # noqa: E402
 from peft_surgical.evaluation import Report, accuracy  # noqa: E402
-from peft_surgical.flipped import CLASSES, read_cifar_flip  # noqa: E402
-from peft_surgical.ledger import Ledger  # noqa: E402
+from peft_surgical.evaluation.ledger import Ledger  # noqa: E402
+from peft_surgical.shifts import cifar  # noqa: E402
+from peft_surgical.shifts.flipped import CLASSES, read_cifar_flip  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "cifar_flip.py"
@@ -38,21 +38,15 @@ SHARED = Path(os.environ.get("PEFT_SURGICAL_SHARED", ROOT.parent / "shared"))
 PIXELS = np.random.default_rng(0).integers(0, 256, (60, 32, 32, 3), dtype=np.uint8)
 LABELS = np.random.default_rng(1).permutation(np.arange(60) % 10)
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*no accelerator is found.*")
-
-
-@pytest.fixture(autouse=True)
-def _private_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-    datasets.disable_progress_bars()
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*no accelerator is found.*"),
+    pytest.mark.usefixtures("own_datasets_cache"),
+]
 
 
 @pytest.fixture(scope="module")
 def recipe():
-    spec = importlib.util.spec_from_file_location("recipe_cifar_flip", RECIPE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("recipes", "cifar_flip.py")
 
 
 def table(rows=60):

@@ -1,6 +1,5 @@
 """The comparison and the synthetic recipe: selection rules and costs on tiny data, short real runs in the slow tier."""
 
-import importlib.util
 import json
 import os
 from pathlib import Path
@@ -8,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from scripts import script
 
-from peft_surgical import cifar
-from peft_surgical.ledger import Ledger
+from peft_surgical.evaluation.ledger import Ledger
+from peft_surgical.shifts import cifar
 
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
@@ -20,10 +20,7 @@ SHARED = Path(os.environ.get("PEFT_SURGICAL_SHARED", ROOT.parent / "shared"))
 
 
 def load(name):
-    spec = importlib.util.spec_from_file_location(f"recipe_{name}", ROOT / "recipes" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("recipes", f"{name}.py")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """The digits demo: its shifts, its selection rule and its sentences; the whole demo in the slow tier."""
 
-import importlib.util
 import re
 import subprocess
 import sys
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from scripts import script
 
 from peft_surgical.evaluation import Report, measure
 
@@ -19,12 +19,7 @@ RECIPE = Path(__file__).parents[1] / "recipes" / "digits.py"
 
 @pytest.fixture(scope="module")
 def recipe():
-    spec = importlib.util.spec_from_file_location("recipe_digits", RECIPE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    return script("recipes", "digits.py")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """The ImageNet-C recipe on miniature folders: one cell here; real processes, a kill and mCE in the slow tier."""
 
-import importlib.util
 import os
 import signal
 import subprocess
@@ -14,34 +13,28 @@ import torch
 for needed in ("timm", "datasets", "PIL", "rich", "matplotlib"):
     pytest.importorskip(needed)
 
-import datasets  # noqa: E402
 from peft import PeftModel  # noqa: E402
+from scripts import script  # noqa: E402
 from test_corruptions import write_cell, write_model  # noqa: E402
 
 from peft_surgical.bases import load_base  # noqa: E402
-from peft_surgical.corruptions import CORRUPTIONS, read_imagenet_c  # noqa: E402
-from peft_surgical.data import collate, items  # noqa: E402
+from peft_surgical.data.labelled import collate, items  # noqa: E402
 from peft_surgical.errors import ConfigError, DataError  # noqa: E402
 from peft_surgical.evaluation import Report, accuracy, mean_corruption_error, predict_logits  # noqa: E402
-from peft_surgical.ledger import Ledger  # noqa: E402
+from peft_surgical.evaluation.ledger import Ledger  # noqa: E402
+from peft_surgical.shifts.corruptions import CORRUPTIONS, read_imagenet_c  # noqa: E402
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "imagenet_c.py"
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*no accelerator is found.*")
-
-
-@pytest.fixture(autouse=True)
-def _private_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-    datasets.disable_progress_bars()
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*no accelerator is found.*"),
+    pytest.mark.usefixtures("own_datasets_cache"),
+]
 
 
 @pytest.fixture(scope="module")
 def recipe():
-    spec = importlib.util.spec_from_file_location("recipe_imagenet_c", RECIPE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("recipes", "imagenet_c.py")
 
 
 @pytest.fixture(scope="module")

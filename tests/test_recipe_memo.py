@@ -1,6 +1,5 @@
 """The MEMO recipes: selection and tables from ledgers that the tests write, streams on tiny data."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -8,10 +7,12 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from scripts import script
 
-from peft_surgical import cifar
 from peft_surgical.errors import DataError
-from peft_surgical.ledger import Ledger
+from peft_surgical.evaluation import wilson_interval
+from peft_surgical.evaluation.ledger import Ledger
+from peft_surgical.shifts import cifar
 
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
@@ -22,10 +23,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def recipe():
-    spec = importlib.util.spec_from_file_location("recipe_memo", ROOT / "recipes" / "memo_cifar10c.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("recipes", "memo_cifar10c.py")
 
 
 @pytest.fixture
@@ -224,9 +222,7 @@ def test_shorter_episodic_streams_are_compared_with_the_same_images(recipe, worl
         ("memo", "episodic"): 5,
     }
     share = runs["none", "none"]["right"][:5].count("1") / 5
-    assert rows_of(text)["none", "first 5", "none"][0].startswith(
-        f"{recipe.wilson_interval(round(share * 5), 5)[0]:.1%}"[:-1]
-    )
+    assert rows_of(text)["none", "first 5", "none"][0].startswith(f"{wilson_interval(round(share * 5), 5)[0]:.1%}"[:-1])
     both = [[int(right) for right in runs[name]["right"][:5]] for name in (("memo", "episodic"), ("none", "none"))]
     gained = 100 * (sum(both[0]) - sum(both[1])) / 5
     assert rows_of(text, 1)["memo", "episodic", "head"][0].startswith(f"{gained:+.1f} ±")
@@ -265,10 +261,7 @@ def test_shards_are_the_grid(recipe, world, monkeypatch):
 @pytest.fixture(scope="module")
 def imagenet():
     pytest.importorskip("timm")
-    spec = importlib.util.spec_from_file_location("recipe_memo_imagenet_c", ROOT / "recipes" / "memo_imagenet_c.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("recipes", "memo_imagenet_c.py")
 
 
 @pytest.fixture

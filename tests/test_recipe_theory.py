@@ -1,6 +1,5 @@
 """The theory recipe: hand-worked cases, its descent against PEFT step by step, and --quick as a whole."""
 
-import importlib.util
 import json
 import math
 import sys
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from scripts import script
 from torch import nn
 
 for needed in ("matplotlib", "rich"):
@@ -18,12 +18,7 @@ RECIPE = Path(__file__).parents[1] / "recipes" / "theory.py"
 
 @pytest.fixture(scope="module")
 def recipe():
-    spec = importlib.util.spec_from_file_location("recipe_theory", RECIPE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    return script("recipes", "theory.py")
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,6 @@
 """Waterbirds, CelebA, Camelyon17 and FMoW from end to end on miniature copies; real processes in the slow tier."""
 
 import contextlib
-import importlib.util
 import os
 import re
 import shutil
@@ -37,23 +36,28 @@ from miniatures import (  # noqa: E402
 )
 from peft import PeftModel  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
+from scripts import script  # noqa: E402
 from sklearn.metrics import accuracy_score, recall_score  # noqa: E402
 from transformers import CLIPForImageClassification, CLIPModel, Trainer  # noqa: E402
 
-from peft_surgical import anatomy_of, experiment  # noqa: E402
+from peft_surgical import anatomy_of  # noqa: E402
 from peft_surgical.bases import load_base  # noqa: E402
 from peft_surgical.errors import ConfigError, DataError, UnknownTargetError  # noqa: E402
 from peft_surgical.evaluation import Report  # noqa: E402
-from peft_surgical.gradients import logits_of  # noqa: E402
-from peft_surgical.ledger import Ledger  # noqa: E402
-from peft_surgical.published import read_published  # noqa: E402
+from peft_surgical.evaluation.ledger import Ledger  # noqa: E402
+from peft_surgical.experiments import experiment  # noqa: E402
+from peft_surgical.selection.gradients import logits_of  # noqa: E402
+from peft_surgical.shifts.published import read_published  # noqa: E402
+from peft_surgical.shifts.wilds_layouts import FMOW_CATEGORIES, REGIONS  # noqa: E402
 from peft_surgical.targets import parse, resolve  # noqa: E402
-from peft_surgical.wilds_layouts import FMOW_CATEGORIES, REGIONS  # noqa: E402
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 ADAPTER = "adapter/adapter_model.safetensors"
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*no accelerator is found.*")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*no accelerator is found.*"),
+    pytest.mark.usefixtures("own_datasets_cache"),
+]
 
 GROUPED = grouped_rows({"train": (40, 4, 4, 16), "validation": (14, 14, 10, 10), "test": (12, 12, 8, 8)})
 # (hospital, split number) -> images of each class
@@ -140,16 +144,7 @@ def files_of(place, name):
 
 
 def load(name):
-    spec = importlib.util.spec_from_file_location(f"recipe_{name}", RECIPES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(autouse=True)
-def _private_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-    datasets.disable_progress_bars()
+    return script("recipes", f"{name}.py")
 
 
 @pytest.fixture(scope="module")
@@ -357,7 +352,7 @@ def test_a_wrong_target_is_refused_before_the_source_is_trained(place, tmp_path)
 
 
 def test_runs_are_not_spread_before_the_source_is_there(place, tmp_path, monkeypatch):
-    monkeypatch.setattr("peft_surgical.study.workers", lambda: mock.Mock(world=2, rank=0))
+    monkeypatch.setattr("peft_surgical.studies.study.workers", lambda: mock.Mock(world=2, rank=0))
     with no_training(), pytest.raises(ConfigError, match=r"every process would train the source .* --source-only"):
         load("camelyon17").main(words(place, "camelyon17", tmp_path, "--spread", "runs"))
 

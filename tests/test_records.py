@@ -10,8 +10,8 @@ from torch import nn
 from peft_surgical import SurgicalConfig
 from peft_surgical.errors import AdapterFileError, BaseMismatchError, ConfigError, DataError
 from peft_surgical.evaluation import Report
-from peft_surgical.rebuilding import check_fingerprints, is_whole, rebuild, record_of, recorded, split_name, told
-from peft_surgical.records import FORMAT, BaseRecord, read_record, write_record
+from peft_surgical.hub.rebuilding import check_fingerprints, is_whole, rebuild, record_of, recorded, split_name, told
+from peft_surgical.hub.records import FORMAT, BaseRecord, read_record, write_record
 
 FULL = BaseRecord(
     "timm/resnet18.a1_in1k",

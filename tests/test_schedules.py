@@ -6,7 +6,7 @@ from torch import nn
 
 from peft_surgical import BlockScores, anatomy_of
 from peft_surgical.errors import ConfigError, UnknownTargetError
-from peft_surgical.schedules import (
+from peft_surgical.training.schedules import (
     AutoRGN,
     AutoSNR,
     Progress,

@@ -12,11 +12,11 @@ from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from peft_surgical import Pace, SurgicalCallback, SurgicalConfig, anatomy_of, score_blocks
-from peft_surgical.callback import RECORD
-from peft_surgical.criteria import CRITERIA
-from peft_surgical.schedules import AutoRGN, gradual_unfreezing
-from peft_surgical.tensors import trained_tensors, unwrapped
-from peft_surgical.trainer import ClassifierTrainer
+from peft_surgical.selection import CRITERIA
+from peft_surgical.selection.tensors import trained_tensors, unwrapped
+from peft_surgical.training.callback import RECORD
+from peft_surgical.training.schedules import AutoRGN, gradual_unfreezing
+from peft_surgical.training.trainer import ClassifierTrainer
 
 pytestmark = pytest.mark.slow
 

@@ -13,8 +13,8 @@ import pytest
 import peft_surgical
 from peft_surgical import Anatomy, Block
 from peft_surgical.errors import ConfigError
-from peft_surgical.ledger import Ledger
-from peft_surgical.search import (
+from peft_surgical.evaluation.ledger import Ledger
+from peft_surgical.training.search import (
     Candidate,
     Workers,
     auto,
@@ -325,10 +325,12 @@ package = types.ModuleType("peft_surgical"); package.__path__ = [sys.argv[1]]
 sys.modules["peft_surgical"] = package
 sys.modules["accelerate"] = types.SimpleNamespace(PartialState=object)
 sys.modules["peft_surgical.anatomy"] = types.SimpleNamespace(Anatomy=object)
+for name in ("evaluation", "training"):
+    folder = sys.modules[f"peft_surgical.{name}"] = types.ModuleType(name); folder.__path__ = [f"{sys.argv[1]}/{name}"]
 sys.modules["peft_surgical.processes"] = types.SimpleNamespace(told=None)
 sys.modules["peft_surgical.errors"] = types.SimpleNamespace(ConfigError=ValueError, DataError=ValueError)
-from peft_surgical.ledger import Ledger
-from peft_surgical.search import Candidate, race
+from peft_surgical.evaluation.ledger import Ledger
+from peft_surgical.training.search import Candidate, race
 
 def fit(key):
     print(key["method"], round(15 * key.get("stop", 1)), flush=True)

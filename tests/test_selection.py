@@ -14,10 +14,10 @@ from transformers import BatchFeature, ViTConfig, ViTForImageClassification
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from peft_surgical import SurgicalConfig, anatomy_of, resolve_target, score_blocks
-from peft_surgical.criteria import CRITERIA
 from peft_surgical.errors import AdapterError, ConfigError, DataError, UnresolvedTargetError, UnsupportedModelError
-from peft_surgical.gradients import forward_loss, is_looking
-from peft_surgical.tensors import trained_tensors
+from peft_surgical.selection import CRITERIA
+from peft_surgical.selection.gradients import forward_loss, is_looking
+from peft_surgical.selection.tensors import trained_tensors
 
 
 @pytest.fixture
@@ -150,7 +150,7 @@ def test_a_network_that_vmap_refuses_is_taken_one_input_at_a_time(net, batches, 
 
     fussy = Fussy(nn.BatchNorm2d)
     fussy.load_state_dict(net.state_dict())
-    with caplog.at_level("INFO", "peft_surgical.gradients"):
+    with caplog.at_level("INFO", "peft_surgical.selection.gradients"):
         found = score_blocks(fussy, batches, "snr")
     assert "vmap" in caplog.text
     assert found.tensor_scores == pytest.approx(score_blocks(net, batches, "snr").tensor_scores, rel=1e-3)
@@ -431,7 +431,7 @@ def test_resolve_target_leaves_a_concrete_target_alone(net, batches):
 def test_targets_that_need_runs_are_sent_to_the_searches(net, batches, target):
     with pytest.raises(ConfigError, match=f"peft-surgical tune --target {target}"):
         resolve_target(SurgicalConfig(target=target), net, batches)
-    with pytest.raises(UnresolvedTargetError, match=r"peft_surgical\.search"):
+    with pytest.raises(UnresolvedTargetError, match=r"peft_surgical\.training\.search"):
         get_peft_model(net, SurgicalConfig(target=target))
 
 
@@ -461,7 +461,7 @@ def test_errors_name_the_way_out(net, batches):
 
 def test_parameters_that_are_cut_up_are_refused_before_anything_runs(net, monkeypatch):
     # Of a single process there is no DTensor; what is asked is the class.
-    monkeypatch.setattr("peft_surgical.tensors.DTensor", nn.Parameter)
+    monkeypatch.setattr("peft_surgical.selection.tensors.DTensor", nn.Parameter)
     with pytest.raises(UnsupportedModelError, match=r"conv1\.weight is sharded \(FSDP\): score the network before"):
         score_blocks(net, [])
 

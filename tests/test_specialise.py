@@ -5,10 +5,10 @@ import pickle
 import torch
 from torch import nn
 
-from peft_surgical.attach import attach, detach
 from peft_surgical.norm import HoldsStatistics
-from peft_surgical.reading import ReadsDeltas
 from peft_surgical.specialise import Special, base_class, restore, specialise
+from peft_surgical.tuner.attach import attach, detach
+from peft_surgical.tuner.reading import ReadsDeltas
 
 
 def test_a_special_module_is_still_what_it_was():
@@ -83,7 +83,7 @@ def test_the_annotations_of_traits_can_be_evaluated():
     import typing
 
     from peft_surgical.norm import HoldsStatistics
-    from peft_surgical.reading import ReadsDeltas, ReadsRecurrentDeltas
+    from peft_surgical.tuner.reading import ReadsDeltas, ReadsRecurrentDeltas
 
     for trait in (ReadsDeltas, ReadsRecurrentDeltas, HoldsStatistics):
         typing.get_type_hints(trait)

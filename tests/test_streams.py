@@ -8,7 +8,7 @@ from peft import get_peft_model
 from tiny import CASES, disturb, same, snapshot
 
 from peft_surgical import SurgicalConfig
-from peft_surgical.streams import (
+from peft_surgical.adaptation.streams import (
     CollapseWarning,
     CollapseWatch,
     Moving,

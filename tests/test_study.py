@@ -17,18 +17,21 @@ pytest.importorskip("rich")
 import tiny  # noqa: E402
 from peft import PeftModel  # noqa: E402
 
-from peft_surgical import experiment as experiment_module  # noqa: E402
 from peft_surgical.bases import Base  # noqa: E402
 from peft_surgical.errors import ConfigError  # noqa: E402
 from peft_surgical.evaluation import Report, accuracy, wilson_interval, worst_group_accuracy  # noqa: E402
-from peft_surgical.fitting import FitSettings  # noqa: E402
-from peft_surgical.ledger import Ledger  # noqa: E402
-from peft_surgical.protocol import Protocol, parser_of, rows_of  # noqa: E402
-from peft_surgical.published import Published  # noqa: E402
-from peft_surgical.study import run_study  # noqa: E402
+from peft_surgical.evaluation.ledger import Ledger  # noqa: E402
+from peft_surgical.experiments import experiment as experiment_module  # noqa: E402
+from peft_surgical.shifts.published import Published  # noqa: E402
+from peft_surgical.studies.protocol import Protocol, parser_of, rows_of  # noqa: E402
+from peft_surgical.studies.study import run_study  # noqa: E402
+from peft_surgical.training.fitting import FitSettings  # noqa: E402
 from peft_surgical.watch import DivergedError  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*no accelerator is found.*")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*no accelerator is found.*"),
+    pytest.mark.usefixtures("own_datasets_cache"),
+]
 
 PROTOCOL = Protocol(
     name="Tiny birds",
@@ -44,12 +47,6 @@ PROTOCOL = Protocol(
     reference="a paper, Table 0",
 )
 SIZES = {"source_validation": 10, "tuning": 24, "validation": 20, "test": 40}
-
-
-@pytest.fixture(autouse=True)
-def _private_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-    datasets.disable_progress_bars()
 
 
 def part(size, seed):
@@ -317,7 +314,7 @@ def test_two_processes_give_what_one_gives(tmp_path):
 
 
 def test_what_is_pushed_has_a_base_to_be_found(tmp_path):
-    from peft_surgical.pretraining import SourceTraining
+    from peft_surgical.studies.pretraining import SourceTraining
 
     protocol = dataclasses.replace(PROTOCOL, source=SourceTraining(PROTOCOL.fitting))
     args = parser_of(protocol, "").parse_args(["--data", "x", "--cpu", "--push-to-hub", "me/birds", "--license", "mit"])

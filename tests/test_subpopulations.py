@@ -13,16 +13,12 @@ import pytest
 datasets = pytest.importorskip("datasets")
 PIL = pytest.importorskip("PIL.Image")
 
-from peft_surgical.breeds import BENCHMARKS, ROOT, breeds  # noqa: E402
-from peft_surgical.data import items  # noqa: E402
+from peft_surgical.data.labelled import items  # noqa: E402
 from peft_surgical.errors import DataError  # noqa: E402
-from peft_surgical.subpopulations import imagenet_parts, read_breeds  # noqa: E402
+from peft_surgical.shifts.breeds import BENCHMARKS, ROOT, breeds  # noqa: E402
+from peft_surgical.shifts.subpopulations import imagenet_parts, read_breeds  # noqa: E402
 
-
-@pytest.fixture(autouse=True)
-def _private_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-    datasets.disable_progress_bars()
+pytestmark = pytest.mark.usefixtures("own_datasets_cache")
 
 
 def write_hierarchy(folder, name):

@@ -359,7 +359,11 @@ def test_targets_that_need_data(name):
     assert spec.needs_data
     assert not parse(f"re:{name}").needs_data
     scored = name in {"auto-rgn", "auto-snr", "auto-fisher"}
-    call = "config = peft_surgical.resolve_target(config, model, dataloader)" if scored else "peft_surgical.search."
+    call = (
+        "config = peft_surgical.resolve_target(config, model, dataloader)"
+        if scored
+        else "peft_surgical.training.search."
+    )
     message = f"{name} names no tensors until it has seen data: call {call}"
     with pytest.raises(UnresolvedTargetError, match=re.escape(message) + ".*target='block1'"):
         resolve(spec, SPEC)

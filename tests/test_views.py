@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from peft_surgical import ConfigError, DataError
-from peft_surgical import views as module
-from peft_surgical.views import COLOUR, GEOMETRY, OPERATIONS, AugMix, affine, generator_at
+from peft_surgical.adaptation import views as module
+from peft_surgical.adaptation.views import COLOUR, GEOMETRY, OPERATIONS, AugMix, affine, generator_at
 
 functional = pytest.importorskip("torchvision.transforms.v2.functional")
 

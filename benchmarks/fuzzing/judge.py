@@ -18,7 +18,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from peft_surgical import SurgicalConfig
-from peft_surgical.adapters import read_adapter
+from peft_surgical.adapters.adapter import read_adapter
 from peft_surgical.errors import SurgicalError
 
 from .bases import BLOCKS, make_base, make_sources

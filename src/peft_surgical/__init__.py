@@ -12,12 +12,13 @@ Importing this package registers the method; then PEFT's own front door works wi
     'base_model.model.0.surgery.surgical_delta.default.bias'
 """
 
-from .adapters import read_adapter
+from .adapters.adapter import read_adapter
+from .adapters.combination import combine_adapters
+from .adapters.difference import diff
+from .adapters.lora import to_lora
+from .adapters.pool import AdapterPool
 from .anatomy import Anatomy, Block, anatomy_of
-from .callback import SurgicalCallback
-from .combination import combine_adapters
 from .config import SurgicalConfig
-from .difference import diff
 from .errors import (
     AdapterError,
     AdapterFileError,
@@ -32,17 +33,16 @@ from .errors import (
     UnsupportedModelError,
 )
 from .hub import load_adapted, open_adapted, pull, push_adapter
-from .layer import SurgicalLayer
-from .lora import to_lora
-from .model import SurgicalModel, set_scale
-from .pace import Pace
-from .penalties import Penalty
-from .pool import AdapterPool
-from .pushing import redirected
-from .register import register
-from .scores import BlockScores
-from .selection import resolve_target, score_blocks
+from .hub.pushing import redirected
+from .selection.resolve import resolve_target, score_blocks
+from .selection.scores import BlockScores
 from .targets import TargetSpec, parse, resolve
+from .training.callback import SurgicalCallback
+from .training.pace import Pace
+from .training.penalties import Penalty
+from .tuner.layer import SurgicalLayer
+from .tuner.model import SurgicalModel, set_scale
+from .tuner.register import register
 
 __all__ = [
     "AdapterError",

@@ -38,7 +38,7 @@ from .errors import TargetError, UnknownTargetError, UnresolvedTargetError
 #: Targets that data decides. They name no tensors by themselves.
 DATA_TARGETS = ("auto", "auto-rgn", "auto-snr", "auto-fisher", "race", "cross-val", "greedy")
 _BY_SCORES = "call config = peft_surgical.resolve_target(config, model, dataloader) before get_peft_model"
-_BY_RUNS = "call peft_surgical.search.{}, which trains candidates, or run `peft-surgical tune --target {}`"
+_BY_RUNS = "call peft_surgical.training.search.{}, which trains candidates, or run `peft-surgical tune --target {}`"
 _SEARCHES = {"auto": "auto", "race": "race", "cross-val": "cross_val", "greedy": "greedy"}
 _DECIDED_BY = {name: _BY_RUNS.format(function, name) for name, function in _SEARCHES.items()}
 

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from launching import cpu_as_accelerator
 from tiny import ConvNet
 
-from peft_surgical.fitting import FitSettings, fit
+from peft_surgical.training.fitting import FitSettings, fit
 
 BATCH = 8  # of all processes together
 

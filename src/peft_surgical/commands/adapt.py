@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ..adapting import FIGURE, PREDICTIONS, REPORT, Adapted, AdaptSettings, adapt, open_base, write_adapted
+from ..data.incoming import read_incoming
 from ..evaluation import Report
-from ..incoming import read_incoming
+from ..experiments.adapting import FIGURE, PREDICTIONS, REPORT, Adapted, AdaptSettings, adapt, open_base, write_adapted
 from .options import Cpu, ImageColumn, LabelColumn, Model, NormStats, Output, Random
 from .terminal import console, table
 

@@ -9,9 +9,9 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from ..cards import size
 from ..errors import ConfigError
 from ..hub import adapters_in, by_base, cached_adapters
+from ..hub.cards import size
 from .terminal import console, table
 
 

@@ -8,8 +8,8 @@ import typer
 from rich.markup import escape
 
 from ..anatomy import anatomy_of
-from ..bases import load_model
-from ..spec import shortened
+from ..anatomy.spec import shortened
+from ..bases.load import load_model
 from .terminal import console, table
 
 

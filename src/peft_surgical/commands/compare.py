@@ -7,9 +7,9 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from ..choosing import compare as compared_runs
-from ..outputs import COMPARED, FIGURE, REPORT, TABLE, compared, write_compared
-from ..search import NONE
+from ..experiments.choosing import compare as compared_runs
+from ..experiments.outputs import COMPARED, FIGURE, REPORT, TABLE, compared, write_compared
+from ..training.search import NONE
 from .options import (
     Augment,
     BatchSize,

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
+from ..adapters.difference import Difference
+from ..adapters.difference import diff as compare
 from ..delta import shown
-from ..difference import Difference
-from ..difference import diff as compare
 from .terminal import console
 
 

@@ -10,12 +10,12 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from ..adapters import new_folder, read_adapter
-from ..cards import size
+from ..adapters.adapter import new_folder, read_adapter
+from ..adapters.lora import LoraConversion
+from ..adapters.lora import to_lora as convert
 from ..delta import shown
-from ..lora import LoraConversion
-from ..lora import to_lora as convert
-from ..opening import open_adapted
+from ..hub.cards import size
+from ..hub.opening import open_adapted
 from .pull import Base, Revision
 from .terminal import console, table
 

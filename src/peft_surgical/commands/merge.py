@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from ..merged import LOADING, merge_to
+from ..hub.merged import LOADING, merge_to
 from .pull import Base, Revision
 from .terminal import console
 

@@ -12,9 +12,9 @@ import typer
 from typer.core import TyperCommand
 
 from ..errors import ConfigError
-from ..experiment import Experiment
-from ..fitting import FitSettings
-from ..search import workers
+from ..experiments.experiment import Experiment
+from ..training.fitting import FitSettings
+from ..training.search import workers
 from .progress import Bar
 
 SCHEDULERS = ("constant", "cosine")

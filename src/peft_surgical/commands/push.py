@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from ..cards import size
 from ..errors import ConfigError
 from ..hub import push_adapter
+from ..hub.cards import size
 from .pull import Base
 from .terminal import console
 

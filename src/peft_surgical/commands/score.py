@@ -10,11 +10,11 @@ import transformers
 import typer
 from torch.utils.data import DataLoader
 
-from ..bases import load_base
-from ..criteria import criterion_of
-from ..data import collate, items, read_data
+from ..bases.load import load_base
+from ..data.labelled import collate, items, read_data
 from ..extras import require
-from ..selection import score_blocks
+from ..selection.criteria import criterion_of
+from ..selection.resolve import score_blocks
 from .options import Cpu, Few, ImageColumn, Images, LabelColumn, Model, Random, Validation
 from .terminal import console
 

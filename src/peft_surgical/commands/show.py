@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from ..cards import size
-from ..contents import Contents, contents_of
-from ..pulling import locate
+from ..hub.cards import size
+from ..hub.contents import Contents, contents_of
+from ..hub.pulling import locate
 from .pull import Revision
 from .terminal import console, table
 

@@ -7,12 +7,12 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from ..choosing import choose
 from ..errors import ConfigError
 from ..evaluation import Report
-from ..experiment import Experiment
-from ..outputs import FIGURE, LOADING, REPORT, read_source, write_tuned
-from ..search import NONE
+from ..experiments.choosing import choose
+from ..experiments.experiment import Experiment
+from ..experiments.outputs import FIGURE, LOADING, REPORT, read_source, write_tuned
+from ..training.search import NONE
 from .options import (
     Augment,
     BatchSize,

@@ -1,0 +1,199 @@
+"""Random views of one image: what MEMO asks a network to agree on.
+
+The recipe is that of MEMO (Zhang, Levine and Finn 2022, Sec. 3), itself after AugMix (Hendrycks et al. 2020): a random
+crop and flip, then a random mixture of the crop and three chains of one to three mild operations. All views of an
+image are made together, as tensors on the image's device; what is random is drawn on the CPU from one generator, so
+that the same position of a stream gets the same views on every device.
+
+Departures from MEMO's published code: magnitudes are real numbers where it rounds them to whole degrees and pixels;
+rotations and shears keep the centre of the image in place where it keeps a corner; what they uncover is mid-grey in
+every channel where it fills the red channel alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import ConfigError, DataError
+from ..extras import require
+
+Views = Callable[[Tensor, torch.Generator], Tensor]
+"""(image (c, h, w) in [0, 1], generator) -> views (v, c, h, w) in [0, 1]."""
+
+CROPS = ("pad", "resize")
+COLOUR = ("autocontrast", "equalize", "posterize", "solarize")
+GEOMETRY = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
+OPERATIONS = (*COLOUR, *GEOMETRY)
+"""The operations of a chain, all equally likely: AugMix's set, none of which is a corruption of CIFAR-10-C."""
+
+_LEAST_LEVEL = 0.1
+_MOST_LEVEL = 10.0  # the level at which an operation has the full magnitude below
+_DEGREES, _SHEAR, _SHIFT, _SOLARIZED, _BITS = 30.0, 0.3, 1 / 3, 1.0, 4
+_GREY = 0.5
+
+
+def generator_at(seed: int, position: int) -> torch.Generator:
+    """A generator on the CPU for one position of a stream: no two positions or seeds share their numbers.
+
+    Args:
+        seed: Of the stream, 0 or more.
+        position: Number of the image in the stream, from 0.
+    """
+    state = np.random.SeedSequence((seed, position)).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]))
+
+
+@dataclass(frozen=True)
+class AugMix:
+    """Makes the views of an image; see the module. Any callable of the same form (`Views`) can take its place.
+
+    Attributes:
+        views: How many.
+        crop: ``"pad"``: an eighth of black around the image, then a crop of its size (MEMO on CIFAR-10, 4 of 32
+            pixels); ``"resize"``: a part of 8 to 100% of the area, resized (MEMO on ImageNet).
+        chains: Chains that are mixed with random weights, Dirichlet(1, ..., 1).
+        depth: Operations in a chain at most; each chain draws its number from 1 to this.
+        severity: Largest level of an operation, of 10. MEMO's 1 rotates by up to 3 degrees and shifts by up to 1 pixel
+            of 32; AugMix trains CIFAR networks with 3.
+    """
+
+    views: int = 32
+    crop: str = "pad"
+    chains: int = 3
+    depth: int = 3
+    severity: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.crop not in CROPS:
+            raise ConfigError(f"crop={self.crop!r}: choose one of {', '.join(CROPS)}")
+        if min(self.views, self.chains, self.depth) < 1:
+            raise ConfigError(f"views={self.views}, chains={self.chains}, depth={self.depth}: each must be 1 or more")
+        if not _LEAST_LEVEL <= self.severity <= _MOST_LEVEL:
+            raise ConfigError(f"severity={self.severity}: choose a level from {_LEAST_LEVEL} to {_MOST_LEVEL:.0f}")
+
+    def __call__(self, image: Tensor, generator: torch.Generator) -> Tensor:
+        """Views (views, c, h, w) in [0, 1] of an image (c, h, w) in [0, 1], c = 1 or 3.
+
+        Raises:
+            DataError: For an image of another shape or dtype.
+        """
+        if image.ndim != 3 or image.shape[0] not in (1, 3) or not image.is_floating_point():
+            raise DataError(
+                f"views are made of one float image (1 or 3 channels, height, width) in [0, 1], not of {image.dtype} "
+                f"{tuple(image.shape)}: pass the image before it is normalised"
+            )
+        n, chains, depth = self.views, self.chains, self.depth
+        start = _crops(image, n, self.crop, generator)
+        # Everything is drawn, also what a short chain does not use: each number has its place in the sequence.
+        lengths = torch.randint(1, depth + 1, (n * chains,), generator=generator)
+        operations = torch.randint(len(OPERATIONS), (depth, n * chains), generator=generator)
+        levels = torch.rand(depth, n * chains, generator=generator) * (self.severity - _LEAST_LEVEL) + _LEAST_LEVEL
+        signs = torch.randint(2, (depth, n * chains), generator=generator) * 2 - 1
+        exponential = -torch.rand(n, chains, generator=generator).clamp_min(1e-12).log()
+        weights = exponential / exponential.sum(1, keepdim=True)  # Dirichlet(1, ..., 1)
+        kept = torch.rand(n, generator=generator)  # Beta(1, 1)
+
+        mixed = start.repeat_interleave(chains, 0)
+        for step in range(depth):
+            active = torch.where(lengths > step, operations[step], -1)
+            _apply(mixed, active, levels[step] / _MOST_LEVEL, signs[step])
+        weights, kept = (value.to(image.device, image.dtype) for value in (weights, kept))
+        chained = torch.einsum("nk,nkchw->nchw", weights, mixed.unflatten(0, (n, chains)))
+        return torch.lerp(chained, start, kept.view(-1, 1, 1, 1)).clamp(0, 1)
+
+
+def _crops(image: Tensor, n: int, crop: str, generator: torch.Generator) -> Tensor:
+    """Random crops of the image's own size, half of them mirrored (n, c, h, w)."""
+    height, width = image.shape[1:]
+    flips = torch.rand(n, generator=generator) < 0.5
+    if crop == "pad":
+        pads = [side // 8 for side in (height, width)]
+        padded = F.pad(image, (pads[1], pads[1], pads[0], pads[0]))
+        rows, columns = (
+            torch.randint(2 * pad + 1, (n, 1), generator=generator) + torch.arange(side)
+            for pad, side in zip(pads, (height, width), strict=True)
+        )
+        columns = torch.where(flips[:, None], columns.flip(1), columns)
+        rows, columns = rows.to(image.device), columns.to(image.device)
+        return padded[:, rows[:, :, None], columns[:, None, :]].transpose(0, 1).contiguous()
+    scale = torch.rand(n, generator=generator) * (1 - 0.08) + 0.08
+    ratio = torch.exp((torch.rand(n, generator=generator) * 2 - 1) * math.log(4 / 3))
+    # As shares of the image; a part that would stick out is cut at the border.
+    wide = (scale * ratio * height / width).sqrt().clamp_max(1)
+    high = (scale / ratio * width / height).sqrt().clamp_max(1)
+    right, down = ((torch.rand(n, generator=generator) * 2 - 1) * (1 - share) for share in (wide, high))
+    theta = torch.zeros(n, 2, 3)
+    theta[:, 0, 0], theta[:, 0, 2] = torch.where(flips, -wide, wide), right
+    theta[:, 1, 1], theta[:, 1, 2] = high, down
+    return _sampled(image.expand(n, *image.shape), theta, "border")
+
+
+def _apply(images: Tensor, operations: Tensor, shares: Tensor, signs: Tensor) -> None:
+    """One operation on each image (m, c, h, w) in [0, 1], in place: a number of `OPERATIONS`, or -1 for none.
+
+    Args:
+        images: Written to.
+        operations: int64 (m,).
+        shares: (m,), magnitudes as shares of the full one.
+        signs: (m,), 1 or -1: the direction of a geometric operation.
+    """
+    for number, name in enumerate(COLOUR):
+        if len(rows := torch.nonzero(operations == number).flatten()):
+            at = rows.to(images.device)
+            images[at] = _coloured(name, images[at], shares[rows])
+    if len(rows := torch.nonzero(operations >= len(COLOUR)).flatten()):
+        at = rows.to(images.device)
+        height, width = images.shape[2:]
+        theta = affine(operations[rows] - len(COLOUR), shares[rows] * signs[rows], height, width)
+        images[at] = _sampled(images[at] - _GREY, theta, "zeros") + _GREY
+
+
+def _coloured(name: str, images: Tensor, shares: Tensor) -> Tensor:
+    functional = require("torchvision.transforms.v2.functional", "making views of an image", "timm")
+    if name == "autocontrast":
+        return functional.autocontrast(images)
+    if name == "equalize":
+        return functional.equalize(images)
+    if name == "solarize":
+        # Values above the threshold are inverted; torchvision's own takes one threshold for all images.
+        thresholds = (1 - _SOLARIZED * shares).to(images.device, images.dtype).view(-1, 1, 1, 1)
+        return torch.where(images >= thresholds, functional.invert(images), images)
+    bits = _BITS - (shares * _BITS).long()
+    out = torch.empty_like(images)
+    for some in bits.unique().tolist():
+        at = (bits == some).to(images.device)
+        out[at] = functional.posterize(images[at], bits=some)
+    return out
+
+
+def affine(kinds: Tensor, shares: Tensor, height: int, width: int) -> Tensor:
+    """Matrices (m, 2, 3) of geometric operations for ``torch.nn.functional.affine_grid``: where a pixel comes from.
+
+    Args:
+        kinds: int64 (m,), numbers of `GEOMETRY`.
+        shares: (m,), in [-1, 1]: signed magnitudes as shares of the full one (30 degrees, shear 0.3, a third).
+        height: Of the images in pixels.
+        width: The same.
+    """
+    angle = torch.where(kinds == 0, shares * math.radians(_DEGREES), 0)
+    theta = torch.zeros(len(kinds), 2, 3)
+    # affine_grid counts both sides from -1 to 1, so turning an oblong image changes the unit.
+    theta[:, 0, 0], theta[:, 0, 1] = angle.cos(), -angle.sin() * height / width
+    theta[:, 1, 0], theta[:, 1, 1] = angle.sin() * width / height, angle.cos()
+    theta[:, 0, 1] += torch.where(kinds == 1, shares * _SHEAR * height / width, 0)
+    theta[:, 1, 0] += torch.where(kinds == 2, shares * _SHEAR * width / height, 0)
+    theta[:, 0, 2] = torch.where(kinds == 3, shares * 2 * _SHIFT, 0)
+    theta[:, 1, 2] = torch.where(kinds == 4, shares * 2 * _SHIFT, 0)
+    return theta
+
+
+def _sampled(images: Tensor, theta: Tensor, padding: str) -> Tensor:
+    grid = F.affine_grid(theta.to(images.device, images.dtype), list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode=padding, align_corners=False)

@@ -1,0 +1,300 @@
+"""A surgical adapter as a standard LoRA adapter, for PEFT without this package and for servers that know only LoRA.
+
+Each delta of a linear map or convolution becomes two factors (`low_rank`). What has none is kept as PEFT can keep it
+beside LoRA: a bias as the bias of ``lora_B``, other modules (norms, grouped convolutions) whole. What PEFT has no place
+for is named.
+
+`peft.convert_to_lora` does the first part for tuners of linear layers; it knows neither convolutions nor the rest.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
+from torch import nn
+
+from ..errors import AdapterError
+from ..tuner.attach import bare, join, surgical_layers
+from ..tuner.plan import Plan, check_fingerprint, is_wrapper, make_plan
+from ..tuner.reading import base_value
+from .adapter import Adapter, Source, new_folder, read_adapter
+from .low_rank import PEFT_PREFIX, LoraPlan, as_matrix, lora_config, lora_tensors, low_rank, plan_lora
+
+
+@dataclass(frozen=True)
+class Converted:
+    """One tensor of the adapter, and what became of it.
+
+    Attributes:
+        name: The tensor.
+        kept: ``"factors"``, ``"bias"`` (of ``lora_B``), ``"whole"`` (its module, by ``modules_to_save``), or
+            ``"nothing"``.
+        rank: Of the factors, at most ``full_rank``; None without factors.
+        full_rank: The rank at which factors are exact.
+        norm: L2 norm of the delta, times its scale.
+        error: ||delta - what was kept|| / ||delta||, in [0, 1]: the relative error in Frobenius norm.
+    """
+
+    name: str
+    kept: str
+    rank: int | None
+    full_rank: int | None
+    norm: float
+    error: float
+
+
+@dataclass(frozen=True)
+class LoraConversion:
+    """A LoRA adapter made of a surgical one.
+
+    Attributes:
+        name: The surgical adapter's.
+        config: For PEFT.
+        tensors: By PEFT's keys.
+        rows: What became of each delta.
+        left_out: The tensors, statistics included, of which nothing was kept.
+        bytes_before: Size of the deltas and values.
+        metric_before: What ``evaluate`` says of the surgical adapter; None without it.
+        metric_after: The same of the LoRA adapter.
+    """
+
+    name: str
+    config: LoraConfig
+    tensors: Mapping[str, torch.Tensor] = field(repr=False)
+    rows: tuple[Converted, ...] = field(repr=False)
+    left_out: tuple[str, ...]
+    bytes_before: int
+    metric_before: float | None = None
+    metric_after: float | None = None
+
+    @property
+    def error(self) -> float:
+        """Relative error of all deltas as one vector, what is left out included."""
+        total = math.sqrt(sum(row.norm**2 for row in self.rows))
+        return math.sqrt(sum((row.norm * row.error) ** 2 for row in self.rows)) / total if total else 0.0
+
+    @property
+    def bytes(self) -> int:
+        """Size of the LoRA tensors."""
+        return _bytes(self.tensors)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        facts = {name: getattr(self, name) for name in ("name", "error", "bytes", "bytes_before")}
+        facts |= {"metric_before": self.metric_before, "metric_after": self.metric_after}
+        return {**facts, "left_out": list(self.left_out), "tensors": [asdict(row) for row in self.rows]}
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write it to a new folder, from which PEFT loads it without this package.
+
+        Raises:
+            AdapterError: If there is something at that place already.
+        """
+        target = new_folder(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        save_file(dict(self.tensors), target / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        self.config.save_pretrained(str(target))
+
+
+def _bytes(tensors: Mapping[str, torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+# --- conversion ---
+
+
+def to_lora(
+    source: Source,
+    base: nn.Module | None = None,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    keep: bool = True,
+    evaluate: Callable[[nn.Module], float] | None = None,
+    output: str | os.PathLike[str] | None = None,
+) -> LoraConversion:
+    """Write an adapter as LoRA, ``W + B @ A``, module by module.
+
+    ::
+
+        found = to_lora("site-a", base, energy=0.95, output="site-a-lora")
+        print(found.error, found.left_out)
+        PeftModel.from_pretrained(base, "site-a-lora")      # without this package, too
+
+    Exact, up to rounding, at the full rank or with ``energy=1.0``, but for what is left out.
+
+    Args:
+        source: A folder, a Hub id, or an adapter of a live model; see `read_adapter`.
+        base: Its base, which is left as it is. A live model brings its own.
+        rank: Rank of the factors; those of a smaller matrix have its full rank.
+        energy: Instead: each delta gets the smallest rank that holds this share of its squared norm, in (0, 1].
+        keep: Keep what has no factors, by ``lora_bias`` and ``modules_to_save``. False leaves it out, for servers that
+            read factors only.
+        evaluate: Called with the tuned network and with the LoRA model, both in ``eval()``; returns a metric, such as
+            the accuracy. Takes the memory of two copies of the base.
+        output: A new folder to save the result to.
+
+    Raises:
+        AdapterError: For a rank or energy out of range, an adapter of which nothing has factors, or no base.
+        BaseMismatchError: The base is another one.
+    """
+    _check_amount(rank, energy)
+    network = _network_of(source, base)
+    adapter = read_adapter(source)
+    plan = make_plan(network, adapter.config)
+    check_fingerprint(plan, adapter.config)
+    deltas = adapter.scaled()
+    moved = {name for name, delta in deltas.items() if delta.any()} | set(adapter.statistics)
+    chosen = plan_lora(network, plan, moved, adapter.config.modules_to_save or (), keep)
+    if not chosen.factors:
+        raise AdapterError(
+            f"{adapter.label} tunes nothing that has factors (the weights of linear maps, plain convolutions and "
+            "embeddings). Share it as it is, or merged into its base."
+        )
+    tensors, ranks, errors = _factorise(chosen, deltas, rank, energy)
+    wholes = _whole_values(network, chosen, adapter)
+    tensors |= {PEFT_PREFIX + name: value for name, value in (*wholes.items(), *adapter.whole.items())}
+    config = lora_config(adapter.config, chosen, {path: kept for path, (kept, _) in ranks.items()}, network, rank)
+    before, after = (None, None) if evaluate is None else _evaluate(evaluate, network, plan, adapter, config, tensors)
+    found = LoraConversion(
+        adapter.label,
+        config,
+        tensors,
+        tuple(_row(name, delta, chosen, wholes, ranks, errors) for name, delta in deltas.items()),
+        chosen.nothing,
+        _bytes(adapter.state_dict()),
+        before,
+        after,
+    )
+    if output is not None:
+        found.save(output)
+    return found
+
+
+def _check_amount(rank: int | None, energy: float | None) -> None:
+    if (rank is None) == (energy is None):
+        raise AdapterError(f"rank={rank} and energy={energy}: give one of them.")
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise AdapterError(f"rank={rank}: give a whole number from 1 up.")
+    if energy is not None and not 0 < energy <= 1:
+        raise AdapterError(f"energy={energy}: give a share of the squared norm in (0, 1].")
+
+
+def _network_of(source: Source, base: nn.Module | None) -> nn.Module:
+    model = source[0] if isinstance(source, tuple) else source
+    if isinstance(model, PeftModel):
+        network = model.get_base_model()
+        if any(layer.merged_adapters for _, layer in surgical_layers(network)):
+            raise AdapterError("An adapter is merged into this model: call model.unmerge_adapter() first.")
+        return network
+    if base is None:
+        raise AdapterError(
+            "No base: norms are saved whole and convolutions have a geometry, which only the base knows. Pass it as "
+            "to_lora(adapter, base, ...)."
+        )
+    return base
+
+
+def _factorise(
+    chosen: LoraPlan, deltas: Mapping[str, torch.Tensor], rank: int | None, energy: float | None
+) -> tuple[dict[str, torch.Tensor], dict[str, tuple[int, int]], dict[str, float]]:
+    """The tensors of all factors; module -> its rank and full rank; name of a weight -> relative error."""
+    tensors: dict[str, torch.Tensor] = {}
+    ranks: dict[str, tuple[int, int]] = {}
+    errors: dict[str, float] = {}
+    for path, entry in chosen.factors.items():
+        name = join(path, "weight")
+        shape = base_value(entry.module, "weight").shape
+        # A module of which the bias alone moved still has factors: of rank 1, and zero.
+        delta = deltas.get(name, torch.zeros(shape))
+        matrix = as_matrix(entry.module, delta)
+        a, b = low_rank(matrix, *((rank, energy) if matrix.any() else (1, None)))
+        tensors |= lora_tensors(path, entry.module, shape, a, b)
+        if chosen.bias:
+            bias = deltas.get(join(path, "bias"))
+            tensors[f"{PEFT_PREFIX}{path}.lora_B.bias"] = torch.zeros(len(b), dtype=b.dtype) if bias is None else bias
+        ranks[path] = (len(a), min(matrix.shape))
+        errors[name] = float((matrix - b @ a).double().norm() / matrix.double().norm()) if matrix.any() else 0.0
+    return {key: tensor.contiguous().clone() for key, tensor in tensors.items()}, ranks, errors
+
+
+def _whole_values(network: nn.Module, chosen: LoraPlan, adapter: Adapter) -> dict[str, torch.Tensor]:
+    """Full name -> value of every tensor in the modules that are kept whole."""
+    with bare(network, is_wrapper):
+        places = {
+            join(path, join(inner, name)): (module, name)
+            for path in chosen.whole
+            for inner, module in network.get_submodule(path).named_modules()
+            for name in (
+                *module._parameters,
+                *(b for b in module._buffers if b not in module._non_persistent_buffers_set),
+            )
+            if getattr(module, name) is not None
+        }
+    return {name: _tuned(name, base_value(*place), adapter).cpu().clone() for name, place in places.items()}
+
+
+def _tuned(name: str, base: torch.Tensor, adapter: Adapter) -> torch.Tensor:
+    """A tensor as a forward with the adapter reads it."""
+    base, scale = base.detach(), adapter.config.scale
+    if name in adapter.deltas:
+        delta = adapter.deltas[name].to(base.device)
+        wide = delta.to(torch.promote_types(delta.dtype, torch.float32))
+        return torch.add(base, wide, alpha=scale).to(base.dtype)
+    own = adapter.statistics.get(name)
+    if own is None:
+        return base
+    own = own.to(base.device)
+    return own if scale == 1 or not own.is_floating_point() else torch.lerp(base, own.to(base.dtype), scale)
+
+
+def _row(
+    name: str,
+    delta: torch.Tensor,
+    chosen: LoraPlan,
+    wholes: Mapping[str, torch.Tensor],
+    ranks: Mapping[str, tuple[int, int]],
+    errors: Mapping[str, float],
+) -> Converted:
+    path = name.rpartition(".")[0]
+    norm = float(delta.double().norm())
+    if name in errors:
+        return Converted(name, "factors", *ranks[path], norm, errors[name])
+    if name in wholes:
+        return Converted(name, "whole", None, None, norm, 0.0)
+    if norm == 0 or name in chosen.nothing:
+        return Converted(name, "nothing", None, None, norm, 1.0 if norm else 0.0)
+    return Converted(name, "bias", None, None, norm, 0.0)
+
+
+def _evaluate(
+    evaluate: Callable[[nn.Module], float],
+    network: nn.Module,
+    plan: Plan,
+    adapter: Adapter,
+    config: LoraConfig,
+    tensors: Mapping[str, torch.Tensor],
+) -> tuple[float, float]:
+    with bare(network, is_wrapper):
+        tuned, plain = copy.deepcopy(network), copy.deepcopy(network)
+    plain.__dict__.pop("peft_config", None)  # where PEFT notes the adapters that a live model has
+    own = {**dict(tuned.named_parameters(remove_duplicate=False)), **dict(tuned.named_buffers())}
+    with torch.no_grad():
+        for name in plan.names:
+            own[name].copy_(_tuned(name, own[name], adapter))
+        for name, value in adapter.whole.items():
+            own[name].copy_(value)
+    before = float(evaluate(tuned.eval()))
+    del tuned, own
+    model = get_peft_model(plain, copy.deepcopy(config))
+    set_peft_model_state_dict(model, dict(tensors))
+    return before, float(evaluate(model.eval()))

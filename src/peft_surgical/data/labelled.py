@@ -1,0 +1,281 @@
+"""A user's labelled images: read from a folder, parquet files or the Hub, checked, and split, without loading them.
+
+::
+
+    data = read_data("flowers/", tuning=200)
+    loader = torch.utils.data.DataLoader(items(data.tuning, base.transform_train), 32, collate_fn=collate)
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from ..errors import ConfigError, DataError
+from ..extras import require
+from . import folders, tables
+from .checks import digests_of, encoded, fingerprint_of, read_bytes, warn_of_duplicates, without_broken
+from .images import decode
+from .labels import RawLabels, encode
+from .splits import Size, default_validation, draw, per_class
+
+ON_BROKEN = ("error", "skip", "later")
+
+
+@dataclass(frozen=True)
+class Data:
+    """Labelled images in three disjoint parts.
+
+    Each part is a map-style ``datasets.Dataset`` with the columns ``image`` (decoded when read), ``label`` (a
+    ``ClassLabel``) and ``file`` (the path in the folder, or the row of the table).
+
+    Attributes:
+        tuning: The images to tune on.
+        validation: Those to choose with.
+        test: Those to report on, or None.
+        label_names: The classes, in the order of their numbers.
+        origin: How each part came about, in words: ``"given"`` or ``"drawn: seed 0, class-balanced"`` and how many.
+        fingerprint: 16 hexadecimal digits over the images' bytes and labels in all parts: a key for ledgers that does
+            not depend on where the files lie.
+    """
+
+    tuning: Any
+    validation: Any
+    test: Any | None
+    label_names: tuple[str, ...]
+    origin: Mapping[str, str]
+    fingerprint: str
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """The parts that there are, by name."""
+        named = {"tuning": self.tuning, "validation": self.validation, "test": self.test}
+        return {name: part for name, part in named.items() if part is not None}
+
+    def __str__(self) -> str:
+        lines = [f"{name}: {len(part)} images ({self.origin[name]})" for name, part in self.parts.items()]
+        return "\n".join([*lines, f"{len(self.label_names)} classes, fingerprint {self.fingerprint}"])
+
+
+def read_data(
+    source: Any,
+    *,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    seed: int = 0,
+    tuning: Size = None,
+    validation: Size = None,
+    test: Size = None,
+    on_broken: str = "error",
+) -> Data:
+    """Read images with a class each, in any of the ways in which people have them.
+
+    Sizes are numbers of images over all classes, or shares as floats below 1. A part that the source has is used whole,
+    or, with a size, as a class-balanced draw from it. A validation part that it has not is drawn from the tuning images
+    (a fifth, by default); so is a test part, but only when its size is given. The tuning draws of one seed are nested:
+    ``tuning=100`` is a part of ``tuning=200``.
+
+    Args:
+        source: A folder of class folders, with or without ``train/``, ``validation/`` and ``test/`` above them; a
+            parquet file, several, or a folder of them; what ``save_to_disk`` wrote; a Hub id ``owner/name`` or
+            ``owner/name:config``; or a ``datasets.Dataset`` or ``DatasetDict``.
+        image_column: Column with the images, where types and usual names do not tell.
+        label_column: The same for the labels.
+        seed: Seed of the draws.
+        tuning: Size of a few-shot draw; None uses all tuning images.
+        validation: Size of the validation part.
+        test: Size of the test part.
+        on_broken: What happens to images that cannot be decoded: ``"error"`` looks at every image that is used and
+            names the broken ones, ``"skip"`` leaves them out with a warning, ``"later"`` does not look (for very many
+            images), so that a broken one raises when `items` reaches it.
+
+    Raises:
+        DataError: Names the file or row that does not fit, and the way out.
+        ConfigError: If ``on_broken`` is none of the three.
+
+    Warns:
+        UserWarning: For images that are in two parts, and for anything that is left out.
+    """
+    if on_broken not in ON_BROKEN:
+        raise ConfigError(f"on_broken={on_broken!r}: choose one of {', '.join(ON_BROKEN)}")
+    found = _find(source, image_column, label_column)
+    _drop_unlabelled_test(found)
+    names, numbers = encode({split: raw for split, (_, raw) in found.items()})
+    parts = {split: _tidy(images, numbers[split], names, found[split][1].files) for split, (images, _) in found.items()}
+    if on_broken == "skip":
+        parts = {split: without_broken(part) for split, part in parts.items()}
+    parts, origin = _draw(parts, names, {"tuning": tuning, "validation": validation, "test": test}, seed)
+    digests = {split: digests_of(part, check=on_broken == "error") for split, part in parts.items()}
+    warn_of_duplicates(parts, digests)
+    fingerprint = fingerprint_of({split: _labels(part) for split, part in parts.items()}, digests, names)
+    return Data(parts["tuning"], parts["validation"], parts.get("test"), names, origin, fingerprint)
+
+
+def _find(source: Any, image: str | None, label: str | None) -> dict[str, tuple[Any, RawLabels]]:
+    """Split -> a dataset that has an ``image`` column, and its labels as they stand."""
+    datasets = require("datasets", "reading data")
+    if isinstance(source, (datasets.Dataset, datasets.DatasetDict)):
+        return _from_tables(tables.by_split(source, "the dataset"), "the dataset", image, label)
+    if not isinstance(source, (str, os.PathLike)):
+        if not isinstance(source, Sequence) or not source:
+            raise DataError(f"{source!r} is no data: pass a folder, parquet files, a Hub id or a datasets.Dataset")
+        return _from_tables(tables.read_parquet([_parquet(Path(file)) for file in source], None), "them", image, label)
+    place, shown = Path(source).expanduser(), os.fspath(source)
+    if place.is_file():
+        return _from_tables(tables.read_parquet([_parquet(place)], None), shown, image, label)
+    if place.is_dir():
+        if (saved := tables.from_disk(place)) is not None:
+            return _from_tables(tables.by_split(saved, shown), shown, image, label)
+        if files := tables.parquet_files(place):
+            return _from_tables(tables.read_parquet(files, place), shown, image, label)
+        return _from_folder(place)
+    if tables.is_hub_id(shown):
+        return _from_tables(tables.by_split(tables.from_hub(shown), shown), shown, image, label)
+    raise DataError(f"{shown} does not exist: pass an image folder, a parquet file, a folder of them, or a Hub id")
+
+
+def _parquet(file: Path) -> Path:
+    if not file.is_file() or file.suffix.lower() != ".parquet":
+        what = "does not exist" if not file.exists() else "is no parquet file"
+        raise DataError(f"{file} {what}: pass parquet files, or a folder with one folder of images for each class")
+    return file
+
+
+def _from_folder(root: Path) -> dict[str, tuple[Any, RawLabels]]:
+    datasets = require("datasets", "reading data")
+    features = datasets.Features({"image": datasets.Image()})
+    return {
+        split: (
+            datasets.Dataset.from_dict({"image": listing.paths}, features=features),
+            RawLabels(listing.classes, listing.files, column=f"the folder {root}"),
+        )
+        for split, listing in folders.list_images(root).items()
+    }
+
+
+def _from_tables(
+    found: Mapping[str, tuple[Any, list[str]]], source: str, image: str | None, label: str | None
+) -> dict[str, tuple[Any, RawLabels]]:
+    datasets = require("datasets", "reading data")
+    raw = {}
+    for split, (dataset, places) in found.items():
+        if not len(dataset):
+            raise DataError(f"the {split} split of {source} has no rows: leave it out, or write it again")
+        of_image, of_label = tables.columns(dataset, source, image, label)
+        names = getattr(dataset.features[of_label], "names", None)
+        labels = list(dataset.select_columns([of_label]).with_format(None)[of_label])
+        images = dataset.with_format(None).select_columns([of_image])
+        images = images.rename_column(of_image, "image") if of_image != "image" else images
+        raw[split] = (
+            images.cast_column("image", datasets.Image()),
+            RawLabels(labels, places, tuple(names) if names else None, f"the column {of_label!r}"),
+        )
+    return raw
+
+
+def _drop_unlabelled_test(found: dict[str, tuple[Any, RawLabels]]) -> None:
+    # Competitions publish their test images with the label -1.
+    if "test" in found and set(found["test"][1].values) <= {None, -1}:
+        warnings.warn("the test split has no labels: left out", stacklevel=3)
+        del found["test"]
+
+
+def _tidy(images: Any, numbers: np.ndarray, names: Sequence[str], files: Sequence[str]) -> Any:
+    feature = require("datasets", "reading data").ClassLabel(names=list(names))
+    return images.add_column("label", numbers.tolist(), feature=feature).add_column("file", list(files))
+
+
+def _labels(part: Any) -> np.ndarray:
+    return np.array(part.select_columns(["label"])["label"][:], dtype=np.int64)
+
+
+def _draw(
+    parts: Mapping[str, Any], names: Sequence[str], sizes: Mapping[str, Size], seed: int
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The three parts and how they came about."""
+    drawn: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for split in ("validation", "test"):
+        if split in parts:
+            drawn[split], origin[split] = parts[split], "given"
+            if (size := sizes[split]) is not None:
+                labels = _labels(parts[split])
+                each = per_class(size, labels, split)
+                drawn[split] = parts[split].select(draw(labels, {split: each}, None, seed, names)[split])
+                origin[split] = f"{each} per class of {len(labels)} given, {_how(seed)}"
+    pool = parts["tuning"]
+    labels = _labels(pool)
+    wanted = {}
+    if "test" not in parts and (size := sizes["test"]) is not None:
+        wanted["test"] = per_class(size, labels, "test")
+    if "validation" not in parts:
+        size = sizes["validation"]
+        wanted["validation"] = (
+            default_validation(labels, names) if size is None else per_class(size, labels, "validation")
+        )
+    origin = {"tuning": "given" if not wanted else f"given, without what was drawn from it, seed {seed}", **origin}
+    origin |= {split: f"{_how(seed)}, {each} per class of the tuning images" for split, each in wanted.items()}
+    few = sizes["tuning"]
+    if few is not None:
+        wanted["tuning"] = per_class(few, labels, "tuning")
+        origin["tuning"] = f"{_how(seed)}, {wanted['tuning']} per class of {len(pool)} given"
+    if not wanted:
+        return {"tuning": pool, **drawn}, origin
+    rows = draw(labels, wanted, None if few is not None else "tuning", seed, names)
+    drawn |= {split: pool.select(of_split) for split, of_split in rows.items()}
+    return {split: drawn[split] for split in folders.SPLITS if split in drawn}, origin
+
+
+def _how(seed: int) -> str:
+    return f"drawn: seed {seed}, class-balanced"
+
+
+class _Items(Dataset):
+    """See `items`. A class of the module, so that worker processes can be handed one."""
+
+    def __init__(self, part: Any, transform: Callable[[Any], torch.Tensor]) -> None:
+        self.part = encoded(part)
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.part)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.part[int(index)]
+        image = decode(read_bytes(row), row["file"])
+        return {"pixel_values": self.transform(image), "labels": row["label"]}
+
+
+def items(part: Any, transform: Callable[[Any], torch.Tensor]) -> Dataset:
+    """A part of `Data` as a torch dataset of ``{"pixel_values": tensor, "labels": int}``, decoded when asked for.
+
+    Args:
+        part: For example ``data.tuning``.
+        transform: PIL image in RGB -> float tensor (3, h, w), such as a base's ``transform_eval``.
+    """
+    return _Items(part, transform)
+
+
+def collate(batch: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    """Items -> a batch: ``pixel_values`` (n, 3, h, w) and ``labels`` int64 (n,).
+
+    Raises:
+        DataError: If the images differ in size.
+    """
+    shapes = {tuple(item["pixel_values"].shape) for item in batch}
+    if len(shapes) > 1:
+        raise DataError(
+            f"the images of a batch have the shapes {sorted(shapes)}: the transform has to give all one size"
+        )
+    return {
+        "pixel_values": torch.stack([item["pixel_values"] for item in batch]),
+        "labels": torch.tensor([item["labels"] for item in batch], dtype=torch.int64),
+    }

@@ -1,0 +1,231 @@
+"""A ledger of finished runs, and the cells of a grid of runs that is killed, resumed and shared by processes.
+
+One JSON object per line. A run is looked up by its key, the dict of settings that determine it; what it gave is its
+result. Appending is one ``write`` under a lock, so that a line is whole, or torn at the very end of the file; a torn
+last line (a kill in the middle of the write) is passed over when reading and cut off by the next append.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError
+
+try:
+    import fcntl
+except ImportError:  # Windows: there, one process per ledger
+    fcntl = None  # type: ignore[assignment]
+
+
+SELECTION_SEED = 0
+"""The seed whose validation images choose among a cell's candidates."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished run: the settings that determine it and what it gave, both plain JSON."""
+
+    key: dict[str, Any]
+    result: dict[str, Any]
+
+
+def _canonical(key: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(key, sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{dict(key)!r} cannot be written to a ledger ({error}): use plain JSON values only") from error
+
+
+class Ledger:
+    """The finished runs in one file. Reading always reflects the file, also what other processes have added.
+
+    ::
+
+        ledger = Ledger("runs.jsonl")
+        key = {"corruption": "frost", "target": "block1", "lr": 1e-3, "seed": 0}
+        result = ledger.run(key, train).result  # train(key) is called only if this run is not there yet
+
+    Args:
+        file: Created, with its folder, by the first append.
+    """
+
+    def __init__(self, file: str | os.PathLike[str]) -> None:
+        self.file = Path(file)
+
+    def __len__(self) -> int:
+        return len(self.runs())
+
+    def __iter__(self) -> Iterator[Run]:
+        return iter(self.runs())
+
+    def runs(self, **settings: Any) -> list[Run]:
+        """The runs whose key agrees with all of these settings, in the order in which they were first added.
+
+        Raises:
+            DataError: If the file holds a line that no append wrote.
+        """
+        missing = object()
+        return [run for run in self._read().values() if all(run.key.get(k, missing) == v for k, v in settings.items())]
+
+    def find(self, key: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The result of the run with exactly this key, or None. Of several, the last one added counts.
+
+        Raises:
+            DataError: If the key is not plain JSON, or the file holds a line that no append wrote.
+        """
+        run = self._read().get(_canonical(key))
+        return None if run is None else run.result
+
+    def run(self, key: Mapping[str, Any], train: Callable[[dict[str, Any]], Mapping[str, Any]]) -> Run:
+        """The run with exactly this key: the finished one, or else what ``train(key)`` returns, appended.
+
+        Raises:
+            DataError: As :meth:`find` and :meth:`append`.
+        """
+        result = self.find(key)
+        if result is None:
+            result = dict(train(dict(key)))
+            self.append(key, result)
+        return Run(dict(key), result)
+
+    def append(self, key: Mapping[str, Any], result: Mapping[str, Any]) -> None:
+        """Add one run. On return it is on disk.
+
+        Raises:
+            DataError: If key or result are not plain JSON (NaN is not).
+        """
+        line = f'{{"key": {_canonical(key)}, "result": {_canonical(result)}}}\n'.encode()
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            with _locked(descriptor):
+                _cut_torn_line(descriptor)
+                written = os.write(descriptor, line)
+                os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        if written != len(line):
+            raise OSError(
+                f"only {written} of {len(line)} bytes fit on the disk of {self.file}: free space and run again"
+            )
+
+    def _read(self) -> dict[str, Run]:
+        # The whole file, every time: a ledger has some thousand lines, and a cache could miss what others do to it.
+        content = self.file.read_bytes() if self.file.exists() else b""
+        runs: dict[str, Run] = {}
+        for line in content[: content.rfind(b"\n") + 1].splitlines():  # the rest is torn, or just being written
+            try:
+                parts = json.loads(line)
+                run = Run(dict(parts["key"]), dict(parts["result"]))
+            except (ValueError, TypeError, KeyError) as error:
+                raise DataError(
+                    f"{self.file} holds a line that is no run: {line[:80]!r}; delete that line, or name another ledger"
+                ) from error
+            runs[_canonical(run.key)] = run
+        return runs
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One entry of a results table: the runs that differ only in learning rate and seed.
+
+    Every candidate runs on :data:`SELECTION_SEED`, the one with the best validation accuracy on the other seeds as
+    well. Test results have no say. A result holds its ``validation`` accuracy, a fraction; where there is one candidate
+    nothing is chosen and none is needed.
+
+    Attributes:
+        settings: What the runs share, plain JSON.
+        candidates: Learning rates, the first of equals wins; ``(None,)`` where nothing is trained.
+        seeds: The seeds to report.
+    """
+
+    settings: Mapping[str, Any]
+    candidates: tuple[float | None, ...]
+    seeds: tuple[int, ...]
+
+    def fill(self, ledger: Ledger, train: Callable[[dict[str, Any]], Mapping[str, Any]]) -> list[Run]:
+        """Train what is missing; the runs to report, in the order of the seeds."""
+
+        def run(lr: float | None, seed: int) -> Run:
+            return ledger.run({**self.settings, "lr": lr, "seed": seed}, train)
+
+        chosen = self.candidates[0]
+        if len(self.candidates) > 1:
+            chosen = choose([run(lr, SELECTION_SEED) for lr in self.candidates]).key["lr"]
+        return [run(chosen, seed) for seed in self.seeds]
+
+    def reported(self, ledger: Ledger) -> list[Run]:
+        """The same runs from the ledger alone, or nothing if one is missing: a choice among some would be no choice.
+
+        ``settings`` may leave out parts of the runs' keys here.
+
+        Raises:
+            DataError: If what is left out differs between runs.
+        """
+        runs = [run for run in ledger.runs(**self.settings) if run.key["lr"] in self.candidates]
+        found = {(run.key["lr"], run.key["seed"]): run for run in runs}
+        if len({_canonical({**run.key, "lr": None, "seed": None}) for run in runs}) > 1:
+            raise DataError(
+                f"{ledger.file} holds runs for {dict(self.settings)} that differ in more than lr and seed, such as the "
+                "data: name that setting, or use one ledger for each"
+            )
+        chosen = self.candidates[0]
+        if len(self.candidates) > 1:
+            candidates = [found[lr, SELECTION_SEED] for lr in self.candidates if (lr, SELECTION_SEED) in found]
+            if len(candidates) < len(self.candidates):
+                return []
+            chosen = choose(candidates).key["lr"]
+        reported = [found[chosen, seed] for seed in self.seeds if (chosen, seed) in found]
+        return reported if len(reported) == len(self.seeds) else []
+
+
+def choose(candidates: Sequence[Run]) -> Run:
+    """The run with the best validation accuracy, of equals the first."""
+    return max(candidates, key=lambda run: run.result["validation"])
+
+
+def shard(cells: Sequence[Cell], part: int, parts: int) -> list[Cell]:
+    """The ``part``-th of ``parts`` (from 1) of a grid: disjoint, together everything, the same in every process.
+
+    Shuffled with a fixed seed before it is dealt out: dealt in order, one process would get all the expensive targets.
+
+    Raises:
+        DataError: If ``part`` is not within 1..parts.
+    """
+    if not 1 <= part <= parts:
+        raise DataError(f"part {part} of {parts} does not exist: parts are counted from 1")
+    order = random.Random(0).sample(range(len(cells)), len(cells))
+    return [cells[i] for i in sorted(order[part - 1 :: parts])]
+
+
+@contextmanager
+def _locked(descriptor: int) -> Iterator[None]:
+    if fcntl is not None:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if fcntl is not None:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+
+
+def _cut_torn_line(descriptor: int) -> None:
+    """Drop what a killed process left after the last line end; under the lock nobody else can be writing it."""
+    end = size = os.lseek(descriptor, 0, os.SEEK_END)
+    while end > 0:
+        start = max(0, end - 4096)
+        os.lseek(descriptor, start, os.SEEK_SET)
+        found = os.read(descriptor, end - start).rfind(b"\n")
+        if found >= 0:
+            end = start + found + 1
+            break
+        end = start
+    if end < size:
+        os.ftruncate(descriptor, end)

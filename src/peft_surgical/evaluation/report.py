@@ -1,0 +1,188 @@
+"""Reported numbers, each with what it takes to believe it, and the frozen :class:`Report` that carries them.
+
+A number is reported as a :class:`Measurement`, which cannot be built without the rule that selected the run behind it,
+the number of test examples, the seeds and an interval: a table made of them cannot hide that it peeked.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError
+from .intervals import interval_of_runs
+
+ORACLE = "oracle"
+"""The selection rule of a number whose run was chosen by looking at test data."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One reported number with everything needed to believe it.
+
+    Attributes:
+        name: The metric, such as ``accuracy`` or ``worst_group_accuracy``.
+        dataset: What it was measured on, such as ``cifar10c/frost severity 5``.
+        value: The number; accuracies and errors as fractions.
+        low: Lower end of the 95% interval.
+        high: Upper end of the 95% interval.
+        interval: What the interval is: ``wilson`` (one run, over test examples) or ``t`` (over seeds).
+        n: Test examples per seed.
+        seeds: The seeds behind the number.
+        selection: How the run was chosen, in words; :data:`ORACLE` if test data had a say, ``none`` if nothing was.
+
+    Raises:
+        DataError: If a part is missing, not finite, in percent, or outside its interval.
+    """
+
+    name: str
+    dataset: str
+    value: float
+    low: float
+    high: float
+    interval: str
+    n: int
+    seeds: tuple[int, ...]
+    selection: str
+
+    def __post_init__(self) -> None:
+        for part in ("name", "dataset", "interval", "selection", "seeds"):
+            if not getattr(self, part):
+                raise DataError(f"a measurement needs its {part}: say where {self.name or 'the number'} comes from")
+        if self.n <= 0:
+            raise DataError(f"{self.name} was measured on {self.n} examples: n must be positive")
+        if not all(math.isfinite(v) for v in (self.value, self.low, self.high)):
+            raise DataError(
+                f"{self.name} is {self.value} in [{self.low}, {self.high}]: only finite numbers are reported"
+            )
+        if "accuracy" in self.name and not 0 <= self.value <= 1:
+            raise DataError(f"{self.name} is {self.value}: accuracies are fractions in [0, 1]; divide percent by 100")
+        if not self.low <= self.value <= self.high:
+            raise DataError(f"{self.name} = {self.value} lies outside its interval [{self.low}, {self.high}]")
+
+    def __str__(self) -> str:
+        """In percent, with the rule behind it."""
+        half = (self.high - self.low) / 2
+        seeds = "seed" if len(self.seeds) == 1 else "seeds"
+        return (
+            f"{self.name} on {self.dataset}: {100 * self.value:.1f} ± {100 * half:.1f} % "
+            f"({self.interval} 95% interval, n = {self.n}, {len(self.seeds)} {seeds}, selection: {self.selection})"
+        )
+
+
+def measure(
+    name: str, values: Sequence[float], *, dataset: str, n: int, seeds: Sequence[int], selection: str
+) -> Measurement:
+    """A :class:`Measurement` from one proportion per seed: Wilson's interval for one seed, Student's t for more.
+
+    An interval ends at 0 and 1 at the latest.
+
+    Args:
+        name: The metric.
+        values: One fraction per seed.
+        dataset: What it was measured on.
+        n: Test examples per seed.
+        seeds: As many as values, each once.
+        selection: How the runs were chosen, in words.
+
+    Raises:
+        DataError: If values and seeds do not pair up, or as :class:`Measurement` says.
+    """
+    if len(values) != len(seeds) or len(set(seeds)) != len(seeds) or not values:
+        raise DataError(
+            f"{len(values)} values for the seeds {list(seeds)}: pass one value for each seed, each seed once"
+        )
+    single = len(values) == 1
+    value, low, high = interval_of_runs(values, n)
+    low, high = max(0.0, low), min(1.0, high)  # Student's t knows of no ends
+    return Measurement(name, dataset, value, low, high, "wilson" if single else "t", n, tuple(seeds), selection)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was evaluated, and the numbers: the content of a model card's results, and of a recipe's report file.
+
+    Attributes:
+        model: The base model.
+        target: The tuned target as the user wrote it, ``none`` for the base itself.
+        measurements: The numbers, in the order in which to show them.
+        settings: Everything else needed to run it again: plain JSON values.
+    """
+
+    model: str
+    target: str
+    measurements: tuple[Measurement, ...]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[Measurement]:
+        return iter(self.measurements)
+
+    def find(self, name: str, dataset: str | None = None) -> Measurement:
+        """The first measurement of this metric, on this dataset if one is given.
+
+        Raises:
+            DataError: If there is none; the message lists what there is.
+        """
+        for m in self.measurements:
+            if m.name == name and dataset in (None, m.dataset):
+                return m
+        there = "; ".join(f"{m.name} on {m.dataset}" for m in self.measurements) or "nothing"
+        raise DataError(f"no {name!r}{f' on {dataset!r}' if dataset else ''} in this report: it holds {there}")
+
+    def to_markdown(self) -> str:
+        """A table in percent, each row with its interval, n, seeds and selection rule."""
+        lines = [
+            "| metric | data | value (%) | 95% interval (%) | n | seeds | selection |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for m in self.measurements:
+            seeds = ", ".join(map(str, m.seeds))
+            ends = f"{100 * m.low:.1f} to {100 * m.high:.1f} ({m.interval})"
+            lines.append(f"| {m.name} | {m.dataset} | {100 * m.value:.1f} | {ends} | {m.n} | {seeds} | {m.selection} |")
+        return "\n".join(lines) + "\n"
+
+    def to_json(self) -> str:
+        """JSON text that :meth:`from_json` turns back into an equal report."""
+        try:
+            return json.dumps(asdict(self), indent=2, allow_nan=False) + "\n"
+        except (TypeError, ValueError) as error:
+            raise DataError(f"the settings of this report are no plain JSON ({error}): convert them first") from error
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            DataError: If the text is no JSON, or a part is missing, unknown or not valid.
+        """
+        try:
+            content = json.loads(text)
+            measurements = [{**m, "seeds": tuple(m["seeds"])} for m in content["measurements"]]
+            return cls(**{**content, "measurements": tuple(Measurement(**m) for m in measurements)})
+        except DataError:
+            raise
+        except (ValueError, TypeError, KeyError) as error:
+            expected = ", ".join(f.name for f in fields(cls))
+            raise DataError(
+                f"not a report ({error}): expected the JSON of {expected}, as Report.to_json writes it"
+            ) from error
+
+    def save(self, file: str | Path) -> None:
+        """Write :meth:`to_json` to a file."""
+        Path(file).write_text(self.to_json(), encoding="utf-8")
+
+    @classmethod
+    def load(cls, file: str | Path) -> Report:
+        """Read a file that :meth:`save` wrote.
+
+        Raises:
+            DataError: As :meth:`from_json`, with the file's name.
+        """
+        try:
+            return cls.from_json(Path(file).read_text(encoding="utf-8"))
+        except DataError as error:
+            raise DataError(f"{file}: {error}") from error

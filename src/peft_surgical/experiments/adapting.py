@@ -1,0 +1,271 @@
+"""Adapt a base to a stream of one's own images: what the command ``adapt`` runs, and what it writes."""
+
+from __future__ import annotations
+
+import csv
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from ..adaptation.objectives import Memo, Tent, norm_target
+from ..adaptation.pixels import halves
+from ..adaptation.streams import OPTIMIZERS, Record
+from ..adaptation.views import AugMix
+from ..bases.load import Base, load_base
+from ..config import SurgicalConfig
+from ..data.incoming import Incoming
+from ..errors import AdapterError, ConfigError, DataError
+from ..evaluation import Report, accuracy, measure, predict_logits
+from ..extras import require
+from ..selection.gradients import logits_of
+
+METHODS, MODES = ("memo", "tent"), ("online", "episodic")
+NORM = "norm"
+"""The target that stands for `norm_target`."""
+REPORT, FIGURE, PREDICTIONS = "report.json", "figure.png", "predictions.csv"
+SELECTION = "settings as given; no image of the stream had a say"
+_MEMO_BATCH = 16  # images that are read at a time; MEMO takes them one by one
+_CHECKED = 16  # images on which the saved adapter is compared
+
+
+@dataclass(frozen=True)
+class AdaptSettings:
+    """How to adapt.
+
+    Attributes:
+        method: ``memo`` or ``tent``.
+        target: What moves; ``norm`` for scale and shift of all normalisations.
+        mode: ``online`` or ``episodic``.
+        lr: Learning rate, absolute. Without labels nothing can choose it.
+        optimizer: ``sgd``, ``adam`` or ``adamw``; None for the method's own: for MEMO SGD online and AdamW episodic
+            (Lee et al. 2023), for TENT Adam.
+        steps: Per image or batch.
+        views: Per image, of MEMO.
+        crop: Of the views, see `AugMix`.
+        batch_size: Of TENT.
+        prior_strength: Of MEMO, for BatchNorms; see `Memo`.
+        norm_stats: The adapter's policy.
+        seed: Of the views.
+        reset_on_collapse: See `Memo`.
+    """
+
+    method: str
+    target: str
+    mode: str
+    lr: float
+    optimizer: str | None = None
+    steps: int = 1
+    views: int = 32
+    crop: str = "pad"
+    batch_size: int = 64
+    prior_strength: float | None = None
+    norm_stats: str = "frozen"
+    seed: int = 0
+    reset_on_collapse: bool = False
+
+    def __post_init__(self) -> None:
+        for name, choices in (("method", METHODS), ("mode", MODES)):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(choices)}")
+        AugMix(self.views, self.crop)  # refuses what cannot be made
+        if self.chosen_optimizer not in OPTIMIZERS:
+            raise ConfigError(f"optimizer={self.optimizer!r}: choose one of {', '.join(OPTIMIZERS)}")
+        if self.batch_size < 1:
+            raise ConfigError(f"batch_size={self.batch_size}: give 1 or more")
+        if self.prior_strength is not None and self.method != "memo":
+            raise ConfigError("prior_strength is MEMO's: TENT normalises with the batch's statistics alone")
+
+    @property
+    def chosen_optimizer(self) -> str:
+        """The optimizer's name."""
+        own = "adam" if self.method == "tent" else "sgd" if self.mode == "online" else "adamw"
+        return self.optimizer or own
+
+    def adapter(self, base: Base) -> Any:
+        """A fresh adapter on the base, which is changed."""
+        target = norm_target(base.model) if self.target == NORM else self.target
+        return get_peft_model(base.model, SurgicalConfig(target=target, norm_stats=self.norm_stats))
+
+    def method_on(self, model: nn.Module, normalise: Callable[[Tensor], Tensor]) -> Memo | Tent:
+        """The method, ready for the first image."""
+        shared: dict[str, Any] = {"lr": self.lr, "steps": self.steps, "optimizer": self.chosen_optimizer}
+        shared |= {"episodic": self.mode == "episodic", "preprocess": normalise}
+        shared |= {"reset_on_collapse": self.reset_on_collapse}
+        if self.method == "tent":
+            return Tent(model, **shared)
+        views = AugMix(self.views, self.crop)
+        return Memo(model, views=views, seed=self.seed, prior_strength=self.prior_strength, **shared)
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """What a stream gave.
+
+    Attributes:
+        model: The PeftModel as the stream left it.
+        before: Logits (n, classes) without adaptation, on the CPU.
+        after: Logits (n, classes) along the stream.
+        record: What happened.
+        input: Pixels -> the network's input.
+        first: Pixels of the first images.
+    """
+
+    model: Any
+    before: Tensor
+    after: Tensor
+    record: Record
+    input: Callable[[Tensor], Tensor]
+    first: Tensor
+
+
+Tell = Callable[[int, int, float | None, float | None], None]
+"""Called with the images that are done, all images, and the accuracy so far with and without adaptation."""
+
+
+def open_base(name: str, images: Incoming, weights: str = "pretrained") -> Base:
+    """The base, with the head that it was trained with.
+
+    Raises:
+        DataError: If it has other classes than the data: adaptation has no labels, so it cannot train a head.
+    """
+    base = load_base(name, label_names=images.label_names, weights=weights)
+    if base.head_is_new and weights == "pretrained":
+        raise DataError(
+            f"{name} has no head for the {len(images.label_names or ())} classes of the data, and without labels none "
+            "can be trained: tune it first (peft-surgical tune), or pass --unlabelled to adapt without its classes"
+        )
+    return base
+
+
+def adapt(
+    base: Base, images: Incoming, settings: AdaptSettings, device: torch.device | str = "cpu", tell: Tell | None = None
+) -> Adapted:
+    """Adapt a base to a stream, and predict every image of it, with and without.
+
+    Args:
+        base: It is changed: an adapter is added.
+        images: The stream.
+        settings: How.
+        device: Where to compute.
+        tell: Progress.
+    """
+    to_pixels, normalise = halves(base.transform_eval)
+    model = settings.adapter(base).to(device).eval()
+    method = settings.method_on(model, normalise)
+    size = settings.batch_size if settings.method == "tent" else _MEMO_BATCH
+    before: list[Tensor] = []
+    after: list[Tensor] = []
+    first: list[Tensor] = []
+    for start in range(0, len(images), size):
+        batch = torch.stack([to_pixels(images.read(i)) for i in range(start, min(start + size, len(images)))])
+        batch = batch.to(device)
+        with model.disable_adapter(), torch.no_grad():
+            before.append(logits_of(model(normalise(batch))).float().cpu())
+        after.append(method(batch).float().cpu())
+        first.extend(batch[: _CHECKED - len(first)].cpu())
+        if tell is not None:
+            tell(start + len(batch), len(images), _so_far(after, images), _so_far(before, images))
+    return Adapted(model, torch.cat(before), torch.cat(after), method.record, normalise, torch.stack(first))
+
+
+def _so_far(logits: list[Tensor], images: Incoming) -> float | None:
+    if images.labels is None:
+        return None
+    found = torch.cat(logits)
+    return accuracy(_ranked(found), images.labels[: len(found)])
+
+
+def _ranked(logits: Tensor) -> Tensor:
+    """Predicted classes; -1, which is wrong, where the logits are not finite."""
+    return torch.where(torch.isfinite(logits).all(1), logits.argmax(1), -1)
+
+
+def write_adapted(
+    folder: Path, name: str, images: Incoming, settings: AdaptSettings, adapted: Adapted, weights: str = "pretrained"
+) -> Report:
+    """Predictions, report, figure, and after an online stream the adapter, reloaded and compared.
+
+    Raises:
+        AdapterError: If what is reloaded does not give the logits of what was saved, bit for bit.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    before, after, record = _ranked(adapted.before), _ranked(adapted.after), adapted.record
+    _write_predictions(folder / PREDICTIONS, images, adapted)
+    measurements = []
+    if images.labels is not None:
+        for metric, predicted in (("accuracy before", before), ("accuracy", after)):
+            value, rule = accuracy(predicted, images.labels), "none" if metric.endswith("before") else SELECTION
+            measurements.append(
+                measure(metric, [value], dataset="stream", n=len(images), seeds=[settings.seed], selection=rule)
+            )
+    report = Report(
+        name,
+        settings.target,
+        tuple(measurements),
+        {
+            **asdict(settings),
+            "optimizer": settings.chosen_optimizer,
+            **asdict(record),
+            "collapses": list(record.collapses),
+            "images": len(images),
+            "changed": int((before != after).sum()),
+            "most_common": [list(pair) for pair in Counter(after.tolist()).most_common(3)],
+            "data": images.fingerprint,
+            "open": {"label_names": list(images.label_names) if images.label_names else None, "weights": weights},
+        },
+    )
+    report.save(folder / REPORT)
+    try:
+        _draw(folder / FIGURE, images, adapted)
+    except DataError as error:  # without matplotlib the numbers are worth having, too
+        warnings.warn(f"no figure: {error}", stacklevel=2)
+    if settings.mode == "online":
+        adapted.model.eval().save_pretrained(folder)
+        _check(folder, name, report, adapted)
+    return report
+
+
+def _write_predictions(file: Path, images: Incoming, adapted: Adapted) -> None:
+    names, classes, labels = images.label_names, _ranked(adapted.after).tolist(), images.labels
+    sure = adapted.after.softmax(1).amax(1).tolist()
+    with file.open("w", newline="", encoding="utf-8") as out:
+        writer = csv.writer(out)
+        writer.writerow(["file", "class", "name", "confidence", "class before"] + ["label"] * (labels is not None))
+        for i, before in enumerate(_ranked(adapted.before).tolist()):
+            called = names[classes[i]] if names and classes[i] >= 0 else ""
+            row = [images.files[i], classes[i], called, f"{sure[i]:.4f}", before]
+            writer.writerow(row + ([int(labels[i])] if labels is not None else []))
+
+
+def _draw(file: Path, images: Incoming, adapted: Adapted) -> None:
+    """Accuracy so far along the stream (compare Lee et al. 2023, Figure 4, right); without labels the confidence."""
+    figures = require("matplotlib.figure", "drawing a figure", "plots")
+    figure = figures.Figure(figsize=(6, 4), layout="constrained")
+    axes, count = figure.subplots(), torch.arange(1, len(images) + 1)
+    for name, logits in (("without", adapted.before), ("adapted", adapted.after)):
+        if images.labels is not None:
+            values = (_ranked(logits) == images.labels).float()
+        else:
+            values = logits.softmax(1).amax(1).nan_to_num(0.0)
+        axes.plot(count, 100 * values.cumsum(0) / count, label=name)
+    for place in adapted.record.collapses:
+        axes.axvline(place, linestyle=":", color="black")
+    what = "accuracy" if images.labels is not None else "mean confidence"
+    axes.set(xlabel="images of the stream", ylabel=f"{what} so far (%)")
+    axes.legend()
+    figure.savefig(file, dpi=120)
+
+
+def _check(folder: Path, name: str, report: Report, adapted: Adapted) -> None:
+    device = next(adapted.model.parameters()).device
+    inputs = adapted.input(adapted.first.to(device))
+    again = PeftModel.from_pretrained(load_base(name, **report.settings["open"]).model, folder).to(device)
+    if not torch.equal(predict_logits(adapted.model, inputs), predict_logits(again, inputs)):
+        raise AdapterError(f"{folder} does not reload to what the stream left: do not use it, and report this")

@@ -1,0 +1,214 @@
+"""Which runs an experiment takes: `choose` finds what to tune, `compare` fills a grid of methods and seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import ConfigError
+from ..evaluation.ledger import SELECTION_SEED, Cell, Run
+from ..evaluation.ledger import choose as best_of
+from ..selection.resolve import selection_record
+from ..selection.scores import BlockScores
+from ..targets import DATA_TARGETS
+from ..training.methods import METHODS
+from ..training.search import (
+    AUTO_KEEP,
+    AUTO_RUNGS,
+    KEEP,
+    RUNGS,
+    Candidate,
+    SearchResult,
+    candidates_of,
+    cross_val,
+    greedy,
+    nominated,
+    race,
+)
+from .experiment import SEARCHES, Experiment
+from .newhead import SHARE
+
+SCORED = tuple(name for name in DATA_TARGETS if name.startswith("auto-"))
+"""Targets whose blocks a criterion chooses."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is tuned in the end, and why.
+
+    Attributes:
+        asked: As the user said it.
+        run: The chosen run, in full length.
+        trials: All runs that had a say; of a candidate in a race one for each rung.
+        cost: Of all of them and of scoring, in training steps.
+        rule: How the choice was made, in words.
+        selection: For the adapter's config; None where there was nothing to choose.
+        scores: Of the blocks, where they had a say.
+    """
+
+    asked: str
+    run: Run
+    trials: tuple[Run, ...]
+    cost: float
+    rule: str
+    selection: dict[str, Any] | None = None
+    scores: BlockScores | None = None
+
+
+def choose(
+    experiment: Experiment,
+    asked: str,
+    seed: int,
+    *,
+    is_method: bool = False,
+    num_blocks: int | None = None,
+    budget: float | None = None,
+) -> Choice:
+    """Decide what to tune, and train it.
+
+    Args:
+        experiment: The experiment.
+        asked: A target, a method, a search, or ``auto-rgn`` and the like: the neighbouring blocks that score best.
+        seed: Of data and training.
+        is_method: Take ``asked`` as a method even where a target has the same name (``auto-rgn``).
+        num_blocks: With a criterion: how many neighbouring blocks; 1 unless a budget is given.
+        budget: With a criterion: the largest share of the parameters instead, in (0, 1].
+
+    Raises:
+        ConfigError: Nothing of this name exists, or the arguments do not go together.
+    """
+    if is_method and asked not in METHODS:
+        raise ConfigError(f"{asked!r} is no method: choose one of {', '.join(METHODS)}")
+    scored = not is_method and asked in SCORED
+    if not scored and (num_blocks is not None or budget is not None):
+        raise ConfigError(
+            f"num_blocks and budget say how much scores may choose, and {asked!r} has none: use {', '.join(SCORED)}"
+        )
+    if asked in SEARCHES:
+        return _searched(experiment, asked, seed)
+    if not scored:
+        return _best_rate(experiment, asked, asked, seed)
+    criterion = asked.removeprefix("auto-")
+    scores = experiment.scores(criterion, seed)
+    blocks = scores.contiguous(num_blocks or (None if budget is not None else 1), budget)
+    record = selection_record(asked, scores, num_blocks=num_blocks, budget=budget)
+    return _best_rate(experiment, asked, " + ".join(blocks), seed, scores, record)
+
+
+def _best_rate(
+    experiment: Experiment,
+    asked: str,
+    method: str,
+    seed: int,
+    scores: BlockScores | None = None,
+    record: dict[str, Any] | None = None,
+) -> Choice:
+    candidates = [Candidate(method, lr) for lr in experiment.rates(method)]
+    settings = {**experiment.shared, "seed": seed}
+    found = cross_val(candidates, experiment.train, experiment.ledger, settings, experiment.run)
+    _refuse_diverged([found.run])
+    rule = "epoch by validation accuracy"
+    if len(candidates) > 1:
+        rule = f"learning rate and {rule}"
+        record = {"asked": asked, **(record or {}), "learning_rates": found.record()["validation"]}
+    if scores is not None:
+        rule = f"blocks by {scores.criterion} on tuning images; {rule}"
+    cost = found.cost + (scores.num_batches if scores is not None else 0)
+    return Choice(asked, found.run, found.trials, cost, rule, record, scores)
+
+
+def _searched(experiment: Experiment, asked: str, seed: int) -> Choice:
+    found, scores = search(experiment, asked, seed)
+    _refuse_diverged([found.run])
+    record = {**found.record(), "asked": asked}
+    if scores is not None:
+        record["scores"] = selection_record("rgn", scores)
+    cost = found.cost + (scores.num_batches if scores is not None else 0)
+    rule = f"{asked}: target, learning rate and epoch by validation accuracy"
+    return Choice(asked, found.run, found.trials, cost, rule, record, scores)
+
+
+def search(experiment: Experiment, name: str, seed: int) -> tuple[SearchResult, BlockScores | None]:
+    """One of `SEARCHES` over the blocks, the head, all and no tuning; and the scores that nominated candidates.
+
+    With a new head every candidate trains it, so that none of them is no tuning.
+    """
+    new, settings = experiment.head_is_new, {**experiment.shared, "seed": seed}
+    if name == "greedy":
+        blocks = [block for block in experiment.anatomy.names if not (new and block == "head")]
+        found = greedy(blocks, experiment.lrs, experiment.train, experiment.ledger, settings, experiment.run)
+        return found, None
+    candidates = candidates_of(experiment.anatomy, experiment.lrs, experiment.head_lrs, nothing=not new)
+    if name == "cross-val":
+        return cross_val(candidates, experiment.train, experiment.ledger, settings, experiment.run), None
+    scores = experiment.scores("rgn", seed) if name == "auto" else None
+    if scores is not None:
+        candidates = nominated(candidates, scores.block_scores)
+    # While a new head trains alone all candidates are the same; and a short run has fewer whole epochs to look after.
+    begun, epochs = SHARE if new else 0.0, experiment.fitting.epochs
+    shares, keep = (RUNGS, KEEP) if scores is None else (AUTO_RUNGS, AUTO_KEEP)
+    rungs = sorted({max(1, round((begun + (1 - begun) * share) * epochs)) / epochs for share in shares})
+    experiment.racing = True
+    try:
+        found = race(candidates, experiment.train, experiment.ledger, settings, experiment.run, rungs=rungs, keep=keep)
+    finally:
+        experiment.racing = False
+    return found, scores
+
+
+def compare(experiment: Experiment, methods: Sequence[str], seeds: Sequence[int]) -> dict[str, list[Run]]:
+    """The runs to report of every method, in the order of the seeds.
+
+    Those of a search carry ``chosen``, and as ``cost`` that of the whole search.
+
+    Args:
+        experiment: With ``tests``.
+        methods: ``none``, targets, methods and searches. The rate of a target or method is the one that validates best
+            on `SELECTION_SEED`; a search chooses anew on each seed.
+        seeds: Each once.
+
+    Raises:
+        ConfigError: A method is none of these, or a seed is given twice.
+    """
+    if len(set(seeds)) != len(seeds) or not seeds:
+        raise ConfigError(f"seeds={list(seeds)}: give each seed once, and at least one")
+    methods = list(dict.fromkeys(methods))
+    plain = [name for name in methods if name not in SEARCHES]
+    cells = {name: Cell({**experiment.shared, "method": name}, experiment.rates(name), tuple(seeds)) for name in plain}
+
+    def run(keys: list[dict[str, Any]]) -> list[Run]:
+        return experiment.run(experiment.train, keys, experiment.ledger)
+
+    tried = {
+        name: [experiment.key(name, lr, SELECTION_SEED) for lr in cell.candidates]
+        for name, cell in cells.items()
+        if len(cell.candidates) > 1
+    }
+    done = run([key for keys in tried.values() for key in keys])
+    rates = {name: best_of([one for one in done if one.key["method"] == name]).key["lr"] for name in tried}
+    rest = [experiment.key(name, rates.get(name, cells[name].candidates[0]), s) for name in plain for s in seeds]
+    done += run([key for key in rest if key not in [one.key for one in done]])
+    # From what the engine gave: of processes that train together only the first needs to see the ledger.
+    found = {
+        name: [next(one for one in done if one.key == key) for key in rest if key["method"] == name] for name in plain
+    }
+    _refuse_diverged([one for runs in found.values() for one in runs])
+    for name in methods:
+        if name in SEARCHES:
+            found[name] = [_as_run(_searched(experiment, name, seed)) for seed in seeds]
+    return {name: found[name] for name in methods}
+
+
+def _refuse_diverged(runs: Sequence[Run]) -> None:
+    for run in runs:
+        if run.result.get("diverged"):
+            raise ConfigError(
+                f"{run.key['method']} with learning rate {run.key['lr']:g} and seed {run.key['seed']} ended in NaN, "
+                "and no other rate did better: give a smaller one"
+            )
+
+
+def _as_run(choice: Choice) -> Run:
+    chosen = str(Candidate(choice.run.key["method"], choice.run.key["lr"]))
+    return Run(choice.run.key, {**choice.run.result, "cost": choice.cost, "chosen": chosen})

@@ -1,0 +1,427 @@
+"""Surgical fine-tuning of one base on one's own data: what the commands ``tune`` and ``compare`` run.
+
+An `Experiment` knows how to read the data, to open the base, and to do one run that a key names. What runs there are is
+decided in `choosing`; `outputs` writes what came of them.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from ..anatomy import Anatomy, anatomy_of
+from ..bases.load import Base, load_base
+from ..config import SurgicalConfig
+from ..data.labelled import Data, collate, items, read_data
+from ..delta import fingerprint
+from ..errors import AdapterError, ConfigError, UnknownTargetError
+from ..evaluation import predict_logits, predicted_classes
+from ..evaluation.judging import check_metrics, interval_of, judge, tolerant
+from ..evaluation.ledger import Ledger, Run
+from ..selection.resolve import score_blocks
+from ..selection.scores import BlockScores
+from ..shifts.published import Published
+from ..targets import DATA_TARGETS, parse, resolve
+from ..training.fitting import FitSettings, fit, forget_checkpoints
+from ..training.methods import METHODS, Method, method_of
+from ..training.search import NONE, Engine, Workers
+from ..watch import DivergedError, Epochs, Watch, file_name, logging_to
+from .newhead import modules_of_head, with_new_head
+
+SEARCHES = ("auto", "race", "cross-val", "greedy")
+"""What can be asked for beside a target or a method: training candidates, see `choosing`."""
+_SCORES = "scores "  # in place of a method, in the key of a run that only scores
+_LARGEST = sys.float_info.max  # stands for an infinite loss, which JSON cannot hold
+_KEPT_BYTES = 2**30  # transformed images of one part that are kept in memory rather than decoded in every epoch
+
+
+@dataclass(eq=False)
+class Experiment:
+    """One base, one data set, and how to train.
+
+    Attributes:
+        model: As for `load_base`.
+        source: As for `read_data`; or a function from a seed to `Data`, or to a `Published` data set, which then
+            decides everything about the images.
+        folder: For the ledger, checkpoints and outputs.
+        fitting: How to train; rate and seed are set for each run.
+        lrs: Learning rates to try.
+        head_lrs: The same where the head alone is tuned.
+        reading: Further arguments of `read_data`: sizes and columns.
+        config: Further fields of the `SurgicalConfig`: ``norm_stats``, ``delta_dtype``.
+        augment: As for `load_base`.
+        weights: As for `load_base`.
+        tests: Whether every full run looks at the test images, to be reported; else only the chosen one may.
+        seed: The seed whose data stands for all in the keys of runs.
+        metrics: Names of `judging.METRICS`. The first chooses epochs, rates and targets; of test images all are
+            reported.
+        opener: Opens the base, called as `load_base` is.
+        arguments: As for `fit`.
+        logs: Folder for TensorBoard's files, a folder for each run in it; None leaves them to Trainer.
+        engine: What runs the runs; see `search.workers` and `search.Together`.
+        watch: Told about progress.
+    """
+
+    model: str
+    source: Any
+    folder: Path
+    fitting: FitSettings
+    lrs: tuple[float, ...] = (1e-3, 1e-4)
+    head_lrs: tuple[float, ...] = (1e-2, 1e-3)
+    reading: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    augment: str = "none"
+    weights: str = "pretrained"
+    tests: bool = False
+    seed: int = 0
+    metrics: tuple[str, ...] = ("accuracy",)
+    opener: Callable[..., Base] = load_base
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    logs: Path | None = None
+    engine: Engine = field(default_factory=Workers)
+    watch: Watch = field(default_factory=Watch)
+
+    def __post_init__(self) -> None:
+        SurgicalConfig(target="all", **self.config)
+        check_metrics(self.metrics)
+        for lr in (*self.lrs, *self.head_lrs):
+            replace(self.fitting, lr=lr)  # refuses what is no rate
+        if self.device.type == "cpu":
+            if self.fitting.precision == "fp16":
+                raise ConfigError("precision='fp16' needs a GPU: choose bf16, or None for float32")
+            self.fitting = replace(self.fitting, use_cpu=True)  # Trainer refuses bfloat16 if it is not told
+        self.ledger = Ledger(self.folder / "ledger.jsonl")
+        self._data: dict[int, Data | Published] = {}
+        self._bases: dict[tuple[int, bool], Base] = {}
+        self._rows: dict[str, Any] = {}
+        self.racing = False  # a race stops runs early, so its checkpoints are not those of whole runs
+
+    # --- what it works on ---
+
+    @property
+    def device(self) -> torch.device:
+        """Where scores and accuracies are computed."""
+        able = torch.accelerator.is_available() and not self.fitting.use_cpu
+        return (torch.accelerator.current_accelerator() if able else None) or torch.device("cpu")
+
+    def data(self, seed: int) -> Data | Published:
+        """The images of a seed: others only where a part is drawn."""
+        first = self._read(self.seed)
+        return self._read(seed) if self.draws else first
+
+    @property
+    def draws(self) -> bool:
+        """Whether seeds change who tunes, validates and tests."""
+        return any("seed" in how for how in self._read(self.seed).origin.values())
+
+    def _read(self, seed: int) -> Data | Published:
+        if seed not in self._data:
+            read = self.source if callable(self.source) else functools.partial(_read_data, self.source, self.reading)
+            self._data[seed] = read(seed)
+        return self._data[seed]
+
+    def opening(self, seed: int, zero: bool = False) -> dict[str, Any]:
+        """The arguments of `load_base`, beside the name, that open the base of a run."""
+        names = list(self.data(self.seed).label_names)
+        return {"label_names": names, "head": "zero" if zero else "auto", "weights": self.weights, "seed": seed}
+
+    def base(self, seed: int, zero: bool = False) -> Base:
+        """The base of a run, not to be changed; ``zero`` for one whose new head is all zeros."""
+        if seed != self.seed and not self.head_is_new:
+            seed = self.seed  # nothing is drawn
+        if (seed, zero) not in self._bases:
+            if len(self._bases) > 1:  # a whole network each
+                self._bases.clear()
+            self._bases[seed, zero] = self.opener(self.model, **self.opening(seed, zero), augment=self.augment)
+        return self._bases[seed, zero]
+
+    @functools.cached_property
+    def anatomy(self) -> Anatomy:
+        """The blocks of the base."""
+        return anatomy_of(self.base(self.seed).model)
+
+    @functools.cached_property
+    def head_is_new(self) -> bool:
+        """Whether the head has to be trained whatever the target is."""
+        return self.base(self.seed).head_is_new
+
+    @functools.cached_property
+    def shared(self) -> dict[str, Any]:
+        """What the keys of all runs share: all that determines them but method, rate and seed."""
+        data, base = self.data(self.seed), self.base(self.seed).model.state_dict()
+        fitting = {name: value for name, value in asdict(self.fitting).items() if name not in {"lr", "seed", "use_cpu"}}
+        left_out = set(self.anatomy["head"].tensors) if self.head_is_new else set()
+        prints = fingerprint({name: value for name, value in base.items() if name not in left_out})
+        digest = _digest(prints) if self.weights == "pretrained" else None  # of a random one the seed says it all
+        sizes = {f"{part}_images": self.reading.get(part) for part in ("tuning", "validation", "test")}
+        what = {"model": self.model, "base": digest, "weights": self.weights, "data": data.fingerprint, **sizes}
+        if self.metrics != ("accuracy",):
+            what["metrics"] = list(self.metrics)
+        return what | {"augment": self.augment, "tests": self.tests} | fitting | dict(self.config)
+
+    def rows(self, part: str, seed: int) -> Rows:
+        """One part of the data, as the network takes it."""
+        train, evaluation = self._transforms
+        data = self.data(seed)
+        if data is not self._rows.get("data"):
+            self._rows = {"data": data}
+        if part not in self._rows:
+            augmented = part == "tuning" and self.augment != "none"
+            self._rows[part] = Rows(data.parts[part], train if augmented else evaluation, keep=not augmented)
+        return self._rows[part]
+
+    @functools.cached_property
+    def _transforms(self) -> tuple[Callable[[Any], Tensor], Callable[[Any], Tensor]]:
+        base = self.base(self.seed)
+        return base.transform_train, base.transform_eval
+
+    @functools.cached_property
+    def _whole_head(self) -> list[str]:
+        return modules_of_head(self.base(self.seed).model, self.anatomy)
+
+    # --- methods ---
+
+    def method(self, name: str) -> Method:
+        """A row of `METHODS` or a target of this network.
+
+        Raises:
+            ConfigError: It is neither.
+        """
+        others = f"Methods: {', '.join(METHODS)}. Searches: {', '.join(SEARCHES)}."
+        if name in SEARCHES or (name not in METHODS and name in DATA_TARGETS):
+            raise ConfigError(f"{name!r} names nothing to train by itself. {others}")
+        row = method_of(name)
+        try:
+            resolve(parse(row.target), self.anatomy)
+        except UnknownTargetError as error:
+            raise ConfigError(f"{error} {others}") from error
+        return row
+
+    def head_only(self, name: str) -> bool:
+        """Whether a method tunes the head and nothing else."""
+        head = self.anatomy["head"].tensors if "head" in self.anatomy else ()
+        return set(resolve(parse(self.method(name).target), self.anatomy)) <= set(head)
+
+    def rates(self, name: str) -> tuple[float | None, ...]:
+        """The learning rates to try for a method."""
+        if name == NONE:
+            return (None,)
+        return self.head_lrs if self.head_only(name) else self.lrs
+
+    def prepared(self, name: str) -> tuple[Method, bool, dict[str, Any]]:
+        """A method as it is run here: the method, whether its base has a head of zeros, and fields of the config."""
+        row = self.method(name)
+        if not self.head_is_new:
+            return row, False, {}
+        if self.head_only(name):
+            return row, True, {}
+        if self._whole_head:
+            return with_new_head(row), False, {"modules_to_save": self._whole_head}
+        return with_new_head(replace(row, target=f"{row.target} + head")), True, {}
+
+    # --- runs ---
+
+    def key(self, method: str, lr: float | None, seed: int) -> dict[str, Any]:
+        """The key of a run."""
+        return {**self.shared, "seed": seed, "method": method, "lr": lr}
+
+    def run(
+        self, train: Callable[[dict[str, Any]], Mapping[str, Any]], keys: Sequence[Any], ledger: Ledger
+    ) -> list[Run]:
+        """An `Engine`: the experiment's own, with progress."""
+        self.watch.planned(len(keys))
+        trained: list[str] = []
+
+        def watched(key: dict[str, Any]) -> Mapping[str, Any]:
+            result = train(key)
+            trained.append(_digest(key))
+            self.watch.finished(key, result, known=False)
+            return result
+
+        runs = self.engine(watched, keys, ledger)
+        for run in runs:
+            if _digest(run.key) not in trained:
+                self.watch.finished(run.key, run.result, known=True)
+        return runs
+
+    def train(self, key: dict[str, Any]) -> dict[str, Any]:
+        """One run; a ``Fit`` of `search`. Its adapter lies in ``adapter(key)`` afterwards."""
+        method, seed = key["method"], key["seed"]
+        if method.startswith(_SCORES):
+            return {"scores": self._score(method.removeprefix(_SCORES), seed)}
+        if method == NONE:
+            own = self.base(seed).model
+            return {"validation": self.judged(own, "validation", seed), "cost": 0.0, **self._tested(own, seed)}
+        row, zero, config = self.prepared(method)
+        place = self.folder / "checkpoints" / ("race" if self.racing else "single") / self.digest(key)
+        epochs = self.fitting.epochs
+        name = f"{method}-lr{key['lr']:g}-seed{seed}"
+        try:
+            with logging_to(None if self.logs is None else self.logs / file_name(name)):
+                found = fit(
+                    copy.deepcopy(self.base(seed, zero).model),
+                    row,
+                    self.rows("tuning", seed),
+                    self.rows("validation", seed),
+                    replace(self.fitting, lr=key["lr"], seed=seed),
+                    config={**self.config, **config},
+                    folder=place,
+                    stop_epoch=max(1, round(key["stop"] * epochs)) if "stop" in key else None,
+                    collate=collate,
+                    callbacks=[Epochs(functools.partial(self.watch.epoch, key))],
+                    metric=functools.partial(self._selecting, self.rows("validation", seed).groups),
+                    arguments={**self.arguments, "run_name": name},
+                )
+        except DivergedError as error:  # one of several candidates: it loses, and does not end the search
+            forget_checkpoints(place)
+            return {"validation": 0.0, "validation_loss": _LARGEST, "cost": float(error.steps), "diverged": True}
+        result: dict[str, Any] = {"validation": found.validation, "validation_loss": found.losses[-1]}
+        result |= {"cost": found.cost, "epoch": found.best_epoch}
+        result |= {"curve": list(found.curve), "losses": list(found.losses)}
+        if "stop" in key or not PartialState().is_main_process:  # where all train together, one looks at the outcome
+            return result
+        trained: Any = found.model
+        trained.save_pretrained(self.adapter(key))
+        reloaded = self.load(self.adapter(key), self.base(seed, zero).model)
+        if not self.config.get("delta_dtype"):  # what is rounded on disk differs on purpose
+            self.check(trained, reloaded, seed)
+        result |= self._tested(reloaded, seed)
+        forget_checkpoints(place)
+        return result
+
+    def _score(self, criterion: str, seed: int) -> str:
+        generator = torch.Generator().manual_seed(seed)
+        rows = self.rows("tuning", seed)
+        loader = DataLoader(rows, self.fitting.batch_size, shuffle=True, generator=generator, collate_fn=collate)
+        precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.fitting.precision or "")
+        network = copy.deepcopy(self.base(seed).model).to(self.device)
+        return score_blocks(network, loader, criterion, blocks=self.anatomy, autocast=precision).to_json()
+
+    def _tested(self, model: nn.Module, seed: int) -> dict[str, Any]:
+        """The metric that selects as ``test``; where there are several metrics, all of them with their intervals."""
+        if not self.tests or self.data(seed).test is None:
+            return {}
+        rows = self.rows("test", seed)
+        scores, labels = predicted_classes(self.logits(model, rows), rows.label_tensor), rows.label_tensor
+        found: dict[str, Any] = {"test": judge(self.metrics[:1], scores, labels, rows.groups)[self.metrics[0]]}
+        if self.metrics != ("accuracy",):
+            intervals = {name: interval_of(name, scores, labels, rows.groups) for name in self.metrics}
+            found["measured"] = {name: [*interval, n] for name, (interval, n) in intervals.items()}
+        return found
+
+    def logits(self, model: nn.Module, rows: Dataset[Any]) -> Tensor:
+        """(images, classes), on the CPU."""
+        model.to(self.device)
+        workers = self.arguments.get("dataloader_num_workers", 0)
+        batches = DataLoader(rows, batch_size=100, collate_fn=collate, num_workers=workers)
+        return torch.cat([predict_logits(model, batch["pixel_values"]) for batch in batches])
+
+    def judge(self, model: nn.Module, part: str, seed: int) -> dict[str, float]:
+        """Metric -> value on a part of the data, a fraction."""
+        rows = self.rows(part, seed)
+        return judge(self.metrics, self.logits(model, rows), rows.label_tensor, rows.groups)
+
+    def judged(self, model: nn.Module, part: str, seed: int) -> float:
+        """The metric that selects, on a part of the data."""
+        return self.judge(model, part, seed)[self.metrics[0]]
+
+    def _selecting(self, groups: Tensor | None, logits: Tensor, labels: Tensor) -> float:
+        return judge(self.metrics[:1], tolerant(logits), labels, groups)[self.metrics[0]]
+
+    def scores(self, criterion: str, seed: int) -> BlockScores:
+        """Scores of the blocks on the tuning images; of a new head none, since a random one says nothing."""
+        # Through the ledger: processes must not disagree about candidates in the last digit.
+        (run,) = self.run(self.train, [self.key(f"{_SCORES}{criterion}", None, seed)], self.ledger)
+        found = BlockScores.from_json(run.result["scores"])
+        if not self.head_is_new:
+            return found
+        head = set(self.anatomy["head"].tensors)
+        return replace(
+            found,
+            block_scores={name: score for name, score in found if name != "head"},
+            tensor_scores={name: score for name, score in found.tensor_scores.items() if name not in head},
+            num_parameters={name: size for name, size in found.num_parameters.items() if name != "head"},
+        )
+
+    # --- adapters ---
+
+    def digest(self, key: Mapping[str, Any]) -> str:
+        """A short name for a run, of whatever length."""
+        return _digest({name: value for name, value in key.items() if name != "stop"})
+
+    def adapter(self, key: Mapping[str, Any]) -> Path:
+        """Where a finished run leaves its adapter until the experiment is over."""
+        return self.folder / "runs" / self.digest(key)
+
+    def load(self, adapter: Path, network: nn.Module) -> Any:
+        """The adapter in a folder on a copy of a network."""
+        return PeftModel.from_pretrained(copy.deepcopy(network), adapter).to(self.device).eval()
+
+    def check(self, model: nn.Module, reloaded: nn.Module, seed: int) -> None:
+        """Raise unless both give the same logits, bit for bit.
+
+        Raises:
+            AdapterError: They do not.
+        """
+        rows = self.rows("validation", seed)
+        one, other = self.logits(model, rows), self.logits(reloaded, rows)
+        if not torch.equal(one, other):
+            raise AdapterError(
+                f"the adapter that was saved does not give the logits of the network that was trained: they differ by "
+                f"up to {(one - other).abs().max():.3g}. Report this, with the model {self.model!r} and the target"
+            )
+
+    def tidy(self) -> None:
+        """Remove checkpoints and the adapters of all runs: everything that only an unfinished experiment needs."""
+        for name in ("checkpoints", "runs"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+
+
+class Rows(Dataset):
+    """A part of the data with its labels at hand, and its images in memory once they have been read, if they fit."""
+
+    def __init__(self, part: Any, transform: Callable[[Any], Tensor], keep: bool) -> None:
+        self.labels: list[int] = list(part.select_columns(["label"])["label"][:])
+        grouped = "group" in part.column_names
+        self.groups = torch.tensor(part.select_columns(["group"])["group"][:]) if grouped else None
+        self.items = items(part, transform)
+        self.keep = keep
+        self.kept: dict[int, dict[str, Any]] = {}
+
+    @property
+    def label_tensor(self) -> Tensor:
+        """int64 (n,)."""
+        return torch.tensor(self.labels, dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if index in self.kept:
+            return self.kept[index]
+        row: dict[str, Any] = self.items[index]
+        if self.keep and row["pixel_values"].nbytes * len(self) <= _KEPT_BYTES:
+            self.kept[index] = row
+        return row
+
+
+def _read_data(source: Any, reading: Mapping[str, Any], seed: int) -> Data:
+    return read_data(source, seed=seed, **reading)
+
+
+def _digest(what: Any) -> str:
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,115 @@
+"""The adapters that are at hand: in huggingface_hub's cache, and in folders."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants, scan_cache_dir
+from huggingface_hub.errors import CacheNotFound
+
+from ..config import CONFIG, WEIGHTS, SurgicalType
+
+UNNAMED = "(no base named)"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An adapter on this machine, as its config describes it; its file is not read.
+
+    Attributes:
+        name: Repository, or folder.
+        base: What it calls its base, or `UNNAMED`.
+        target: What it tunes, in words.
+        bytes: Of its file; 0 where it was not fetched as a whole.
+        folder: Where it lies.
+        commit: Of the repository; None for a folder.
+        refs: Branches and tags that were at that commit when it was fetched.
+    """
+
+    name: str
+    base: str
+    target: str
+    bytes: int
+    folder: str
+    commit: str | None = None
+    refs: tuple[str, ...] = ()
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether its file is there."""
+        return self.bytes > 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {**asdict(self), "refs": list(self.refs)}
+
+
+def cached_adapters(cache_dir: str | os.PathLike[str] | None = None) -> list[Stored]:
+    """The surgical adapters in huggingface_hub's cache, one entry for each commit that was fetched.
+
+    Args:
+        cache_dir: By default that of ``HF_HUB_CACHE``.
+    """
+    try:
+        info = scan_cache_dir(Path(cache_dir or constants.HF_HUB_CACHE))
+    except CacheNotFound:
+        return []
+    found = []
+    for repo in info.repos:
+        for revision in repo.revisions if repo.repo_type == "model" else ():
+            place = Path(revision.snapshot_path)
+            config = _config_in(place)
+            if config is not None:
+                refs = tuple(sorted(revision.refs))
+                found.append(_stored(repo.repo_id, place, config, revision.commit_hash, refs))
+    return _sorted(found)
+
+
+def adapters_in(folders: Iterable[str | os.PathLike[str]]) -> list[Stored]:
+    """The surgical adapters in folders and in the folders below them."""
+    found = []
+    for folder in folders:
+        for file in Path(folder).rglob(CONFIG):
+            config = _config_in(file.parent)
+            if config is not None:
+                found.append(_stored(str(file.parent), file.parent, config))
+    return _sorted(found)
+
+
+def by_base(adapters: Iterable[Stored]) -> dict[str, list[Stored]]:
+    """Base -> its adapters, both in alphabetical order."""
+    grouped: dict[str, list[Stored]] = {}
+    for adapter in sorted(adapters, key=lambda a: (a.base, a.name, a.commit or "")):
+        grouped.setdefault(adapter.base, []).append(adapter)
+    return grouped
+
+
+def _config_in(folder: Path) -> dict[str, Any] | None:
+    """The config of a surgical adapter; None for everything else."""
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    ours = isinstance(config, dict) and config.get("peft_type") == SurgicalType.SURGICAL.value
+    return config if ours else None
+
+
+def _stored(
+    name: str, folder: Path, config: dict[str, Any], commit: str | None = None, refs: tuple[str, ...] = ()
+) -> Stored:
+    said = config.get("target") or config.get("target_modules")
+    tensors = config.get("tensor_names") or []
+    target = f"{len(tensors)} tensors" if not said else said if isinstance(said, str) else " + ".join(map(str, said))
+    file = folder / WEIGHTS
+    size = file.stat().st_size if file.is_file() else 0
+    base = str(config.get("base_model_name_or_path") or UNNAMED)
+    return Stored(name, base, target, size, str(folder), commit, refs)
+
+
+def _sorted(adapters: list[Stored]) -> list[Stored]:
+    return sorted(adapters, key=lambda adapter: (adapter.name, adapter.commit or ""))

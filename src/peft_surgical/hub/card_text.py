@@ -1,0 +1,263 @@
+"""What a model card says in words and tables: pure functions of a config and a report."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..anatomy.spec import NUMBERED
+from ..config import SurgicalConfig
+from ..evaluation import ORACLE, Measurement, Report
+
+_BEFORE = ", before tuning"
+_CHOOSING = ("tuning", "training", "validation")
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+_INTERVALS = {"t": "Student's t over the seeds", "wilson": "Wilson's, over the images"}
+_SETTINGS = {
+    "recipe": "recipe",
+    "dataset": "data",
+    "corruption": "corruption",
+    "severity": "severity",
+    "method": "method",
+    "lr": "learning rate",
+    "epochs": "epochs",
+    "batch_size": "batch size",
+    "optimizer": "optimizer",
+    "lr_scheduler": "learning rate schedule",
+    "weight_decay": "weight decay, which pulls towards the pretrained weights",
+    "precision": "precision",
+    "augment": "augmentation",
+    "tuning_images": "images to tune",
+    "validation_images": "images to choose with",
+    "images": "images",
+    "parts": "images",
+    "data_parts": "origin of the parts",
+    "head": "head",
+    "cost": "cost in training steps, all runs together",
+    "versions": "versions",
+}
+"""The settings of a report that a card shows, in this order, and what it calls them; all are in ``report.json``."""
+NORMS = {
+    "frozen": "frozen: normalisation statistics are those of the base, everywhere",
+    "target": "target: the statistics of the tuned modules moved to the target data, and are in the file",
+    "all": "all: the statistics of every module moved to the target data, and are in the file",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A measurement and what was tuned for it.
+
+    Attributes:
+        tuned: A target or method; ``"none"`` for the base.
+        own: Whether it is of the adapter that the card describes.
+        metric: Such as ``accuracy``.
+        dataset: What it was measured on.
+        measured: The number, with all that belongs to it.
+    """
+
+    tuned: str
+    own: bool
+    metric: str
+    dataset: str
+    measured: Measurement
+
+    @property
+    def is_test(self) -> bool:
+        """Whether nothing was trained on these images, and nothing chosen with them."""
+        return self.dataset.partition(" ")[0] not in _CHOOSING and ORACLE not in self.measured.selection
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A table of what could have been tuned instead, with one number each.
+
+    Attributes:
+        caption: What the numbers are and where they come from.
+        rows: Name and number.
+        percent: Whether the numbers are fractions, to be shown in percent.
+    """
+
+    caption: str
+    rows: tuple[tuple[str, float], ...]
+    percent: bool
+
+
+def rows_of(report: Report, comparison: Sequence[Report] = ()) -> list[Row]:
+    """The rows of a card's table: for each data set and metric the adapter, then none, all, and what else there is.
+
+    Args:
+        report: Of the adapter. Its own rows are those of its ``target``.
+        comparison: Reports of other targets, of which the rows with the report's metrics and data sets are taken.
+    """
+    found: dict[tuple[str, str, str], Row] = {}
+    for measured in report:
+        row = _row(report, measured)
+        found.setdefault((row.metric, row.dataset, row.tuned), row)
+    wanted = list(dict.fromkeys((metric, dataset) for metric, dataset, _ in found))
+    for other in comparison:
+        for measured in other:
+            row = _row(other, measured, own=False)
+            if (row.metric, row.dataset) in wanted:
+                found.setdefault((row.metric, row.dataset, row.tuned), row)
+    rank = {"none": 1, "all": 2}
+    order = {pair: i for i, pair in enumerate(wanted)}
+    # Sorting is stable: what has no rank stays in the order in which it was reported.
+    return sorted(found.values(), key=lambda r: (order[r.metric, r.dataset], 0 if r.own else rank.get(r.tuned, 3)))
+
+
+def _row(report: Report, measured: Measurement, own: bool = True) -> Row:
+    metric, several, tuned = measured.name.partition(" of ")
+    dataset = measured.dataset.removesuffix(_BEFORE)
+    if not several:
+        before = metric.endswith(" before") or dataset != measured.dataset
+        metric, tuned = metric.removesuffix(" before"), "none" if before else report.target
+    return Row(tuned, own and tuned == report.target, metric, dataset, measured)
+
+
+def interval_name(kind: str) -> str:
+    """What a measurement's interval is, in words."""
+    return _INTERVALS.get(kind, kind)
+
+
+# --- why this part ---
+
+
+def parents_of(config: SurgicalConfig) -> list[str]:
+    """The adapters that this one was combined from, with what is known of each; nothing for one that was trained.
+
+    They are the ``parents`` of the config's ``selection``, or of its ``combined``: names, or mappings with ``adapter``
+    and perhaps ``weight``, ``scale`` and ``sha256``.
+    """
+    said = config.selection or {}
+    rows = said.get("parents", said.get("combined", {}).get("parents", ()))
+    return [_parent({"adapter": row} if isinstance(row, str) else row) for row in rows]
+
+
+def _parent(row: Mapping[str, Any]) -> str:
+    name = linked(str(row["adapter"]))
+    facts = [f"{what} {row[what]:g}" for what in ("weight", "scale") if row.get(what) is not None]
+    facts += [f"SHA-256 `{row['sha256'][:12]}...`"] if row.get("sha256") else []
+    return f"{name} ({', '.join(facts)})" if facts else name
+
+
+def is_repository(name: str) -> bool:
+    """Whether this is the form of a repository's id on the Hub."""
+    return _REPOSITORY.fullmatch(name) is not None
+
+
+def linked(name: str) -> str:
+    """A repository's id as a link to it, any other name as code."""
+    return f"[{name}](https://huggingface.co/{name})" if is_repository(name) else f"`{name}`"
+
+
+def why(config: SurgicalConfig) -> str:
+    """One sentence: who or what chose the target."""
+    said = config.selection
+    if not said:
+        return "The target was given by name; no choice from data is recorded."
+    if "combined" in said or "parents" in said:
+        how = said.get("combined", said)
+        options = [f"{name} {how[name]}" for name in ("density", "majority_sign", "seed") if name in how]
+        extra = f" ({', '.join(options)})" if options else ""
+        return f"The adapter was not trained: it is combined from others by `{how.get('method', 'linear')}`{extra}."
+    if "block_scores" in said:
+        labels = "with" if said.get("uses_labels", True) else "without"
+        limit = f" and at most {said['budget']:.0%} of the parameters" if said.get("budget") else ""
+        return (
+            f"`{said['asked']}` was asked for{limit}: the block was chosen by its `{said['criterion']}` score on "
+            f"{said['num_samples']} {said['split']} images in {said['num_batches']} batches, {labels} their labels."
+        )
+    asked = f"`{said.get('asked', 'a search')}` was asked for, which trains candidates and takes"
+    if said.get("split") == "test":
+        return f"{asked} what is best on test images: an oracle's choice, whose accuracy flatters."
+    return f"{asked} what validates best."
+
+
+def choices(config: SurgicalConfig) -> list[Choice]:
+    """The numbers behind the choice of the target, as the config's ``selection`` has them."""
+    said = config.selection or {}
+    found = []
+    nested = said.get("scores")
+    for scores in (said, nested if isinstance(nested, Mapping) else {}):
+        if "block_scores" in scores:
+            rows = sorted(scores["block_scores"].items(), key=lambda item: _place(item[0]))
+            caption = f"`{scores['criterion']}` of every block, higher means tune this"
+            found.append(Choice(caption, tuple(rows), percent=False))
+    for key, caption in (
+        ("validation", "validation accuracy of every candidate"),
+        ("learning_rates", "validation accuracy of every learning rate"),
+        ("rows", "validation of every row, mean over the seeds"),
+        ("test", "test accuracy of every candidate"),
+    ):
+        if isinstance(said.get(key), Mapping):
+            found.append(Choice(caption, tuple(said[key].items()), percent=True))
+    return found
+
+
+def _place(block: str) -> tuple[int, int, str]:
+    """In the order in which data flows; a config's JSON is sorted by name."""
+    if block in ("embedding", "stem"):
+        return 0, 0, block
+    number = NUMBERED.fullmatch(block)
+    return (1, int(number[2]), block) if number else (2, 0, block)
+
+
+# --- how it was made, and what to beware of ---
+
+
+def moved_of(report: Report | None) -> list[tuple[str, float]]:
+    """The base's blocks, each with the L2 norm of its change over its own, where the report says so."""
+    moved = report.settings.get("moved") if report is not None else None
+    return sorted((moved or {}).items(), key=lambda item: _place(item[0]))
+
+
+def protocol_of(report: Report | None) -> list[tuple[str, str]]:
+    """What the report's settings say about training, as pairs of a name and a value in words."""
+    settings = report.settings if report is not None else {}
+    shown = [(label, _shown(settings[key])) for key, label in _SETTINGS.items() if key in settings]
+    return [(label, text) for label, text in shown if text]
+
+
+def _shown(value: Any) -> str:
+    if value is None or value == "":
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_shown(part)}" for name, part in value.items() if _shown(part))
+    return ", ".join(map(_shown, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def limits_of(config: SurgicalConfig, report: Report | None, rows: Sequence[Row]) -> list[str]:
+    """What whoever uses the adapter has to know, each a sentence or two."""
+    own = [row for row in rows if row.own]
+    seeds = max((row.measured.seeds for row in own), key=len, default=())
+    found = ["It fits one base: another one, another revision of it or another dtype is refused when it is loaded."]
+    if not own:
+        found.append("Nothing was measured: no report came with it. Measure it on your own images before you use it.")
+    else:
+        found.append("The numbers hold for the data that they name. Measure it on your own images before you use it.")
+    if len(seeds) > 1:
+        seed = report.settings.get("adapter", {}) if report is not None else {}
+        which = f"seed {seed['seed']}" if isinstance(seed, Mapping) and "seed" in seed else "one of them"
+        found.append(f"Means are over the runs of {len(seeds)} seeds; the adapter in this repository is of {which}.")
+    if own and not any(_is_source(row.dataset) for row in own):
+        found.append("What it makes the base forget was not measured.")
+    if any(not row.is_test for row in own):
+        found.append("Rows on images that had a say in choosing flatter; their selection rule says so.")
+    if (config.selection or {}).get("split") == "test" or any(ORACLE in row.measured.selection for row in own):
+        found.append("Test images had a say in choosing the block or the run: an oracle's choice, not an estimate.")
+    if config.scale != 1:
+        found.append(f"The deltas are scaled by {config.scale:g}: between the base (0) and what was trained (1).")
+    if config.delta_dtype is not None:
+        found.append(f"The deltas are rounded to {config.delta_dtype}.")
+    return found
+
+
+def _is_source(dataset: str) -> bool:
+    return any(word in ("source", "clean") for word in re.split(r"\W+", dataset.lower()))

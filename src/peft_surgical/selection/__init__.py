@@ -1,0 +1,7 @@
+"""Choosing by scores: gradients on target data -> a score for each block and tensor -> a target."""
+
+from .criteria import CRITERIA
+from .resolve import resolve_target, score_blocks
+from .scores import BlockScores
+
+__all__ = ["CRITERIA", "BlockScores", "resolve_target", "score_blocks"]

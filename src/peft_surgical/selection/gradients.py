@@ -1,0 +1,368 @@
+"""Gradients of a loss over some batches, per minibatch or per input, from a model that is left exactly as it was."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import logging
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from ..errors import DataError
+from .tensors import TrainedTensor, unwrapped
+
+logger = logging.getLogger(__name__)
+
+LABEL_KEYS = ("labels", "label", "targets", "target", "y")
+LossFunction = Callable[[Any, Any], Tensor]
+"""(what the model returned, labels or None) -> a scalar, the mean over the batch."""
+
+# Filled while gradients are only looked at: the hooks of a running schedule must not touch those. Not a context
+# variable, because backward passes on an accelerator run in threads of their own.
+_looking: list[nn.Module] = []
+
+_CHUNK_ENTRIES = 2**28  # per-input gradients held at once, 1 GiB in float32
+_HALF_PRECISION_SCALE = 2.0**12  # keeps float16 gradients out of the subnormals; divided out again
+
+
+@dataclass
+class GradientStatistics:
+    """What the criteria are computed from, over all batches and processes.
+
+    A unit is what one gradient was taken over: a minibatch, or a single input.
+
+    Attributes:
+        units: Number of units.
+        squares: (units, tensors) float64: squared L2 norm of each tensor's gradient in each unit.
+        mean: Tensor -> mean of its gradient over units, in its shape.
+        deviations: Tensor -> sum over units of (gradient - mean)^2, in its shape.
+        weights: Tensor -> its value, in its shape.
+    """
+
+    names: tuple[str, ...]
+    weights: dict[str, Tensor]
+    units: int = 0
+    samples: int = 0
+    batches: int = 0
+    labels: bool = False
+    squares: Tensor = field(default_factory=lambda: torch.empty(0))
+    mean: dict[str, Tensor] = field(default_factory=dict)
+    deviations: dict[str, Tensor] = field(default_factory=dict)
+
+    def variance(self, name: str) -> Tensor:
+        """Unbiased variance of the gradient over units, in the tensor's shape."""
+        return self.deviations[name] / max(self.units - 1, 1)
+
+    def add(self, gradients: Mapping[str, Tensor]) -> None:
+        """Merge gradients of further units, each of shape (units, *tensor): Chan et al. 1983, eq. 1.5."""
+        count = len(next(iter(gradients.values())))
+        total = self.units + count
+        rows = []
+        for name in self.names:
+            new = gradients[name].float()
+            rows.append(new.flatten(1).double().square().sum(1))
+            mean = new.mean(0)
+            deviations = (new - mean).square_().sum(0)
+            if name in self.mean:
+                shift = mean - self.mean[name]
+                self.deviations[name] += deviations + shift.square() * (self.units * count / total)
+                self.mean[name] += shift * (count / total)
+            else:
+                self.mean[name], self.deviations[name] = mean, deviations
+        self.squares = torch.cat([self.squares.to(rows[0]).reshape(-1, len(rows)), torch.stack(rows, 1)])
+        self.units = total
+
+    def gather(self) -> None:
+        """Merge the statistics of all processes, so that every one of them has the same."""
+        distributed = torch.distributed
+        if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+            return
+        device = next(iter(self.weights.values())).device
+        own = torch.tensor([self.units, self.samples, self.batches, self.labels], dtype=torch.float64, device=device)
+        counts = [torch.empty_like(own) for _ in range(distributed.get_world_size())]
+        distributed.all_gather(counts, own)
+        units = [int(count[0]) for count in counts]
+        total = sum(units)
+        if not total:
+            return
+        padded = torch.zeros(max(units), len(self.names), dtype=torch.float64, device=device)
+        padded[: self.units] = self.squares.reshape(-1, len(self.names)).to(padded)
+        tables = [torch.empty_like(padded) for _ in counts]
+        distributed.all_gather(tables, padded)
+        self.squares = torch.cat([table[:rows] for table, rows in zip(tables, units, strict=True)])
+        for name in self.names:
+            own_mean = self.mean.get(name, torch.zeros_like(self.weights[name], dtype=torch.float32))
+            own_deviations = self.deviations.get(name, torch.zeros_like(own_mean))
+            mean = own_mean * (self.units / total)
+            distributed.all_reduce(mean)
+            deviations = own_deviations + (own_mean - mean).square() * self.units
+            distributed.all_reduce(deviations)
+            self.mean[name], self.deviations[name] = mean, deviations
+        self.units = total
+        self.samples, self.batches = (int(sum(count[i] for count in counts)) for i in (1, 2))
+        self.labels = any(bool(count[3]) for count in counts)
+
+
+def collect(
+    model: nn.Module,
+    tensors: Mapping[str, TrainedTensor],
+    dataloader: Iterable[Any],
+    *,
+    per_input: bool,
+    num_batches: int | None,
+    loss_fn: LossFunction | None = None,
+    autocast: torch.dtype | None = None,
+    chunk_size: int | None = None,
+) -> GradientStatistics:
+    """Gradients of the loss with respect to ``tensors``, over the first batches.
+
+    The model runs in ``eval()``, as in the paper's reference code: no dropout, source statistics. Everything is left
+    bit-identical: parameters, gradients, modes, buffers, random number generators, and the loader's generator.
+
+    Args:
+        model: As for `trained_tensors`.
+        tensors: What to differentiate by.
+        dataloader: Yields (inputs, labels) or dicts; see `forward_loss`.
+        per_input: Whether a unit is one input; else one minibatch.
+        num_batches: At most so many batches of this process; None for all.
+        loss_fn: See `LossFunction`; by default the model's own loss, or cross entropy.
+        autocast: Run the forward in this dtype, as mixed-precision training does.
+        chunk_size: Inputs whose gradients are held at the same time; by default as many as fit into 1 GiB.
+
+    Raises:
+        DataError: No process has a batch, or a batch has a form that is not understood.
+    """
+    model = unwrapped(model)
+    names = tuple(tensors)
+    found = GradientStatistics(names, {name: tensor.value.float() for name, tensor in tensors.items()})
+    device = next(iter(tensors.values())).parameter.device
+    scale = _HALF_PRECISION_SCALE if torch.float16 in {autocast, next(iter(tensors.values())).value.dtype} else 1.0
+    entries = sum(tensor.parameter.numel() for tensor in tensors.values())
+    chunk = chunk_size or max(1, _CHUNK_ENTRIES // entries)
+    precision: Callable[[], AbstractContextManager[Any]] = (
+        nullcontext if autocast is None else lambda: torch.autocast(device.type, dtype=autocast)
+    )
+
+    def loss_of(batch: Any) -> Tensor:
+        with precision():
+            return forward_loss(model, batch, loss_fn).float() * scale
+
+    with _left_as_it_was(model, tensors, dataloader), torch.enable_grad():
+        for batch in itertools.islice(dataloader, num_batches):
+            batch = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, _plain(batch))
+            size = batch_size(batch)
+            if per_input:
+                for start in range(0, size, chunk):
+                    part = _rows(batch, size, start, min(start + chunk, size))
+                    found.add(
+                        {name: value / scale for name, value in _per_input(model, tensors, part, loss_of).items()}
+                    )
+            else:
+                parameters = [tensor.parameter for tensor in tensors.values()]
+                found_by = torch.autograd.grad(loss_of(batch), parameters, allow_unused=True)
+                found.add(
+                    {
+                        name: (torch.zeros_like(p) if g is None else g.detach() / scale)[None]
+                        for name, p, g in zip(names, parameters, found_by, strict=True)
+                    }
+                )
+            found.samples += size
+            found.batches += 1
+            found.labels = found.labels or labels_in(batch) is not None
+    found.gather()
+    if not found.units:
+        raise DataError("the dataloader gave no batch: check the split, or drop_last with fewer images than a batch")
+    return found
+
+
+def is_looking() -> bool:
+    """Whether gradients are being taken for scores just now, not for a step."""
+    return bool(_looking)
+
+
+def forward_loss(model: nn.Module, batch: Any, loss_fn: LossFunction | None = None) -> Tensor:
+    """The loss of one batch.
+
+    Args:
+        model: A network that returns logits (n, classes), a tuple that begins with them, or a transformers output.
+        batch: (inputs, labels, ...), or a dict as a Hugging Face data collator makes it. Of a dict, what ``forward``
+            names is passed by name; a network that takes one plain argument gets the one tensor that is no label.
+        loss_fn: (what the model returned, labels) -> scalar. Without it the model's own ``loss`` where it gives one,
+            else cross entropy, mean over the batch.
+
+    Raises:
+        DataError: The batch is neither, or no label can be found and no ``loss_fn`` is given.
+    """
+    labels = labels_in(batch)
+    if isinstance(batch, Mapping):
+        outputs = model(**keywords) if (keywords := _keywords(model, batch)) else model(_only_input(batch))
+    elif isinstance(batch, (tuple, list)) and batch:
+        outputs = model(batch[0])
+    else:
+        raise DataError(
+            f"a batch is a {type(batch).__name__}: give (inputs, labels) or a dict with pixel_values, labels"
+        )
+    if loss_fn is not None:
+        return loss_fn(outputs, labels)
+    if isinstance(loss := getattr(outputs, "loss", None), Tensor):
+        return loss
+    if labels is None:
+        raise DataError(f"no labels in the batch (one of {', '.join(LABEL_KEYS)}): pass loss_fn=, or add them")
+    return F.cross_entropy(logits_of(outputs).float(), labels)
+
+
+def logits_of(outputs: Any) -> Tensor:
+    """The logits in what a model returned: a tensor, ``.logits``, or the first of a tuple."""
+    if isinstance(outputs, Tensor):
+        return outputs
+    if isinstance(logits := getattr(outputs, "logits", None), Tensor):
+        return logits
+    return outputs[0]
+
+
+def labels_in(batch: Any) -> Any:
+    """The labels of a batch, or None."""
+    if isinstance(batch, Mapping):
+        return next((batch[key] for key in LABEL_KEYS if key in batch), None)
+    return batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
+
+
+def batch_size(batch: Any) -> int:
+    """Number of inputs in a batch: the length of its first tensor."""
+    sizes = [len(leaf) for leaf in tree_flatten(batch)[0] if isinstance(leaf, Tensor) and leaf.ndim]
+    if not sizes:
+        raise DataError("a batch holds no tensor: give (inputs, labels) or a dict of tensors")
+    return sizes[0]
+
+
+def _keywords(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a dict the network's own forward names; nothing, if it names none of the inputs."""
+    network: Any = unwrapped(model)  # DDP's forward takes anything, too
+    while hasattr(network, "base_model") and hasattr(network.base_model, "model"):
+        network = network.base_model.model  # PEFT's forward takes anything and passes it on
+    parameters = inspect.signature(network.forward).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) and len(parameters) == 1:
+        return dict(batch)
+    named = {key: value for key, value in batch.items() if key in parameters}
+    return named if set(named) - set(LABEL_KEYS) else {}
+
+
+def _only_input(batch: Mapping[str, Any]) -> Tensor:
+    inputs = {key: value for key, value in batch.items() if key not in LABEL_KEYS and isinstance(value, Tensor)}
+    if len(inputs) != 1:
+        raise DataError(
+            f"the network's forward names none of the batch's {', '.join(batch)}, and {len(inputs)} of them could be "
+            "its input: keep one tensor beside the labels"
+        )
+    return next(iter(inputs.values()))
+
+
+def _plain(batch: Any) -> Any:
+    # Processors and tokenizers return mappings of their own, which torch takes for a single leaf.
+    return dict(batch) if isinstance(batch, Mapping) and not isinstance(batch, dict) else batch
+
+
+def _rows(batch: Any, size: int, start: int, stop: int) -> Any:
+    def cut(leaf: Any) -> Any:
+        return leaf[start:stop] if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == size else leaf
+
+    return tree_map(cut, batch)
+
+
+def _per_input(
+    model: nn.Module, tensors: Mapping[str, TrainedTensor], batch: Any, loss_of: Callable[[Any], Tensor]
+) -> dict[str, Tensor]:
+    """Gradients (inputs, *tensor) of each input's own loss."""
+    size = batch_size(batch)
+    leaves, shape = tree_flatten(batch)
+    varying = [isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == size for leaf in leaves]
+    paths = {name: tensor.path for name, tensor in tensors.items()}
+
+    class Loss(nn.Module):
+        """The loss as a module, so that functional_call can put other parameters into the network within."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, one: Any) -> Tensor:
+            return loss_of(one)
+
+    wrapped = Loss()
+
+    def loss_of_one(parameters: dict[str, Tensor], *rows: Any) -> Tensor:
+        one = tree_unflatten([r[None] if v else r for r, v in zip(rows, varying, strict=True)], shape)
+        return functional_call(wrapped, {f"inner.{paths[name]}": value for name, value in parameters.items()}, (one,))
+
+    parameters = {name: tensor.parameter.detach() for name, tensor in tensors.items()}
+    try:
+        # Fused attention has no batching rule: torch would loop over it, slowly and with a warning.
+        with sdpa_kernel(SDPBackend.MATH):
+            found = vmap(grad(loss_of_one), in_dims=(None, *(0 if v else None for v in varying)))(parameters, *leaves)
+        return {name: value.detach() for name, value in found.items()}
+    except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
+        # Control flow that depends on data, or an operation without a batching rule: one input at a time is slower and
+        # always works. An error of the user's own comes up there again.
+        logger.info("per-input gradients one at a time, torch.func.vmap refused: %s", str(error).split("\n")[0])
+    rows = []
+    for i in range(size):
+        loss = loss_of(_rows(batch, size, i, i + 1))
+        gradients = torch.autograd.grad(loss, [tensor.parameter for tensor in tensors.values()], allow_unused=True)
+        rows.append(
+            [
+                torch.zeros_like(t.parameter) if g is None else g
+                for t, g in zip(tensors.values(), gradients, strict=True)
+            ]
+        )
+    return {name: torch.stack([row[i] for row in rows]) for i, name in enumerate(tensors)}
+
+
+@contextmanager
+def _left_as_it_was(model: nn.Module, tensors: Mapping[str, TrainedTensor], dataloader: Any) -> Iterator[None]:
+    modes = {module: module.__dict__["training"] for module in model.modules()}
+    flags = {p: p.requires_grad for p in model.parameters()}
+    buffers = {name: value.clone() for name, value in model.named_buffers()}
+    generators = _generators(dataloader)
+    states = [generator.get_state() for generator in generators]
+    python, numpys = random.getstate(), np.random.get_state()
+    devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] if torch.cuda.is_initialized() else []
+    wanted = {tensor.parameter for tensor in tensors.values()}
+    _looking.append(model)
+    try:
+        with torch.random.fork_rng(devices=devices):
+            model.eval()
+            for parameter in flags:
+                parameter.requires_grad_(parameter in wanted)
+            yield
+    finally:
+        _looking.pop()
+        for module, training in modes.items():
+            module.__dict__["training"] = training
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+        current = dict(model.named_buffers())
+        for name, value in buffers.items():
+            if not torch.equal(current[name], value):
+                current[name].copy_(value)
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+        random.setstate(python)
+        np.random.set_state(numpys)
+
+
+def _generators(dataloader: Any) -> Sequence[torch.Generator]:
+    holders = [dataloader, *(getattr(dataloader, name, None) for name in ("sampler", "batch_sampler"))]
+    holders.append(getattr(holders[-1], "sampler", None))
+    found = [getattr(holder, "generator", None) for holder in holders]
+    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())

@@ -1,0 +1,359 @@
+"""The CIFAR networks and images that the recipes, benchmarks and slow tests share.
+
+Two small networks (:class:`ResNet26` with GroupNorm, :class:`ResNet32` with BatchNorm), readers for CIFAR-10-C as
+people have it on disk and for CIFAR-10 from the Hub, and the split that every number of this project uses. Nothing is
+downloaded unless a Hub id is given, and nothing here trains.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ..errors import DataError
+from ..extras import require
+
+SHARED_VARIABLE = "PEFT_SURGICAL_SHARED"
+"""Environment variable that points at the folder holding ``models/`` and ``data/``."""
+
+PUBLISHED_ROWS = 10_000
+"""Rows of one severity in a published CIFAR-10-C ``.npy`` file, which stacks severities 1 to 5."""
+
+
+class Images(NamedTuple):
+    """Images as read: ``pixels`` uint8 (n, 3, 32, 32) RGB in 0..255, ``labels`` int64 (n,)."""
+
+    pixels: Tensor
+    labels: Tensor
+
+
+class Split(NamedTuple):
+    """Row numbers, int64 and ascending: disjoint, and together every row."""
+
+    tune: Tensor
+    validation: Tensor
+    test: Tensor
+
+
+class _PreActivationBlock(nn.Module):
+    """norm-relu-conv-norm-relu-conv plus its input; a strided block pools its input and appends zero channels."""
+
+    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.bn1 = nn.GroupNorm(8, channels_in)
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False)
+        self.bn2 = nn.GroupNorm(8, channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.conv1(F.relu(self.bn1(x)))
+        out = self.conv2(F.relu(self.bn2(out)))
+        if self.stride > 1:
+            x = F.avg_pool2d(x, self.stride)
+            x = F.pad(x, (0, 0, 0, 0, 0, out.shape[1] - x.shape[1]))
+        return x + out
+
+
+class _PostActivationBlock(nn.Module):
+    """conv-norm-relu-conv-norm plus its input, relu; a strided block subsamples it, zero channels on both sides."""
+
+    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        if self.stride > 1:
+            side = (out.shape[1] - x.shape[1]) // 2
+            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, side, side))
+        return F.relu(x + out)
+
+
+def _stage(block: type[nn.Module], depth: int, channels_in: int, channels: int, stride: int) -> nn.Sequential:
+    first = block(channels_in, channels, stride)
+    return nn.Sequential(first, *(block(channels, channels, 1) for _ in range(depth - 1)))
+
+
+class ResNet26(nn.Module):
+    """The pre-activation CIFAR ResNet-26 with GroupNorm that the surgical fine-tuning and MEMO papers adapt.
+
+    Its state-dict keys are those of the published checkpoint, which calls its GroupNorms ``bn``. 366,938 parameters,
+    no buffers. The modules stand in the order in which data flows: conv1, layer1, layer2, layer3, bn, fc.
+
+    Args:
+        num_classes: Width of the classifier ``fc``.
+    """
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.layer1 = _stage(_PreActivationBlock, 4, 16, 16, 1)
+        self.layer2 = _stage(_PreActivationBlock, 4, 16, 32, 2)
+        self.layer3 = _stage(_PreActivationBlock, 4, 32, 64, 2)
+        self.bn = nn.GroupNorm(8, 64)
+        self.fc = nn.Linear(64, num_classes)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Normalised images (n, 3, 32, 32) -> logits (n, num_classes)."""
+        x = self.layer3(self.layer2(self.layer1(self.conv1(pixel_values))))
+        return self.fc(F.avg_pool2d(F.relu(self.bn(x)), 8).flatten(1))
+
+
+class ResNet32(nn.Module):
+    """The post-activation CIFAR ResNet-32 with BatchNorm (He et al. 2016, option A). 464,154 parameters.
+
+    Args:
+        num_classes: Width of the classifier ``linear``.
+    """
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = _stage(_PostActivationBlock, 5, 16, 16, 1)
+        self.layer2 = _stage(_PostActivationBlock, 5, 16, 32, 2)
+        self.layer3 = _stage(_PostActivationBlock, 5, 32, 64, 2)
+        self.linear = nn.Linear(64, num_classes)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Normalised images (n, 3, 32, 32) -> logits (n, num_classes)."""
+        x = F.relu(self.bn1(self.conv1(pixel_values)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.linear(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network of the registry: how to build it, where its weights lie, what its input is normalised with.
+
+    Attributes:
+        build: The class; called without arguments.
+        checkpoint: Folder of ``model.safetensors`` inside the models folder.
+        mean: Per-channel mean of RGB in [0, 1].
+        std: Per-channel standard deviation of RGB in [0, 1].
+    """
+
+    build: type[nn.Module]
+    checkpoint: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+NETWORKS: dict[str, Network] = {
+    "resnet26": Network(ResNet26, "cifar10_rn26_gn", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "resnet32": Network(ResNet32, "cifar10_resnet32_bn", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+
+
+def load_network(name: str, folder: str | os.PathLike[str] | None = None) -> nn.Module:
+    """Build a network of :data:`NETWORKS` with its pretrained weights, in ``eval()``.
+
+    Args:
+        name: Key of :data:`NETWORKS`.
+        folder: Folder that holds ``<checkpoint>/model.safetensors``, or one whose ``models/`` does. By default the one
+            that the environment variable ``PEFT_SURGICAL_SHARED`` names.
+
+    Raises:
+        DataError: If the name is unknown, or the weights are missing or not this network's.
+    """
+    if name not in NETWORKS:
+        raise DataError(f"unknown network {name!r}: choose one of {', '.join(NETWORKS)}")
+    folder = folder or os.environ.get(SHARED_VARIABLE)
+    if folder is None:
+        raise DataError(f"no folder with the weights of {name!r}: pass one, or set {SHARED_VARIABLE}")
+    entry = NETWORKS[name]
+    tried = [Path(folder) / sub / entry.checkpoint / "model.safetensors" for sub in (".", "models")]
+    file = next((f for f in tried if f.is_file()), None)
+    if file is None:
+        raise DataError(
+            f"no weights for {name!r}: put them at {tried[0]}, or pass the folder that holds {entry.checkpoint}/"
+        )
+    network = entry.build()
+    try:
+        network.load_state_dict(load_file(file))
+    except RuntimeError as error:
+        raise DataError(f"{file} does not hold the weights of {name!r}: {error}") from error
+    return network.eval()
+
+
+def normalise(pixels: Tensor, network: str) -> Tensor:
+    """uint8 images (n, 3, 32, 32) -> the float32 input of a network of :data:`NETWORKS`.
+
+    Raises:
+        DataError: If the images are not uint8 or the name is unknown.
+    """
+    if network not in NETWORKS:
+        raise DataError(f"unknown network {network!r}: choose one of {', '.join(NETWORKS)}")
+    if pixels.dtype != torch.uint8:
+        raise DataError(f"images must be uint8 in 0..255, got {pixels.dtype}: pass them as read_images returns them")
+    mean, std = (
+        torch.tensor(v, device=pixels.device).view(1, 3, 1, 1) for v in (NETWORKS[network].mean, NETWORKS[network].std)
+    )
+    return (pixels.float() / 255 - mean) / std
+
+
+def read_images(path: str | os.PathLike[str], corruption: str | None = None, severity: int = 5) -> Images:
+    """Read CIFAR-10 or CIFAR-10-C in any of the layouts in which people have it.
+
+    Args:
+        path: A parquet file in the layout of Hugging Face ``datasets`` (an Image column and ``label``); a folder of
+            ``<corruption>.parquet``; a folder in the published CIFAR-10-C layout (``<corruption>.npy`` of shape
+            (50000, 32, 32, 3) and ``labels.npy``); or the Hub id of such a dataset (``uoft-cs/cifar10``), whose test
+            split is taken.
+        corruption: File stem inside a folder; not needed for a file or a Hub id.
+        severity: 1 to 5, rows ``[(severity - 1) * 10000, severity * 10000)`` of a ``.npy`` file. The other layouts hold
+            one severity per file.
+
+    Raises:
+        DataError: If nothing in one of these layouts is there.
+    """
+    place = Path(path)
+    if place.is_file():
+        if place.suffix == ".npy":
+            return _read_npy(place, severity)
+        return _read_parquet(place)
+    if place.is_dir():
+        if corruption is None:
+            raise DataError(
+                f"{place} is a folder: say which corruption to read, one of {', '.join(corruptions_in(place))}"
+            )
+        if (file := place / f"{corruption}.parquet").is_file():
+            return _read_parquet(file)
+        if (file := place / f"{corruption}.npy").is_file():
+            return _read_npy(file, severity)
+        there = ", ".join(corruptions_in(place)) or "no .parquet or .npy file at all"
+        raise DataError(f"no {corruption}.parquet and no {corruption}.npy in {place}: it holds {there}")
+    # A Hub id is "owner/name"; anything else is a mistyped path, and asking the Hub for it would hide that.
+    parts = os.fspath(path).split("/")
+    if len(parts) == 2 and all(parts) and parts[0] not in {".", ".."} and not place.suffix:
+        return _read_hub(os.fspath(path))
+    raise DataError(
+        f"{place} does not exist: pass a parquet file, a folder of them, a folder of .npy files or a Hub id"
+    )
+
+
+def corruptions_in(folder: str | os.PathLike[str]) -> list[str]:
+    """Names that :func:`read_images` accepts for this folder, sorted."""
+    return sorted(f.stem for f in Path(folder).iterdir() if f.suffix in {".parquet", ".npy"} and f.stem != "labels")
+
+
+def split(labels: Tensor, seed: int, tune: int = 1000, validation: int = 200) -> Split:
+    """Split rows into tuning, validation and test images, with equal numbers per class in the first two.
+
+    Drawn per class, in the order of the classes, with one ``numpy.random.default_rng(seed)``. A departure from the
+    paper's reference code, which selects with 100 images: those cannot tell candidates two points apart.
+
+    Args:
+        labels: int64 (n,).
+        seed: Seed of the draw.
+        tune: Images to tune on, over all classes.
+        validation: Images to select with, over all classes.
+
+    Raises:
+        DataError: If the numbers are no multiple of the number of classes, or a class leaves no test image.
+    """
+    values = labels.cpu().numpy()
+    classes = np.unique(values)
+    if not len(classes) or tune % len(classes) or validation % len(classes):
+        raise DataError(
+            f"{tune} tuning and {validation} validation images do not divide evenly over {len(classes)} classes: "
+            "choose multiples of the number of classes"
+        )
+    a, b = tune // len(classes), (tune + validation) // len(classes)
+    rng = np.random.default_rng(seed)
+    parts: tuple[list[np.ndarray], ...] = ([], [], [])
+    for label in classes:
+        rows = rng.permutation(np.flatnonzero(values == label))
+        if len(rows) <= b:
+            raise DataError(
+                f"class {label} has {len(rows)} images: {a} to tune and {b - a} to validate leave none to test on; "
+                "ask for fewer or bring more images"
+            )
+        for part, drawn in zip(parts, np.split(rows, [a, b]), strict=True):
+            part.append(drawn)
+    return Split(*(torch.from_numpy(np.sort(np.concatenate(part))) for part in parts))
+
+
+def _images(arrays: list[np.ndarray] | np.ndarray, labels: Any, source: str) -> Images:
+    try:
+        pixels = np.array(arrays)
+    except ValueError as error:  # ragged
+        raise DataError(f"{source} holds images of several sizes: these readers are for CIFAR's 32 x 32") from error
+    if pixels.dtype != np.uint8 or pixels.shape[1:] != (32, 32, 3):
+        raise DataError(
+            f"{source} holds {pixels.dtype} images of shape {pixels.shape[1:]}, not uint8 (32, 32, 3): "
+            "these readers are for CIFAR; use datasets with your own processor for other images"
+        )
+    targets = np.array(labels, dtype=np.int64)
+    if targets.shape != (len(pixels),):
+        raise DataError(
+            f"{source} has {len(pixels)} images but labels of shape {targets.shape}: one label per image is needed"
+        )
+    return Images(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(targets))
+
+
+def _columns(names: Sequence[str], source: str) -> tuple[str, str]:
+    image = next((name for name in ("img", "image") if name in names), None)
+    label = next((name for name in ("label", "labels", "fine_label") if name in names), None)
+    if image is None or label is None:
+        raise DataError(
+            f"{source} has the columns {', '.join(names)}: an image column (img) and a label column are needed"
+        )
+    return image, label
+
+
+def _read_parquet(file: Path) -> Images:
+    # Straight from Arrow: datasets would first write its own copy of the file into the user's cache.
+    parquet = require("pyarrow.parquet", "reading a parquet file")
+    pillow = require("PIL.Image", "reading a parquet file")
+    try:
+        table = parquet.read_table(file)
+    except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
+        raise DataError(f"{file} is not a readable parquet file ({error}): fetch or write it again") from error
+    image, label = _columns(table.column_names, str(file))
+    cells = table.column(image).to_pylist()
+    if not all(isinstance(cell, dict) and cell.get("bytes") for cell in cells):
+        raise DataError(f"column {image!r} of {file} does not embed its images: write it with datasets' Image feature")
+    arrays = [np.asarray(pillow.open(io.BytesIO(cell["bytes"])).convert("RGB")) for cell in cells]
+    return _images(arrays, table.column(label).to_numpy(), str(file))
+
+
+def _read_npy(file: Path, severity: int) -> Images:
+    if severity not in range(1, 6):
+        raise DataError(f"severity {severity!r} does not exist: CIFAR-10-C has 1 to 5")
+    labels = file.with_name("labels.npy")
+    if not labels.is_file():
+        raise DataError(f"{labels} is missing: the published layout keeps the labels of every corruption there")
+    pixels, targets = np.load(file, mmap_mode="r", allow_pickle=False), np.load(labels, allow_pickle=False)
+    rows = slice((severity - 1) * PUBLISHED_ROWS, severity * PUBLISHED_ROWS)
+    if len(pixels) != 5 * PUBLISHED_ROWS:
+        raise DataError(
+            f"{file} has {len(pixels)} rows, not 50,000: severities are cut by row, so a partial file cannot be used"
+        )
+    return _images(pixels[rows], targets[rows], str(file))
+
+
+def _read_hub(repo: str) -> Images:
+    datasets = require("datasets", "reading from the Hub")
+    try:
+        data = datasets.load_dataset(repo, split="test")
+    except Exception as error:  # the Hub, its cache and the network each have their own exceptions
+        raise DataError(f"cannot load {repo!r} from the Hub ({error}): pass a local parquet file or folder") from error
+    image, label = _columns(data.column_names, repo)
+    return _images([np.asarray(cell.convert("RGB")) for cell in data[image]], data[label], repo)

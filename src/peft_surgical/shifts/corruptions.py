@@ -1,0 +1,224 @@
+"""ImageNet-C as `Published` data, one corruption and severity at a time, and networks that know its classes.
+
+The classes are ImageNet's in the order of their WordNet ids, which is the order of the outputs of torchvision's, timm's
+and transformers' ImageNet networks: `open_classifier` keeps their head.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..bases.load import Base, load_base
+from ..data import tables
+from ..data.folders import visible
+from ..data.images import IMAGE_SUFFIXES
+from ..data.splits import draw, per_class
+from ..errors import DataError
+from ..evaluation import ALEXNET_ERRORS, SEVERITIES
+from ..extras import require
+from .listings import cut, images_of
+from .published import Published
+
+CORRUPTIONS = tuple(ALEXNET_ERRORS)
+"""The 15 corruptions that are reported; the four others of ImageNet-C are for validation (Hendrycks & Dietterich)."""
+
+EACH = 5
+"""Images of each class to tune on (paper: 5,000 of 1,000 classes)."""
+
+HUB_ID = "WNJXYK/TTA-ImageNet-C"
+"""A copy on the Hub, as parquet files ``data/<corruption>/severity_<1-5>/*.parquet``."""
+
+
+class _Cell(NamedTuple):
+    """The images of one corruption and severity."""
+
+    images: Any
+    files: list[str]
+    labels: np.ndarray
+    names: tuple[str, ...]
+
+
+def read_imagenet_c(
+    source: str | os.PathLike[str],
+    corruption: str,
+    severity: int,
+    seed: int = 0,
+    tuning: int | None = None,
+    validation: int | None = None,
+) -> Published:
+    """ImageNet's validation images under one corruption; no image is opened.
+
+    Of each class 5 images are drawn to tune on and 5 to validate; the others test. In the published folders the same
+    seed draws the same photographs under every corruption and severity.
+
+    Chosen here, since the paper does not say: how many images validate.
+
+    Args:
+        source: The folder with ``<corruption>/<1-5>/<WordNet id>/*.JPEG``; a Hub id such as `HUB_ID`; or a copy of
+            that repository. Its files need the columns ``image`` and ``label``, the number of the class.
+        corruption: One of `CORRUPTIONS`.
+        severity: 1 to 5.
+        seed: Of the draw. Draws of one seed are nested: ``tuning=1000`` is a part of ``tuning=5000``.
+        tuning: Number of images to tune on, over all classes; None is the paper's.
+        validation: The same to validate; None is as many as the paper's to tune on.
+
+    Raises:
+        DataError: Names the folder, file, class or number that does not fit, and the way out.
+    """
+    if corruption not in CORRUPTIONS:
+        raise DataError(f"unknown corruption {corruption!r}: choose one of {', '.join(CORRUPTIONS)}")
+    if severity not in SEVERITIES:
+        raise DataError(f"severity={severity!r}: choose one of {', '.join(map(str, SEVERITIES))}")
+    cell = _read(source, corruption, severity)
+    usual = EACH * len(cell.names)
+    # Tuning last, so that its draws are nested.
+    sizes = {"validation": usual if validation is None else validation, "tuning": usual if tuning is None else tuning}
+    each = {part: per_class(size, cell.labels, part) for part, size in sizes.items()}
+    shown = f"{corruption}, severity {severity}"
+    try:
+        parts = draw(cell.labels, each, "test", seed, cell.names)
+    except DataError as error:
+        raise DataError(f"{source}, {shown}: {error}") from error
+    drawn = {part: f"drawn: seed {seed}, {count} of each class of {shown}" for part, count in each.items()}
+    return cut(
+        "imagenet-c",
+        cell.images,
+        cell.files,
+        cell.labels,
+        np.zeros(len(cell.labels), dtype=np.int64),
+        parts,
+        label_names=cell.names,
+        group_names=(shown,),
+        origin={**drawn, "test": f"the rest of {shown}"},
+    )
+
+
+def check_cells(
+    source: str | os.PathLike[str], corruptions: Sequence[str], severities: Sequence[int]
+) -> list[tuple[str, int]]:
+    """All pairs of a corruption and a severity, if a local copy has a folder for each; of a Hub id nothing is asked.
+
+    Raises:
+        DataError: A pair has none.
+    """
+    cells = [(corruption, severity) for corruption in corruptions for severity in severities]
+    if Path(source).expanduser().exists() or not tables.is_hub_id(os.fspath(source)):
+        for cell in cells:
+            _folder(Path(source).expanduser(), *cell)
+    return cells
+
+
+def open_classifier(
+    name: str | os.PathLike[str], *, label_names: Sequence[str], head: str = "keep", **how: Any
+) -> Base:
+    """`load_base` for a network whose outputs are these classes already: whatever ``head`` asks for, it is kept.
+
+    Args:
+        name: As for `load_base`.
+        label_names: The classes of the data; WordNet ids are not what checkpoints call their outputs, so that only
+            their number is compared.
+        head: Is not looked at.
+        **how: As for `load_base`.
+
+    Raises:
+        DataError: The network has another number of outputs.
+    """
+    base = load_base(name, head="keep", **how)
+    if base.classes != len(label_names):
+        raise DataError(
+            f"{os.fspath(name)} has {base.classes} outputs, and the data has {len(label_names)} classes: the head is "
+            f"kept, so bring the images of all its classes, or a network whose outputs are these {len(label_names)}"
+        )
+    return base
+
+
+def _read(source: str | os.PathLike[str], corruption: str, severity: int) -> _Cell:
+    place, shown = Path(source).expanduser(), os.fspath(source)
+    if not place.exists() and tables.is_hub_id(shown):
+        table = _from_hub(shown, corruption, severity)
+        return _of_table(table, f"{shown} {corruption} severity_{severity}", f"{corruption}/severity_{severity}")
+    folder = _folder(place, corruption, severity)
+    if not folder.name.startswith("severity_"):
+        return _of_folder(folder, f"{corruption}/{severity}")
+    files = tables.parquet_files(folder)
+    if not files:
+        raise DataError(f"{folder} holds no parquet file: fetch those of data/{corruption}/severity_{severity} again")
+    table, _ = next(iter(tables.read_parquet(files, None).values()))
+    return _of_table(table, str(folder), f"{corruption}/severity_{severity}")
+
+
+def _folder(place: Path, corruption: str, severity: int) -> Path:
+    """Where the images of a corruption and severity lie, in either layout."""
+    for folder in (place / corruption / str(severity), place / "data" / corruption / f"severity_{severity}"):
+        if folder.is_dir():
+            return folder
+    if not place.is_dir():
+        raise DataError(f"{place} does not exist: pass the folder of ImageNet-C's corruptions, or the Hub id {HUB_ID}")
+    if (place / corruption).is_dir():
+        there = ", ".join(entry.name for entry in visible(place / corruption)) or "nothing"
+        raise DataError(
+            f"{place / corruption} has no folder {severity}, but {there}: unpack the whole archive of {corruption}, "
+            "whose severities are the folders 1 to 5"
+        )
+    deeper = [entry for entry in visible(place) if (entry / corruption).is_dir()]
+    if deeper:
+        raise DataError(f"{corruption} lies in {deeper[0]}: pass that, or put the folders of all corruptions into one")
+    if place.name in (*CORRUPTIONS, *map(str, SEVERITIES)):
+        above = place.parent if place.name in CORRUPTIONS else place.parent.parent
+        raise DataError(f"{place} is one corruption or severity: pass the folder of all corruptions, {above}")
+    there = ", ".join(name for name in CORRUPTIONS if (place / name).is_dir()) or "none"
+    raise DataError(
+        f"{place} has no folder {corruption}: unpack its archive there; of ImageNet-C's corruptions it has {there}"
+    )
+
+
+def _of_folder(folder: Path, shown: str) -> _Cell:
+    classes = [entry for entry in visible(folder) if entry.is_dir()]
+    if len(classes) < 2:
+        raise DataError(
+            f"{folder} has {len(classes)} class folder(s): it needs one for every class, named n01440764 and so on"
+        )
+    paths, files, labels = [], [], []
+    for label, place in enumerate(classes):
+        images = [file.name for file in visible(place) if file.suffix.lower() in IMAGE_SUFFIXES]
+        if not images:
+            raise DataError(f"{place} holds no image: unpack the archive again")
+        paths += [f"{place}{os.sep}{image}" for image in images]
+        files += [f"{shown}/{place.name}/{image}" for image in images]
+        labels += [label] * len(images)
+    return _Cell(images_of(paths), files, np.array(labels, dtype=np.int64), tuple(place.name for place in classes))
+
+
+def _from_hub(repository: str, corruption: str, severity: int) -> Any:
+    file = f"data/{corruption}/severity_{severity}/*.parquet"
+    try:
+        # Not by its config, which would fetch the other severities, too.
+        return require("datasets", tables.PURPOSE).load_dataset(repository, data_files=file, split="train")
+    except Exception as error:  # the Hub, its cache, the network and the builders each have exceptions of their own
+        raise DataError(
+            f"{file} of {repository!r} cannot be loaded from the Hub ({error}): check the name, or pass a folder with "
+            f"{corruption}/{severity}/<WordNet id>/*.JPEG"
+        ) from error
+
+
+def _of_table(table: Any, where: str, shown: str) -> _Cell:
+    image, label = tables.columns(table, where, None, None)
+    names = getattr(table.features[label], "names", None)
+    values = list(table.select_columns([label]).with_format(None)[label])
+    if wrong := [value for value in values if isinstance(value, bool) or not isinstance(value, int)][:1]:
+        raise DataError(f"column {label!r} of {where} holds {wrong[0]!r}: the number of a class is needed, from 0")
+    labels = np.array(values, dtype=np.int64)
+    classes = len(names) if names else int(labels.max(initial=-1)) + 1
+    present = np.unique(labels)
+    if len(present) < 2 or not np.array_equal(present, np.arange(classes)):
+        raise DataError(f"{where} has images of {len(present)} of {classes} classes: fetch all of its files")
+    images = table.with_format(None).select_columns([image])
+    images = images.rename_column(image, "image") if image != "image" else images
+    images = images.cast_column("image", require("datasets", tables.PURPOSE).Image())
+    files = [f"{shown} row {row}" for row in range(len(labels))]
+    return _Cell(images, files, labels, tuple(names or map(str, range(classes))))

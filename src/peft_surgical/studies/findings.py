@@ -1,0 +1,168 @@
+"""What a study leaves in its folder: report, table, figure, and the adapter of the row that validates best."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from statistics import fmean
+from typing import Any
+
+from ..errors import ConfigError
+from ..evaluation import Measurement, Report, TextTable, accuracy, measure
+from ..evaluation.ledger import Run
+from ..experiments.experiment import Experiment, Rows
+from ..experiments.keeping import REPORT, Kept, keep_adapter
+from ..experiments.outputs import FIGURE, TABLE, bars, chosen_of, draw_or_warn, rule_of
+from ..training.search import NONE
+from .protocol import Protocol
+
+ADAPTER = "adapter"
+"""Folder of the kept adapter, in that of the study."""
+
+
+def write_study(
+    protocol: Protocol,
+    experiment: Experiment,
+    found: Mapping[str, list[Run]],
+    seeds: Sequence[int],
+    *,
+    unit: float = 1.0,
+    forgetting: bool = False,
+) -> Report:
+    """Report, table, figure and adapter of a comparison that is complete.
+
+    Args:
+        protocol: What was compared.
+        experiment: That ran it.
+        found: Row -> runs to report, as `choosing.compare` gives them.
+        seeds: In the order of the runs.
+        unit: Share of a batch of all processes in one of those that costs are counted in.
+        forgetting: Whether to measure the kept adapter on held-out images of the source.
+
+    Raises:
+        ConfigError: ``forgetting`` without such images.
+        AdapterError: The adapter does not reload to what was evaluated.
+    """
+    folder, metrics = experiment.folder, experiment.metrics
+    measured = [
+        _measured(protocol, experiment, row, metric, runs, seeds) for row, runs in found.items() for metric in metrics
+    ]
+    best = _best(found)
+    kept = None
+    if best is not None:
+        selection = {"asked": best, "rows": {row: _validation(runs) for row, runs in found.items()}}
+        kept = keep_adapter(experiment, found[best][0], selection, folder / ADAPTER)
+        if forgetting:
+            measured += _forgotten(protocol, experiment, kept, seeds[0])
+    data = experiment.data(seeds[0])
+    settings = {
+        **experiment.shared,
+        "dataset": protocol.name,
+        "seeds": list(seeds),
+        "metrics": list(metrics),
+        "batch": round(experiment.fitting.batch_size / unit),
+        "parts": {part: len(rows) for part, rows in data.parts.items()},
+        "data_parts": dict(data.origin),
+        "published": dict(protocol.published),
+        "reference": protocol.reference,
+        "cost": {row: unit * fmean(run.result["cost"] for run in runs) for row, runs in found.items()},
+        "chosen": {row: [chosen_of(run) for run in runs] for row, runs in found.items()},
+        "by_seed": {row: [run.result["test"] for run in runs] for row, runs in found.items()},
+        "versions": {name: version(name) for name in ("peft-surgical", "peft", "torch", "transformers")},
+    }
+    if best is not None and kept is not None:
+        settings |= {
+            "run": experiment.digest(found[best][0].key),
+            "adapter": {"row": best, "seed": seeds[0], "rule": "best mean validation over seeds, of the first seed"},
+            "open": kept.opening,
+            "head": kept.head,
+            "moved": kept.moved,
+        }
+    report = Report(experiment.model, best or NONE, tuple(measured), settings)
+    report.save(folder / REPORT)
+    if kept is not None:
+        shutil.copy(folder / REPORT, folder / ADAPTER / REPORT)
+    (folder / TABLE).write_text(table_of(protocol, report, list(found)), encoding="utf-8")
+    first = [m for m in measured if m.name.startswith(f"{metrics[0]} of ")]
+    title = f"{protocol.name}, test, 95% intervals"
+    draw_or_warn(lambda: bars(first, list(found), f"{metrics[0].replace('_', ' ')} (%)", title, folder / FIGURE))
+    experiment.tidy()
+    return report
+
+
+def _measured(
+    protocol: Protocol, experiment: Experiment, row: str, metric: str, runs: list[Run], seeds: Sequence[int]
+) -> Measurement:
+    name, dataset, rule = f"{metric} of {row}", f"{protocol.name}, test", rule_of(experiment, row)
+    if "measured" not in runs[0].result:
+        n = len(experiment.rows("test", seeds[0]))
+        return measure(name, [run.result["test"] for run in runs], dataset=dataset, n=n, seeds=seeds, selection=rule)
+    numbers = [run.result["measured"][metric] for run in runs]
+    n = min(number[3] for number in numbers)
+    if len(runs) > 1:
+        return measure(name, [number[0] for number in numbers], dataset=dataset, n=n, seeds=seeds, selection=rule)
+    value, low, high, n = numbers[0]
+    interval = "MOVER" if metric == "average_group_accuracy" else "wilson"
+    return Measurement(name, dataset, value, low, high, interval, n, tuple(seeds), rule)
+
+
+def _best(found: Mapping[str, list[Run]]) -> str | None:
+    """The row that tunes something and validates best over the seeds; of equals the first."""
+    tuned = {row: _validation(runs) for row, runs in found.items() if runs[0].key["method"] != NONE}
+    return max(tuned, key=lambda row: tuned[row]) if tuned else None
+
+
+def _validation(runs: list[Run]) -> float:
+    return fmean(run.result["validation"] for run in runs)
+
+
+def held_out(protocol: Protocol, parts: Mapping[str, Any]) -> Any:
+    """The images of the source that nothing was trained on.
+
+    Raises:
+        ConfigError: There are none.
+    """
+    for name in ("source_test", "source_validation"):
+        if name in parts:
+            return parts[name]
+    raise ConfigError(f"--forgetting: {protocol.name} has no held-out images of the source here; leave it out")
+
+
+def _forgotten(protocol: Protocol, experiment: Experiment, kept: Kept, seed: int) -> list[Measurement]:
+    rows = Rows(held_out(protocol, experiment.data(seed).parts), experiment.base(seed).transform_eval, keep=False)
+    networks = {"accuracy before": experiment.base(seed).model, "accuracy": kept.model}
+    return [
+        measure(
+            name,
+            [accuracy(experiment.logits(network, rows), rows.label_tensor)],
+            dataset=f"{protocol.name}, source",
+            n=len(rows),
+            seeds=[seed],
+            selection="none" if name == "accuracy before" else "the adapter that is kept; source images had no say",
+        )
+        for name, network in networks.items()
+    ]
+
+
+def table_of(protocol: Protocol, report: Report, rows: Sequence[str]) -> str:
+    """The comparison as Markdown, with what the paper reports beside it."""
+    metrics, settings = report.settings["metrics"], report.settings
+    header = ["row", *(f"{metric.replace('_', ' ')} (%)" for metric in metrics), "paper (%)", "cost", "chosen"]
+    lines = []
+    for row in rows:
+        found = [report.find(f"{metric} of {row}") for metric in metrics]
+        numbers = [f"{100 * m.value:.1f} ({100 * m.low:.1f} to {100 * m.high:.1f})" for m in found]
+        paper = protocol.published.get(row)
+        chosen = ", ".join(dict.fromkeys(settings["chosen"][row]))
+        lines.append([row, *numbers, "-" if paper is None else f"{paper:g}", f"{settings['cost'][row]:.0f}", chosen])
+    rules = "; ".join(dict.fromkeys(report.find(f"{metrics[0]} of {row}").selection for row in rows))
+    seeds = ", ".join(map(str, settings["seeds"]))
+    kind = "over images" if len(settings["seeds"]) == 1 else "Student's t over seeds"
+    caption = (
+        f"{protocol.name}, {report.model}: test part, n = {settings['parts']['test']} images, seeds {seeds}, 95% "
+        f"intervals ({kind}). Selection: {rules}; no test image had a say. Cost: steps of a run, or of a "
+        f"whole search, with batches of {settings['batch']}. Paper: {protocol.reference}, with another source network "
+        "and other draws."
+    )
+    return TextTable(header, lines, caption).markdown()

@@ -1,0 +1,294 @@
+"""`Pace` applies a schedule and a penalty to any torch optimizer, in a training loop of one's own or in Trainer."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ..anatomy import Anatomy
+from ..errors import AdapterError, ConfigError
+from ..selection.gradients import LossFunction, is_looking
+from ..selection.resolve import score_blocks
+from ..selection.tensors import anatomy_under, trained_tensors
+from .penalties import Penalty
+from .schedules import Progress, Schedule, block_means
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Parameter -> the `Pace` whose gate is on it. By identity: tensors compare entry by entry. Weak on both sides: a `Pace`
+# holds its parameters.
+_RUNNING: MutableMapping[nn.Parameter, weakref.ref[Pace]] = WeakIdKeyDictionary()
+
+
+class Pace:
+    """Gives each trained tensor its own factor of the learning rate, step by step.
+
+    The optimizer's parameter groups, and whatever a learning-rate scheduler does to them, stay as they are: only while
+    ``optimizer.step()`` runs does the optimizer see groups with the scaled rates, without the tensors whose factor is
+    0. These are frozen in the full sense: no update, no weight decay, no change of moments, and their gradient is zero
+    before it reaches gradient clipping or other processes (``requires_grad`` is not touched, as DDP demands).
+
+    In a loop of one's own, with Accelerate::
+
+        pace = Pace(model, optimizer, AutoRGN(), total_steps=epochs * len(loader))
+        accelerator.register_for_checkpointing(pace)
+        for epoch in range(epochs):
+            pace.start_epoch(epoch, scoring_loader)
+            for batch in loader: ...  # as ever: backward, optimizer.step()
+
+    Args:
+        model: The model, prepared or not.
+        optimizer: A torch optimizer, or Accelerate's wrapper of one.
+        schedule: See `schedules`.
+        penalty: Added to the gradients right before each step, after unscaling and clipping.
+        total_steps: Optimizer steps of the whole run.
+        reset_moments: Forget the optimizer's state at the start of every epoch, as the paper's reference code does by
+            building a new Adam.
+        num_batches: Batches to score on, at the start of each epoch.
+        blocks: How the network is cut, as for `anatomy_of`.
+        loss_fn: As for `score_blocks`.
+        autocast: As for `score_blocks`.
+
+    Raises:
+        ConfigError: ``total_steps`` is below 1.
+        AdapterError: The optimizer is none of torch's (DeepSpeed's own), or does not hold the trained parameters.
+
+    Attributes:
+        step: Optimizer steps done; counted here, and may be set.
+        record: Epoch -> factors, of schedules that data drives.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        schedule: Schedule | None = None,
+        penalty: Penalty | None = None,
+        *,
+        total_steps: int,
+        reset_moments: bool = False,
+        num_batches: int = 5,
+        blocks: Mapping[str, Any] | Anatomy | None = None,
+        loss_fn: LossFunction | None = None,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        if total_steps < 1:
+            raise ConfigError(f"total_steps={total_steps}: give the number of optimizer steps of the whole run, from 1")
+        self.model, self.schedule, self.penalty = model, schedule, penalty
+        self.total_steps, self.reset_moments, self.num_batches = total_steps, reset_moments, num_batches
+        self.anatomy = anatomy_under(model, blocks)
+        self.loss_fn, self.autocast = loss_fn, autocast
+        self.optimizer = _torch_optimizer(optimizer)
+        self.tensors = trained_tensors(model)
+        self._name_of = {tensor.parameter: name for name, tensor in self.tensors.items()}
+        held = {parameter for group in self.optimizer.param_groups for parameter in group["params"]}
+        if not held & set(self._name_of):
+            raise AdapterError(
+                "the optimizer holds none of the model's trained parameters: make it from the parameters with "
+                "requires_grad, after get_peft_model"
+            )
+        if penalty is not None:
+            self._penalised = penalty.applies_to(self.tensors.values())
+        self.step, self.epoch = 0, 0
+        self._known: tuple[int, int, dict[str, float]] | None = None
+        self._begun: int | None = None  # the epoch whose moments were forgotten last, or need not be
+        self.record: dict[int, dict[str, float]] = {}
+        self._groups: list[dict[str, Any]] | None = None
+        self._with_penalty: dict[nn.Parameter, tuple[int, int]] = {}  # gradients that have it
+        self._parts: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        for parameter in self._name_of:
+            other = _RUNNING.get(parameter)
+            if other is not None and (left := other()) is not None:
+                left.close()  # of a run that was interrupted: its factors would be applied as well
+            _RUNNING[parameter] = weakref.ref(self)
+        self._handles = [
+            self.optimizer.register_step_pre_hook(self._before),
+            self.optimizer.register_step_post_hook(self._after),
+            *(
+                t.parameter.register_hook(self._gate(name))
+                for name, t in self.tensors.items()
+                if t.parameter.requires_grad
+            ),
+        ]
+
+    # --- where training is ---
+
+    @property
+    def factors(self) -> dict[str, float]:
+        """Tensor -> its factor in the next step, for all trained tensors.
+
+        Raises:
+            ConfigError: The schedule needs scores and `start_epoch` was not called.
+        """
+        found: Mapping[str, float] = {}
+        if self.schedule is not None and self.schedule.criterion is not None:
+            if self.epoch not in self.record:
+                raise ConfigError(f"{self.schedule} needs data: call pace.start_epoch(epoch, dataloader) first")
+            found = self.record[self.epoch]
+        elif self.schedule is not None:
+            found = self.schedule.factors(Progress(self.step, self.total_steps, self.epoch), None)
+        return {name: found.get(name, 1.0) for name in self.tensors}
+
+    def _current(self) -> dict[str, float]:
+        """`factors`, worked out once per step: each tensor's gate asks."""
+        if self._known is None or self._known[:2] != (self.step, self.epoch):
+            self._known = self.step, self.epoch, self.factors
+        return self._known[2]
+
+    def start_epoch(self, epoch: int, dataloader: Iterable[Any] | None = None) -> None:
+        """Begin an epoch: take new scores, unless this epoch has been begun before (and was resumed).
+
+        Args:
+            epoch: From 0.
+            dataloader: Tuning data, as for `score_blocks`; its order and random numbers are not used up.
+
+        Raises:
+            ConfigError: The schedule needs data and none is given.
+        """
+        self.epoch, self._known = epoch, None
+        if epoch in self.record:
+            return
+        if self.reset_moments and epoch != self._begun:
+            for tensor in self.tensors.values():
+                self.optimizer.state.pop(tensor.parameter, None)
+        self._begun = epoch
+        if self.schedule is None or self.schedule.criterion is None:
+            return
+        if dataloader is None:
+            raise ConfigError(
+                f"{self.schedule} needs data at the start of an epoch: pace.start_epoch(epoch, dataloader)"
+            )
+        scores = score_blocks(
+            self.model,
+            dataloader,
+            self.schedule.criterion,
+            self.num_batches,
+            self.loss_fn,
+            blocks=self.anatomy,
+            autocast=self.autocast,
+        )
+        self.record[epoch] = dict(self.schedule.factors(Progress(self.step, self.total_steps, epoch), scores))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs; plain numbers. For ``accelerator.register_for_checkpointing``."""
+        record = {str(epoch): factors for epoch, factors in self.record.items()}
+        return {"step": self.step, "epoch": self.epoch, "begun": self._begun, "record": record}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state_dict` was taken."""
+        self.step, self.epoch, self._known = int(state["step"]), int(state["epoch"]), None
+        self._begun = state.get("begun")
+        self.record = {int(epoch): dict(factors) for epoch, factors in state["record"].items()}
+
+    def close(self) -> None:
+        """Leave the optimizer and the parameters alone from now on."""
+        self._restore()  # of a step that raised
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for parameter in self._name_of:
+            if (running := _RUNNING.get(parameter)) is not None and running() is self:
+                del _RUNNING[parameter]
+
+    # --- hooks ---
+
+    def _gate(self, name: str) -> Any:
+        def gate(gradient: torch.Tensor) -> torch.Tensor | None:
+            return torch.zeros_like(gradient) if not is_looking() and self._current()[name] == 0.0 else None
+
+        return gate
+
+    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._restore()  # of a step that raised
+        factors = self._current()
+        for tensor in self._penalised if self.penalty is not None else ():
+            grad = tensor.parameter.grad
+            # Where a subclass's step calls its parent's, torch calls this for both; and a step that raised comes again.
+            if grad is not None and self._with_penalty.get(tensor.parameter) != (id(grad), grad._version):
+                assert self.penalty is not None
+                grad += self.penalty.gradient(tensor).to(grad)
+                self._with_penalty[tensor.parameter] = id(grad), grad._version
+        self._groups = optimizer.param_groups
+        self._parts = [
+            (group, {**group, "params": members, "lr": group["lr"] * factor})
+            for group in self._groups
+            for factor, members in self._by_factor(group["params"], factors).items()
+            if factor > 0
+        ]
+        optimizer.param_groups = [part for _, part in self._parts]
+
+    def _by_factor(self, parameters: Iterable[nn.Parameter], factors: Mapping[str, float]) -> dict[float, list[Any]]:
+        found: dict[float, list[Any]] = {}
+        for parameter in parameters:
+            name = self._name_of.get(parameter)
+            found.setdefault(1.0 if name is None else factors[name], []).append(parameter)
+        return found
+
+    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self._groups is None:
+            return  # of a subclass's step, after its parent's
+        self._restore()
+        self._with_penalty.clear()
+        self.step += 1
+        for group in optimizer.param_groups:
+            self._keep(group, [part for whole, part in self._parts if whole is group])
+
+    def _keep(self, group: dict[str, Any], parts: Sequence[dict[str, Any]]) -> None:
+        """Bring back what a step has counted in its groups, as schedule-free optimizers do."""
+        for key in {key for part in parts for key in part} - {"params", "lr"}:
+            values = [part.get(key) for part in parts]
+            if all(value is group.get(key) for value in values):
+                continue
+            if any(bool(value != values[0]) for value in values):
+                raise ConfigError(
+                    f"{type(self.optimizer).__name__} keeps {key!r} in its parameter groups, and it comes out "
+                    "differently for tensors with different rates: use an optimizer whose state is the tensors' own"
+                )
+            group[key] = values[0]
+
+    def _restore(self) -> None:
+        if self._groups is not None:
+            self.optimizer.param_groups = self._groups
+            self._groups = None
+
+    # --- showing ---
+
+    def plot(self, axes: Axes | None = None) -> Axes:
+        """Mean factor of each block over the epochs, as the paper's Figure 6; needs matplotlib."""
+        return plot_record(self.record, self.anatomy, axes)
+
+
+def plot_record(record: Mapping[int, Mapping[str, float]], anatomy: Anatomy, axes: Axes | None = None) -> Axes:
+    """Mean factor of each block by epoch, from `Pace.record`."""
+    if axes is None:
+        from matplotlib.figure import Figure
+
+        axes = Figure(figsize=(6, 3.5), layout="constrained").add_subplot()
+    means = {epoch: block_means(factors, anatomy) for epoch, factors in sorted(record.items())}
+    for block in anatomy.names:
+        if all(block in values for values in means.values()):
+            axes.plot([e + 1 for e in means], [values[block] for values in means.values()], marker=".", label=block)
+    axes.set(xlabel="epoch", ylabel="factor of the learning rate", ylim=(0, None))
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return axes
+
+
+def _torch_optimizer(optimizer: Any) -> Optimizer:
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if not isinstance(inner, Optimizer):
+        raise AdapterError(
+            f"{type(optimizer).__name__} is no torch optimizer: schedules and penalties work with torch's interface "
+            "(also under Accelerate, DDP and FSDP2), not with DeepSpeed's own optimizer"
+        )
+    if isinstance(inner, torch.optim.LBFGS):
+        raise ConfigError(
+            "LBFGS takes one parameter group, so tensors cannot have rates of their own: use another optimizer"
+        )
+    return inner

@@ -1,0 +1,401 @@
+"""Choosing among candidates by training them: `cross_val`, `race`, `auto` and `greedy`, over any fit function.
+
+A search knows nothing of networks or images. It asks a fit function for runs and reads two numbers of each: the
+validation accuracy and the cost. Runs are looked up in a ledger first, so a search that was killed goes on, and one
+that shares its ledger with other processes shares the work.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from accelerate import PartialState
+
+from ..anatomy import Anatomy
+from ..errors import ConfigError
+from ..evaluation.ledger import Ledger, Run
+from ..processes import told
+
+Fit = Callable[[dict[str, Any]], Mapping[str, Any]]
+"""Key -> result. A key holds the search's settings and the candidate's ``method`` and ``lr``; in a race also ``stop``,
+the share of the run after which to stop. A result holds ``validation`` (accuracy, a fraction), ``cost`` (of the whole
+run up to there), and may hold ``validation_loss``, which decides between equal accuracies, and anything else."""
+Engine = Callable[[Fit, Sequence[dict[str, Any]], Ledger], list[Run]]
+"""Runs all keys that the ledger does not have and returns all of them, in order."""
+
+NONE = "none"
+"""The method that leaves the network as it is."""
+RUNGS, KEEP = (1 / 15, 1 / 5, 1.0), 1 / 3
+"""Shares of a run after which a race looks: with 15 epochs after 1, 3 and 15. With ten candidates, of which a third
+survives each rung, the whole race then costs 10 x 1 + 4 x 2 + 12 = 30 epochs: two runs."""
+AUTO_RUNGS, AUTO_KEEP = (2 / 15, 2 / 5, 1.0), 1 / 4
+"""Of `auto`, whose candidates are fewer: 7 x 2 + 2 x 4 + 9 = 31 epochs. It looks later, because tuning all at a large
+rate often validates worst after one epoch and best after six."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A method or target with a learning rate; ``none`` has no rate."""
+
+    method: str
+    lr: float | None = None
+
+    def __str__(self) -> str:
+        return self.method if self.lr is None else f"{self.method} at {self.lr:g}"
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search chose, and why.
+
+    Attributes:
+        search: Its name.
+        chosen: The candidate.
+        run: Its run, in full length.
+        validation: Its validation accuracy, a fraction. Chosen as the best of several, so it flatters.
+        cost: Of all runs together, in the unit of the fit function's costs.
+        trials: All runs that had a say, in order; of a candidate in a race one for each rung.
+    """
+
+    search: str
+    chosen: Candidate
+    run: Run
+    validation: float
+    cost: float
+    trials: tuple[Run, ...] = field(repr=False)
+
+    @property
+    def relative_cost(self) -> float:
+        """Cost of the search in multiples of the chosen run alone; NaN where that is ``none``."""
+        own = self.run.result["cost"]
+        return self.cost / own if own else math.nan
+
+    def record(self) -> dict[str, Any]:
+        """For the ``selection`` of an adapter's config: plain JSON."""
+        best: dict[str, float] = {}
+        for run in self.trials:
+            name = str(_candidate(run))
+            best[name] = max(best.get(name, 0.0), run.result["validation"])
+        return {"asked": self.search, "chosen": str(self.chosen), "validation": best, "split": "validation"}
+
+
+def candidates_of(
+    anatomy: Anatomy,
+    lrs: Sequence[float],
+    head_lrs: Sequence[float] | None = None,
+    *,
+    pairs: bool = False,
+    everything: bool = True,
+    nothing: bool = True,
+) -> list[Candidate]:
+    """Every block, `all` and no tuning, each with every rate: what the paper's Cross-Val tries, and the two ends of it.
+
+    Args:
+        anatomy: The network's blocks.
+        lrs: Learning rates.
+        head_lrs: Those of the head alone; the paper's are a hundred times larger. Default: as ``lrs``.
+        pairs: Also every pair of neighbouring blocks.
+        everything: Whether to tune all is a candidate.
+        nothing: Whether no tuning is.
+    """
+    names = list(anatomy.names)
+    targets = names + ([f"{a} + {b}" for a, b in itertools.pairwise(names)] if pairs else [])
+    found = [Candidate(NONE)] if nothing else []
+    for target in [*targets, *(["all"] if everything else [])]:
+        found += [Candidate(target, lr) for lr in (head_lrs if target == "head" and head_lrs else lrs)]
+    return found
+
+
+def cross_val(
+    candidates: Sequence[Candidate],
+    fit: Fit,
+    ledger: Ledger,
+    settings: Mapping[str, Any] | None = None,
+    engine: Engine | None = None,
+) -> SearchResult:
+    """Train every candidate in full and keep the best on validation data (paper, Sec. 4.1, Cross-Val).
+
+    Args:
+        candidates: At least one; of equals the first wins.
+        fit: See `Fit`.
+        ledger: Where runs are looked up and kept.
+        settings: What all runs share (network, data, seed): part of their keys.
+        engine: What runs them; by default `workers`, which is this process alone where no others were launched.
+
+    Raises:
+        ConfigError: No candidates.
+    """
+    runs = _run(candidates, fit, ledger, settings, engine, stop=None)
+    return _result("cross-val", runs, runs)
+
+
+def race(
+    candidates: Sequence[Candidate],
+    fit: Fit,
+    ledger: Ledger,
+    settings: Mapping[str, Any] | None = None,
+    engine: Engine | None = None,
+    *,
+    rungs: Sequence[float] = RUNGS,
+    keep: float = KEEP,
+) -> SearchResult:
+    """Successive halving (Jamieson & Talwalkar 2016): all start, at each rung most stop, one runs in full.
+
+    Learning rates race as well. The survivors go on from where they stopped, so the winner's run costs what it would
+    alone. A candidate's score is its best validation accuracy so far; of equals the lower validation loss at the rung.
+
+    Args:
+        candidates: At least one. ``none`` takes part without cost.
+        fit: See `Fit`; called with ``stop`` in the key, the share of the run to reach.
+        ledger: As for `cross_val`.
+        settings: As for `cross_val`.
+        engine: As for `cross_val`.
+        rungs: Shares of the run, ascending, the last of them 1.
+        keep: Share that survives a rung, rounded up; before the last rung all but one stop.
+
+    Raises:
+        ConfigError: No candidates, rungs that do not ascend to 1, or ``keep`` outside (0, 1).
+    """
+    if list(rungs) != sorted(set(rungs)) or not rungs or rungs[-1] != 1 or rungs[0] <= 0:
+        raise ConfigError(f"rungs={tuple(rungs)}: give ascending shares of the run that end with 1, such as {RUNGS}")
+    if not 0 < keep < 1:
+        raise ConfigError(f"keep={keep}: give the share that survives a rung, between 0 and 1")
+    alive, trials = list(candidates), []
+    for rung, following in zip(rungs, [*rungs[1:], None], strict=True):
+        runs = _run(alive, fit, ledger, settings, engine, stop=rung)
+        trials += runs
+        ranked = sorted(runs, key=_rank)
+        if following is None or (len(ranked) == 1 and _candidate(ranked[0]).method == NONE):
+            return _result("race", runs, trials)
+        count = 1 if following == 1 else math.ceil(len(ranked) * keep)
+        survivors = {_candidate(run) for run in ranked[:count]}
+        alive = [candidate for candidate in alive if candidate in survivors]
+    raise AssertionError("the last rung returns")
+
+
+def nominated(candidates: Sequence[Candidate], scores: Mapping[str, float], blocks: int = 2) -> list[Candidate]:
+    """The candidates that are worth a race: the blocks with the highest scores, `all`, none, and the head once.
+
+    The head stays whatever its score, with its largest rate, since output-level shifts are its own.
+
+    Args:
+        candidates: As `candidates_of` lists them.
+        scores: Block -> score, such as ``score_blocks(...).block_scores``.
+        blocks: How many blocks to keep.
+    """
+    best = sorted(scores, key=lambda name: -scores[name])[:blocks]
+    rates = [one.lr for one in candidates if one.method == "head" and one.lr is not None]
+    head = Candidate("head", max(rates)) if rates else None
+    return [one for one in candidates if one.method in {NONE, "all", *best} or one == head]
+
+
+def auto(
+    candidates: Sequence[Candidate],
+    scores: Mapping[str, float],
+    fit: Fit,
+    ledger: Ledger,
+    settings: Mapping[str, Any] | None = None,
+    engine: Engine | None = None,
+) -> SearchResult:
+    """The default choice: scores nominate, a race decides.
+
+    Args:
+        candidates: As for `race`.
+        scores: Block -> score, such as ``score_blocks(network, loader, "rgn").block_scores``.
+        fit: As for `race`.
+        ledger: As for `race`.
+        settings: As for `race`.
+        engine: As for `race`.
+    """
+    chosen = nominated(candidates, scores)
+    found = race(chosen, fit, ledger, settings, engine, rungs=AUTO_RUNGS, keep=AUTO_KEEP)
+    return replace(found, search="auto")
+
+
+def greedy(
+    blocks: Sequence[str],
+    lrs: Sequence[float],
+    fit: Fit,
+    ledger: Ledger,
+    settings: Mapping[str, Any] | None = None,
+    engine: Engine | None = None,
+    *,
+    gain: float = 0.0,
+    most: int | None = None,
+) -> SearchResult:
+    """Greedy forward selection of blocks, contiguous or not (SubTuning, Kaplun et al. 2023).
+
+    Every round trains the chosen blocks together with each of the others and adds the best of these, as long as
+    validation accuracy grows by more than ``gain``.
+
+    Args:
+        blocks: Their names.
+        lrs: Learning rates, each tried for each set.
+        fit: See `Fit`.
+        ledger: As for `cross_val`.
+        settings: As for `cross_val`.
+        engine: As for `cross_val`.
+        gain: Smallest gain in validation accuracy, a fraction, that one more block must bring.
+        most: At most so many blocks.
+    """
+    trials = _run([Candidate(NONE)], fit, ledger, settings, engine, stop=None)
+    chosen: list[str] = []
+    best = trials[0]
+    while len(chosen) < min(len(blocks), len(blocks) if most is None else most):
+        grown = [[name for name in blocks if name in {*chosen, more}] for more in blocks if more not in chosen]
+        runs = _run(
+            [Candidate(" + ".join(names), lr) for names in grown for lr in lrs],
+            fit,
+            ledger,
+            settings,
+            engine,
+            stop=None,
+        )
+        trials += runs
+        leader = min(runs, key=_rank)
+        if leader.result["validation"] <= best.result["validation"] + gain:
+            break
+        best, chosen = leader, leader.key["method"].split(" + ")
+    return _result("greedy", [best], trials)
+
+
+# --- engines ---
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Processes that share a ledger: each takes every n-th run and waits for the others' through the ledger.
+
+    Attributes:
+        rank: This process's number, from 0.
+        world: Number of processes.
+        poll: Seconds between two looks at the ledger.
+    """
+
+    rank: int = 0
+    world: int = 1
+    poll: float = 1.0
+
+    def __call__(self, fit: Fit, keys: Sequence[dict[str, Any]], ledger: Ledger) -> list[Run]:
+        """See `Engine`."""
+        missing = [key for key in keys if ledger.find(key) is None]
+        # Dealt out by place among all, not among the missing: another process may see fewer of them.
+        for place, key in enumerate(keys):
+            if place % self.world == self.rank and key in missing:
+                ledger.run(key, fit)
+        while any(ledger.find(key) is None for key in keys):
+            time.sleep(self.poll)
+        return [ledger.run(key, fit) for key in keys]
+
+
+@dataclass(frozen=True)
+class Together:
+    """All processes of ``accelerate launch`` train each run together, one after the other; the first keeps the ledger.
+
+    What a run is worth is what the first process says, and so is what is in the ledger: the others need not see its
+    file.
+    """
+
+    def __call__(self, fit: Fit, keys: Sequence[dict[str, Any]], ledger: Ledger) -> list[Run]:
+        """See `Engine`."""
+        first = PartialState().is_main_process
+        runs = []
+        for key in keys:
+            result = told(ledger.find(key) if first else None)
+            if result is None:
+                own = fit(dict(key))
+                if first:
+                    ledger.append(key, own)
+                result = told(ledger.find(key) if first else None)
+            runs.append(Run(dict(key), result or {}))
+        return runs
+
+
+@functools.cache
+def workers() -> Workers:
+    """The processes that ``accelerate launch --num_processes N`` started, as independent workers.
+
+    Each run is too small to be spread over processes, so each process trains its own runs: what tells Accelerate and
+    Trainer that they belong together is taken out of this process's environment, and it sees its own GPU alone. To be
+    called before anything has asked Accelerate for its state. A later call gives what the first one found.
+    """
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1:
+        local = os.environ.get("LOCAL_RANK", "0")
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        # An empty list hides all GPUs, and goes on doing so.
+        os.environ["CUDA_VISIBLE_DEVICES"] = local if visible is None else visible and visible.split(",")[int(local)]
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            os.environ.pop(name, None)
+    return Workers(rank, world)
+
+
+def on_ray(**resources: Any) -> Engine:
+    """Runs on a Ray cluster, one task each; Ray schedules them. Needs ``ray`` (extra ``ray``) and ``ray.init()``.
+
+    Args:
+        **resources: Of one run, as ``ray.remote`` takes them: ``num_cpus=1``, ``num_gpus=0.5``, ...
+    """
+
+    def run(fit: Fit, keys: Sequence[dict[str, Any]], ledger: Ledger) -> list[Run]:
+        import ray
+
+        task = ray.remote(**resources)(fit) if resources else ray.remote(fit)
+        waiting = {task.remote(key): key for key in keys if ledger.find(key) is None}
+        failures: list[Exception] = []
+        while waiting:
+            done, _ = ray.wait(list(waiting))
+            for reference in done:  # kept at once: what is finished survives the loss of the driver
+                key = waiting.pop(reference)
+                try:
+                    result = ray.get(reference)
+                except Exception as error:  # the others are under way: their work is kept before this is reported
+                    failures.append(error)
+                else:
+                    ledger.append(key, result)
+        if failures:
+            raise failures[0]
+        return [ledger.run(key, fit) for key in keys]
+
+    return run
+
+
+def _run(
+    candidates: Sequence[Candidate],
+    fit: Fit,
+    ledger: Ledger,
+    settings: Mapping[str, Any] | None,
+    engine: Engine | None,
+    stop: float | None,
+) -> list[Run]:
+    if not candidates:
+        raise ConfigError("no candidates: give at least one, see candidates_of")
+    keys = []
+    for candidate in dict.fromkeys(candidates):
+        key = {**(settings or {}), "method": candidate.method, "lr": candidate.lr}
+        # A full run is the same run in whichever search; nothing is to be stopped in one that does not train.
+        keys.append(key if stop in (None, 1) or candidate.method == NONE else {**key, "stop": stop})
+    return (engine or workers())(fit, keys, ledger)
+
+
+def _candidate(run: Run) -> Candidate:
+    return Candidate(run.key["method"], run.key["lr"])
+
+
+def _rank(run: Run) -> tuple[float, float]:
+    return -run.result["validation"], run.result.get("validation_loss", 0.0)
+
+
+def _result(search: str, finalists: Sequence[Run], trials: Sequence[Run]) -> SearchResult:
+    best = min(finalists, key=_rank)
+    spent: dict[Candidate, float] = {}
+    for run in trials:
+        spent[_candidate(run)] = max(spent.get(_candidate(run), 0.0), run.result["cost"])
+    return SearchResult(search, _candidate(best), best, best.result["validation"], sum(spent.values()), tuple(trials))

@@ -1,0 +1,242 @@
+"""What an adapter will touch: (model, config) -> a frozen plan. Everything that can be refused is refused here.
+
+No tensor and no module changes while a plan is made, so a refused adapter leaves the model exactly as it was.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from ..anatomy import Anatomy, Block, anatomy_of
+from ..config import SurgicalConfig
+from ..delta import check_base, fingerprint, shown
+from ..errors import AnatomyError, BaseMismatchError, UnknownTargetError
+from ..norm import moving_statistics, statistics_of
+from ..targets import parse, paths_matched, resolve
+from .attach import bare, join
+from .expected import check_held
+from .reading import base_value
+from .support import ModulePlan, Site, check_supported, is_quantized, refuse_other_methods
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All modules that an adapter touches, in the model's order."""
+
+    modules: tuple[ModulePlan, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Full names of the tuned parameters and owned statistics."""
+        return tuple(
+            join(entry.path, name) for entry in self.modules for name in (*entry.parameters, *entry.statistics)
+        )
+
+    def base(self) -> dict[str, torch.Tensor]:
+        """Name -> the base's own value of each tuned parameter, also where another adapter is merged into it now.
+
+        Statistics are left out: an adapter replaces them, it does not add to them.
+        """
+        return {
+            join(entry.path, name): base_value(entry.module, name)
+            for entry in self.modules
+            for name in entry.parameters
+        }
+
+
+def is_wrapper(module: nn.Module) -> bool:
+    """Whether PEFT put this module in another one's place to train that one whole (``modules_to_save``)."""
+    return isinstance(module, AuxiliaryTrainingWrapper)
+
+
+def make_plan(model: nn.Module, config: SurgicalConfig, names: Sequence[str] | None = None) -> Plan:
+    """Resolve what ``config`` targets in ``model`` and refuse what cannot be tuned.
+
+    Args:
+        model: The base, with or without other surgical adapters.
+        config: What to tune. Resolved ``tensor_names`` are taken as they are, and nothing is derived again.
+        names: Full names of tensors, instead of the config's target.
+
+    Raises:
+        UnknownTargetError: Nothing matches, or everything that does is excluded.
+        UnsupportedModelError: The tensors cannot be read through deltas: quantized, offloaded, in a container.
+        AdapterError: The model already carries another PEFT method.
+        AdapterFileError: The config is from disk, and its file does not hold what the base needs.
+    """
+    # torch.compile's wrapper puts itself into every path; the adapter is the network's.
+    model = getattr(model, "_orig_mod", model)
+    refuse_other_methods(model)
+    with bare(model, is_wrapper):
+        modules = dict(model.named_modules())
+        wanted = _wanted(model, modules, config, names)
+        plan = _plan(modules, wanted, config, exact=names is not None or is_resolved(config))
+        if names is None and is_resolved(config):
+            check_held(modules, plan.modules, config)
+    check_supported(model, plan.modules)
+    return plan
+
+
+def is_resolved(config: SurgicalConfig) -> bool:
+    """Whether the config's ``tensor_names`` are to be taken as they are.
+
+    So they are in a config that was read from disk. A config that was used in this process is resolved again: its
+    target may have been changed since, or it may serve another network.
+    """
+    if config.tensor_names is None:
+        return False
+    from_disk = config.base_fingerprint is not None or hasattr(config, "_held")
+    return from_disk or (config.target is None and not config.target_modules)
+
+
+def _wanted(
+    model: nn.Module, modules: Mapping[str, nn.Module], config: SurgicalConfig, names: Sequence[str] | None
+) -> list[str]:
+    """Full names of the wanted tensors, parameters and buffers, in the model's order."""
+    if names is None and is_resolved(config):
+        names = config.tensor_names
+    if names is not None:
+        known = {join(path, name) for path, module in modules.items() for name in _tensors(module)}
+        missing = [name for name in names if name not in known]
+        if missing:
+            raise UnknownTargetError(
+                f"The model has no tensor {shown(missing)}, which the adapter (target {config.target!r}) was made "
+                f"for. Load its own base, {config.base_model_name_or_path or 'which its config does not name'}."
+            )
+        return list(names)
+    if config.target is not None:
+        wanted = _by_target(model, modules, config)
+    else:
+        wanted = _by_modules(model, modules, config)
+    return _without_excluded(wanted, modules, config)
+
+
+def _by_target(model: nn.Module, modules: Mapping[str, nn.Module], config: SurgicalConfig) -> list[str]:
+    spec = parse(config.target or "")
+    try:
+        return list(resolve(spec, anatomy_of(model, config.blocks)))
+    except AnatomyError as error:
+        if config.blocks is not None or spec.needs_data:
+            raise
+        # Paths, globs and "all" need no blocks: they are looked up in the network taken as one.
+        names = tuple(join(path, name) for path, module in modules.items() for name in _tensors(module))
+        try:
+            return list(resolve(spec, Anatomy((Block("network", names, 0),))))
+        except UnknownTargetError as unknown:
+            raise error from unknown
+
+
+def _by_modules(model: nn.Module, modules: Mapping[str, nn.Module], config: SurgicalConfig) -> list[str]:
+    patterns = config.target_modules
+    if isinstance(patterns, str) and patterns.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+        patterns = sorted(_maybe_include_all_linear_layers(copy.copy(config), model).target_modules or ())
+    paths = [path for path in modules if path]
+    matched = paths_matched(patterns or [], paths)
+    empty = [pattern for pattern, found in matched.items() if not found]
+    if empty or not matched:
+        raise UnknownTargetError(
+            f"Target modules {patterns} not found in the base model: nothing matches {shown(map(repr, empty))}. Its "
+            f"modules are {shown(paths)}. target='block1' names a block instead."
+        )
+    roots = {path for found in matched.values() for path in found}
+    return [join(path, name) for path, module in modules.items() if _is_under(path, roots) for name in _tensors(module)]
+
+
+def _without_excluded(wanted: list[str], modules: Mapping[str, nn.Module], config: SurgicalConfig) -> list[str]:
+    paths = [path for path in modules if path]
+    roots: set[str] = set()
+    if config.exclude_modules:
+        excluded = paths_matched(config.exclude_modules, paths)
+        if not all(excluded.values()):
+            empty = [pattern for pattern, found in excluded.items() if not found]
+            warnings.warn(
+                f"You have passed exclude_modules={config.exclude_modules} but no modules were excluded by "
+                f"{shown(map(repr, empty))}. Please check that exclude_modules was set correctly.",
+                stacklevel=2,
+            )
+        roots.update(path for found in excluded.values() for path in found)
+    # PEFT's own rule for modules_to_save: the path ends in this text.
+    saved = tuple(config.modules_to_save or ())
+    roots.update(path for path in paths if saved and path.endswith(saved))
+    kept = [name for name in wanted if not _is_under(name.rpartition(".")[0], roots)]
+    if wanted and not kept:
+        raise UnknownTargetError(
+            "All modules were excluded. No modules were targeted for adaptation: every tensor of target "
+            f"{config.target or config.target_modules!r} lies in exclude_modules={config.exclude_modules} or "
+            f"modules_to_save={config.modules_to_save}. Target another part, or leave it out there."
+        )
+    return kept
+
+
+def _is_under(path: str, roots: set[str]) -> bool:
+    parts = path.split(".")
+    return any(".".join(parts[:end]) in roots for end in range(len(parts), 0, -1))
+
+
+def _tensors(module: nn.Module) -> Iterator[str]:
+    yield from (name for name, value in module._parameters.items() if value is not None)
+    hidden = module._non_persistent_buffers_set
+    yield from (name for name, value in module._buffers.items() if value is not None and name not in hidden)
+
+
+def _plan(modules: Mapping[str, nn.Module], wanted: Iterable[str], config: SurgicalConfig, exact: bool) -> Plan:
+    sites: dict[int, list[Site]] = {}
+    for module in modules.values():
+        for name, value in module._parameters.items():
+            if value is not None:
+                sites.setdefault(id(value), []).append((module, name))
+    chosen = set(wanted)
+    targeted = {name.rpartition(".")[0] for name in chosen}
+    moving = set(moving_statistics(config.norm_stats, modules.items(), targeted))  # type: ignore[arg-type]
+    moving &= chosen if exact else moving
+    # A tied tensor is one tensor, tuned once: by the module that comes first, under any of its names.
+    first = {site: shared for shared in sites.values() for site in shared}
+    tuned = {
+        first[module, name][0]
+        for path, module in modules.items()
+        for name, value in module._parameters.items()
+        # Integer parameters (lookup tables) have no gradient to follow.
+        if value is not None
+        and join(path, name) in chosen
+        and (value.is_floating_point() or is_quantized(module, value))
+    }
+    entries = []
+    for path, module in modules.items():
+        parameters = {name: tuple(first[module, name]) for name in module._parameters if (module, name) in tuned}
+        statistics = tuple(name for name in statistics_of(module) if join(path, name) in moving)
+        if parameters or statistics:
+            entries.append(ModulePlan(path, module, parameters, statistics))
+    plan = Plan(tuple(entries))
+    if not plan.modules:
+        raise UnknownTargetError(
+            f"Target {config.target or config.target_modules!r} names only buffers ({shown(chosen)}), which are not "
+            "trained. Statistics of norm modules are tuned with norm_stats='target' or 'all'."
+        )
+    return plan
+
+
+def check_fingerprint(plan: Plan, config: SurgicalConfig) -> None:
+    """Raise `BaseMismatchError` (or warn, with ``strict_base=False``) unless the base is the one trained on."""
+    base = plan.base()
+    if config.base_fingerprint is None or any(value.is_meta for value in base.values()):
+        return
+    try:
+        check_base(config.base_fingerprint, base, config.base_model_name_or_path)
+    except BaseMismatchError as error:
+        if config.strict_base:
+            raise
+        warnings.warn(f"strict_base=False: {error}", stacklevel=2)
+
+
+def fingerprint_of(model: nn.Module, config: SurgicalConfig) -> dict[str, str] | None:
+    """The fingerprint of the base values under an attached adapter; None where there are none (meta device)."""
+    base = make_plan(model, config, config.tensor_names).base()
+    return None if any(value.is_meta for value in base.values()) else fingerprint(base)

@@ -1,0 +1,100 @@
+"""Saving so that a folder always holds one whole adapter: the old one or the new one.
+
+PEFT writes the weights and then the config, each in place. A kill between the two leaves one adapter's weights beside
+another's config, with nothing to tell. Here PEFT writes into a folder beside the target, and the files are renamed in
+three steps, each atomic and each leaving a whole adapter::
+
+    1. the new config, with the old one inside as "superseded"     weights: old -> the old config applies
+    2. the new weights                                             weights: new -> the new config applies
+    3. the new config alone
+
+`SurgicalConfig.from_pretrained` tells the two apart by the SHA-256 of the weights.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..config import CONFIG, WEIGHTS, SurgicalConfig, write_atomically
+from ..delta import canonical_json, file_sha256
+from ..errors import AdapterError
+
+CARD = "README.md"
+
+
+def saving_atomically(original: Callable[..., None]) -> Callable[..., None]:
+    """Wrap ``PeftModel.save_pretrained``: surgical adapters are staged and renamed, all others are none of ours."""
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def save_pretrained(self: Any, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        surgical = any(isinstance(config, SurgicalConfig) for config in self.peft_config.values())
+        if not surgical or os.path.isfile(save_directory):
+            original(self, save_directory, *args, **kwargs)
+            return
+        given = signature.bind(self, save_directory, *args, **kwargs).arguments
+        if not given.get("safe_serialization", True):
+            raise AdapterError(
+                "safe_serialization=False asks for a pickle, which can run code when it is read. Surgical adapters "
+                "are saved as safetensors only: leave the argument out."
+            )
+        if given.get("save_embedding_layers") is True:
+            raise AdapterError(
+                "save_embedding_layers=True would put base tensors beside the deltas. Target the embedding "
+                "(target='embedding + ...') to keep what it learns; leave the argument out."
+            )
+        rest = {**given.pop("kwargs", {}), **given, "save_embedding_layers": False}
+        del rest["self"], rest["save_directory"]
+        target = Path(save_directory)
+        if rest.get("is_main_process") is False:
+            # Other ranks take part in gathering the tensors; they write nothing.
+            original(self, save_directory, **rest)
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
+            stage = Path(scratch)
+            if (target / CARD).is_file():  # PEFT updates a card that is there
+                shutil.copy2(target / CARD, stage / CARD)
+            original(self, stage, **rest)
+            commit(stage, target)
+
+    return save_pretrained
+
+
+def commit(stage: Path, target: Path) -> None:
+    """Move the adapters in ``stage`` (and in its folders, one per further adapter) to ``target``."""
+    for source in sorted({path.parent for path in stage.rglob(CONFIG)}):
+        goal = target / source.relative_to(stage)
+        goal.mkdir(parents=True, exist_ok=True)
+        _replace(source, goal)
+    for path in sorted(path for path in stage.rglob("*") if path.is_file()):
+        os.replace(path, target / path.relative_to(stage))
+
+
+def _replace(source: Path, goal: Path) -> None:
+    config = json.loads((source / CONFIG).read_text(encoding="utf-8"))
+    old = _whole(goal)
+    if old is not None:
+        write_atomically(goal / CONFIG, canonical_json({**config, "superseded": old}))
+    os.replace(source / WEIGHTS, goal / WEIGHTS)
+    os.replace(source / CONFIG, goal / CONFIG)
+
+
+def _whole(folder: Path) -> dict[str, Any] | None:
+    """The config that belongs to the weights in ``folder`` now; None where there is no adapter."""
+    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
+        return None
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    previous = config.pop("superseded", None)
+    # An earlier save was killed before its weights were in place.
+    if previous is not None and previous.get("weights_sha256") == file_sha256(folder / WEIGHTS):
+        return previous
+    return config
