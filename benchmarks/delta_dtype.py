@@ -30,7 +30,8 @@ from peft_surgical.delta import file_sha256
 from peft_surgical.errors import DataError
 from peft_surgical.evaluation import Report, TextTable, accuracy, mean_interval, predict_logits
 from peft_surgical.evaluation.ledger import Ledger, Run
-from peft_surgical.shifts.cifar import load_network, normalise, read_images, split
+from peft_surgical.shifts.cifar import read_images, split
+from peft_surgical.shifts.cifar_networks import load_network, normalise
 
 WEIGHTS = "adapter_model.safetensors"
 # Between two machines, kernels differ in the last bits, which may move an image or two; not more.

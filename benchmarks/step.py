@@ -54,7 +54,7 @@ from torch.profiler import ProfilerActivity, profile
 from peft_surgical import SurgicalConfig, anatomy_of, parse, resolve
 from peft_surgical.evaluation import Interval, TextTable
 from peft_surgical.evaluation.ledger import Ledger, Run
-from peft_surgical.shifts.cifar import ResNet26
+from peft_surgical.shifts.cifar_networks import ResNet26
 
 WEIGHTS = "adapter_model.safetensors"
 CHECKED_STEPS = 3

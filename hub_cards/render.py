@@ -34,7 +34,7 @@ from peft_surgical.hub.card_figure import draw
 from peft_surgical.hub.card_text import moved_of, rows_of
 from peft_surgical.hub.cards import About, Weights, card_of
 from peft_surgical.hub.staging import Staged, weights_of
-from peft_surgical.shifts.cifar import NETWORKS
+from peft_surgical.shifts.cifar_networks import NETWORKS
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -55,7 +55,7 @@ model = PeftModel.from_pretrained(digits.pretrain(source, 12, seed=0), "me/digit
 
 LOAD_CIFAR10C = """\
 from peft import PeftModel
-from peft_surgical.shifts.cifar import load_network, normalise
+from peft_surgical.shifts.cifar_networks import load_network, normalise
 
 base = load_network("resnet32", "models")  # models/cifar10_resnet32_bn/model.safetensors
 model = PeftModel.from_pretrained(base, "me/cifar10-gaussian-noise").eval()
@@ -117,7 +117,7 @@ def cifar10c() -> tuple[Report, list[Report], About]:
         "me/cifar10-gaussian-noise",
         "apache-2.0",
         (),
-        "the ResNet-32 of peft_surgical.shifts.cifar, pretrained on CIFAR-10",
+        "the ResNet-32 of peft_surgical.shifts.cifar_networks, pretrained on CIFAR-10",
         LOAD_CIFAR10C,
         opens=False,
     )

@@ -30,7 +30,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import re
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -40,15 +39,17 @@ from statistics import fmean
 from typing import Any
 
 import torch
-import transformers
 from accelerate import PartialState
 from peft import PeftModel
 from torch import Tensor
 
 from peft_surgical.errors import DataError
 from peft_surgical.evaluation import Report, TextTable, accuracy, interval_of_runs, measure, plus_minus, predict_logits
-from peft_surgical.evaluation.ledger import Cell, Ledger, Run, shard
-from peft_surgical.shifts.cifar import NETWORKS, Images, corruptions_in, load_network, normalise, read_images, split
+from peft_surgical.evaluation.grid import Cell, shard
+from peft_surgical.evaluation.ledger import Ledger, Run
+from peft_surgical.shifts.cifar import Images, corruptions_in, read_once, split
+from peft_surgical.shifts.cifar_networks import load_network, normalise
+from peft_surgical.studies.grids import grid_parser, parse_grid
 from peft_surgical.training.fitting import FitSettings, fit
 from peft_surgical.watch import file_name
 
@@ -84,32 +85,24 @@ def tune(args: argparse.Namespace, key: dict[str, Any], tuning: Images, validati
 
 
 @functools.lru_cache(maxsize=2)
-def read(place: str, corruption: str, severity: int) -> tuple[Images, str]:
-    """Images and a digest of them, which is part of a run's key: a ledger never answers for other data."""
-    images = read_images(place, corruption, severity)
-    content = images.pixels.numpy().tobytes() + images.labels.numpy().tobytes()
-    return images, hashlib.sha256(content).hexdigest()[:16]
-
-
-@functools.lru_cache(maxsize=2)
 def predicted_before(
     network: str, models: str | None, place: str, corruption: str, severity: int, device: torch.device
 ):
     """What the base predicts for all images: the same for every run on them."""
-    images, _ = read(place, corruption, severity)
+    images, _ = read_once(place, corruption, severity)
     return predict_logits(load_network(network, models).to(device), normalise(images.pixels, network)).argmax(1)
 
 
 def run(args: argparse.Namespace, key: dict[str, Any]) -> dict[str, Any]:
     """Train (unless the target is none), evaluate, save, reload elsewhere and compare; compare with the base."""
     start = time.perf_counter()
-    images, _ = read(args.data, key["corruption"], args.severity)
+    images, _ = read_once(args.data, key["corruption"], args.severity)
     parts = split(images.labels, key["seed"], args.tuning_images, args.validation_images)
     tuning, validation, test = (Images(images.pixels[rows], images.labels[rows]) for rows in parts)
     places, pixels = {"test": (args.data, key["corruption"], args.severity)}, {"test": test.pixels}
     if args.clean:
         places["clean"] = (args.clean, "clean", args.severity)
-        clean, _ = read(*places["clean"])
+        clean, _ = read_once(*places["clean"])
         if not torch.equal(clean.labels, images.labels):
             raise DataError(f"{args.clean} does not hold the same rows as {args.data}: pass the matching --clean")
         pixels["clean"] = clean.pixels[parts.test]
@@ -169,7 +162,7 @@ def cell(args: argparse.Namespace, corruption: str, target: str) -> Cell:
     settings = {"recipe": "cifar10c", "network": args.network, "corruption": corruption, "severity": args.severity}
     settings |= {"target": target, "tuning_images": args.tuning_images, "validation_images": args.validation_images}
     if args.data:
-        settings["data"] = read(args.data, corruption, args.severity)[1]
+        settings["data"] = read_once(args.data, corruption, args.severity)[1]
     if target == "none":
         return Cell(settings, (None,), tuple(args.seeds))
     settings |= {"norm_stats": args.norm_stats, "delta_dtype": args.delta_dtype, "epochs": args.epochs}
@@ -270,11 +263,9 @@ def show(args: argparse.Namespace, ledger: Ledger) -> None:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    data = "folder of .parquet or of .npy files, or one parquet file"
+    parser = grid_parser(__doc__, output="outputs/cifar10c", data=data, seeds=(0,))
     add = parser.add_argument
-    add("--network", choices=list(NETWORKS), default="resnet26")
-    add("--models", help="folder with the networks' weights (default: PEFT_SURGICAL_SHARED)")
-    add("--data", help="folder of .parquet or of .npy files, or one parquet file")
     add(
         "--clean",
         help="the uncorrupted images, a file or a Hub id (default: clean.parquet or clean.npy beside the data)",
@@ -286,38 +277,22 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--delta-dtype", choices=["float32", "bfloat16", "float16"], help="dtype of the saved deltas")
     add("--lr", type=float, nargs="+", help="candidates for all targets but head (default 1e-3 1e-4 1e-5)")
     add("--head-lr", type=float, nargs="+", help="candidates for head (default 1e-1 1e-2 1e-3)")
-    add("--seeds", type=int, nargs="+", default=[0], help="seed 0 also chooses the learning rate")
     add("--tuning-images", type=int, default=1000, help="over all classes (default 1000)")
     add("--validation-images", type=int, default=200, help="over all classes (default 200)")
     add("--epochs", type=int, default=15)
     add("--batch-size", type=int, default=64)
     add("--weight-decay", type=float, default=1e-4, help="acts on the delta: L2-SP")
-    add("--output", default="outputs/cifar10c", help="adapters, reports, plot (default: outputs/cifar10c)")
-    add("--ledger", help="finished runs, may be shared by processes (default: OUTPUT/ledger.jsonl)")
-    add("--shard", default="1/1", help="i/n: only the i-th of n parts of the grid")
-    add("--threads", type=int, help="torch threads; 1 where several processes share the machine")
     add("--cpu", action="store_true", help="leave an accelerator alone")
     add("--dry-run", action="store_true", help="list the cells and what is finished, train nothing")
-    add("--table", action="store_true", help="only draw table and plot from the ledger")
-    add("--markdown", help="also write the table to this file")
-    args = parser.parse_args(argv)
-    parts = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", args.shard)
-    if not parts or int(parts[1]) > int(parts[2]):
-        parser.error(f"--shard {args.shard}: write i/n with i from 1 to n, such as 1/2 and 2/2")
-    args.shard = int(parts[1]), int(parts[2])
+    args = parse_grid(parser, argv)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         parser.error("one run is too small to be split over processes: start a process for each --shard i/n instead")
-    if not args.data and not args.table:
-        parser.error("--data is needed to train; without it --table draws what the ledger holds")
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
-    transformers.logging.set_verbosity_error()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    ledger = Ledger(args.ledger or Path(args.output, "ledger.jsonl"))
+    ledger = Ledger(args.ledger)
     found = {run.key["corruption"] for run in ledger.runs(recipe="cifar10c", network=args.network)}
     if args.data:
         folder = Path(args.data) if Path(args.data).is_dir() else Path(args.data).parent

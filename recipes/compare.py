@@ -30,20 +30,21 @@ import argparse
 import functools
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
-import transformers
 from torch.utils.data import DataLoader
 
 from peft_surgical import anatomy_of, score_blocks
 from peft_surgical.evaluation import TextTable, accuracy, mean_interval, plus_minus, predict_logits
-from peft_surgical.evaluation.ledger import SELECTION_SEED, Cell, Ledger, Run, shard
-from peft_surgical.shifts.cifar import NETWORKS, Images, load_network, normalise, read_images, split
+from peft_surgical.evaluation.grid import Cell, export, shard
+from peft_surgical.evaluation.ledger import Ledger, Run
+from peft_surgical.shifts.cifar import Images, digest_of, read_images, split
+from peft_surgical.shifts.cifar_networks import load_network, normalise
+from peft_surgical.studies.grids import grid_parser, parse_grid
 from peft_surgical.training.fitting import FORWARD_SHARE, FitSettings, fit, forget_checkpoints
 from peft_surgical.training.schedules import block_means
 from peft_surgical.training.search import AUTO_KEEP, AUTO_RUNGS, NONE, auto, candidates_of, race
@@ -59,7 +60,7 @@ def read(place: str, task: str) -> tuple[Images, str]:
     images = read_images(place, "clean" if task == "flip" else task)
     if task == "flip":
         images = Images(images.pixels, 9 - images.labels)
-    return images, hashlib.sha256(images.pixels.numpy().tobytes() + images.labels.numpy().tobytes()).hexdigest()[:16]
+    return images, digest_of(images)
 
 
 def parts_of(args: argparse.Namespace, key: dict[str, Any]) -> list[list[dict[str, Any]]]:
@@ -277,71 +278,38 @@ def plot(args: argparse.Namespace, ledger: Ledger) -> None:
     figure.savefig(args.figure, dpi=120)
 
 
-def export(args: argparse.Namespace, ledger: Ledger) -> None:
-    """Add the runs behind the asked rows to another ledger, such as that of another network's rows."""
-    target, unfinished = Ledger(args.export), []
-    known = target.runs()
-    for one in cells(args):
-        read = one.reported(ledger)
-        if not read:
-            unfinished.append(f"{one.settings['method']} on {one.settings['task']}")
-        elif len(one.candidates) > 1:  # those of the seed that chose among them have their say, too
-            rates = {run.key["lr"]: run for run in ledger.runs(**one.settings, seed=SELECTION_SEED)}
-            read = [*(rates[lr] for lr in one.candidates), *(run for run in read if run.key["seed"] != SELECTION_SEED)]
-        for run in read:
-            if run not in known:
-                target.append(run.key, run.result)
-    print(f"{len(target)} runs in {target.file}" + (f"; not finished: {', '.join(unfinished)}" if unfinished else ""))
-
-
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    data = "folder of <corruption>.parquet and clean.parquet"
+    parser = grid_parser(__doc__, output="outputs/compare", data=data, seeds=(0, 1, 2))
     add = parser.add_argument
-    add("--network", choices=list(NETWORKS), default="resnet26")
-    add("--models", help="folder with the networks' weights (default: PEFT_SURGICAL_SHARED)")
-    add("--data", help="folder of <corruption>.parquet and clean.parquet")
     add("--tasks", nargs="+", default=["gaussian_noise", "frost", "zoom_blur", "pixelate", "flip"])
     add("--methods", nargs="+", default=[*METHODS, *SEARCHES], help="rows of the table, or targets such as block1")
     add("--lr", type=float, nargs="+", default=[1e-3, 1e-4])
     add("--head-lr", type=float, nargs="+", default=[1e-1, 1e-2], help="of the head alone")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--tuning-images", type=int, nargs="+", default=[1000])
     add("--validation-images", type=int, default=200)
     add("--epochs", type=int, default=15)
     add("--batch-size", type=int, default=64)
     add("--weight-decay", type=float, default=1e-4, help="acts on the delta")
-    add("--output", default="outputs/compare")
-    add("--ledger", help="default: OUTPUT/ledger.jsonl")
     add("--reuse", help="ledger of recipes/cifar10c.py to take equal runs from")
-    add("--shard", default="1/1", help="i/n: only the i-th of n parts")
-    add("--threads", type=int)
-    add("--table", action="store_true", help="only draw from the ledger")
-    add("--markdown", help="also write the table to this file")
     add("--figure", help="also draw Figures 4 and 6 into this file")
     add("--export", help="also add the runs behind the table, and no others, to this ledger")
-    args = parser.parse_args(argv)
-    args.ledger = Path(args.ledger or Path(args.output, "ledger.jsonl"))
-    if not args.data and not args.table:
-        parser.error("--data is needed to train; without it --table draws what the ledger holds")
-    if not (parts := re.fullmatch(r"(\d+)/(\d+)", args.shard)):
-        parser.error(f"--shard {args.shard}: write i/n, such as 1/2")
+    args = parse_grid(parser, argv)
     if args.export and Path(args.export).resolve() == args.ledger.resolve():
         parser.error(f"--export {args.export} is the ledger that is read: name another file")
-    args.shard = int(parts[1]), int(parts[2])
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
-    transformers.logging.set_verbosity_error()
-    if args.threads:
-        torch.set_num_threads(args.threads)
     ledger = Ledger(args.ledger)
     for one in [] if args.table else shard(cells(args), *args.shard):
         one.fill(ledger, functools.partial(lookup, args, ledger))
     show(args, ledger)
     if args.export:
-        export(args, ledger)
+        target = Ledger(args.export)
+        missing = [f"{one.settings['method']} on {one.settings['task']}" for one in export(cells(args), ledger, target)]
+        print(f"{len(target)} runs in {target.file}" + (f"; not finished: {', '.join(missing)}" if missing else ""))
 
 
 if __name__ == "__main__":

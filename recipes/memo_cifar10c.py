@@ -26,9 +26,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-import hashlib
 import math
-import re
 import time
 import warnings
 from collections.abc import Sequence
@@ -45,9 +43,12 @@ from peft_surgical import SurgicalConfig
 from peft_surgical.adaptation import CollapseWarning, Memo, Record, Tent, batch_statistics, norm_target
 from peft_surgical.errors import DataError
 from peft_surgical.evaluation import TextTable, mean_interval, plus_minus
-from peft_surgical.evaluation.ledger import SELECTION_SEED, Ledger, Run
+from peft_surgical.evaluation.grid import SELECTION_SEED
+from peft_surgical.evaluation.ledger import Ledger, Run
 from peft_surgical.selection.gradients import logits_of
-from peft_surgical.shifts.cifar import NETWORKS, Images, corruptions_in, load_network, read_images, split
+from peft_surgical.shifts.cifar import corruptions_in, read_once, split
+from peft_surgical.shifts.cifar_networks import NETWORKS, load_network
+from peft_surgical.studies.grids import grid_parser, parse_grid
 
 Row = tuple[str, str, str]  # method, target, mode
 TARGETS = ["all", "stem", "conv1 + layer1.0.conv1", "block1 + block2", "head"]
@@ -69,17 +70,9 @@ def rows_of(args: argparse.Namespace) -> list[Row]:
     return [row for method in args.method for row in given[method]]
 
 
-@functools.lru_cache(maxsize=4)
-def read(place: str, corruption: str, severity: int) -> tuple[Images, str]:
-    """Images and a digest of them, which is part of a run's key."""
-    images = read_images(place, corruption, severity)
-    content = images.pixels.numpy().tobytes() + images.labels.numpy().tobytes()
-    return images, hashlib.sha256(content).hexdigest()[:16]
-
-
 def stream_of(args: argparse.Namespace, key: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Images in [0, 1] and labels of one part, in the order of the stream."""
-    images, _ = read(args.data, key["corruption"], args.severity)
+    images, _ = read_once(args.data, key["corruption"], args.severity)
     parts = split(images.labels, key["seed"], 1000, args.validation_images)
     generator = torch.Generator().manual_seed(key["seed"])
     # A longer test stream goes on with the images that the other recipes tune on, a validation stream begins again.
@@ -155,7 +148,7 @@ def settings(args: argparse.Namespace, one: dict[str, Any], corruption: str, par
     # What an online stream becomes shows on one that is as long.
     images = tested if part == "test" else args.validation_images if episodic else args.images
     key = one | {"corruption": corruption, "part": part, "seed": seed, "images": images}
-    return key | {"data": read(args.data, corruption, args.severity)[1]} if args.data else key
+    return key | {"data": read_once(args.data, corruption, args.severity)[1]} if args.data else key
 
 
 def runs_of(args: argparse.Namespace, ledger: Ledger, row: Row, corruption: str) -> list[Run]:
@@ -279,11 +272,9 @@ def plot(args: argparse.Namespace, cells: dict[Row, dict[str, list[Run]]]) -> No
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    data = "folder of <corruption>.parquet or of the published .npy files"
+    parser = grid_parser(__doc__, output="outputs/memo", data=data, seeds=(0,))
     add = parser.add_argument
-    add("--network", choices=list(NETWORKS), default="resnet26")
-    add("--models", help="folder with the networks' weights (default: PEFT_SURGICAL_SHARED)")
-    add("--data", help="folder of <corruption>.parquet or of the published .npy files")
     add("--corruption", nargs="+", help="default: all in the folder, those of the paper's table first")
     add("--severity", type=int, default=5, choices=range(1, 6), help="of .npy files")
     add("--method", nargs="+", default=["none", "memo"], choices=["none", "bn", "memo", "tent"])
@@ -297,32 +288,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--steps", type=int, nargs="+", default=[1], help="candidates; the paper has 1 and 2")
     add("--views", type=int, default=32)
     add("--batch-size", type=int, default=100, help="of TENT and of batch statistics alone")
-    add("--seeds", type=int, nargs="+", default=[0])
     add("--images", type=int, default=800, help="in a stream; above 800 also the 1,000 that other recipes tune on")
     add("--episodic-images", type=int, help="the same for episodic streams (default: as --images)")
     add("--validation-images", type=int, default=200)
     add("--select-on", default="gaussian_noise", help="the corruption whose validation images choose rate and steps")
-    add("--output", default="outputs/memo")
-    add("--ledger", help="default: OUTPUT/ledger.jsonl")
-    add("--shard", default="1/1", help="i/n: only the i-th of n parts of the corruptions")
-    add("--threads", type=int)
-    add("--table", action="store_true", help="only draw from the ledger")
-    add("--markdown", help="also write the tables to this file")
     add("--figure", help="also draw the streams into this file")
-    args = parser.parse_args(argv)
+    args = parse_grid(parser, argv)
     args.episodic_images = args.episodic_images or args.images
-    if not args.data and not args.table:
-        parser.error("--data is needed to adapt; without it --table draws what the ledger holds")
-    parts = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", args.shard)
-    if not parts or int(parts[1]) > int(parts[2]):
-        parser.error(f"--shard {args.shard}: write i/n with i from 1 to n, such as 1/2 and 2/2")
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    ledger = Ledger(args.ledger or Path(args.output, "ledger.jsonl"))
+    ledger = Ledger(args.ledger)
     there = corruptions_in(args.data) if args.data else sorted({run.key["corruption"] for run in ledger})
     args.corruption = args.corruption or sorted(set(there) - {"clean"}, key=[*LISTED, *there].index)
     cells = [(corruption, row) for corruption in args.corruption for row in rows_of(args)]
-    for corruption, row in [] if args.table else cells[int(parts[1]) - 1 :: int(parts[2])]:
+    for corruption, row in [] if args.table else cells[args.shard[0] - 1 :: args.shard[1]]:
         runs_of(args, ledger, row, corruption)
     args.table = True
     show(args, ledger)

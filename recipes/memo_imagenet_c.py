@@ -35,7 +35,8 @@ from peft_surgical.data.images import IMAGE_SUFFIXES, decode
 from peft_surgical.data.incoming import Incoming
 from peft_surgical.errors import DataError
 from peft_surgical.evaluation import TextTable, accuracy, plus_minus
-from peft_surgical.evaluation.ledger import SELECTION_SEED, Ledger, Run
+from peft_surgical.evaluation.grid import SELECTION_SEED
+from peft_surgical.evaluation.ledger import Ledger, Run
 from peft_surgical.experiments.adapting import AdaptSettings, adapt
 from peft_surgical.extras import require
 

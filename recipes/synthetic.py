@@ -17,22 +17,23 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
-import transformers
 from matplotlib.figure import Figure
 from torch import nn
 from torch.utils.data import DataLoader
 
 from peft_surgical import anatomy_of, score_blocks
 from peft_surgical.evaluation import TextTable, accuracy, plus_minus, predict_logits
-from peft_surgical.evaluation.ledger import Cell, Ledger, shard
-from peft_surgical.shifts.cifar import NETWORKS, load_network, normalise, read_images, split
+from peft_surgical.evaluation.grid import Cell, shard
+from peft_surgical.evaluation.ledger import Ledger
+from peft_surgical.shifts.cifar import read_images, split
+from peft_surgical.shifts.cifar_networks import NETWORKS, load_network, normalise
+from peft_surgical.studies.grids import grid_parser, parse_grid
 from peft_surgical.training.fitting import FitSettings, fit
 from peft_surgical.training.schedules import block_means
 
@@ -118,33 +119,21 @@ def show(args: argparse.Namespace, ledger: Ledger, blocks: Sequence[str]) -> Non
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = grid_parser(
+        __doc__, output="outputs/synthetic", data="parquet file of clean CIFAR-10 images", seeds=(0, 1, 2)
+    )
     add = parser.add_argument
-    add("--network", choices=list(NETWORKS), default="resnet26")
-    add("--models", help="folder with the networks' weights (default: PEFT_SURGICAL_SHARED)")
-    add("--data", help="parquet file of clean CIFAR-10 images")
     add("--noise", type=float, default=0.7, help="in units of each tensor's root mean square")
     add("--blocks", nargs="+", help="where to add noise (default: every block)")
     add("--methods", nargs="+", default=METHODS)
     add("--lr", type=float, nargs="+", default=[1e-3, 1e-4])
     add("--head-lr", type=float, nargs="+", default=[1e-1, 1e-2])
     add("--epochs", type=int, default=5)
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    add("--output", default="outputs/synthetic")
-    add("--ledger", help="default: OUTPUT/ledger.jsonl")
-    add("--shard", default="1/1", help="i/n: only the i-th of n parts")
-    add("--threads", type=int)
-    add("--table", action="store_true", help="only draw from the ledger")
-    args = parser.parse_args(argv)
-    if not args.data and not args.table:
-        parser.error("--data is needed to train; without it --table draws what the ledger holds")
-    transformers.logging.set_verbosity_error()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    ledger = Ledger(args.ledger or Path(args.output, "ledger.jsonl"))
+    args = parse_grid(parser, argv)
+    ledger = Ledger(args.ledger)
     blocks = args.blocks or anatomy_of(NETWORKS[args.network].build()).names
     cells = [cell(args, block, method) for block in blocks for method in args.methods]
-    for one in [] if args.table else shard(cells, *json.loads(f"[{args.shard.replace('/', ',')}]")):
+    for one in [] if args.table else shard(cells, *args.shard):
         one.fill(ledger, functools.partial(run, args))
     show(args, ledger, blocks)
 

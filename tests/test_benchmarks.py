@@ -16,7 +16,7 @@ from scripts import script
 from torch import nn
 
 from peft_surgical.evaluation.ledger import Ledger, Run
-from peft_surgical.shifts import cifar
+from peft_surgical.shifts import cifar_networks
 
 pytest.importorskip("timm")
 pytest.importorskip("rich")
@@ -194,9 +194,9 @@ def test_delta_dtype_reads_what_the_recipe_leaves(tmp_path):
     datasets = pytest.importorskip("datasets")
     pillow = pytest.importorskip("PIL.Image")
     pytest.importorskip("matplotlib")
-    weights = tmp_path / "models" / cifar.NETWORKS["resnet26"].checkpoint / "model.safetensors"
+    weights = tmp_path / "models" / cifar_networks.NETWORKS["resnet26"].checkpoint / "model.safetensors"
     weights.parent.mkdir(parents=True)
-    save_file(cifar.ResNet26().state_dict(), weights)
+    save_file(cifar_networks.ResNet26().state_dict(), weights)
     cells = []
     for array in np.random.default_rng(0).integers(0, 256, (50, 32, 32, 3), dtype=np.uint8):
         buffer = io.BytesIO()

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from peft_surgical import extras
 from peft_surgical.errors import DataError
-from peft_surgical.shifts import cifar
+from peft_surgical.shifts import cifar, cifar_networks
 
 SHARED = Path(os.environ.get("PEFT_SURGICAL_SHARED", Path(__file__).parents[2] / "shared"))
 
@@ -151,25 +151,25 @@ def test_split_refuses_what_it_cannot_draw():
         cifar.split(labels, 0, tune=20, validation=4)
 
 
-@pytest.mark.parametrize("name", cifar.NETWORKS)
+@pytest.mark.parametrize("name", cifar_networks.NETWORKS)
 def test_normalise(name):
-    entry = cifar.NETWORKS[name]
+    entry = cifar_networks.NETWORKS[name]
     pixels = torch.tensor([0, 128, 255], dtype=torch.uint8).view(1, 3, 1, 1).expand(2, 3, 32, 32)
-    out = cifar.normalise(pixels, name)
+    out = cifar_networks.normalise(pixels, name)
     assert out.dtype == torch.float32
     for channel, value in enumerate((0, 128 / 255, 1)):
         expected = (value - entry.mean[channel]) / entry.std[channel]
         torch.testing.assert_close(out[:, channel], torch.full((2, 32, 32), expected))
     with pytest.raises(DataError, match=r"must be uint8 in 0\.\.255, got torch\.float32"):
-        cifar.normalise(pixels.float(), name)
+        cifar_networks.normalise(pixels.float(), name)
     with pytest.raises(DataError, match="unknown network 'vgg': choose one of resnet26, resnet32"):
-        cifar.normalise(pixels, "vgg")
+        cifar_networks.normalise(pixels, "vgg")
 
 
 @pytest.mark.parametrize(("name", "count", "head"), [("resnet26", 366_938, "fc"), ("resnet32", 464_154, "linear")])
 def test_networks(tmp_path, monkeypatch, name, count, head):
     torch.manual_seed(0)
-    entry = cifar.NETWORKS[name]
+    entry = cifar_networks.NETWORKS[name]
     network = entry.build()
     assert sum(p.numel() for p in network.parameters()) == count
     blocks = ["layer1", "layer2", "layer3"]
@@ -186,7 +186,7 @@ def test_networks(tmp_path, monkeypatch, name, count, head):
     save_file(state, file)
     monkeypatch.setenv("PEFT_SURGICAL_SHARED", str(tmp_path))
     for folder in (None, tmp_path, tmp_path / "models"):
-        loaded = cifar.load_network(name, folder)
+        loaded = cifar_networks.load_network(name, folder)
         assert not loaded.training
         with torch.no_grad():
             assert torch.equal(loaded(images), expected)
@@ -194,12 +194,12 @@ def test_networks(tmp_path, monkeypatch, name, count, head):
     del state["conv1.weight"]
     save_file(state, file)
     with pytest.raises(DataError, match=rf"does not hold the weights of '{name}'.*\n.*conv1\.weight"):
-        cifar.load_network(name, tmp_path)
+        cifar_networks.load_network(name, tmp_path)
 
 
 def test_shortcuts_without_parameters():
     x = torch.rand(2, 16, 32, 32)
-    networks = cifar.ResNet26().eval(), cifar.ResNet32().eval()
+    networks = cifar_networks.ResNet26().eval(), cifar_networks.ResNet32().eval()
     for network in networks:
         for conv in (network.layer2[0].conv2, network.layer1[1].conv2):
             torch.nn.init.zeros_(conv.weight)
@@ -215,11 +215,11 @@ def test_shortcuts_without_parameters():
 def test_load_network_says_where_it_looked(tmp_path, monkeypatch):
     monkeypatch.delenv("PEFT_SURGICAL_SHARED", raising=False)
     with pytest.raises(DataError, match="unknown network 'vgg': choose one of resnet26, resnet32"):
-        cifar.load_network("vgg", tmp_path)
+        cifar_networks.load_network("vgg", tmp_path)
     with pytest.raises(DataError, match="no folder with the weights of 'resnet26': pass one, or set PEFT_SURGICAL"):
-        cifar.load_network("resnet26")
+        cifar_networks.load_network("resnet26")
     with pytest.raises(DataError, match=r"no weights for 'resnet32': put them at .*cifar10_resnet32_bn"):
-        cifar.load_network("resnet32", tmp_path)
+        cifar_networks.load_network("resnet32", tmp_path)
 
 
 NO_ADAPTATION = {
@@ -244,8 +244,8 @@ def test_accuracy_without_adaptation_to_the_digit(corruption):
     pixels, labels = cifar.read_images(folder, corruption)
     found = []
     for name in ("resnet26", "resnet32"):
-        network = cifar.load_network(name, SHARED)
+        network = cifar_networks.load_network(name, SHARED)
         with torch.no_grad():
-            logits = torch.cat([network(batch) for batch in cifar.normalise(pixels, name).split(500)])
+            logits = torch.cat([network(batch) for batch in cifar_networks.normalise(pixels, name).split(500)])
         found.append(round(100 * (logits.argmax(1) == labels).double().mean().item(), 2))
     assert tuple(found) == NO_ADAPTATION[corruption]

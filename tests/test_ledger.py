@@ -8,7 +8,7 @@ import textwrap
 import pytest
 
 from peft_surgical.errors import DataError
-from peft_surgical.evaluation.ledger import Cell, Ledger, shard
+from peft_surgical.evaluation.ledger import Ledger
 
 
 def test_append_and_find(tmp_path):
@@ -93,70 +93,3 @@ def test_processes_appending_at_once_lose_nothing(tmp_path):
     assert len(runs) == 180
     assert all(len(run.result["text"]) == run.key["i"] * 37 for run in runs)
     assert file.read_bytes().count(b"\n") == 180
-
-
-def run_grid(cell, ledger, validation):
-    trained = []
-
-    def train(key):
-        trained.append((key["lr"], key["seed"]))
-        return {"validation": validation[key["lr"]], "test": key["lr"] + key["seed"]}
-
-    return cell.fill(ledger, train), trained
-
-
-def test_a_cell_chooses_on_seed_0_by_validation_and_resumes(tmp_path):
-    ledger = Ledger(tmp_path / "runs.jsonl")
-    cell = Cell({"target": "block1", "data": "abc"}, (0.1, 0.01, 0.001), (0, 1, 2))
-    assert cell.reported(ledger) == []
-    # The best test result (lr 0.1) has no say; of equals the first wins.
-    runs, trained = run_grid(cell, ledger, {0.1: 0.5, 0.01: 0.75, 0.001: 0.75})
-    assert trained == [(0.1, 0), (0.01, 0), (0.001, 0), (0.01, 1), (0.01, 2)]
-    assert [run.result["test"] for run in runs] == [0.01, 1.01, 2.01]
-    assert cell.reported(ledger) == runs
-    again, trained = run_grid(cell, ledger, {})
-    assert (again, trained) == (runs, [])
-    assert Cell({"target": "block1"}, cell.candidates, (2, 1)).reported(ledger) == [runs[2], runs[1]]
-    assert Cell(cell.settings, cell.candidates, (0, 3)).reported(ledger) == []
-    assert Cell(cell.settings, (*cell.candidates, 1.0), (0,)).reported(ledger) == []
-    ledger.append({"target": "block1", "data": "other", "lr": 0.01, "seed": 5}, {"validation": 1})
-    assert cell.reported(ledger) == runs
-    with pytest.raises(DataError, match=r"runs for \{'target': 'block1'\} that differ in more than lr and seed"):
-        Cell({"target": "block1"}, cell.candidates, (0,)).reported(ledger)
-
-
-def test_a_cell_without_candidates_trains_nothing_to_choose(tmp_path):
-    ledger = Ledger(tmp_path / "runs.jsonl")
-    cell = Cell({"target": "none"}, (None,), (1,))
-    runs = cell.fill(ledger, lambda key: {"test": 0.5})
-    assert [run.key["seed"] for run in ledger] == [1]
-    assert cell.reported(ledger) == runs == ledger.runs()
-
-
-def test_a_killed_grid_loses_only_the_run_under_way(tmp_path):
-    ledger, cell = Ledger(tmp_path / "runs.jsonl"), Cell({"target": "head"}, (0.1, 0.01), (0, 1))
-    trained = []
-
-    def train(key):
-        trained.append((key["lr"], key["seed"]))
-        if len(trained) == 2:
-            raise KeyboardInterrupt
-        return {"validation": 0.5}
-
-    with pytest.raises(KeyboardInterrupt):
-        cell.fill(ledger, train)
-    cell.fill(ledger, train)
-    assert trained == [(0.1, 0), (0.01, 0), (0.01, 0), (0.1, 1)]
-
-
-@pytest.mark.parametrize("parts", [1, 2, 3, 7])
-def test_shards_are_disjoint_total_and_mixed(parts):
-    cells = [Cell({"corruption": c, "target": t}, (None,), (0,)) for c in range(4) for t in "abcdef"]
-    dealt = [shard(cells, part, parts) for part in range(1, parts + 1)]
-    assert sorted(cells.index(cell) for part in dealt for cell in part) == list(range(24))
-    assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
-    assert dealt == [shard(list(cells), part, parts) for part in range(1, parts + 1)]
-    if parts == 2:
-        assert all(len({cell.settings["target"] for cell in part}) >= 5 for part in dealt)
-    with pytest.raises(DataError, match=f"part 0 of {parts} does not exist"):
-        shard(cells, 0, parts)

@@ -18,7 +18,7 @@ from scripts import script
 from peft_surgical.errors import DataError
 from peft_surgical.evaluation import Report, accuracy, predict_logits
 from peft_surgical.evaluation.ledger import Ledger
-from peft_surgical.shifts import cifar
+from peft_surgical.shifts import cifar, cifar_networks
 
 datasets = pytest.importorskip("datasets")
 pillow = pytest.importorskip("PIL.Image")
@@ -40,9 +40,9 @@ def world(tmp_path_factory):
     """A folder with an untrained network and 50 images, clean and in two corruptions."""
     root = tmp_path_factory.mktemp("world")
     torch.manual_seed(0)
-    file = root / "models" / cifar.NETWORKS["resnet26"].checkpoint / "model.safetensors"
+    file = root / "models" / cifar_networks.NETWORKS["resnet26"].checkpoint / "model.safetensors"
     file.parent.mkdir(parents=True)
-    save_file(cifar.ResNet26().state_dict(), file)
+    save_file(cifar_networks.ResNet26().state_dict(), file)
     features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(num_classes=10)})
     for seed, name in enumerate(("clean", "frost", "snow")):
         cells = []
@@ -137,14 +137,14 @@ def test_a_reload_that_differs_stops_the_run(recipe, here, world, tmp_path, monk
 
 def test_weight_decay_pulls_the_delta_and_the_best_epoch_is_kept(recipe, world, tmp_path):
     """With a decay that dwarfs the gradient, Adam moves the delta back to zero: L2-SP, not the paper's form."""
-    images, _ = recipe.read(str(world / "data"), "frost", 5)
+    images, _ = recipe.read_once(str(world / "data"), "frost", 5)
     parts = [cifar.Images(images.pixels[rows], images.labels[rows]) for rows in cifar.split(images.labels, 0, 20, 10)]
     norms = []
     for decay in ("0", "1e6"):
         args = recipe.parse_arguments(arguments(world, tmp_path, "--weight-decay", decay, "--epochs", "3"))
         model, epoch, curve = recipe.tune(args, {"target": "head", "lr": 1e-2, "seed": 0}, *parts[:2])
         assert 1 <= epoch <= 3
-        logits = predict_logits(model, cifar.normalise(parts[1].pixels, "resnet26"))
+        logits = predict_logits(model, cifar_networks.normalise(parts[1].pixels, "resnet26"))
         assert accuracy(logits, parts[1].labels) == max(curve) == curve[epoch - 1]
         norms.append(sum(p.detach().norm() for p in model.parameters() if p.requires_grad))
     assert 0 < norms[1] < norms[0]

@@ -29,7 +29,7 @@ from peft_surgical.data.labelled import items  # noqa: E402
 from peft_surgical.errors import ConfigError, DataError  # noqa: E402
 from peft_surgical.evaluation import Report, accuracy  # noqa: E402
 from peft_surgical.evaluation.ledger import Ledger  # noqa: E402
-from peft_surgical.shifts import cifar  # noqa: E402
+from peft_surgical.shifts import cifar, cifar_networks  # noqa: E402
 from peft_surgical.shifts.flipped import CLASSES, read_cifar_flip  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -80,10 +80,10 @@ def place(tmp_path_factory):
     table().to_parquet(root / "hub" / "plain_text" / "test-00000-of-00001.parquet")
     table(20).to_parquet(root / "hub" / "plain_text" / "train-00000-of-00001.parquet")
     binary(root / "published" / "cifar-10-batches-bin" / "test_batch.bin")
-    weights = root / "models" / cifar.NETWORKS["resnet26"].checkpoint / "model.safetensors"
+    weights = root / "models" / cifar_networks.NETWORKS["resnet26"].checkpoint / "model.safetensors"
     weights.parent.mkdir(parents=True)
     torch.manual_seed(0)
-    save_file(cifar.ResNet26().state_dict(), weights)
+    save_file(cifar_networks.ResNet26().state_dict(), weights)
     return root
 
 
@@ -183,7 +183,7 @@ def test_from_end_to_end(recipe, place, tmp_path):
     model = PeftModel.from_pretrained(base.model, tmp_path / "adapter").eval()
     # By hand: the pixels as they are published, and 9 - y.
     rows = cifar.split(torch.from_numpy(9 - LABELS), 0, 20, 10).test
-    inputs = cifar.normalise(torch.from_numpy(PIXELS).permute(0, 3, 1, 2)[rows], "resnet26")
+    inputs = cifar_networks.normalise(torch.from_numpy(PIXELS).permute(0, 3, 1, 2)[rows], "resnet26")
     with torch.no_grad(), model.disable_adapter():
         before = model(inputs)
     with torch.no_grad():

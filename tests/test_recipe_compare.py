@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from scripts import script
 
 from peft_surgical.evaluation.ledger import Ledger
-from peft_surgical.shifts import cifar
+from peft_surgical.shifts import cifar, cifar_networks
 
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
@@ -36,9 +36,9 @@ def synthetic():
 @pytest.fixture
 def world(tmp_path, monkeypatch):
     """Weights of an untrained network, and 50 random images in place of every file."""
-    file = tmp_path / "models" / cifar.NETWORKS["resnet26"].checkpoint / "model.safetensors"
+    file = tmp_path / "models" / cifar_networks.NETWORKS["resnet26"].checkpoint / "model.safetensors"
     file.parent.mkdir(parents=True)
-    save_file(cifar.ResNet26().state_dict(), file)
+    save_file(cifar_networks.ResNet26().state_dict(), file)
     images = cifar.Images(torch.randint(0, 256, (50, 3, 32, 32), dtype=torch.uint8), torch.arange(50) % 10)
     return tmp_path, images
 
@@ -197,7 +197,7 @@ def test_searches_and_methods_run_and_continue(compare, world, monkeypatch):
 def test_noise_is_drawn_for_one_block_with_a_seed(synthetic, world):
     folder, _ = world
     args = synthetic.argparse.Namespace(network="resnet26", models=str(folder), noise=0.5)
-    clean = cifar.load_network("resnet26", folder).state_dict()
+    clean = cifar_networks.load_network("resnet26", folder).state_dict()
     noisy, again, other = (synthetic.damaged(args, "block2", seed).state_dict() for seed in (0, 0, 1))
     changed = {name for name in clean if not torch.equal(clean[name], noisy[name])}
     assert {name.split(".")[0] for name in changed} == {"layer2"}

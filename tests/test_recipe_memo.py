@@ -12,7 +12,7 @@ from scripts import script
 from peft_surgical.errors import DataError
 from peft_surgical.evaluation import wilson_interval
 from peft_surgical.evaluation.ledger import Ledger
-from peft_surgical.shifts import cifar
+from peft_surgical.shifts import cifar, cifar_networks
 
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
@@ -29,16 +29,17 @@ def recipe():
 @pytest.fixture
 def world(recipe, tmp_path, monkeypatch):
     """Untrained weights, and 60 random images in place of every file; splits of 10 to tune and 20 to validate."""
-    for name, build in (("resnet26", cifar.ResNet26), ("resnet32", cifar.ResNet32)):
-        file = tmp_path / "models" / cifar.NETWORKS[name].checkpoint / "model.safetensors"
+    for name, build in (("resnet26", cifar_networks.ResNet26), ("resnet32", cifar_networks.ResNet32)):
+        file = tmp_path / "models" / cifar_networks.NETWORKS[name].checkpoint / "model.safetensors"
         file.parent.mkdir(parents=True)
         save_file(build().state_dict(), file)
     images = cifar.Images(torch.randint(0, 256, (60, 3, 32, 32), dtype=torch.uint8), torch.arange(60) % 10)
-    recipe.read.cache_clear()
-    monkeypatch.setattr(recipe, "read_images", lambda place, corruption, severity: images)
+    cifar.read_once.cache_clear()
+    monkeypatch.setattr(cifar, "read_images", lambda place, corruption, severity: images)
     monkeypatch.setattr(recipe, "corruptions_in", lambda place: ["clean", "contrast", "fog", "frost"])
     monkeypatch.setattr(recipe, "split", lambda labels, seed, tune, validation: cifar.split(labels, seed, 10, 20))
-    return tmp_path
+    yield tmp_path
+    cifar.read_once.cache_clear()  # of a place that is not there
 
 
 def start(recipe, folder, *extra):
@@ -92,7 +93,7 @@ def test_test_images_are_those_that_nothing_else_sees(recipe, world):
     args = recipe.argparse.Namespace(data="there", severity=5, validation_images=20)
     key = {"corruption": "frost", "seed": 0, "part": "test", "images": 30}
     images, labels = recipe.stream_of(args, key)
-    pixels, targets = recipe.read("there", "frost", 5)[0]
+    pixels, targets = recipe.read_once("there", "frost", 5)[0]
     test = cifar.split(targets, 0, 10, 20).test
     found = {tuple((image * 255).round().byte().flatten().tolist()) for image in images}
     assert found == {tuple(image.flatten().tolist()) for image in pixels[test]}

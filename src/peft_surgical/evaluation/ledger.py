@@ -1,4 +1,4 @@
-"""A ledger of finished runs, and the cells of a grid of runs that is killed, resumed and shared by processes.
+"""A ledger of finished runs, which is killed, resumed and shared by processes.
 
 One JSON object per line. A run is looked up by its key, the dict of settings that determine it; what it gave is its
 result. Appending is one ``write`` under a lock, so that a line is whole, or torn at the very end of the file; a torn
@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +23,6 @@ except ImportError:  # Windows: there, one process per ledger
     fcntl = None  # type: ignore[assignment]
 
 
-SELECTION_SEED = 0
-"""The seed whose validation images choose among a cell's candidates."""
-
-
 @dataclass(frozen=True)
 class Run:
     """One finished run: the settings that determine it and what it gave, both plain JSON."""
@@ -36,7 +31,12 @@ class Run:
     result: dict[str, Any]
 
 
-def _canonical(key: Mapping[str, Any]) -> str:
+def canonical(key: Mapping[str, Any]) -> str:
+    """The text by which keys are compared: equal settings in whatever order are one key.
+
+    Raises:
+        DataError: If a value is no plain JSON.
+    """
     try:
         return json.dumps(key, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -80,7 +80,7 @@ class Ledger:
         Raises:
             DataError: If the key is not plain JSON, or the file holds a line that no append wrote.
         """
-        run = self._read().get(_canonical(key))
+        run = self._read().get(canonical(key))
         return None if run is None else run.result
 
     def run(self, key: Mapping[str, Any], train: Callable[[dict[str, Any]], Mapping[str, Any]]) -> Run:
@@ -101,7 +101,7 @@ class Ledger:
         Raises:
             DataError: If key or result are not plain JSON (NaN is not).
         """
-        line = f'{{"key": {_canonical(key)}, "result": {_canonical(result)}}}\n'.encode()
+        line = f'{{"key": {canonical(key)}, "result": {canonical(result)}}}\n'.encode()
         self.file.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
@@ -128,81 +128,8 @@ class Ledger:
                 raise DataError(
                     f"{self.file} holds a line that is no run: {line[:80]!r}; delete that line, or name another ledger"
                 ) from error
-            runs[_canonical(run.key)] = run
+            runs[canonical(run.key)] = run
         return runs
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One entry of a results table: the runs that differ only in learning rate and seed.
-
-    Every candidate runs on :data:`SELECTION_SEED`, the one with the best validation accuracy on the other seeds as
-    well. Test results have no say. A result holds its ``validation`` accuracy, a fraction; where there is one candidate
-    nothing is chosen and none is needed.
-
-    Attributes:
-        settings: What the runs share, plain JSON.
-        candidates: Learning rates, the first of equals wins; ``(None,)`` where nothing is trained.
-        seeds: The seeds to report.
-    """
-
-    settings: Mapping[str, Any]
-    candidates: tuple[float | None, ...]
-    seeds: tuple[int, ...]
-
-    def fill(self, ledger: Ledger, train: Callable[[dict[str, Any]], Mapping[str, Any]]) -> list[Run]:
-        """Train what is missing; the runs to report, in the order of the seeds."""
-
-        def run(lr: float | None, seed: int) -> Run:
-            return ledger.run({**self.settings, "lr": lr, "seed": seed}, train)
-
-        chosen = self.candidates[0]
-        if len(self.candidates) > 1:
-            chosen = choose([run(lr, SELECTION_SEED) for lr in self.candidates]).key["lr"]
-        return [run(chosen, seed) for seed in self.seeds]
-
-    def reported(self, ledger: Ledger) -> list[Run]:
-        """The same runs from the ledger alone, or nothing if one is missing: a choice among some would be no choice.
-
-        ``settings`` may leave out parts of the runs' keys here.
-
-        Raises:
-            DataError: If what is left out differs between runs.
-        """
-        runs = [run for run in ledger.runs(**self.settings) if run.key["lr"] in self.candidates]
-        found = {(run.key["lr"], run.key["seed"]): run for run in runs}
-        if len({_canonical({**run.key, "lr": None, "seed": None}) for run in runs}) > 1:
-            raise DataError(
-                f"{ledger.file} holds runs for {dict(self.settings)} that differ in more than lr and seed, such as the "
-                "data: name that setting, or use one ledger for each"
-            )
-        chosen = self.candidates[0]
-        if len(self.candidates) > 1:
-            candidates = [found[lr, SELECTION_SEED] for lr in self.candidates if (lr, SELECTION_SEED) in found]
-            if len(candidates) < len(self.candidates):
-                return []
-            chosen = choose(candidates).key["lr"]
-        reported = [found[chosen, seed] for seed in self.seeds if (chosen, seed) in found]
-        return reported if len(reported) == len(self.seeds) else []
-
-
-def choose(candidates: Sequence[Run]) -> Run:
-    """The run with the best validation accuracy, of equals the first."""
-    return max(candidates, key=lambda run: run.result["validation"])
-
-
-def shard(cells: Sequence[Cell], part: int, parts: int) -> list[Cell]:
-    """The ``part``-th of ``parts`` (from 1) of a grid: disjoint, together everything, the same in every process.
-
-    Shuffled with a fixed seed before it is dealt out: dealt in order, one process would get all the expensive targets.
-
-    Raises:
-        DataError: If ``part`` is not within 1..parts.
-    """
-    if not 1 <= part <= parts:
-        raise DataError(f"part {part} of {parts} does not exist: parts are counted from 1")
-    order = random.Random(0).sample(range(len(cells)), len(cells))
-    return [cells[i] for i in sorted(order[part - 1 :: parts])]
 
 
 @contextmanager

@@ -15,7 +15,8 @@ from torch import nn
 from ..data.labelled import read_data
 from ..errors import DataError
 from ..evaluation import Measurement, Report, TextTable, accuracy, measure, wilson_interval
-from ..evaluation.ledger import SELECTION_SEED, Run
+from ..evaluation.grid import SELECTION_SEED
+from ..evaluation.ledger import Run
 from ..extras import require
 from ..training.search import NONE, Candidate
 from .choosing import Choice

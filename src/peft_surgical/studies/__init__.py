@@ -1,1 +1,1 @@
-"""What the recipes share: a published protocol as a value, the source step, the comparison, and its findings."""
+"""What the recipes share: a protocol or a grid as a value, its command line, the comparison, and its findings."""
