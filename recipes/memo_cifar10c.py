@@ -45,7 +45,7 @@ from peft_surgical.errors import DataError
 from peft_surgical.evaluation import TextTable, mean_interval, plus_minus
 from peft_surgical.evaluation.grid import SELECTION_SEED
 from peft_surgical.evaluation.ledger import Ledger, Run
-from peft_surgical.selection.gradients import logits_of
+from peft_surgical.selection.forward import logits_of
 from peft_surgical.shifts.cifar import corruptions_in, read_once, split
 from peft_surgical.shifts.cifar_networks import NETWORKS, load_network
 from peft_surgical.studies.grids import grid_parser, parse_grid

@@ -537,7 +537,7 @@ def test_images_stay_in_memory_unless_they_are_augmented(place, tmp_path, monkey
     assert rows[0] is rows[0]
     assert run.rows("tuning", 0) is rows
     assert of(place, tmp_path, augment="flip").rows("tuning", 0).keep is False
-    monkeypatch.setattr(experiment, "_KEPT_BYTES", 10)
+    monkeypatch.setattr("peft_surgical.experiments.rows._KEPT_BYTES", 10)
     assert rows[1] is not rows[1]
 
 

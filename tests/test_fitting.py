@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from peft_surgical.errors import ConfigError
-from peft_surgical.selection.gradients import forward_loss
+from peft_surgical.selection.forward import forward_loss
 from peft_surgical.selection.tensors import trained_tensors
 from peft_surgical.training.fitting import (
     SELECTED_BY,

@@ -45,8 +45,7 @@ from peft_surgical.bases import load_base  # noqa: E402
 from peft_surgical.errors import ConfigError, DataError, UnknownTargetError  # noqa: E402
 from peft_surgical.evaluation import Report  # noqa: E402
 from peft_surgical.evaluation.ledger import Ledger  # noqa: E402
-from peft_surgical.experiments import experiment  # noqa: E402
-from peft_surgical.selection.gradients import logits_of  # noqa: E402
+from peft_surgical.selection.forward import logits_of  # noqa: E402
 from peft_surgical.shifts.published import read_published  # noqa: E402
 from peft_surgical.shifts.wilds_layouts import FMOW_CATEGORIES, REGIONS  # noqa: E402
 from peft_surgical.targets import parse, resolve  # noqa: E402
@@ -214,7 +213,7 @@ def predicted(model, transform, files):
 
 @pytest.mark.parametrize("name", CASES)
 def test_from_end_to_end(name, place, tmp_path, monkeypatch):
-    monkeypatch.setattr(experiment, "_KEPT_BYTES", 0)  # as if there were more images than memory
+    monkeypatch.setattr("peft_surgical.experiments.rows._KEPT_BYTES", 0)  # as if there were more images than memory
     recipe, case = load(name), CASES[name]
     without = pytest.warns(UserWarning, match=r"no image of 1 of the 62 classes \(zoo\)")
     with without if name == "fmow" else contextlib.nullcontext(), openings() as counted:

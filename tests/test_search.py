@@ -14,18 +14,8 @@ import peft_surgical
 from peft_surgical import Anatomy, Block
 from peft_surgical.errors import ConfigError
 from peft_surgical.evaluation.ledger import Ledger
-from peft_surgical.training.search import (
-    Candidate,
-    Workers,
-    auto,
-    candidates_of,
-    cross_val,
-    greedy,
-    nominated,
-    on_ray,
-    race,
-    workers,
-)
+from peft_surgical.training.engines import Workers, on_ray, workers
+from peft_surgical.training.search import Candidate, auto, candidates_of, cross_val, greedy, nominated, race
 
 EPOCHS = 15
 

@@ -16,7 +16,8 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from peft_surgical import SurgicalConfig, anatomy_of, resolve_target, score_blocks
 from peft_surgical.errors import AdapterError, ConfigError, DataError, UnresolvedTargetError, UnsupportedModelError
 from peft_surgical.selection import CRITERIA
-from peft_surgical.selection.gradients import forward_loss, is_looking
+from peft_surgical.selection.forward import forward_loss
+from peft_surgical.selection.gradients import is_looking
 from peft_surgical.selection.tensors import trained_tensors
 
 

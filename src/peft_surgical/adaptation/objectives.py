@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import ConfigError, TargetError
-from ..selection.gradients import logits_of
+from ..selection.forward import logits_of
 from .batchnorm import batch_statistics, mixed_statistics, prior_share
 from .streams import CollapseWatch, Moving, Record, Stream, checked, evaluating
 from .views import AugMix, Views, generator_at

@@ -13,8 +13,8 @@ from typer.core import TyperCommand
 
 from ..errors import ConfigError
 from ..experiments.experiment import Experiment
+from ..training.engines import workers
 from ..training.fitting import FitSettings
-from ..training.search import workers
 from .progress import Bar
 
 SCHEDULERS = ("constant", "cosine")

@@ -24,7 +24,7 @@ from ..data.incoming import Incoming
 from ..errors import AdapterError, ConfigError, DataError
 from ..evaluation import Report, accuracy, measure, predict_logits
 from ..extras import require
-from ..selection.gradients import logits_of
+from ..selection.forward import logits_of
 
 METHODS, MODES = ("memo", "tent"), ("online", "episodic")
 NORM = "norm"

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..anatomy import Anatomy, anatomy_of
 from ..bases.load import Base, load_base
 from ..config import SurgicalConfig
-from ..data.labelled import Data, collate, items, read_data
+from ..data.labelled import Data, collate, read_data
 from ..delta import fingerprint
 from ..errors import AdapterError, ConfigError, UnknownTargetError
 from ..evaluation import predict_logits, predicted_classes
@@ -36,17 +36,18 @@ from ..selection.resolve import score_blocks
 from ..selection.scores import BlockScores
 from ..shifts.published import Published
 from ..targets import DATA_TARGETS, parse, resolve
+from ..training.engines import Engine, Workers
 from ..training.fitting import FitSettings, fit, forget_checkpoints
 from ..training.methods import METHODS, Method, method_of
-from ..training.search import NONE, Engine, Workers
+from ..training.search import NONE
 from ..watch import DivergedError, Epochs, Watch, file_name, logging_to
 from .newhead import modules_of_head, with_new_head
+from .rows import Rows
 
 SEARCHES = ("auto", "race", "cross-val", "greedy")
 """What can be asked for beside a target or a method: training candidates, see `choosing`."""
 _SCORES = "scores "  # in place of a method, in the key of a run that only scores
 _LARGEST = sys.float_info.max  # stands for an infinite loss, which JSON cannot hold
-_KEPT_BYTES = 2**30  # transformed images of one part that are kept in memory rather than decoded in every epoch
 
 
 @dataclass(eq=False)
@@ -72,7 +73,7 @@ class Experiment:
         opener: Opens the base, called as `load_base` is.
         arguments: As for `fit`.
         logs: Folder for TensorBoard's files, a folder for each run in it; None leaves them to Trainer.
-        engine: What runs the runs; see `search.workers` and `search.Together`.
+        engine: What runs the runs; see `engines.workers` and `engines.Together`.
         watch: Told about progress.
     """
 
@@ -389,34 +390,6 @@ class Experiment:
         """Remove checkpoints and the adapters of all runs: everything that only an unfinished experiment needs."""
         for name in ("checkpoints", "runs"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
-
-
-class Rows(Dataset):
-    """A part of the data with its labels at hand, and its images in memory once they have been read, if they fit."""
-
-    def __init__(self, part: Any, transform: Callable[[Any], Tensor], keep: bool) -> None:
-        self.labels: list[int] = list(part.select_columns(["label"])["label"][:])
-        grouped = "group" in part.column_names
-        self.groups = torch.tensor(part.select_columns(["group"])["group"][:]) if grouped else None
-        self.items = items(part, transform)
-        self.keep = keep
-        self.kept: dict[int, dict[str, Any]] = {}
-
-    @property
-    def label_tensor(self) -> Tensor:
-        """int64 (n,)."""
-        return torch.tensor(self.labels, dtype=torch.int64)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        if index in self.kept:
-            return self.kept[index]
-        row: dict[str, Any] = self.items[index]
-        if self.keep and row["pixel_values"].nbytes * len(self) <= _KEPT_BYTES:
-            self.kept[index] = row
-        return row
 
 
 def _read_data(source: Any, reading: Mapping[str, Any], seed: int) -> Data:

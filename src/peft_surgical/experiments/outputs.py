@@ -20,8 +20,9 @@ from ..evaluation.ledger import Run
 from ..extras import require
 from ..training.search import NONE, Candidate
 from .choosing import Choice
-from .experiment import SEARCHES, Experiment, Rows
+from .experiment import SEARCHES, Experiment
 from .keeping import REPORT, keep_adapter
+from .rows import Rows
 
 FIGURE, TABLE = "figure.png", "table.md"
 LOADING = """\

@@ -14,7 +14,8 @@ from ..config import SurgicalConfig
 from ..errors import ConfigError
 from ..targets import parse
 from .criteria import CRITERIA, criterion_of
-from .gradients import LossFunction, collect
+from .forward import LossFunction
+from .gradients import collect
 from .scores import BlockScores
 from .tensors import anatomy_under, refuse_sharded, trained_tensors
 

@@ -11,9 +11,10 @@ from typing import Any
 from ..errors import ConfigError
 from ..evaluation import Measurement, Report, TextTable, accuracy, measure
 from ..evaluation.ledger import Run
-from ..experiments.experiment import Experiment, Rows
+from ..experiments.experiment import Experiment
 from ..experiments.keeping import REPORT, Kept, keep_adapter
 from ..experiments.outputs import FIGURE, TABLE, bars, chosen_of, draw_or_warn, rule_of
+from ..experiments.rows import Rows
 from ..training.search import NONE
 from .protocol import Protocol
 

@@ -24,7 +24,7 @@ from ..bases.plain import save_checkpoint
 from ..data.labelled import collate
 from ..errors import AdapterError, ConfigError, DataError
 from ..evaluation import Report, accuracy, measure, predict_logits
-from ..experiments.experiment import Rows
+from ..experiments.rows import Rows
 from ..extras import require
 from ..shifts.published import Published
 from ..training.fitting import FitSettings, fit, forget_checkpoints

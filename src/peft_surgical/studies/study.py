@@ -29,9 +29,10 @@ from ..experiments.experiment import SEARCHES, Experiment
 from ..shifts.corruptions import open_classifier
 from ..shifts.published import Published
 from ..targets import parse, resolve
+from ..training.engines import Engine, Together, workers
 from ..training.fitting import FitSettings
 from ..training.methods import method_of
-from ..training.search import NONE, Engine, Together, workers
+from ..training.search import NONE
 from ..watch import Watch, logging_to
 from .findings import held_out, write_study
 from .handover import check_handover, hand_over

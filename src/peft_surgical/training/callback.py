@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..anatomy import Anatomy
 from ..errors import ConfigError
-from ..selection.gradients import LossFunction
+from ..selection.forward import LossFunction
 from .pace import Pace
 from .penalties import Penalty
 from .schedules import Schedule

@@ -13,7 +13,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..anatomy import Anatomy
 from ..errors import AdapterError, ConfigError
-from ..selection.gradients import LossFunction, is_looking
+from ..selection.forward import LossFunction
+from ..selection.gradients import is_looking
 from ..selection.resolve import score_blocks
 from ..selection.tensors import anatomy_under, trained_tensors
 from .penalties import Penalty
