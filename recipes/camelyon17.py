@@ -39,8 +39,10 @@ not the class token; ``--model timm/vit_base_patch16_clip_quickgelu_224.openai``
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
+from peft_surgical.entry import run_in_words
 from peft_surgical.shifts.published import HOSPITALS, read_published
 from peft_surgical.studies.pretraining import SourceTraining
 from peft_surgical.studies.protocol import Protocol, parser_of
@@ -84,4 +86,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_in_words(main))

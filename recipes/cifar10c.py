@@ -30,6 +30,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -43,6 +44,7 @@ from accelerate import PartialState
 from peft import PeftModel
 from torch import Tensor
 
+from peft_surgical.entry import run_in_words
 from peft_surgical.errors import DataError
 from peft_surgical.evaluation import Report, TextTable, accuracy, interval_of_runs, measure, plus_minus, predict_logits
 from peft_surgical.evaluation.grid import Cell, shard
@@ -321,4 +323,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_in_words(main))

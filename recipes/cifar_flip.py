@@ -31,6 +31,7 @@ pretrained weights; split and seeds as in ``recipes/compare.py``.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,6 +39,7 @@ import numpy as np
 import torch
 
 from peft_surgical.bases import Base, load_base
+from peft_surgical.entry import run_in_words
 from peft_surgical.errors import ConfigError
 from peft_surgical.shifts.cifar_networks import NETWORKS, load_network, normalise
 from peft_surgical.shifts.flipped import CLASSES, HUB_ID, read_cifar_flip
@@ -100,4 +102,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_in_words(main))

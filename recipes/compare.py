@@ -30,6 +30,7 @@ import argparse
 import functools
 import hashlib
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -39,6 +40,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from peft_surgical import anatomy_of, score_blocks
+from peft_surgical.entry import run_in_words
 from peft_surgical.evaluation import TextTable, accuracy, mean_interval, plus_minus, predict_logits
 from peft_surgical.evaluation.grid import Cell, export, shard
 from peft_surgical.evaluation.ledger import Ledger, Run
@@ -313,4 +315,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_in_words(main))

@@ -31,6 +31,7 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -48,6 +49,7 @@ from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 
 from peft_surgical import SurgicalConfig, anatomy_of
+from peft_surgical.entry import run_in_words
 from peft_surgical.evaluation import Measurement, Report, accuracy, measure, predict_logits
 
 BLOCKS = ("block1", "block2", "block3", "block4", "head")
@@ -307,4 +309,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_in_words(main))

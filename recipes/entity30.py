@@ -24,8 +24,10 @@ images with theirs, which makes the shift milder; ``--model vit_base_patch16_224
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
+from peft_surgical.entry import run_in_words
 from peft_surgical.shifts.subpopulations import imagenet_parts, read_breeds
 from peft_surgical.studies.pretraining import SourceTraining
 from peft_surgical.studies.protocol import Protocol, parser_of
@@ -78,4 +80,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_in_words(main))

@@ -30,8 +30,10 @@ no image is left out of the draw, with a warning.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
+from peft_surgical.entry import run_in_words
 from peft_surgical.shifts.published import read_published
 from peft_surgical.shifts.wilds_layouts import REGIONS
 from peft_surgical.studies.pretraining import SourceTraining
@@ -80,4 +82,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_in_words(main))

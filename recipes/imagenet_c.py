@@ -28,12 +28,14 @@ from __future__ import annotations
 
 import argparse
 import functools
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from accelerate import PartialState
 
+from peft_surgical.entry import run_in_words
 from peft_surgical.errors import ConfigError
 from peft_surgical.evaluation import SEVERITIES, Report
 from peft_surgical.experiments.outputs import bars, draw_or_warn
@@ -126,4 +128,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_in_words(main))

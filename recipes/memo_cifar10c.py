@@ -27,6 +27,7 @@ from __future__ import annotations
 import argparse
 import functools
 import math
+import sys
 import time
 import warnings
 from collections.abc import Sequence
@@ -41,6 +42,7 @@ from torch import Tensor
 
 from peft_surgical import SurgicalConfig
 from peft_surgical.adaptation import CollapseWarning, Memo, Record, Tent, batch_statistics, norm_target
+from peft_surgical.entry import run_in_words
 from peft_surgical.errors import DataError
 from peft_surgical.evaluation import TextTable, mean_interval, plus_minus
 from peft_surgical.evaluation.grid import SELECTION_SEED
@@ -306,4 +308,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_in_words(main))

@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import functools
 import hashlib
+import sys
 import time
 import warnings
 from collections.abc import Sequence
@@ -33,6 +34,7 @@ from peft_surgical.adaptation import CollapseWarning
 from peft_surgical.bases import load_base
 from peft_surgical.data.images import IMAGE_SUFFIXES, decode
 from peft_surgical.data.incoming import Incoming
+from peft_surgical.entry import run_in_words
 from peft_surgical.errors import DataError
 from peft_surgical.evaluation import TextTable, accuracy, plus_minus
 from peft_surgical.evaluation.grid import SELECTION_SEED
@@ -174,4 +176,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_in_words(main))

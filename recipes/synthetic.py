@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -28,6 +29,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from peft_surgical import anatomy_of, score_blocks
+from peft_surgical.entry import run_in_words
 from peft_surgical.evaluation import TextTable, accuracy, plus_minus, predict_logits
 from peft_surgical.evaluation.grid import Cell, shard
 from peft_surgical.evaluation.ledger import Ledger
@@ -139,4 +141,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_in_words(main))

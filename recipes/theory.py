@@ -47,6 +47,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -61,6 +62,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from peft_surgical import SurgicalConfig
+from peft_surgical.entry import run_in_words
 from peft_surgical.evaluation import TextTable, mean_interval, wilson_interval
 
 ZERO = 1e-9  # a relative loss up to here counts as none: rounding leaves 1e-15, gradient descent 1e-11
@@ -423,4 +425,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_in_words(main))

@@ -28,8 +28,10 @@ images leave of it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
+from peft_surgical.entry import run_in_words
 from peft_surgical.shifts.published import read_published
 from peft_surgical.studies.pretraining import SourceTraining
 from peft_surgical.studies.protocol import Protocol, parser_of
@@ -72,4 +74,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_in_words(main))

@@ -27,10 +27,8 @@ from .commands.push import push
 from .commands.score import score
 from .commands.show import show
 from .commands.tune import tune
+from .entry import INTERRUPTED, USER_ERROR
 from .errors import SurgicalError
-
-USER_ERROR = 2
-INTERRUPTED = 130
 
 app = typer.Typer(
     name="peft-surgical",
