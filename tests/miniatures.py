@@ -12,7 +12,18 @@ import pytest
 import torch
 import transformers
 
+from peft_surgical.evaluation.ledger import Ledger
 from peft_surgical.shifts.wilds_layouts import FMOW_CATEGORIES
+
+
+def results_in(file):
+    """Method -> what a study's ledger says of its run: the run's own result, and what the test images say of it."""
+    runs = Ledger(file).runs()
+    tested = [(run.key["test_of"], run.result) for run in runs if "test_of" in run.key]
+    own = {run.key["method"]: run for run in runs if "test_of" not in run.key}
+    return {
+        name: run.result | next((result for key, result in tested if key == run.key), {}) for name, run in own.items()
+    }
 
 
 def encoded(seed, mode="RGB", shade=0):

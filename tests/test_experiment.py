@@ -395,11 +395,10 @@ def test_keys_hold_what_determines_a_run(place, tmp_path):
         of(place, tmp_path, weights="random"),
         of(place, tmp_path, config={"norm_stats": "target"}),
         of(place, tmp_path, fitting={"optimizer": "sgd"}),
-        of(place, tmp_path, tests=True),
         of(place, tmp_path, data="flat", reading={"tuning": 6}),
     ]
     keys = [json.dumps(one.shared, sort_keys=True) for one in others]
-    assert len({*keys, json.dumps(base, sort_keys=True)}) == 10
+    assert len({*keys, json.dumps(base, sort_keys=True)}) == 9
     moved = place / "moved"
     shutil.copytree(place / "data", moved, dirs_exist_ok=True)
     assert of(place, tmp_path, data="moved").shared == base
@@ -436,7 +435,7 @@ def test_compare_over_drawn_splits(place, tmp_path, monkeypatch):
         return [one for one in candidates_of(*args, **how) if one.method in {"none", "block1", "head"}]
 
     monkeypatch.setattr("peft_surgical.experiments.choosing.candidates_of", few)
-    run = of(place, tmp_path, data="flat", lrs=(1e-2, 1e-4), tests=True, reading={"test": 9, "validation": 9})
+    run = of(place, tmp_path, data="flat", lrs=(1e-2, 1e-4), reading={"test": 9, "validation": 9})
     rows = compare(run, ["none", "block1", "cross-val"], [0, 1])
     assert list(rows) == ["none", "block1", "cross-val"]
     assert run.draws
@@ -454,6 +453,13 @@ def test_compare_over_drawn_splits(place, tmp_path, monkeypatch):
     for name, rank in report.settings["rank"].items():
         ranks = [1 + sum(other[i] > values[name][i] for other in values.values()) for i in (0, 1)]
         assert rank == sum(ranks) / 2
+    # The test images were looked at for what is reported alone, and once for each run.
+    tested = [one.key["test_of"] for one in run.ledger if "test_of" in one.key]
+    reported = [one.key for found in rows.values() for one in found]
+    assert all(key in reported for key in tested)
+    assert all(tested.count(key) == 1 for key in reported)
+    assert not any("test" in one.result for one in run.ledger if "test_of" not in one.key)
+    assert len(tried) == 2
     # A search over more chose at least as well on validation, and cost what all its runs cost.
     assert rows["cross-val"][0].result["validation"] >= rows["block1"][0].result["validation"]
     every = [one.result["cost"] for one in run.ledger.runs(seed=0)]
@@ -468,8 +474,21 @@ def test_compare_over_drawn_splits(place, tmp_path, monkeypatch):
     assert (tmp_path / "figure.png").is_file()
 
 
+def test_a_run_whose_adapter_is_gone_is_trained_again_to_be_tested(place, tmp_path):
+    both = of(place, tmp_path, lrs=(1e-2, 1e-4))
+    (chosen,) = compare(both, ["block1"], [0])["block1"]
+    both.tidy()  # as every experiment does in the end
+    other = next(lr for lr in both.lrs if lr != chosen.key["lr"])
+    before = len(both.ledger)
+    (asked,) = compare(of(place, tmp_path, lrs=(other,)), ["block1"], [0])["block1"]
+    assert asked.key["lr"] == other
+    assert len(both.ledger) == before + 1  # no second entry of the run itself
+    (fresh,) = compare(of(place, tmp_path / "fresh", lrs=(other,)), ["block1"], [0])["block1"]
+    assert asked.result == fresh.result
+
+
 def test_compare_on_given_parts_changes_only_the_order(place, tmp_path):
-    run = of(place, tmp_path, tests=True)
+    run = of(place, tmp_path)
     rows = compare(run, ["none"], [3])
     report = write_compared(run, rows, [3])
     assert not run.draws
@@ -480,7 +499,7 @@ def test_compare_on_given_parts_changes_only_the_order(place, tmp_path):
 
 
 def test_compare_without_test_images_says_that_it_flatters(place, tmp_path):
-    run = of(place, tmp_path, data="flat", tests=True)
+    run = of(place, tmp_path, data="flat")
     report = write_compared(run, compare(run, ["none"], [0]), [0])
     assert "on the very images that are reported, so it flatters" in report.settings["caption"]
 

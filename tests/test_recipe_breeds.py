@@ -12,6 +12,7 @@ for needed in ("timm", "datasets", "PIL", "rich", "matplotlib"):
     pytest.importorskip(needed)
 
 import transformers  # noqa: E402
+from miniatures import results_in  # noqa: E402
 from peft import PeftModel  # noqa: E402
 from scripts import script  # noqa: E402
 from test_corruptions import write_model  # noqa: E402
@@ -21,7 +22,6 @@ from peft_surgical.bases import load_base  # noqa: E402
 from peft_surgical.data.labelled import collate, items  # noqa: E402
 from peft_surgical.errors import DataError  # noqa: E402
 from peft_surgical.evaluation import Report, accuracy, predict_logits  # noqa: E402
-from peft_surgical.evaluation.ledger import Ledger  # noqa: E402
 from peft_surgical.shifts.breeds import BENCHMARKS  # noqa: E402
 from peft_surgical.shifts.subpopulations import EACH, read_breeds  # noqa: E402
 
@@ -138,7 +138,7 @@ def test_launched_from_source_to_adapter(name, place, tmp_path):
         PeftModel.from_pretrained(base.model, tmp_path / "adapter").eval(), inputs["pixel_values"], 100
     )
     assert not torch.equal(before, after)
-    runs = {run.key["method"]: run.result for run in Ledger(tmp_path / "ledger.jsonl")}
+    runs = results_in(tmp_path / "ledger.jsonl")
     assert runs["none"]["test"] == accuracy(before, inputs["labels"])
     assert runs["block1"]["test"] == accuracy(after, inputs["labels"])
     assert report.find("accuracy", f"{report.settings['dataset']}, source").n == len(data.source_test)

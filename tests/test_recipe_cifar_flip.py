@@ -21,6 +21,7 @@ for needed in ("datasets", "PIL.Image", "rich", "matplotlib"):
 
 import datasets  # noqa: E402
 import PIL.Image  # noqa: E402
+from miniatures import results_in  # noqa: E402
 from peft import PeftModel  # noqa: E402
 from scripts import script  # noqa: E402
 from transformers import Trainer  # noqa: E402
@@ -281,7 +282,7 @@ def test_the_recipe_gives_the_numbers_of_the_comparison(recipe, tmp_path):
     data = ["--data", str(SHARED / "data" / "cifar10c" / "clean.parquet"), "--models", str(SHARED)]
     asked = ["--target", "head", "--head-lr", "0.1", "--model", "resnet32", "--seeds", "0", "--cpu"]
     recipe.main([*data, *asked, "--output", str(tmp_path)])
-    ours = {run.key["method"]: run.result for run in Ledger(tmp_path / "ledger.jsonl")}
+    ours = results_in(tmp_path / "ledger.jsonl")
     wanted = {"task": "flip", "network": "resnet32", "seed": 0, "tuning_images": 1000}
     with (ROOT / "docs" / "results" / "compare.jsonl").open() as ledger:
         known = [one for one in map(json.loads, ledger) if wanted.items() <= one["key"].items()]

@@ -13,6 +13,7 @@ import torch
 for needed in ("timm", "datasets", "PIL", "rich", "matplotlib"):
     pytest.importorskip(needed)
 
+from miniatures import results_in  # noqa: E402
 from peft import PeftModel  # noqa: E402
 from scripts import script  # noqa: E402
 from test_corruptions import write_cell, write_model  # noqa: E402
@@ -74,7 +75,7 @@ def test_one_cell_from_end_to_end(recipe, place, tmp_path, capsys):
     assert report.settings["head"] == "kept"
     before, after, labels = logits_of(report, cell / "adapter", data)
     assert not torch.equal(before, after)
-    runs = {run.key["method"]: run.result for run in Ledger(cell / "ledger.jsonl")}
+    runs = results_in(cell / "ledger.jsonl")
     assert runs["none"]["test"] == accuracy(before, labels)
     assert runs["block1"]["test"] == accuracy(after, labels)
 

@@ -30,6 +30,7 @@ from miniatures import (  # noqa: E402
     fmow_folder,
     fmow_rows,
     grouped_rows,
+    results_in,
     tiny_clip,
     tiny_resnet,
     waterbirds_folder,
@@ -238,7 +239,7 @@ def test_from_end_to_end(name, place, tmp_path, monkeypatch):
 
     # What is reported is what the adapter gives on the test images, by scikit-learn.
     labels, groups = map(list, zip(*(truth(name, file) for file in files["test"]), strict=True))
-    runs = {run.key["method"]: run.result for run in Ledger(tmp_path / "ledger.jsonl")}
+    runs = results_in(tmp_path / "ledger.jsonl")
     for row, model in {"none": before, case.row: after}.items():
         found = expected(name, predicted(model, transform, files["test"]), labels, groups)
         for metric in case.metrics:
@@ -523,10 +524,7 @@ def test_two_processes_tune_clip_as_one_does(place, tmp_path):
     reports = [Report.load(tmp_path / folder / "report.json") for folder in ("one", "two")]
     assert [report.settings["batch_size"] for report in reports] == [8, 4]  # of each process
     assert not (tmp_path / "two" / "source").exists()
-    one, two = (
-        {run.key["method"]: run.result for run in Ledger(tmp_path / folder / "ledger.jsonl")}
-        for folder in ("one", "two")
-    )
+    one, two = (results_in(tmp_path / folder / "ledger.jsonl") for folder in ("one", "two"))
     assert set(one) == set(two) == {"none", *rows}
     for row in rows:
         assert two[row]["losses"] == pytest.approx(one[row]["losses"], abs=1e-4)

@@ -118,8 +118,10 @@ def test_a_study_from_end_to_end(tmp_path):
     ledger = Ledger(tmp_path / "ledger.jsonl")
     rate = float(report.settings["chosen"][kept["row"]][0].removeprefix("lr "))
     (own,) = ledger.runs(method=kept["row"], seed=0, lr=rate)
-    assert own.result["test"] == worst_group_accuracy(logits, labels, groups)
-    assert own.result["measured"]["accuracy"][0] == accuracy(logits, labels)
+    (tested,) = ledger.runs(test_of=own.key)
+    assert tested.result["test"] == worst_group_accuracy(logits, labels, groups)
+    assert tested.result["measured"]["accuracy"][0] == accuracy(logits, labels)
+    assert len([one for one in ledger if "test_of" in one.key]) == 2 * len(report.settings["chosen"])  # not every rate
 
     # Selection by hand: the rate of block1 on seed 0, the row by its mean over seeds.
     tried = ledger.runs(method="block1", seed=0)
@@ -182,7 +184,7 @@ def test_a_push_that_could_not_end_well(words, message, tmp_path):
 
 def test_one_seed_has_the_interval_of_its_images(tmp_path):
     report = run("--output", str(tmp_path), "--seeds", "3", "--target", "head")
-    (base,) = Ledger(tmp_path / "ledger.jsonl").runs(method="none")
+    (base,) = (one for one in Ledger(tmp_path / "ledger.jsonl") if one.key.get("test_of", {}).get("method") == "none")
     value, low, high, n = base.result["measured"]["worst_group_accuracy"]
     assert (value, low, high) == wilson_interval(round(value * 10), 10)
     assert n == 10
@@ -307,7 +309,7 @@ def test_two_processes_give_what_one_gives(tmp_path):
     assert [m.value for m in two] == [m.value for m in one]
     assert two.settings["cost"] == pytest.approx(one.settings["cost"])
     ledgers = [Ledger(tmp_path / name / "ledger.jsonl") for name in ("one", "two")]
-    curves = [[run.result.get("losses") for run in ledger] for ledger in ledgers]
+    curves = [[run.result.get("losses") for run in ledger if "test_of" not in run.key] for ledger in ledgers]
     assert len(curves[0]) == 3
     for single, double in zip(*curves, strict=True):
         assert single == double if single is None else single == pytest.approx(double, abs=1e-5)

@@ -84,7 +84,6 @@ def compare(
             output,
             watch=watch,
             seed=0,
-            tests=True,
             lr=lr,
             head_lr=head_lr,
             scheduler=scheduler,

@@ -39,7 +39,9 @@ class Bar(Watch):
         self.progress.update(self.task, advance=1, description="")
         if known and not self.first:
             return
-        if "validation" in result:
+        if "test" in result:
+            text = f"{_named(key)}: test {100 * result['test']:.1f} %"
+        elif "validation" in result:
             part = f" after {key['stop']:.0%} of the run" if "stop" in key else ""
             where = " (in the ledger)" if known else ""
             text = (
@@ -51,6 +53,7 @@ class Bar(Watch):
 
 
 def _named(key: Mapping[str, Any]) -> str:
+    key = key.get("test_of", key)
     return f"seed {key['seed']}, {Candidate(key['method'], key['lr'])}"
 
 

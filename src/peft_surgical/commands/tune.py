@@ -95,7 +95,6 @@ def tune(
             output,
             watch=watch,
             seed=seed,
-            tests=False,
             lr=lr,
             head_lr=head_lr,
             scheduler=scheduler,

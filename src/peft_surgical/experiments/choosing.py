@@ -159,12 +159,12 @@ def search(experiment: Experiment, name: str, seed: int) -> tuple[SearchResult, 
 
 
 def compare(experiment: Experiment, methods: Sequence[str], seeds: Sequence[int]) -> dict[str, list[Run]]:
-    """The runs to report of every method, in the order of the seeds.
+    """The runs to report of every method, in the order of the seeds; they alone have seen the test images.
 
     Those of a search carry ``chosen``, and as ``cost`` that of the whole search.
 
     Args:
-        experiment: With ``tests``.
+        experiment: The experiment.
         methods: ``none``, targets, methods and searches. The rate of a target or method is the one that validates best
             on `SELECTION_SEED`; a search chooses anew on each seed.
         seeds: Each once.
@@ -198,7 +198,8 @@ def compare(experiment: Experiment, methods: Sequence[str], seeds: Sequence[int]
     for name in methods:
         if name in SEARCHES:
             found[name] = [_as_run(_searched(experiment, name, seed)) for seed in seeds]
-    return {name: found[name] for name in methods}
+    tested = iter(experiment.tested([one for name in methods for one in found[name]]))
+    return {name: [next(tested) for _ in seeds] for name in methods}
 
 
 def _refuse_diverged(runs: Sequence[Run]) -> None:

@@ -32,6 +32,7 @@ from ..errors import AdapterError, ConfigError, UnknownTargetError
 from ..evaluation import predict_logits, predicted_classes
 from ..evaluation.judging import check_metrics, interval_of, judge, tolerant
 from ..evaluation.ledger import Ledger, Run
+from ..processes import told
 from ..selection.resolve import score_blocks
 from ..selection.scores import BlockScores
 from ..shifts.published import Published
@@ -66,7 +67,6 @@ class Experiment:
         config: Further fields of the `SurgicalConfig`: ``norm_stats``, ``delta_dtype``.
         augment: As for `load_base`.
         weights: As for `load_base`.
-        tests: Whether every full run looks at the test images, to be reported; else only the chosen one may.
         seed: The seed whose data stands for all in the keys of runs.
         metrics: Names of `judging.METRICS`. The first chooses epochs, rates and targets; of test images all are
             reported.
@@ -87,7 +87,6 @@ class Experiment:
     config: Mapping[str, Any] = field(default_factory=dict)
     augment: str = "none"
     weights: str = "pretrained"
-    tests: bool = False
     seed: int = 0
     metrics: tuple[str, ...] = ("accuracy",)
     opener: Callable[..., Base] = load_base
@@ -172,7 +171,7 @@ class Experiment:
         what = {"model": self.model, "base": digest, "weights": self.weights, "data": data.fingerprint, **sizes}
         if self.metrics != ("accuracy",):
             what["metrics"] = list(self.metrics)
-        return what | {"augment": self.augment, "tests": self.tests} | fitting | dict(self.config)
+        return what | {"augment": self.augment} | fitting | dict(self.config)
 
     def rows(self, part: str, seed: int) -> Rows:
         """One part of the data, as the network takes it."""
@@ -261,12 +260,14 @@ class Experiment:
 
     def train(self, key: dict[str, Any]) -> dict[str, Any]:
         """One run; a ``Fit`` of `search`. Its adapter lies in ``adapter(key)`` afterwards."""
+        if "test_of" in key:
+            return self._test(key["test_of"])
         method, seed = key["method"], key["seed"]
         if method.startswith(_SCORES):
             return {"scores": self._score(method.removeprefix(_SCORES), seed)}
         if method == NONE:
             own = self.base(seed).model
-            return {"validation": self.judged(own, "validation", seed), "cost": 0.0, **self._tested(own, seed)}
+            return {"validation": self.judged(own, "validation", seed), "cost": 0.0}
         row, zero, config = self.prepared(method)
         place = self.folder / "checkpoints" / ("race" if self.racing else "single") / self.digest(key)
         epochs = self.fitting.epochs
@@ -297,10 +298,8 @@ class Experiment:
             return result
         trained: Any = found.model
         trained.save_pretrained(self.adapter(key))
-        reloaded = self.load(self.adapter(key), self.base(seed, zero).model)
         if not self.config.get("delta_dtype"):  # what is rounded on disk differs on purpose
-            self.check(trained, reloaded, seed)
-        result |= self._tested(reloaded, seed)
+            self.check(trained, self.load(self.adapter(key), self.base(seed, zero).model), seed)
         forget_checkpoints(place)
         return result
 
@@ -312,9 +311,28 @@ class Experiment:
         network = copy.deepcopy(self.base(seed).model).to(self.device)
         return score_blocks(network, loader, criterion, blocks=self.anatomy, autocast=precision).to_json()
 
-    def _tested(self, model: nn.Module, seed: int) -> dict[str, Any]:
+    def tested(self, runs: Sequence[Run]) -> list[Run]:
+        """Finished runs with what the test images say of them, if there are any: only what is reported sees them."""
+        keys: list[dict[str, Any]] = []
+        for run in runs:
+            key = {"test_of": run.key}
+            if key not in keys and self.data(run.key["seed"]).test is not None:
+                keys.append(key)
+        found = self.run(self.train, keys, self.ledger) if keys else []
+        own = [next((one.result for one in found if one.key == {"test_of": run.key}), {}) for run in runs]
+        return [Run(run.key, {**run.result, **result}) for run, result in zip(runs, own, strict=True)]
+
+    def _test(self, key: dict[str, Any]) -> dict[str, Any]:
         """The metric that selects as ``test``; where there are several metrics, all of them with their intervals."""
-        if not self.tests or self.data(seed).test is None:
+        seed, first = key["seed"], PartialState().is_main_process
+        if key["method"] == NONE:
+            model = self.base(seed).model
+        else:
+            if told(first and not self.adapter(key).is_dir()):  # of an experiment that was over, and tidied up
+                self.train(key)
+            _, zero, _ = self.prepared(key["method"])
+            model = self.load(self.adapter(key), self.base(seed, zero).model) if first else nn.Identity()
+        if not first:
             return {}
         rows = self.rows("test", seed)
         scores, labels = predicted_classes(self.logits(model, rows), rows.label_tensor), rows.label_tensor

@@ -122,7 +122,6 @@ def run_study(
         head_lrs=tuple(args.head_lr),
         config={"norm_stats": args.norm_stats},
         augment=args.augment,
-        tests=True,
         seed=args.seeds[0],
         metrics=protocol.metrics,
         opener=opener,
