@@ -43,7 +43,8 @@ import sys
 from collections.abc import Sequence
 
 from peft_surgical.entry import run_in_words
-from peft_surgical.shifts.published import HOSPITALS, read_published
+from peft_surgical.shifts.cuts import HOSPITALS
+from peft_surgical.shifts.published import read_published
 from peft_surgical.studies.pretraining import SourceTraining
 from peft_surgical.studies.protocol import Protocol, parser_of
 from peft_surgical.studies.study import run_study

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from peft_surgical.evaluation.ledger import Ledger
-from peft_surgical.shifts.wilds_layouts import FMOW_CATEGORIES
+from peft_surgical.shifts.wilds_folders import FMOW_CATEGORIES
 
 
 def results_in(file):

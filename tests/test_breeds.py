@@ -15,9 +15,9 @@ from peft_surgical.shifts.breeds import (
     Superclass,
     breeds,
     draw_superclasses,
-    imagenet_files,
     read_hierarchy,
 )
+from peft_surgical.shifts.imagenet_files import imagenet_files
 
 CLASSES = [[number, f"n0000010{number}", f"class {number}, alias"] for number in range(9)]
 

@@ -17,7 +17,7 @@ transformers = pytest.importorskip("transformers")
 from peft_surgical.bases import load_base, save_checkpoint  # noqa: E402
 from peft_surgical.errors import ConfigError, DataError  # noqa: E402
 from peft_surgical.evaluation import Report  # noqa: E402
-from peft_surgical.shifts.published import Published  # noqa: E402
+from peft_surgical.shifts.parts import Published  # noqa: E402
 from peft_surgical.studies import pretraining  # noqa: E402
 from peft_surgical.studies.pretraining import SourceTraining, train_source  # noqa: E402
 from peft_surgical.training.fitting import FitSettings  # noqa: E402

@@ -27,8 +27,11 @@ from miniatures import (  # noqa: E402
 
 from peft_surgical.data.labelled import items  # noqa: E402
 from peft_surgical.errors import DataError  # noqa: E402
-from peft_surgical.shifts.published import RECIPES, Published, read_published  # noqa: E402
-from peft_surgical.shifts.wilds_layouts import FMOW_CATEGORIES, REGIONS, read_rows  # noqa: E402
+from peft_surgical.shifts.cuts import RECIPES  # noqa: E402
+from peft_surgical.shifts.parts import Published  # noqa: E402
+from peft_surgical.shifts.published import read_published  # noqa: E402
+from peft_surgical.shifts.wilds_folders import FMOW_CATEGORIES, REGIONS  # noqa: E402
+from peft_surgical.shifts.wilds_layouts import read_rows  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("own_datasets_cache")
 

@@ -48,7 +48,7 @@ from peft_surgical.evaluation import Report  # noqa: E402
 from peft_surgical.evaluation.ledger import Ledger  # noqa: E402
 from peft_surgical.selection.forward import logits_of  # noqa: E402
 from peft_surgical.shifts.published import read_published  # noqa: E402
-from peft_surgical.shifts.wilds_layouts import FMOW_CATEGORIES, REGIONS  # noqa: E402
+from peft_surgical.shifts.wilds_folders import FMOW_CATEGORIES, REGIONS  # noqa: E402
 from peft_surgical.targets import parse, resolve  # noqa: E402
 
 RECIPES = Path(__file__).parents[1] / "recipes"

@@ -22,7 +22,7 @@ from peft_surgical.errors import ConfigError  # noqa: E402
 from peft_surgical.evaluation import Report, accuracy, wilson_interval, worst_group_accuracy  # noqa: E402
 from peft_surgical.evaluation.ledger import Ledger  # noqa: E402
 from peft_surgical.experiments import experiment as experiment_module  # noqa: E402
-from peft_surgical.shifts.published import Published  # noqa: E402
+from peft_surgical.shifts.parts import Published  # noqa: E402
 from peft_surgical.studies.protocol import Protocol, parser_of, rows_of  # noqa: E402
 from peft_surgical.studies.study import run_study  # noqa: E402
 from peft_surgical.training.fitting import FitSettings  # noqa: E402

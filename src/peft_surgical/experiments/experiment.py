@@ -35,7 +35,7 @@ from ..evaluation.ledger import Ledger, Run
 from ..processes import told
 from ..selection.resolve import score_blocks
 from ..selection.scores import BlockScores
-from ..shifts.published import Published
+from ..shifts.parts import Published
 from ..targets import DATA_TARGETS, parse, resolve
 from ..training.engines import Engine, Workers
 from ..training.fitting import FitSettings, fit, forget_checkpoints

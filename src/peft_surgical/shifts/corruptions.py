@@ -22,7 +22,7 @@ from ..errors import DataError
 from ..evaluation import ALEXNET_ERRORS, SEVERITIES
 from ..extras import require
 from .listings import cut, images_of
-from .published import Published
+from .parts import Published
 
 CORRUPTIONS = tuple(ALEXNET_ERRORS)
 """The 15 corruptions that are reported; the four others of ImageNet-C are for validation (Hendrycks & Dietterich)."""

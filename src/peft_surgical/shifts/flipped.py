@@ -22,7 +22,7 @@ from ..errors import DataError
 from ..extras import require
 from .cifar import Images, read_images, split
 from .listings import cut
-from .published import Published
+from .parts import Published
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 """The classes of CIFAR-10, in the order of their own numbers."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..extras import require
-from .published import PARTS, Published
+from .parts import PARTS, Published
 
 
 def images_of(paths: Sequence[str]) -> Any:

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -19,104 +18,10 @@ import numpy as np
 from ..data.splits import draw
 from ..errors import DataError
 from ..extras import require
-from .wilds_layouts import FMOW_CATEGORIES, REGIONS, Rows, read_rows
-
-PARTS = ("source", "source_validation", "source_test", "tuning", "validation", "test")
-
-HOSPITALS = (0, 1, 2, 3, 4)
-"""The hospitals of Camelyon17 as the files number them; WILDS trains on 0, 3 and 4, validates on 1 and tests on 2."""
-
-_TRAINING_HOSPITALS = (0, 3, 4)
-
-
-@dataclass(frozen=True)
-class Published:
-    """A published dataset in disjoint parts, of a source and of a target domain.
-
-    Each part is a map-style ``datasets.Dataset`` with the columns ``image`` (decoded when read), ``label`` (a
-    ``ClassLabel``), ``group`` (int64) and ``file`` (the path in the folder, or the row of the table), as
-    `peft_surgical.data.labelled.items` reads them.
-
-    Attributes:
-        name: Of the dataset.
-        source: Images of the source domain to train on, or None.
-        source_validation: Held-out images of the source domain, or None.
-        source_test: The same, to report on, or None.
-        tuning: The few images of the target domain to tune on.
-        validation: Those of the target domain to choose with.
-        test: Those of the target domain to report on.
-        label_names: The classes, in the order of their numbers.
-        group_names: The groups, in the order of their numbers: class with background or sex, hospital, or region.
-        origin: How each part came about, in words.
-        fingerprint: 16 hexadecimal digits over the rows, labels and groups of all parts, not over the images. It does
-            not depend on where the files lie, but on their order: the Hub's copy and the WILDS folder differ in it.
-    """
-
-    name: str
-    source: Any | None
-    source_validation: Any | None
-    source_test: Any | None
-    tuning: Any
-    validation: Any
-    test: Any
-    label_names: tuple[str, ...]
-    group_names: tuple[str, ...]
-    origin: Mapping[str, str]
-    fingerprint: str
-
-    @property
-    def parts(self) -> dict[str, Any]:
-        """The parts that there are, by name."""
-        return {name: part for name in PARTS if (part := getattr(self, name)) is not None}
-
-    def __str__(self) -> str:
-        lines = [f"{name}: {len(part)} images ({self.origin[name]})" for name, part in self.parts.items()]
-        counts = f"{len(self.label_names)} classes, {len(self.group_names)} groups, fingerprint {self.fingerprint}"
-        return "\n".join([f"{self.name}:", *lines, counts])
-
-
-@dataclass(frozen=True)
-class _Cut:
-    """Which rows are what.
-
-    Attributes:
-        given: Part -> the rows that it has whole, as a mask, and where they are from, in words.
-        pool: The rows that the target's small parts are drawn from, as a mask.
-        pool_name: The pool in words.
-        rest: The part that gets what is left of the pool.
-        group: int64, the group of every row.
-    """
-
-    given: Mapping[str, tuple[np.ndarray, str]]
-    pool: np.ndarray
-    pool_name: str
-    rest: str
-    group: np.ndarray
-
-
-@dataclass(frozen=True)
-class _Recipe:
-    """How the paper uses a dataset.
-
-    Attributes:
-        label_names: Its classes.
-        group_names: Its groups.
-        balanced: What a draw has equal numbers of: ``group`` or ``label``.
-        tuning: Images to tune on.
-        validation: Images to choose with; None is what tuning leaves of the pool.
-        cut: Rows and options -> source and target.
-        options: Options of `read_published` that it knows.
-        sparse: Whether the pool may lack a class.
-    """
-
-    label_names: tuple[str, ...]
-    group_names: tuple[str, ...]
-    balanced: str
-    tuning: int
-    validation: int | None
-    cut: Callable[..., _Cut]
-    options: tuple[str, ...] = ()
-    sparse: bool = False
+from .cuts import RECIPES, Cut, Recipe
+from .parts import PARTS, Published
+from .wilds_folders import Rows
+from .wilds_layouts import read_rows
 
 
 def read_published(
@@ -187,7 +92,7 @@ def read_published(
     return _assemble(name, recipe, rows, recipe.cut(rows, **options), each, seed)
 
 
-def _each(size: int, part: str, recipe: _Recipe) -> int:
+def _each(size: int, part: str, recipe: Recipe) -> int:
     """Images of each class or group."""
     names = _balanced_names(recipe)
     what = "groups" if recipe.balanced == "group" else "classes"
@@ -200,15 +105,15 @@ def _each(size: int, part: str, recipe: _Recipe) -> int:
     return size // len(names)
 
 
-def _balanced_names(recipe: _Recipe) -> tuple[str, ...]:
+def _balanced_names(recipe: Recipe) -> tuple[str, ...]:
     return recipe.group_names if recipe.balanced == "group" else recipe.label_names
 
 
-def _unit(recipe: _Recipe) -> str:
+def _unit(recipe: Recipe) -> str:
     return "group" if recipe.balanced == "group" else "class"
 
 
-def _assemble(name: str, recipe: _Recipe, rows: Rows, cut: _Cut, each: Mapping[str, int], seed: int) -> Published:
+def _assemble(name: str, recipe: Recipe, rows: Rows, cut: Cut, each: Mapping[str, int], seed: int) -> Published:
     label, group = rows.facts["label"], cut.group
     parts = {part: np.flatnonzero(mask) for part, (mask, _) in cut.given.items()}
     origin = {part: origin for part, (_, origin) in cut.given.items()}
@@ -240,7 +145,7 @@ def _assemble(name: str, recipe: _Recipe, rows: Rows, cut: _Cut, each: Mapping[s
     )
 
 
-def _check_counts(balanced: np.ndarray, recipe: _Recipe, cut: _Cut, each: Mapping[str, int], rest: str | None) -> None:
+def _check_counts(balanced: np.ndarray, recipe: Recipe, cut: Cut, each: Mapping[str, int], rest: str | None) -> None:
     names, what = _balanced_names(recipe), _unit(recipe)
     counts = np.bincount(balanced, minlength=len(names))
     if not counts.any():
@@ -264,7 +169,7 @@ def _check_counts(balanced: np.ndarray, recipe: _Recipe, cut: _Cut, each: Mappin
             )
 
 
-def _with_columns(rows: Rows, recipe: _Recipe, group: np.ndarray) -> Any:
+def _with_columns(rows: Rows, recipe: Recipe, group: np.ndarray) -> Any:
     datasets = require("datasets", "reading data")
     label = datasets.ClassLabel(names=list(recipe.label_names))
     # To all rows at once: adding a column to a selection would make datasets write out its images.
@@ -273,7 +178,7 @@ def _with_columns(rows: Rows, recipe: _Recipe, group: np.ndarray) -> Any:
 
 
 def _fingerprint(
-    name: str, recipe: _Recipe, parts: Mapping[str, np.ndarray], label: np.ndarray, group: np.ndarray
+    name: str, recipe: Recipe, parts: Mapping[str, np.ndarray], label: np.ndarray, group: np.ndarray
 ) -> str:
     total = hashlib.sha256("\0".join([name, *recipe.label_names, *recipe.group_names]).encode())
     for part, of_part in parts.items():
@@ -281,111 +186,3 @@ def _fingerprint(
         for values in (of_part, label[of_part], group[of_part]):
             total.update(values.astype("<i8").tobytes())
     return total.hexdigest()[:16]
-
-
-# Cuts
-
-
-def _by_split(rows: Rows, attribute: str) -> _Cut:
-    split = rows.facts["split"]
-    for needed in ("train", "validation", "test"):
-        if not (split == needed).any():
-            raise DataError(
-                f"{rows.shown} has no {needed} split: train, validation and test are needed. Put the split into the "
-                "name of each parquet file, or pass a DatasetDict with all three"
-            )
-    given = {part: (split == of, f"given: the {of} split") for part, of in (("source", "train"), ("test", "test"))}
-    group = 2 * rows.facts["label"] + rows.facts[attribute]
-    return _Cut(given, split == "validation", "the validation split", "validation", group)
-
-
-def _waterbirds(rows: Rows) -> _Cut:
-    return _by_split(rows, "place")
-
-
-def _celeba(rows: Rows) -> _Cut:
-    return _by_split(rows, "male")
-
-
-def _camelyon17(rows: Rows, center: int = 2) -> _Cut:
-    if center not in HOSPITALS:
-        raise DataError(
-            f"center={center!r} is no hospital of camelyon17: choose one of {', '.join(map(str, HOSPITALS))}"
-        )
-    hospital, split = rows.facts["center"], rows.facts["split"]
-    target = hospital == center
-    if not target.any():
-        there = ", ".join(map(str, np.unique(hospital)))
-        raise DataError(f"{rows.shown} has no image of hospital {center}, only of {there}: bring the split that has it")
-    others = [h for h in _TRAINING_HOSPITALS if h != center]
-    of_source = np.isin(hospital, others)
-    where = f"of hospitals {', '.join(map(str, others))}"
-    given = {
-        "source": (of_source & (split == "train"), f"given: the training images {where}"),
-        "source_validation": (of_source & (split == "validation"), f"given: the validation images {where}"),
-    }
-    return _Cut(given, target, f"hospital {center}", "test", hospital)
-
-
-def _fmow(rows: Rows, region: str = "Africa", years: tuple[int, int] | None = None) -> _Cut:
-    if region not in REGIONS[:-1]:
-        raise DataError(f"region={region!r} is no region of fmow: choose one of {', '.join(REGIONS[:-1])}")
-    when = {"validation": (2013, 2015), "test": (2016, 9999)}
-    if years is not None:
-        if len(years) != 2 or not all(isinstance(y, int) for y in years) or years[0] > years[1]:
-            raise DataError(f"years={years!r}: give the first and the last year, such as (2016, 2017)")
-        when = dict.fromkeys(when, (years[0], years[1]))
-    split, year = rows.facts["split"], rows.facts["year"]
-    inside = rows.facts["region"] == REGIONS.index(region)
-    target = {s: (split == s) & inside & (first <= year) & (year <= last) for s, (first, last) in when.items()}
-    before = (year < 2013) & ~target["validation"] & ~target["test"]
-    names = {"source": "train", "source_validation": "validation", "source_test": "test"}
-    given = {
-        part: (before & (split == of), f"given: the {of} split before 2013, all regions") for part, of in names.items()
-    }
-    words = {
-        s: f"the {s} split in {region}, {first}" + (" on" if last == 9999 else f" to {last}")
-        for s, (first, last) in when.items()
-    }
-    given["test"] = (target["test"], f"given: {words['test']}")
-    return _Cut(given, target["validation"], words["validation"], "validation", rows.facts["region"])
-
-
-RECIPES: Mapping[str, _Recipe] = {
-    "waterbirds": _Recipe(
-        label_names=("landbird", "waterbird"),
-        group_names=("landbird on land", "landbird on water", "waterbird on land", "waterbird on water"),
-        balanced="group",
-        tuning=400,
-        validation=None,
-        cut=_waterbirds,
-    ),
-    "celeba": _Recipe(
-        label_names=("not blond", "blond"),
-        group_names=("not blond, not male", "not blond, male", "blond, not male", "blond, male"),
-        balanced="group",
-        tuning=400,
-        validation=None,
-        cut=_celeba,
-    ),
-    "camelyon17": _Recipe(
-        label_names=("normal", "tumor"),
-        group_names=tuple(f"hospital {h}" for h in HOSPITALS),
-        balanced="label",
-        tuning=100,
-        validation=100,
-        cut=_camelyon17,
-        options=("center",),
-    ),
-    "fmow": _Recipe(
-        label_names=FMOW_CATEGORIES,
-        group_names=REGIONS,
-        balanced="label",
-        tuning=len(FMOW_CATEGORIES),
-        validation=None,
-        cut=_fmow,
-        options=("region", "years"),
-        sparse=True,
-    ),
-}
-"""Name -> how the paper uses it. A further dataset is a row here, and its readers in `wilds_layouts`."""

@@ -19,9 +19,10 @@ import numpy as np
 
 from ..data.splits import draw, per_class
 from ..errors import DataError
-from .breeds import Breeds, Subclass, breeds, imagenet_files
+from .breeds import Breeds, Subclass, breeds
+from .imagenet_files import imagenet_files
 from .listings import cut, images_of
-from .published import Published
+from .parts import Published
 
 EACH = 50
 """Images of each superclass to tune on (paper: 850 for Living-17, 1,500 for Entity-30)."""

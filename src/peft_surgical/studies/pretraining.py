@@ -26,7 +26,7 @@ from ..errors import AdapterError, ConfigError, DataError
 from ..evaluation import Report, accuracy, measure, predict_logits
 from ..experiments.rows import Rows
 from ..extras import require
-from ..shifts.published import Published
+from ..shifts.parts import Published
 from ..training.fitting import FitSettings, fit, forget_checkpoints
 from ..training.methods import METHODS
 

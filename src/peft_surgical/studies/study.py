@@ -27,7 +27,7 @@ from ..evaluation import Report
 from ..experiments.choosing import compare
 from ..experiments.experiment import SEARCHES, Experiment
 from ..shifts.corruptions import open_classifier
-from ..shifts.published import Published
+from ..shifts.parts import Published
 from ..targets import parse, resolve
 from ..training.engines import Engine, Together, workers
 from ..training.fitting import FitSettings
