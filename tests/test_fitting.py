@@ -229,7 +229,7 @@ def test_the_seed_draws_the_order_of_the_images():
 
 
 def test_the_reference_codes_method_forgets_the_moments_at_every_epoch():
-    for method, steps in (("auto-rgn-reference", 3), ("auto-rgn", 6)):
+    for method, steps in (("auto-rgn-reference", 3), ("auto-rgn-reset", 3), ("auto-rgn", 6)):
         seen = Seen()
         fit(used_batchnorm(), method, *data(), replace(SETTINGS, epochs=2), callbacks=[seen])
         assert max(int(state["step"]) for state in seen.optimizer.state.values()) == steps

@@ -62,6 +62,7 @@ MOVED = {
     "l2-sp": NAMES,
     "lp-ft": HEAD,
     "auto-rgn": NAMES,
+    "auto-rgn-reset": NAMES,
     "auto-rgn-reference": NAMES - NORMS,
     "auto-snr": by_snr(),
     "auto-snr-reference": by_reference_snr(),

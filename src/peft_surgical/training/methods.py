@@ -100,6 +100,13 @@ METHODS: dict[str, Method] = {
         ),
         Method("auto-rgn", "all", lambda anatomy, options: AutoRGN(), source="paper, Sec. 4.1"),
         Method(
+            "auto-rgn-reset",
+            "all",
+            lambda anatomy, options: AutoRGN(),
+            reset_moments=True,
+            source="auto-rgn with the reference code's new Adam every epoch, to measure what that does",
+        ),
+        Method(
             "auto-rgn-reference",
             "all",
             lambda anatomy, options: AutoRGN(left_out=_norms(anatomy)),
