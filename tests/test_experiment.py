@@ -301,7 +301,7 @@ def test_a_transformers_model(place, tmp_path):
 
 
 def test_a_new_head_that_cannot_be_saved_whole_becomes_deltas_on_zeros(place, tmp_path, monkeypatch):
-    monkeypatch.setattr(experiment, "modules_of_head", lambda *args: [])
+    monkeypatch.setattr("peft_surgical.experiments.subject.modules_of_head", lambda *args: [])
     run = of(place, tmp_path, model="other", epochs=3)
     report = write_tuned(run, choose(run, "block1", 0), 0)
     assert "tuned as deltas" in report.settings["head"]

@@ -27,8 +27,9 @@ from ..training.search import (
     nominated,
     race,
 )
-from .experiment import SEARCHES, Experiment
+from .experiment import Experiment
 from .newhead import SHARE
+from .subject import SEARCHES
 
 SCORED = tuple(name for name in DATA_TARGETS if name.startswith("auto-"))
 """Targets whose blocks a criterion chooses."""

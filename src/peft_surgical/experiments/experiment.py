@@ -1,7 +1,7 @@
 """Surgical fine-tuning of one base on one's own data: what the commands ``tune`` and ``compare`` run.
 
-An `Experiment` knows how to read the data, to open the base, and to do one run that a key names. What runs there are is
-decided in `choosing`; `outputs` writes what came of them.
+An `Experiment` does one run that a key names, on the base and the data of its `Subject`. What runs there are is decided
+in `choosing`; `outputs` writes what came of them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,79 +23,54 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from ..anatomy import Anatomy, anatomy_of
-from ..bases.load import Base, load_base
 from ..config import SurgicalConfig
-from ..data.labelled import Data, collate, read_data
+from ..data.labelled import collate
 from ..delta import fingerprint
-from ..errors import AdapterError, ConfigError, UnknownTargetError
+from ..errors import AdapterError, ConfigError
 from ..evaluation import predict_logits, predicted_classes
 from ..evaluation.judging import check_metrics, interval_of, judge, tolerant
 from ..evaluation.ledger import Ledger, Run
 from ..processes import told
 from ..selection.resolve import score_blocks
 from ..selection.scores import BlockScores
-from ..shifts.parts import Published
-from ..targets import DATA_TARGETS, parse, resolve
 from ..training.engines import Engine, Workers
 from ..training.fitting import FitSettings, fit, forget_checkpoints
-from ..training.methods import METHODS, Method, method_of
 from ..training.search import NONE
 from ..watch import DivergedError, Epochs, Watch, file_name, logging_to
-from .newhead import modules_of_head, with_new_head
-from .rows import Rows
+from .subject import Subject
 
-SEARCHES = ("auto", "race", "cross-val", "greedy")
-"""What can be asked for beside a target or a method: training candidates, see `choosing`."""
 _SCORES = "scores "  # in place of a method, in the key of a run that only scores
 _LARGEST = sys.float_info.max  # stands for an infinite loss, which JSON cannot hold
 
 
 @dataclass(eq=False)
-class Experiment:
-    """One base, one data set, and how to train.
+class Experiment(Subject):
+    """A `Subject`, and how to train on it.
 
     Attributes:
-        model: As for `load_base`.
-        source: As for `read_data`; or a function from a seed to `Data`, or to a `Published` data set, which then
-            decides everything about the images.
         folder: For the ledger, checkpoints and outputs.
         fitting: How to train; rate and seed are set for each run.
-        lrs: Learning rates to try.
-        head_lrs: The same where the head alone is tuned.
-        reading: Further arguments of `read_data`: sizes and columns.
         config: Further fields of the `SurgicalConfig`: ``norm_stats``, ``delta_dtype``.
-        augment: As for `load_base`.
-        weights: As for `load_base`.
-        seed: The seed whose data stands for all in the keys of runs.
         metrics: Names of `judging.METRICS`. The first chooses epochs, rates and targets; of test images all are
             reported.
-        opener: Opens the base, called as `load_base` is.
         arguments: As for `fit`.
         logs: Folder for TensorBoard's files, a folder for each run in it; None leaves them to Trainer.
         engine: What runs the runs; see `engines.workers` and `engines.Together`.
         watch: Told about progress.
     """
 
-    model: str
-    source: Any
     folder: Path
     fitting: FitSettings
-    lrs: tuple[float, ...] = (1e-3, 1e-4)
-    head_lrs: tuple[float, ...] = (1e-2, 1e-3)
-    reading: Mapping[str, Any] = field(default_factory=dict)
+    _: KW_ONLY
     config: Mapping[str, Any] = field(default_factory=dict)
-    augment: str = "none"
-    weights: str = "pretrained"
-    seed: int = 0
     metrics: tuple[str, ...] = ("accuracy",)
-    opener: Callable[..., Base] = load_base
     arguments: Mapping[str, Any] = field(default_factory=dict)
     logs: Path | None = None
     engine: Engine = field(default_factory=Workers)
     watch: Watch = field(default_factory=Watch)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         SurgicalConfig(target="all", **self.config)
         check_metrics(self.metrics)
         for lr in (*self.lrs, *self.head_lrs):
@@ -105,59 +80,13 @@ class Experiment:
                 raise ConfigError("precision='fp16' needs a GPU: choose bf16, or None for float32")
             self.fitting = replace(self.fitting, use_cpu=True)  # Trainer refuses bfloat16 if it is not told
         self.ledger = Ledger(self.folder / "ledger.jsonl")
-        self._data: dict[int, Data | Published] = {}
-        self._bases: dict[tuple[int, bool], Base] = {}
-        self._rows: dict[str, Any] = {}
         self.racing = False  # a race stops runs early, so its checkpoints are not those of whole runs
-
-    # --- what it works on ---
 
     @property
     def device(self) -> torch.device:
         """Where scores and accuracies are computed."""
         able = torch.accelerator.is_available() and not self.fitting.use_cpu
         return (torch.accelerator.current_accelerator() if able else None) or torch.device("cpu")
-
-    def data(self, seed: int) -> Data | Published:
-        """The images of a seed: others only where a part is drawn."""
-        first = self._read(self.seed)
-        return self._read(seed) if self.draws else first
-
-    @property
-    def draws(self) -> bool:
-        """Whether seeds change who tunes, validates and tests."""
-        return any("seed" in how for how in self._read(self.seed).origin.values())
-
-    def _read(self, seed: int) -> Data | Published:
-        if seed not in self._data:
-            read = self.source if callable(self.source) else functools.partial(_read_data, self.source, self.reading)
-            self._data[seed] = read(seed)
-        return self._data[seed]
-
-    def opening(self, seed: int, zero: bool = False) -> dict[str, Any]:
-        """The arguments of `load_base`, beside the name, that open the base of a run."""
-        names = list(self.data(self.seed).label_names)
-        return {"label_names": names, "head": "zero" if zero else "auto", "weights": self.weights, "seed": seed}
-
-    def base(self, seed: int, zero: bool = False) -> Base:
-        """The base of a run, not to be changed; ``zero`` for one whose new head is all zeros."""
-        if seed != self.seed and not self.head_is_new:
-            seed = self.seed  # nothing is drawn
-        if (seed, zero) not in self._bases:
-            if len(self._bases) > 1:  # a whole network each
-                self._bases.clear()
-            self._bases[seed, zero] = self.opener(self.model, **self.opening(seed, zero), augment=self.augment)
-        return self._bases[seed, zero]
-
-    @functools.cached_property
-    def anatomy(self) -> Anatomy:
-        """The blocks of the base."""
-        return anatomy_of(self.base(self.seed).model)
-
-    @functools.cached_property
-    def head_is_new(self) -> bool:
-        """Whether the head has to be trained whatever the target is."""
-        return self.base(self.seed).head_is_new
 
     @functools.cached_property
     def shared(self) -> dict[str, Any]:
@@ -172,66 +101,6 @@ class Experiment:
         if self.metrics != ("accuracy",):
             what["metrics"] = list(self.metrics)
         return what | {"augment": self.augment} | fitting | dict(self.config)
-
-    def rows(self, part: str, seed: int) -> Rows:
-        """One part of the data, as the network takes it."""
-        train, evaluation = self._transforms
-        data = self.data(seed)
-        if data is not self._rows.get("data"):
-            self._rows = {"data": data}
-        if part not in self._rows:
-            augmented = part == "tuning" and self.augment != "none"
-            self._rows[part] = Rows(data.parts[part], train if augmented else evaluation, keep=not augmented)
-        return self._rows[part]
-
-    @functools.cached_property
-    def _transforms(self) -> tuple[Callable[[Any], Tensor], Callable[[Any], Tensor]]:
-        base = self.base(self.seed)
-        return base.transform_train, base.transform_eval
-
-    @functools.cached_property
-    def _whole_head(self) -> list[str]:
-        return modules_of_head(self.base(self.seed).model, self.anatomy)
-
-    # --- methods ---
-
-    def method(self, name: str) -> Method:
-        """A row of `METHODS` or a target of this network.
-
-        Raises:
-            ConfigError: It is neither.
-        """
-        others = f"Methods: {', '.join(METHODS)}. Searches: {', '.join(SEARCHES)}."
-        if name in SEARCHES or (name not in METHODS and name in DATA_TARGETS):
-            raise ConfigError(f"{name!r} names nothing to train by itself. {others}")
-        row = method_of(name)
-        try:
-            resolve(parse(row.target), self.anatomy)
-        except UnknownTargetError as error:
-            raise ConfigError(f"{error} {others}") from error
-        return row
-
-    def head_only(self, name: str) -> bool:
-        """Whether a method tunes the head and nothing else."""
-        head = self.anatomy["head"].tensors if "head" in self.anatomy else ()
-        return set(resolve(parse(self.method(name).target), self.anatomy)) <= set(head)
-
-    def rates(self, name: str) -> tuple[float | None, ...]:
-        """The learning rates to try for a method."""
-        if name == NONE:
-            return (None,)
-        return self.head_lrs if self.head_only(name) else self.lrs
-
-    def prepared(self, name: str) -> tuple[Method, bool, dict[str, Any]]:
-        """A method as it is run here: the method, whether its base has a head of zeros, and fields of the config."""
-        row = self.method(name)
-        if not self.head_is_new:
-            return row, False, {}
-        if self.head_only(name):
-            return row, True, {}
-        if self._whole_head:
-            return with_new_head(row), False, {"modules_to_save": self._whole_head}
-        return with_new_head(replace(row, target=f"{row.target} + head")), True, {}
 
     # --- runs ---
 
@@ -408,10 +277,6 @@ class Experiment:
         """Remove checkpoints and the adapters of all runs: everything that only an unfinished experiment needs."""
         for name in ("checkpoints", "runs"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
-
-
-def _read_data(source: Any, reading: Mapping[str, Any], seed: int) -> Data:
-    return read_data(source, seed=seed, **reading)
 
 
 def _digest(what: Any) -> str:

@@ -20,9 +20,10 @@ from ..evaluation.ledger import Run
 from ..extras import require
 from ..training.search import NONE, Candidate
 from .choosing import Choice
-from .experiment import SEARCHES, Experiment
+from .experiment import Experiment
 from .keeping import REPORT, keep_adapter
 from .rows import Rows
+from .subject import SEARCHES
 
 FIGURE, TABLE = "figure.png", "table.md"
 LOADING = """\

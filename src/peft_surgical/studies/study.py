@@ -25,7 +25,8 @@ from ..data.tables import is_hub_id
 from ..errors import ConfigError, DataError
 from ..evaluation import Report
 from ..experiments.choosing import compare
-from ..experiments.experiment import SEARCHES, Experiment
+from ..experiments.experiment import Experiment
+from ..experiments.subject import SEARCHES
 from ..shifts.corruptions import open_classifier
 from ..shifts.parts import Published
 from ..targets import parse, resolve

@@ -1,0 +1,163 @@
+"""What an experiment works on: one base and one data set, each opened once, and the methods that fit this network."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from ..anatomy import Anatomy, anatomy_of
+from ..bases.load import Base, load_base
+from ..data.labelled import Data, read_data
+from ..errors import ConfigError, UnknownTargetError
+from ..shifts.parts import Published
+from ..targets import DATA_TARGETS, parse, resolve
+from ..training.methods import METHODS, Method, method_of
+from ..training.search import NONE
+from .newhead import modules_of_head, with_new_head
+from .rows import Rows
+
+SEARCHES = ("auto", "race", "cross-val", "greedy")
+"""What can be asked for beside a target or a method: training candidates, see `choosing`."""
+
+
+@dataclass(eq=False)
+class Subject:
+    """One base and one data set.
+
+    Attributes:
+        model: As for `load_base`.
+        source: As for `read_data`; or a function from a seed to `Data`, or to a `Published` data set, which then
+            decides everything about the images.
+        lrs: Learning rates to try.
+        head_lrs: The same where the head alone is tuned.
+        reading: Further arguments of `read_data`: sizes and columns.
+        augment: As for `load_base`.
+        weights: As for `load_base`.
+        seed: The seed whose data stands for all in the keys of runs.
+        opener: Opens the base, called as `load_base` is.
+    """
+
+    model: str
+    source: Any
+    _: KW_ONLY
+    lrs: tuple[float, ...] = (1e-3, 1e-4)
+    head_lrs: tuple[float, ...] = (1e-2, 1e-3)
+    reading: Mapping[str, Any] = field(default_factory=dict)
+    augment: str = "none"
+    weights: str = "pretrained"
+    seed: int = 0
+    opener: Callable[..., Base] = load_base
+
+    def __post_init__(self) -> None:
+        self._data: dict[int, Data | Published] = {}
+        self._bases: dict[tuple[int, bool], Base] = {}
+        self._rows: dict[str, Any] = {}
+
+    def data(self, seed: int) -> Data | Published:
+        """The images of a seed: others only where a part is drawn."""
+        first = self._read(self.seed)
+        return self._read(seed) if self.draws else first
+
+    @property
+    def draws(self) -> bool:
+        """Whether seeds change who tunes, validates and tests."""
+        return any("seed" in how for how in self._read(self.seed).origin.values())
+
+    def _read(self, seed: int) -> Data | Published:
+        if seed not in self._data:
+            read = self.source if callable(self.source) else functools.partial(_read_data, self.source, self.reading)
+            self._data[seed] = read(seed)
+        return self._data[seed]
+
+    def opening(self, seed: int, zero: bool = False) -> dict[str, Any]:
+        """The arguments of `load_base`, beside the name, that open the base of a run."""
+        names = list(self.data(self.seed).label_names)
+        return {"label_names": names, "head": "zero" if zero else "auto", "weights": self.weights, "seed": seed}
+
+    def base(self, seed: int, zero: bool = False) -> Base:
+        """The base of a run, not to be changed; ``zero`` for one whose new head is all zeros."""
+        if seed != self.seed and not self.head_is_new:
+            seed = self.seed  # nothing is drawn
+        if (seed, zero) not in self._bases:
+            if len(self._bases) > 1:  # a whole network each
+                self._bases.clear()
+            self._bases[seed, zero] = self.opener(self.model, **self.opening(seed, zero), augment=self.augment)
+        return self._bases[seed, zero]
+
+    @functools.cached_property
+    def anatomy(self) -> Anatomy:
+        """The blocks of the base."""
+        return anatomy_of(self.base(self.seed).model)
+
+    @functools.cached_property
+    def head_is_new(self) -> bool:
+        """Whether the head has to be trained whatever the target is."""
+        return self.base(self.seed).head_is_new
+
+    def rows(self, part: str, seed: int) -> Rows:
+        """One part of the data, as the network takes it."""
+        train, evaluation = self._transforms
+        data = self.data(seed)
+        if data is not self._rows.get("data"):
+            self._rows = {"data": data}
+        if part not in self._rows:
+            augmented = part == "tuning" and self.augment != "none"
+            self._rows[part] = Rows(data.parts[part], train if augmented else evaluation, keep=not augmented)
+        return self._rows[part]
+
+    @functools.cached_property
+    def _transforms(self) -> tuple[Callable[[Any], Tensor], Callable[[Any], Tensor]]:
+        base = self.base(self.seed)
+        return base.transform_train, base.transform_eval
+
+    @functools.cached_property
+    def _whole_head(self) -> list[str]:
+        return modules_of_head(self.base(self.seed).model, self.anatomy)
+
+    # --- methods ---
+
+    def method(self, name: str) -> Method:
+        """A row of `METHODS` or a target of this network.
+
+        Raises:
+            ConfigError: It is neither.
+        """
+        others = f"Methods: {', '.join(METHODS)}. Searches: {', '.join(SEARCHES)}."
+        if name in SEARCHES or (name not in METHODS and name in DATA_TARGETS):
+            raise ConfigError(f"{name!r} names nothing to train by itself. {others}")
+        row = method_of(name)
+        try:
+            resolve(parse(row.target), self.anatomy)
+        except UnknownTargetError as error:
+            raise ConfigError(f"{error} {others}") from error
+        return row
+
+    def head_only(self, name: str) -> bool:
+        """Whether a method tunes the head and nothing else."""
+        head = self.anatomy["head"].tensors if "head" in self.anatomy else ()
+        return set(resolve(parse(self.method(name).target), self.anatomy)) <= set(head)
+
+    def rates(self, name: str) -> tuple[float | None, ...]:
+        """The learning rates to try for a method."""
+        if name == NONE:
+            return (None,)
+        return self.head_lrs if self.head_only(name) else self.lrs
+
+    def prepared(self, name: str) -> tuple[Method, bool, dict[str, Any]]:
+        """A method as it is run here: the method, whether its base has a head of zeros, and fields of the config."""
+        row = self.method(name)
+        if not self.head_is_new:
+            return row, False, {}
+        if self.head_only(name):
+            return row, True, {}
+        if self._whole_head:
+            return with_new_head(row), False, {"modules_to_save": self._whole_head}
+        return with_new_head(replace(row, target=f"{row.target} + head")), True, {}
+
+
+def _read_data(source: Any, reading: Mapping[str, Any], seed: int) -> Data:
+    return read_data(source, seed=seed, **reading)
