@@ -261,7 +261,7 @@ def plot(args: argparse.Namespace, ledger: Ledger) -> None:
     figure = Figure(figsize=(5 * len(args.tasks), 7), layout="constrained")
     axes = figure.subplots(2, len(args.tasks), squeeze=False)
     for column, task in enumerate(args.tasks):
-        for method in args.methods:
+        for place, method in enumerate(args.methods):
             found = {n: reported(args, ledger, task, method, n) for n in args.tuning_images}
             points = [
                 (n, mean_interval([r.result["test"] for r in runs])) for n, runs in found.items() if len(runs) > 1
@@ -269,8 +269,13 @@ def plot(args: argparse.Namespace, ledger: Ledger) -> None:
             if points:
                 ys = [100 * p.value for _, p in points]
                 errors = [50 * (p.high - p.low) for _, p in points]
-                axes[0, column].errorbar([n for n, _ in points], ys, errors, marker=".", capsize=2, label=method)
+                beside = 1.03 ** (place - len(args.methods) / 2)  # or equal ones would hide each other
+                axes[0, column].errorbar(
+                    [n * beside for n, _ in points], ys, errors, marker=".", capsize=2, label=method
+                )
         axes[0, column].set(xscale="log", xlabel="tuning images", ylabel="test accuracy (%)", title=task)
+        axes[0, column].set_xticks(args.tuning_images, map(str, args.tuning_images), minor=False)
+        axes[0, column].set_xticks([], minor=True)
         axes[0, column].legend()
         for run in reported(args, ledger, task, "auto-rgn", args.tuning_images[-1])[:1]:
             for block in run.result["factors"][0]:
