@@ -11,14 +11,14 @@ finds the last layer best. Percent of the test images:
     ============ ====== ====== =========== ========== ===== ======== ======== ========= ====
     row           none   full  first-last  last-first L1-SP Auto-SNR Auto-RGN Cross-Val auto
     paper         0      85.9     81.9        84.3    84.2    17.3     87.7     93.8     -
-    ResNet-26     1.2    70.7                                          69.9             89.7
-    ResNet-32     0.9    58.1                                          78.0     91.2    91.2
+    ResNet-26     1.2    70.7     42.5        76.5    70.8    86.6     69.9     89.7    89.7
+    ResNet-32     0.9    58.1     47.9        75.6    58.2    79.8     78.0     91.2    91.2
     ============ ====== ====== =========== ========== ===== ======== ======== ========= ====
 
 The paper's row is its Table 4. The others are measured: docs/results/compare-flip-resnet26.md and
 compare-flip-resnet32.md, with intervals, by ``recipes/compare.py`` on 2,000 of the images, 800 of them to test, two
-rates instead of three, and as Cross-Val the best of every block, none and all. There the head alone gives 91.2, and
-block1 17.3 (ResNet-26) and 22.3 (ResNet-32).
+rates instead of three, and as Cross-Val the best of every block, none and all. There the head alone gives 89.7 and
+91.2, block1 17.3 (ResNet-26) and 22.3 (ResNet-32).
 
 PATH is a parquet file, or a folder with ``clean.parquet``; the published ``cifar-10-batches-bin``; or the Hub id.
 FOLDER holds ``cifar10_rn26_gn/model.safetensors`` and ``cifar10_resnet32_bn/model.safetensors``; ``--model`` also takes

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
 CONFIGS = Path(__file__).parents[1] / "recipes" / "accelerate"
@@ -50,6 +51,8 @@ def run(work, *given, processes=1, env=None):
 def _inside(rank, processes, port, env, work, given):
     torch.set_num_threads(1)
     warnings.resetwarnings()  # pytest's filters, of the process that this one was forked from
+    AcceleratorState._reset_state(reset_partial_state=True)  # an earlier test's, which was alone
+    GradientState._reset_state()
     os.environ.update(env)
     if processes > 1:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(processes))
