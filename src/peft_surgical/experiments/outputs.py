@@ -28,7 +28,7 @@ from .subject import SEARCHES
 FIGURE, TABLE = "figure.png", "table.md"
 LOADING = """\
 from peft import PeftModel
-from peft_surgical.bases.load import load_base
+from peft_surgical.bases import load_base
 from peft_surgical.evaluation import Report
 
 report = Report.load({report!r})
