@@ -127,6 +127,7 @@ EXPECTED = [
     Row("test_initialization", "test_mixed_model_from|PeftMixedModel", MIXED_MODEL),
     Row("test_other", "test_targeting_module_to_save_raises|targets_tuner_layer_raises", WORDING),
     Row("test_config", "test_save_pretrained_with_target_modules", GIVEN),
+    Row("test_config", "test_from_pretrained_sanity_check", WORDING),
     Row("test_mixed", "", MIXED_MODEL),
 ]
 
