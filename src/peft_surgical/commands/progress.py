@@ -39,16 +39,16 @@ class Bar(Watch):
         self.progress.update(self.task, advance=1, description="")
         if known and not self.first:
             return
+        where = " (in the ledger)" if known else ""
         if "test" in result:
-            text = f"{_named(key)}: test {100 * result['test']:.1f} %"
+            text = f"{_named(key)}: test {100 * result['test']:.1f} %{where}"
         elif "validation" in result:
             part = f" after {key['stop']:.0%} of the run" if "stop" in key else ""
-            where = " (in the ledger)" if known else ""
             text = (
                 f"{_named(key)}{part}: validation {100 * result['validation']:.1f} %, cost {result['cost']:.0f}{where}"
             )
         else:
-            text = f"{_named(key)}{' (in the ledger)' if known else ''}"
+            text = f"{_named(key)}{where}"
         self.out.print(escape(text))
 
 

@@ -1,4 +1,4 @@
-"""A ledger of finished runs, which is killed, resumed and shared by processes.
+"""A ledger of finished runs, for work that is killed, resumed and shared by processes.
 
 One JSON object per line. A run is looked up by its key, the dict of settings that determine it; what it gave is its
 result. Appending is one ``write`` under a lock, so that a line is whole, or torn at the very end of the file; a torn

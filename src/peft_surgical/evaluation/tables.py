@@ -45,7 +45,10 @@ class TextTable:
     def __post_init__(self) -> None:
         for row in self.rows:
             if len(row) != len(self.header):
-                raise DataError(f"a row of {len(row)} cells under {len(self.header)} columns: {', '.join(row)}")
+                raise DataError(
+                    f"a row of {len(row)} cells under {len(self.header)} columns: {', '.join(row)}; give each row "
+                    "a cell for each column, '-' where there is nothing"
+                )
 
     def markdown(self) -> str:
         """A Markdown table, an empty line, and the caption."""
