@@ -27,7 +27,8 @@ def test_every_marked_table_is_as_measured():
 
 
 def test_a_changed_number_is_noticed(tmp_path):
-    for name in ("README.md", "docs/adaptation.md", "docs/combining.md", "docs/selection.md", "docs/tables.py"):
+    texts = ("README.md", "docs/adaptation.md", "docs/combining.md", "docs/measured.md", "docs/selection.md")
+    for name in (*texts, "docs/tables.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text((ROOT / name).read_text(encoding="utf-8"), encoding="utf-8")
     results = tmp_path / "docs/results"
@@ -37,7 +38,7 @@ def test_a_changed_number_is_noticed(tmp_path):
     table = results / "cifar10c-resnet26.md"
     table.write_text(table.read_text(encoding="utf-8").replace("| none | ", "| none | 1", 1), encoding="utf-8")
     check = [sys.executable, "docs/tables.py", "--check"]
-    assert "README.md differs" in subprocess.run(check, cwd=tmp_path, capture_output=True, text=True).stdout
+    assert "docs/measured.md differs" in subprocess.run(check, cwd=tmp_path, capture_output=True, text=True).stdout
     assert subprocess.run(check[:-1], cwd=tmp_path, capture_output=True, check=True)
     assert subprocess.run(check, cwd=tmp_path, capture_output=True).returncode == 0
 
@@ -45,6 +46,17 @@ def test_a_changed_number_is_noticed(tmp_path):
 def test_summaries_are_what_the_committed_ledgers_say(summaries):
     for name, summary in summaries.SUMMARIES.items():
         assert (ROOT / "docs/results" / name).read_text(encoding="utf-8") == summary(), f"run docs/summaries.py: {name}"
+
+
+def test_the_plot_of_the_means_shows_every_method(summaries, tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    shown = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: shown.append(self.axes[0]))
+    summaries.draw_means(tmp_path / "means.png")
+    rows = [text.get_text() for text in shown[0].get_yticklabels()]
+    assert sorted(row.split()[0] for row in rows) == sorted(set(summaries.METHODS) - {"none"})
+    assert rows[-1].split(" (")[0] == "cross-val"  # the most accurate stands on top
 
 
 def test_a_summary_equals_arithmetic_of_its_own(summaries):
