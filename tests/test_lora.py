@@ -469,7 +469,7 @@ def test_what_cannot_be_converted(tmp_path):
 @pytest.fixture
 def run(capsys):
     typer = pytest.importorskip("typer")
-    from peft_surgical.commands.lora import to_lora as command
+    from peft_surgical_cli.lora import to_lora_command as command
 
     app = typer.Typer()
     app.command()(command)
