@@ -285,7 +285,7 @@ with open(sys.argv[1], "w") as file:
 
 
 def in_a_process(file, *lines):
-    """Run command lines in a process of their own: its CPU seconds, the heavy libraries that it imported, its output."""
+    """Run command lines in a process of their own: CPU seconds, heavy libraries imported, output."""
     command = [sys.executable, "-c", IN_A_PROCESS, str(file), *lines]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     seconds, *heavy = file.read_text().split()

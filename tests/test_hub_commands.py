@@ -130,7 +130,7 @@ def test_what_the_user_can_mend_is_one_line(hub, run, adapter, tmp_path, monkeyp
         (["pull", "me/none"], "cannot pull me/none: there is no such repository"),
         (["show", "nowhere"], "cannot pull 'nowhere': it is neither a folder here"),
         (["merge", adapter, "--output", adapter], "exists and is not empty"),
-        (["list", tmp_path / "no"], "Directory '{}' does not exist".format(tmp_path / "no")),
+        (["list", tmp_path / "no"], f"'{tmp_path / 'no'}' does not exist"),
     ):
         code, out, err = run(*arguments)
         assert (code, out) == (2, "")

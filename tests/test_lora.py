@@ -17,10 +17,11 @@ from torch import nn
 from transformers import ViTImageProcessor
 from transformers.pytorch_utils import Conv1D
 
-from peft_surgical import AdapterError, BaseMismatchError, SurgicalConfig
+from peft_surgical import SurgicalConfig
 from peft_surgical.adapters.adapter import read_adapter
 from peft_surgical.adapters.lora import to_lora
 from peft_surgical.adapters.low_rank import low_rank
+from peft_surgical.errors import AdapterError, BaseMismatchError
 
 INPUTS = CASES["conv+BN"].inputs()
 

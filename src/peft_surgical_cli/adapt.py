@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .options import Cpu, ImageColumn, LabelColumn, Model, NormStats, Output, Random
 from .terminal import console, table
@@ -72,6 +71,7 @@ def adapt_command(
     """Adapt a network to a stream of images without labels, and predict each; online, what was learnt is an adapter."""
     import torch
     import transformers
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from peft_surgical.data.incoming import read_incoming
     from peft_surgical.experiments.adapting import AdaptSettings, adapt, open_base, write_adapted

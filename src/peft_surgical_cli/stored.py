@@ -12,9 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants, scan_cache_dir
-from huggingface_hub.errors import CacheNotFound
-
 # As in `peft_surgical.config`, whose import takes seconds; a test compares them.
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -61,6 +58,9 @@ def cached_adapters(cache_dir: str | os.PathLike[str] | None = None) -> list[Sto
     Args:
         cache_dir: By default that of ``HF_HUB_CACHE``.
     """
+    from huggingface_hub import constants, scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
     try:
         info = scan_cache_dir(Path(cache_dir or constants.HF_HUB_CACHE))
     except CacheNotFound:
