@@ -32,11 +32,12 @@ from peft import get_peft_model
 from step import machine, median_interval
 from torch import Tensor, nn
 
-from peft_surgical import SurgicalConfig, anatomy_of, parse, resolve
+from peft_surgical import SurgicalConfig, anatomy_of
 from peft_surgical.adaptation.objectives import Memo, marginal_entropy
 from peft_surgical.adaptation.views import AugMix, generator_at
 from peft_surgical.evaluation import TextTable
 from peft_surgical.shifts.cifar_networks import ResNet26
+from peft_surgical.targets import parse, resolve
 
 LR = 1e-5
 """So small that the network stays what it is from round to round."""

@@ -51,10 +51,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.profiler import ProfilerActivity, profile
 
-from peft_surgical import SurgicalConfig, anatomy_of, parse, resolve
+from peft_surgical import SurgicalConfig, anatomy_of
 from peft_surgical.evaluation import Interval, TextTable
 from peft_surgical.evaluation.ledger import Ledger, Run
 from peft_surgical.shifts.cifar_networks import ResNet26
+from peft_surgical.targets import parse, resolve
 
 WEIGHTS = "adapter_model.safetensors"
 CHECKED_STEPS = 3

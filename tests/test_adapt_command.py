@@ -14,13 +14,13 @@ pytest.importorskip("datasets")
 
 from peft import PeftModel  # noqa: E402
 
-from peft_surgical import ConfigError, DataError  # noqa: E402
 from peft_surgical.bases import load_base  # noqa: E402
-from peft_surgical.commands.adapt import adapt_command  # noqa: E402
 from peft_surgical.data.incoming import read_incoming  # noqa: E402
+from peft_surgical.errors import ConfigError, DataError  # noqa: E402
 from peft_surgical.evaluation import Report  # noqa: E402
 from peft_surgical.experiments import adapting as module  # noqa: E402
 from peft_surgical.experiments.adapting import AdaptSettings, open_base  # noqa: E402
+from peft_surgical_cli.adapt import adapt_command  # noqa: E402
 
 MODEL = "test_resnet"
 

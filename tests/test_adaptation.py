@@ -9,10 +9,11 @@ from peft import PeftModel, get_peft_model
 from tiny import CASES, disturb, same, snapshot, vit
 from torch import nn
 
-from peft_surgical import AdapterError, ConfigError, DataError, SurgicalConfig, TargetError
+from peft_surgical import SurgicalConfig
 from peft_surgical.adaptation import CollapseWarning
 from peft_surgical.adaptation.objectives import Memo, Tent, log_marginal, marginal_entropy, mean_entropy, norm_target
 from peft_surgical.adaptation.views import AugMix, generator_at
+from peft_surgical.errors import AdapterError, ConfigError, DataError, TargetError
 
 pytest.importorskip("torchvision")
 STREAM = torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(5))

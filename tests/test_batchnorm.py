@@ -6,8 +6,9 @@ from peft import get_peft_model
 from tiny import CASES, disturb, images, same, snapshot
 from torch import nn
 
-from peft_surgical import ConfigError, SurgicalConfig
+from peft_surgical import SurgicalConfig
 from peft_surgical.adaptation.batchnorm import batch_statistics, mixed_statistics
+from peft_surgical.errors import ConfigError
 
 
 def network():

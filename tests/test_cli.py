@@ -1,7 +1,10 @@
 """The command line: what it prints, its exit codes, and one clean line for what the user can mend."""
 
 import ast
+import importlib.metadata
 import json
+import statistics
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,17 +17,19 @@ timm = pytest.importorskip("timm")
 import tiny  # noqa: E402
 from peft import LoraConfig, get_peft_model  # noqa: E402
 
-from peft_surgical import SurgicalConfig, cli  # noqa: E402
-from peft_surgical import __main__ as module  # noqa: E402
+import peft_surgical  # noqa: E402
+from peft_surgical import SurgicalConfig  # noqa: E402
 from peft_surgical.errors import AdapterFileError  # noqa: E402
 from peft_surgical.hub.contents import contents_of  # noqa: E402
 from peft_surgical.selection import BlockScores  # noqa: E402
+from peft_surgical_cli import app as cli  # noqa: E402
+from peft_surgical_cli import main  # noqa: E402
 
 
 @pytest.fixture
 def run(capsys):
     def call(*arguments):
-        code = cli.main([str(argument) for argument in arguments])
+        code = cli.run([str(argument) for argument in arguments])
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
@@ -208,7 +213,7 @@ def test_ctrl_c_says_how_to_go_on(run, data, tmp_path, monkeypatch):
 
 
 def test_several_values_of_one_option():
-    from peft_surgical.commands.options import ManyValues
+    from peft_surgical_cli.options import ManyValues
 
     app, seen = typer.Typer(), []
 
@@ -264,6 +269,48 @@ def test_help(run):
     assert run() == run("--help")
 
 
+IN_A_PROCESS = """
+import sys
+import time
+
+from peft_surgical_cli.app import run
+
+for line in sys.argv[2:]:
+    if run(line.split()):
+        sys.exit(f"{line} fails")
+heavy = {"torch", "peft", "transformers", "accelerate", "timm", "datasets", "peft_surgical"} & set(sys.modules)
+with open(sys.argv[1], "w") as file:
+    file.write(f"{time.process_time()} {' '.join(heavy)}")
+"""
+
+
+def in_a_process(file, *lines):
+    """Run command lines in a process of their own: CPU seconds, heavy libraries imported, output."""
+    command = [sys.executable, "-c", IN_A_PROCESS, str(file), *lines]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    seconds, *heavy = file.read_text().split()
+    return float(seconds), heavy, done.stdout
+
+
+def test_help_version_and_list_import_no_heavy_library(tmp_path):
+    commands = [info.name for info in cli.app.registered_commands]
+    assert len(commands) == 12
+    (tmp_path / "adapters").mkdir()
+    adapter(tmp_path / "adapters" / "frost", target="head")
+    lines = ["--help", "--version", f"list {tmp_path}", *(f"{command} --help" for command in commands)]
+    _, heavy, out = in_a_process(tmp_path / "found", *lines)
+    assert heavy == []
+    assert importlib.metadata.version("peft-surgical") in out.splitlines()
+    assert str(tmp_path / "adapters" / "frost") in out
+    assert "--head-lr" in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", ["--help", "--version", "list", "tune --help"])
+def test_help_version_and_list_take_under_a_second(tmp_path, line):
+    assert statistics.median(in_a_process(tmp_path / "found", line)[0] for _ in range(5)) < 1
+
+
 def test_interrupt_and_faults(run, monkeypatch):
     def raising(error):
         app = typer.Typer()
@@ -296,14 +343,14 @@ def test_warnings_are_one_line(run, monkeypatch):
 
 
 def test_without_typer(monkeypatch, capsys):
-    monkeypatch.delitem(sys.modules, "peft_surgical.cli")
+    monkeypatch.delitem(sys.modules, "peft_surgical_cli.app")
     monkeypatch.setitem(sys.modules, "typer", None)
-    assert module.main() == 2
+    assert main() == 2
     assert 'the command line needs typer: pip install "peft-surgical[cli]"' in capsys.readouterr().err
 
 
 def test_only_the_commands_import_extras_where_they_start():
-    folder = Path(cli.__file__).parent
+    folder = Path(peft_surgical.__file__).parent
     for file in folder.glob("*.py"):
         imported = set()
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
@@ -313,5 +360,5 @@ def test_only_the_commands_import_extras_where_they_start():
                 imported.add(node.module.split(".")[0])
         extras = imported & {"typer", "rich", "timm", "datasets", "PIL", "matplotlib", "torchvision"}
         # `metrics` holds subclasses of evaluate.Metric, so there is no later time: it says what to install
-        allowed = {"cli.py": {"typer"}, "metrics.py": {"datasets"}}.get(file.name, set())
+        allowed = {"metrics.py": {"datasets"}}.get(file.name, set())
         assert extras <= allowed, file.name

@@ -13,9 +13,10 @@ from peft.utils import merge_utils
 from safetensors.torch import load_file, save_file
 from tiny import CASES, bits, disturb, outputs, same, snapshot, train, vit
 
-from peft_surgical import AdapterError, AdapterFileError, BaseMismatchError, ConfigError, SurgicalConfig
+from peft_surgical import SurgicalConfig
 from peft_surgical.adapters.adapter import read_adapter
 from peft_surgical.adapters.combination import combine_adapters
+from peft_surgical.errors import AdapterError, AdapterFileError, BaseMismatchError, ConfigError
 from peft_surgical.tuner.combine import METHODS, Combination, combine_deltas, combine_tensor
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

@@ -3,8 +3,9 @@ import json
 import pytest
 from peft import PeftConfig
 
-from peft_surgical import ConfigError, SurgicalConfig, TargetError
+from peft_surgical import SurgicalConfig
 from peft_surgical.config import SurgicalType
+from peft_surgical.errors import ConfigError, TargetError
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,11 @@ import torch
 from peft import get_peft_model
 from tiny import CASES, disturb, train
 
-from peft_surgical import BaseMismatchError, ConfigError, SurgicalConfig
+from peft_surgical import SurgicalConfig
 from peft_surgical.adapters.adapter import Adapter, read_adapter
 from peft_surgical.adapters.combination import combine_adapters
 from peft_surgical.adapters.difference import diff
+from peft_surgical.errors import BaseMismatchError, ConfigError
 
 
 def adapter(name, scale=1.0, **deltas):
@@ -152,7 +153,7 @@ def test_it_prints_and_is_json():
 @pytest.fixture
 def run(capsys):
     typer = pytest.importorskip("typer")
-    from peft_surgical.commands.diff import diff as command
+    from peft_surgical_cli.diff import diff_command as command
 
     app = typer.Typer()
     app.command()(command)

@@ -111,7 +111,7 @@ def test_every_module_imports_only_from_those_before_it_on_the_ladder():
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (?:`(\w+)` )?\| (`.*?`) \| .* \|$", text, re.MULTILINE)
     ladder = [f"{folder}.{name}".strip(".") for folder, row in rows for name in re.findall(r"`(\w+)`", row)]
-    files = {module_of(file): file for file in PACKAGE.rglob("*.py") if file.name not in {"__init__.py", "__main__.py"}}
+    files = {module_of(file): file for file in SOURCE.rglob("*.py") if file.name not in {"__init__.py", "__main__.py"}}
     assert sorted(ladder) == sorted(files)
     place = {name: number for number, name in enumerate(ladder)}
     wrong = {
@@ -120,25 +120,28 @@ def test_every_module_imports_only_from_those_before_it_on_the_ladder():
     assert not wrong
 
 
-PACKAGE = ROOT / "src" / "peft_surgical"
+SOURCE = ROOT / "src"
+PACKAGE = SOURCE / "peft_surgical"
 
 
 def module_of(file):
-    return ".".join(file.relative_to(PACKAGE).with_suffix("").parts)
+    """A module's name on the ladder, where the package's own need no further name."""
+    return ".".join(file.relative_to(SOURCE).with_suffix("").parts).removeprefix("peft_surgical.")
 
 
 def imported_by(file):
-    """Modules of the package that a file imports, wherever in it; a folder stands for what its __init__ imports."""
+    """Modules of both packages that a file imports, wherever in it; a folder stands for what its __init__ imports."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
             node.body = []
     found = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            folder = file.parents[node.level - 1].joinpath(*(node.module or "").split(".")).resolve()
+        if isinstance(node, ast.ImportFrom):
+            start = file.parents[node.level - 1] if node.level else SOURCE
+            folder = start.joinpath(*(node.module or "").split(".")).resolve()
             for module in [folder.with_suffix(".py"), *(folder / f"{alias.name}.py" for alias in node.names)]:
-                if module.is_file() and module.is_relative_to(PACKAGE):
+                if module.is_file() and module.is_relative_to(SOURCE):
                     found.add(module_of(module))
             if folder != PACKAGE and (folder / "__init__.py").is_file() and folder != file.parent:
                 found |= imported_by(folder / "__init__.py")

@@ -9,7 +9,8 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import CASES, disturb, same, snapshot
 
-from peft_surgical import AdapterError, AdapterFileError, BaseMismatchError, SurgicalConfig
+from peft_surgical import SurgicalConfig
+from peft_surgical.errors import AdapterError, AdapterFileError, BaseMismatchError
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."

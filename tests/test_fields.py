@@ -6,7 +6,8 @@ import math
 import pytest
 from peft import LoraConfig, PeftConfig
 
-from peft_surgical import AdapterFileError, ConfigError, SurgicalConfig
+from peft_surgical import SurgicalConfig
+from peft_surgical.errors import AdapterFileError, ConfigError
 from peft_surgical.fields import MAX_BYTES, check_fields, clear_about_types, read_object
 
 GOOD = {"peft_type": "SURGICAL", "target": "block1"}

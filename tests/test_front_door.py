@@ -23,14 +23,9 @@ from safetensors.torch import load_file
 from tiny import CASES, Tied, bits, disturb, images, llama, outputs, same, snapshot, train, vit
 from torch import nn
 
-from peft_surgical import (
-    AdapterError,
-    SurgicalConfig,
-    SurgicalLayer,
-    UnknownTargetError,
-    UnresolvedTargetError,
-    UnsupportedModelError,
-)
+from peft_surgical import SurgicalConfig
+from peft_surgical.errors import AdapterError, UnknownTargetError, UnresolvedTargetError, UnsupportedModelError
+from peft_surgical.tuner.layer import SurgicalLayer
 from peft_surgical.tuner.mixed import _routed, _Routing
 
 INPUTS = {"pixel_values": images()}

@@ -21,14 +21,11 @@ import transformers  # noqa: E402
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 from timm.models import save_for_hf  # noqa: E402
 
-from peft_surgical import SurgicalConfig  # noqa: E402
+from peft_surgical import SurgicalConfig, config  # noqa: E402
 from peft_surgical.bases import load_base  # noqa: E402
 from peft_surgical.errors import AdapterError, AdapterFileError, BaseMismatchError, ConfigError, DataError  # noqa: E402
 from peft_surgical.evaluation import Report, measure  # noqa: E402
 from peft_surgical.hub import (  # noqa: E402
-    adapters_in,
-    by_base,
-    cached_adapters,
     load_adapted,
     merge_to,
     open_adapted,
@@ -37,6 +34,8 @@ from peft_surgical.hub import (  # noqa: E402
     staging,
 )
 from peft_surgical.hub.pushing import redirected  # noqa: E402
+from peft_surgical_cli import stored  # noqa: E402
+from peft_surgical_cli.stored import adapters_in, by_base, cached_adapters  # noqa: E402
 
 NAMES = ("cat", "dog", "owl", "rat")
 IMAGE = PIL.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8))
@@ -724,4 +723,9 @@ def test_adapters_by_base(hub, base, checkpoints, tmp_path):  # noqa: F811
     lora = get_peft_model(tiny.ConvNet(torch.nn.BatchNorm2d), LoraConfig(target_modules=["fc"]))
     lora.save_pretrained(tmp_path / "sites" / "c")
     (one,) = adapters_in([tmp_path / "sites"])
+    assert (stored.CONFIG_FILE, stored.WEIGHTS_FILE, stored.METHOD) == (
+        config.CONFIG,
+        config.WEIGHTS,
+        config.SurgicalType.SURGICAL,
+    )
     assert (one.name, one.base, one.commit) == (str(tmp_path / "sites" / "a"), BASE, None)

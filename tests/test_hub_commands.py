@@ -9,40 +9,27 @@ import pytest
 import torch
 from hub_server import READ, hub  # noqa: F401 (a fixture)
 
-typer = pytest.importorskip("typer")
+pytest.importorskip("typer")
 timm = pytest.importorskip("timm")
 
 import tiny  # noqa: E402
 from peft import get_peft_model  # noqa: E402
 from timm.models import save_for_hf  # noqa: E402
 
-from peft_surgical import SurgicalConfig, cli  # noqa: E402
+from peft_surgical import SurgicalConfig  # noqa: E402
 from peft_surgical.bases import load_base  # noqa: E402
-from peft_surgical.commands.adapters import adapters  # noqa: E402
-from peft_surgical.commands.merge import merge  # noqa: E402
-from peft_surgical.commands.options import ManyValues  # noqa: E402
-from peft_surgical.commands.pull import pull  # noqa: E402
-from peft_surgical.commands.push import push  # noqa: E402
-from peft_surgical.commands.show import show  # noqa: E402
 from peft_surgical.evaluation import Report, measure  # noqa: E402
 from peft_surgical.hub import load_adapted  # noqa: E402
+from peft_surgical_cli import app as cli  # noqa: E402
 
 BASE = "lab/base"
 WEIGHTS = "adapter_model.safetensors"
 
 
 @pytest.fixture
-def run(capsys, monkeypatch):
-    app = typer.Typer(rich_markup_mode=None)
-    app.command("push", cls=ManyValues)(push)
-    app.command("pull")(pull)
-    app.command("merge")(merge)
-    app.command("list")(adapters)
-    app.command("show")(show)
-    monkeypatch.setattr(cli, "app", app)
-
+def run(capsys):
     def call(*arguments):
-        code = cli.main([str(argument) for argument in arguments])
+        code = cli.run([str(argument) for argument in arguments])
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
@@ -143,7 +130,7 @@ def test_what_the_user_can_mend_is_one_line(hub, run, adapter, tmp_path, monkeyp
         (["pull", "me/none"], "cannot pull me/none: there is no such repository"),
         (["show", "nowhere"], "cannot pull 'nowhere': it is neither a folder here"),
         (["merge", adapter, "--output", adapter], "exists and is not empty"),
-        (["list", tmp_path / "no"], "is no folder: name folders to look below"),
+        (["list", tmp_path / "no"], f"'{tmp_path / 'no'}' does not exist"),
     ):
         code, out, err = run(*arguments)
         assert (code, out) == (2, "")

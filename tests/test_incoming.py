@@ -4,8 +4,8 @@ import pytest
 import torch
 from PIL import Image
 
-from peft_surgical import DataError
 from peft_surgical.data.incoming import read_incoming
+from peft_surgical.errors import DataError
 
 datasets = pytest.importorskip("datasets")
 

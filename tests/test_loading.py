@@ -12,7 +12,8 @@ from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from tiny import CASES, disturb, outputs, same, snapshot, vit
 
-from peft_surgical import AdapterError, AdapterFileError, BaseMismatchError, SurgicalConfig, UnknownTargetError
+from peft_surgical import SurgicalConfig
+from peft_surgical.errors import AdapterError, AdapterFileError, BaseMismatchError, UnknownTargetError
 from peft_surgical.tuner.saving import commit
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

@@ -17,10 +17,11 @@ from torch import nn
 from transformers import ViTImageProcessor
 from transformers.pytorch_utils import Conv1D
 
-from peft_surgical import AdapterError, BaseMismatchError, SurgicalConfig
+from peft_surgical import SurgicalConfig
 from peft_surgical.adapters.adapter import read_adapter
 from peft_surgical.adapters.lora import to_lora
 from peft_surgical.adapters.low_rank import low_rank
+from peft_surgical.errors import AdapterError, BaseMismatchError
 
 INPUTS = CASES["conv+BN"].inputs()
 
@@ -469,7 +470,7 @@ def test_what_cannot_be_converted(tmp_path):
 @pytest.fixture
 def run(capsys):
     typer = pytest.importorskip("typer")
-    from peft_surgical.commands.lora import to_lora as command
+    from peft_surgical_cli.lora import to_lora_command as command
 
     app = typer.Typer()
     app.command()(command)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from peft_surgical import ConfigError
+from peft_surgical.errors import ConfigError
 from peft_surgical.norm import check_policy, has_statistics, hold_statistics, moving_statistics, statistics_of
 from peft_surgical.specialise import restore
 

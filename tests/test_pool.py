@@ -14,10 +14,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import CASES, bits, disturb, images, outputs, same, snapshot, train, vit
 
-from peft_surgical import AdapterError, AdapterFileError, BaseMismatchError, ConfigError, SurgicalConfig
+from peft_surgical import SurgicalConfig
 from peft_surgical.adapters.pool import AdapterPool, adapter_bytes
 from peft_surgical.adapters.turns import Turns
 from peft_surgical.config import SurgicalConfig as Config
+from peft_surgical.errors import AdapterError, AdapterFileError, BaseMismatchError, ConfigError
 
 INPUTS = images()
 ONE = 4 * (3 * 4 * 9 + 2 * 4 + 4 * 4 * 9 + 4 + 2 * 4)  # bytes of block1: conv1, bn1, layer1.0 with bias, layer1.1

@@ -1,16 +1,78 @@
+import ast
+import statistics
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
 import peft
 import pytest
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 
 import peft_surgical
-from peft_surgical import SurgicalConfig, SurgicalError, SurgicalModel, register
+from peft_surgical import SurgicalConfig, SurgicalError
 from peft_surgical.config import SurgicalType
+from peft_surgical.tuner.model import SurgicalModel
+from peft_surgical.tuner.register import register
+
+PUBLIC = """
+AdapterPool Anatomy BlockScores Pace Penalty SurgicalCallback SurgicalConfig SurgicalError anatomy_of combine_adapters
+diff load_adapted pull push_adapter read_adapter resolve_target score_blocks set_scale to_lora
+"""
+
+IMPORTED = """
+anatomy anatomy.blocks anatomy.inventory anatomy.layouts anatomy.sources anatomy.spec config delta errors fields norm
+specialise targets targets.parsing targets.resolving tuner tuner.attach tuner.combine tuner.expected tuner.layer
+tuner.mixed tuner.model tuner.plan tuner.reading tuner.register tuner.saving tuner.support
+"""
+
+
+def in_a_process(code):
+    """What code prints in a fresh process, as words."""
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    return done.stdout.split()
 
 
 def test_the_public_names_are_sorted_and_exist():
-    assert peft_surgical.__all__ == sorted(peft_surgical.__all__)
-    assert all(hasattr(peft_surgical, name) for name in peft_surgical.__all__)
+    assert peft_surgical.__all__ == sorted(PUBLIC.split())
+    assert all(getattr(peft_surgical, name).__name__ == name for name in PUBLIC.split())
+    assert set(PUBLIC.split()) <= set(dir(peft_surgical))
+    with pytest.raises(AttributeError, match="module 'peft_surgical' has no attribute 'score_block'"):
+        _ = peft_surgical.score_block
+
+
+def test_names_imported_when_first_used_are_the_ones_that_type_checkers_see():
+    tree = ast.parse(Path(peft_surgical.__file__).read_text(encoding="utf-8"))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    seen = {alias.name: node.module for node in block.body for alias in node.names}
+    assert seen == peft_surgical._MODULES
+
+
+def test_importing_the_package_imports_what_registering_needs_and_no_further_library():
+    found = in_a_process("""
+        import sys
+        import peft
+        before = set(sys.modules)
+        import peft_surgical
+        print(*sorted(set(sys.modules) - before))
+    """)
+    assert found == ["peft_surgical", *(f"peft_surgical.{name}" for name in IMPORTED.split())]
+
+
+@pytest.mark.slow
+def test_importing_the_package_takes_at_most_a_tenth_of_the_time_of_peft():
+    def share():
+        peft, ours = in_a_process("""
+            import time
+            import peft
+            between = time.process_time()
+            import peft_surgical
+            print(between, time.process_time() - between)
+        """)
+        return float(ours) / float(peft)
+
+    assert statistics.median(share() for _ in range(3)) < 0.1
 
 
 @pytest.mark.parametrize("key", ["SURGICAL", SurgicalType.SURGICAL])

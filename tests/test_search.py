@@ -11,7 +11,8 @@ import types
 import pytest
 
 import peft_surgical
-from peft_surgical import Anatomy, Block
+from peft_surgical import Anatomy
+from peft_surgical.anatomy import Block
 from peft_surgical.errors import ConfigError
 from peft_surgical.evaluation.ledger import Ledger
 from peft_surgical.training.engines import Workers, on_ray, workers

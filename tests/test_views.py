@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from peft_surgical import ConfigError, DataError
 from peft_surgical.adaptation import views as module
 from peft_surgical.adaptation.views import COLOUR, GEOMETRY, OPERATIONS, AugMix, affine, generator_at
+from peft_surgical.errors import ConfigError, DataError
 
 functional = pytest.importorskip("torchvision.transforms.v2.functional")
 

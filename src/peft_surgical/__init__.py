@@ -10,78 +10,99 @@ Importing this package registers the method; then PEFT's own front door works wi
     >>> model = get_peft_model(network, SurgicalConfig(target="block1", blocks=blocks))
     >>> sorted(name for name, p in model.named_parameters() if p.requires_grad)[0]
     'base_model.model.0.surgery.surgical_delta.default.bias'
+
+Only what registering needs is imported here. The other names are imported from their modules when they are first used.
 """
 
-from .adapters.adapter import read_adapter
-from .adapters.combination import combine_adapters
-from .adapters.difference import diff
-from .adapters.lora import to_lora
-from .adapters.pool import AdapterPool
-from .anatomy import Anatomy, Block, anatomy_of
+import functools
+import importlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from .anatomy import Anatomy, anatomy_of
 from .config import SurgicalConfig
-from .errors import (
-    AdapterError,
-    AdapterFileError,
-    AnatomyError,
-    BaseMismatchError,
-    ConfigError,
-    DataError,
-    SurgicalError,
-    TargetError,
-    UnknownTargetError,
-    UnresolvedTargetError,
-    UnsupportedModelError,
-)
-from .hub import load_adapted, open_adapted, pull, push_adapter
-from .hub.pushing import redirected
-from .selection.resolve import resolve_target, score_blocks
-from .selection.scores import BlockScores
-from .targets import TargetSpec, parse, resolve
-from .training.callback import SurgicalCallback
-from .training.pace import Pace
-from .training.penalties import Penalty
-from .tuner.layer import SurgicalLayer
-from .tuner.model import SurgicalModel, set_scale
-from .tuner.register import register
+from .errors import SurgicalError
+from .tuner.model import set_scale
+from .tuner.register import register as _register
+
+if TYPE_CHECKING:
+    from .adapters.adapter import read_adapter
+    from .adapters.combination import combine_adapters
+    from .adapters.difference import diff
+    from .adapters.lora import to_lora
+    from .adapters.pool import AdapterPool
+    from .hub.opening import load_adapted
+    from .hub.pulling import pull
+    from .hub.pushing import push_adapter
+    from .selection.resolve import resolve_target, score_blocks
+    from .selection.scores import BlockScores
+    from .training.callback import SurgicalCallback
+    from .training.pace import Pace
+    from .training.penalties import Penalty
 
 __all__ = [
-    "AdapterError",
-    "AdapterFileError",
     "AdapterPool",
     "Anatomy",
-    "AnatomyError",
-    "BaseMismatchError",
-    "Block",
     "BlockScores",
-    "ConfigError",
-    "DataError",
     "Pace",
     "Penalty",
     "SurgicalCallback",
     "SurgicalConfig",
     "SurgicalError",
-    "SurgicalLayer",
-    "SurgicalModel",
-    "TargetError",
-    "TargetSpec",
-    "UnknownTargetError",
-    "UnresolvedTargetError",
-    "UnsupportedModelError",
     "anatomy_of",
     "combine_adapters",
     "diff",
     "load_adapted",
-    "open_adapted",
-    "parse",
     "pull",
     "push_adapter",
     "read_adapter",
-    "register",
-    "resolve",
     "resolve_target",
     "score_blocks",
     "set_scale",
     "to_lora",
 ]
 
-register(redirected)
+# Name -> the module that it is imported from when it is first used.
+_MODULES = {
+    "AdapterPool": "adapters.pool",
+    "BlockScores": "selection.scores",
+    "Pace": "training.pace",
+    "Penalty": "training.penalties",
+    "SurgicalCallback": "training.callback",
+    "combine_adapters": "adapters.combination",
+    "diff": "adapters.difference",
+    "load_adapted": "hub.opening",
+    "pull": "hub.pulling",
+    "push_adapter": "hub.pushing",
+    "read_adapter": "adapters.adapter",
+    "resolve_target": "selection.resolve",
+    "score_blocks": "selection.resolve",
+    "to_lora": "adapters.lora",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name (PEP 562)."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _redirected(original: Callable[..., str]) -> Callable[..., str]:
+    # `hub.pushing.redirected`, imported when something is pushed.
+    @functools.wraps(original)
+    def push_to_hub(*args: Any, **kwargs: Any) -> str:
+        from .hub.pushing import redirected
+
+        return redirected(original)(*args, **kwargs)
+
+    return push_to_hub
+
+
+_register(_redirected)

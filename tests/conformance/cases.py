@@ -14,7 +14,9 @@ from peft import LoraConfig
 from PIL import Image
 from torch import nn
 
-from peft_surgical import SurgicalConfig, SurgicalLayer, SurgicalModel
+from peft_surgical import SurgicalConfig
+from peft_surgical.tuner.layer import SurgicalLayer
+from peft_surgical.tuner.model import SurgicalModel
 
 LORA_ONLY = ("r", "lora_alpha", "lora_dropout", "fan_in_fan_out", "use_rslora")
 NOISE = 0.1

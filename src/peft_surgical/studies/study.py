@@ -20,12 +20,12 @@ from huggingface_hub import constants
 
 from ..anatomy import anatomy_of
 from ..bases.load import Base, load_base
-from ..commands.progress import watched
 from ..data.tables import is_hub_id
 from ..errors import ConfigError, DataError
 from ..evaluation import Report
 from ..experiments.choosing import compare
 from ..experiments.experiment import Experiment
+from ..experiments.progress import watched
 from ..experiments.subject import SEARCHES
 from ..shifts.corruptions import open_classifier
 from ..shifts.parts import Published

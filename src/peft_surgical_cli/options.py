@@ -5,17 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import transformers
 import typer
 from typer.core import TyperCommand
 
-from ..errors import ConfigError
-from ..experiments.experiment import Experiment
-from ..training.engines import workers
-from ..training.fitting import FitSettings
-from .progress import Bar
+if TYPE_CHECKING:
+    from peft_surgical.experiments.experiment import Experiment
+    from peft_surgical.experiments.progress import Bar
 
 SCHEDULERS = ("constant", "cosine")
 
@@ -100,6 +97,13 @@ def experiment_of(
     Raises:
         ConfigError: A choice that does not exist.
     """
+    import transformers
+
+    from peft_surgical.errors import ConfigError
+    from peft_surgical.experiments.experiment import Experiment
+    from peft_surgical.training.engines import workers
+    from peft_surgical.training.fitting import FitSettings
+
     if scheduler not in SCHEDULERS:
         raise ConfigError(f"--scheduler {scheduler!r}: choose one of {', '.join(SCHEDULERS)}")
     engine = workers()

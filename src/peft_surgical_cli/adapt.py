@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
-import transformers
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ..data.incoming import read_incoming
-from ..evaluation import Report
-from ..experiments.adapting import FIGURE, PREDICTIONS, REPORT, Adapted, AdaptSettings, adapt, open_base, write_adapted
 from .options import Cpu, ImageColumn, LabelColumn, Model, NormStats, Output, Random
 from .terminal import console, table
+
+if TYPE_CHECKING:
+    from peft_surgical.evaluation import Report
+    from peft_surgical.experiments.adapting import Adapted
 
 Stream = Annotated[
     str,
@@ -71,6 +69,13 @@ def adapt_command(
     cpu: Cpu = False,
 ) -> None:
     """Adapt a network to a stream of images without labels, and predict each; online, what was learnt is an adapter."""
+    import torch
+    import transformers
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from peft_surgical.data.incoming import read_incoming
+    from peft_surgical.experiments.adapting import AdaptSettings, adapt, open_base, write_adapted
+
     settings = AdaptSettings(
         method=method,
         target=target or ("norm" if method == "tent" else "stem"),
@@ -108,6 +113,8 @@ def adapt_command(
 
 
 def _print(report: Report, adapted: Adapted, output: object) -> None:
+    from peft_surgical.experiments.adapting import FIGURE, PREDICTIONS, REPORT
+
     out, settings, record = console(), report.settings, adapted.record
     title = f"{report.model}: {settings['method']}, {settings['mode']}, {report.target}, lr {settings['lr']:g}"
     if report.measurements:

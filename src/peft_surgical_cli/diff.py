@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import json as to_json
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..adapters.difference import Difference
-from ..adapters.difference import diff as compare
-from ..delta import shown
 from .terminal import console
 
+if TYPE_CHECKING:
+    from peft_surgical.adapters.difference import Difference
 
-def diff(
+
+def diff_command(
     a: Annotated[str, typer.Argument(help="A folder that save_pretrained wrote, or an id on the Hub.")],
     b: Annotated[str, typer.Argument(help="The other.")],
     top: Annotated[int | None, typer.Option(min=0, help="Only so many tensors, the most distant first.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compare the deltas of two adapters: norms, distance, cosine, share of equal signs."""
-    found = compare(a, b)
+    from peft_surgical.adapters.difference import diff
+
+    found = diff(a, b)
     if top is not None:
         farthest = sorted(found.tensors, key=lambda row: -row.distance)[:top]
         found = dataclasses.replace(found, tensors=tuple(farthest))
@@ -32,6 +34,8 @@ def diff(
 
 
 def _print(found: Difference) -> None:
+    from peft_surgical.delta import shown
+
     out = console()
     out.print(found)
     out.print()

@@ -7,9 +7,6 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from ..experiments.choosing import compare as compared_runs
-from ..experiments.outputs import COMPARED, FIGURE, REPORT, TABLE, compared, write_compared
-from ..training.search import NONE
 from .options import (
     Augment,
     BatchSize,
@@ -34,13 +31,12 @@ from .options import (
     WeightDecay,
     experiment_of,
 )
-from .progress import watched
 from .terminal import console, table
 
-METHODS = (NONE, "all", "head", "block1", "auto-rgn", "race")
+COMPARED_METHODS = ("none", "all", "head", "block1", "auto-rgn", "race")
 
 
-def compare(
+def compare_command(
     model: Model,
     data: Images,
     output: Output,
@@ -49,7 +45,7 @@ def compare(
         typer.Option(
             help="none, targets (block1, 'block1 + head', all), methods (auto-rgn, lp-ft, l2-sp, ...) and searches "
             "(race, cross-val, greedy, auto).",
-            show_default=" ".join(METHODS),
+            show_default=" ".join(COMPARED_METHODS),
         ),
     ] = None,
     seeds: Annotated[list[int] | None, typer.Option(help="One or more.", show_default="0 1 2")] = None,
@@ -77,6 +73,10 @@ def compare(
     Run again after Ctrl-C, the same command goes on from where it was. Under
     `accelerate launch --num_processes N -m peft_surgical compare ...` processes share the runs.
     """
+    from peft_surgical.experiments.choosing import compare
+    from peft_surgical.experiments.outputs import COMPARED, FIGURE, REPORT, TABLE, compared, write_compared
+    from peft_surgical.experiments.progress import watched
+
     with watched() as watch:
         experiment = experiment_of(
             model,
@@ -105,7 +105,7 @@ def compare(
             use_cpu=cpu,
         )
         seeds = seeds or [0, 1, 2]
-        rows = compared_runs(experiment, methods or list(METHODS), seeds)
+        rows = compare(experiment, methods or list(COMPARED_METHODS), seeds)
         if not watch.first:
             return
         report = write_compared(experiment, rows, seeds)

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import json as to_json
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.filesize import decimal
 from rich.markup import escape
 
-from ..hub.cards import size
-from ..hub.contents import Contents, contents_of
-from ..hub.pulling import locate
 from .pull import Revision
 from .terminal import console, table
 
+if TYPE_CHECKING:
+    from peft_surgical.hub.contents import Contents
 
-def show(
+
+def show_command(
     adapter: Annotated[str, typer.Argument(help="A folder that save_pretrained wrote, or owner/name on the Hub.")],
     revision: Revision = None,
     top: Annotated[int, typer.Option(min=0, help="How many of the largest deltas to list.")] = 10,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Verify an adapter's file and print what was tuned, and how far it moved."""
+    from peft_surgical.hub.contents import contents_of
+    from peft_surgical.hub.pulling import locate
+
     folder, is_remote = locate(adapter, revision=revision)
     contents = contents_of(folder)
     if json:
@@ -40,7 +44,7 @@ def _print(contents: Contents, top: int, place: str) -> None:
         ("target", contents.target if isinstance(contents.target, str) else " + ".join(contents.target or ["modules"])),
         ("norm policy", contents.norm_stats + (f", {contents.statistics} statistics" if contents.statistics else "")),
         ("scale", f"{contents.scale:g}"),
-        ("size", f"{size(contents.bytes)}, {', '.join(contents.dtypes)}"),
+        ("size", f"{decimal(contents.bytes)}, {', '.join(contents.dtypes)}"),
         ("SHA-256", contents.sha256),
         ("saved whole", ", ".join(contents.modules_to_save)),
         ("file", "verified: whole, unaltered, finite"),

@@ -6,16 +6,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.filesize import decimal
 from rich.markup import escape
 
-from ..errors import ConfigError
-from ..hub import push_adapter
-from ..hub.cards import size
 from .pull import Base
 from .terminal import console
 
 
-def push(
+def push_command(
     adapter: Annotated[Path, typer.Argument(help="A folder that save_pretrained or tune wrote.", show_default=False)],
     repo: Annotated[str, typer.Argument(help="owner/name; made if it does not exist.", show_default=False)],
     license: Annotated[
@@ -40,6 +38,9 @@ def push(
     message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload a surgical adapter",
 ) -> None:
     """Upload an adapter in one commit, after everything about it has been checked."""
+    from peft_surgical.errors import ConfigError
+    from peft_surgical.hub.pushing import push_adapter
+
     if dataset and no_dataset:
         raise ConfigError("--dataset and --no-dataset contradict each other: give one of them")
     done = push_adapter(
@@ -61,7 +62,7 @@ def push(
     )
     out = console()
     weights = adapter / "adapter_model.safetensors"
-    out.print(escape(f"{done.url}\n{', '.join(done.files)}; the weights have {size(weights.stat().st_size)}"))
+    out.print(escape(f"{done.url}\n{', '.join(done.files)}; the weights have {decimal(weights.stat().st_size)}"))
     if done.pr_url:
         out.print(escape(f"Pull request: {done.pr_url}"))
     out.print(escape(f"SHA-256 {done.sha256}\nTo load it:\n"))

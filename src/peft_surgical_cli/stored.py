@@ -1,4 +1,7 @@
-"""The adapters that are at hand: in huggingface_hub's cache, and in folders."""
+"""The adapters that are at hand, in huggingface_hub's cache and in folders: for ``peft-surgical list``.
+
+Read from their configs alone, without importing `peft_surgical`, so that the list is there at once.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants, scan_cache_dir
-from huggingface_hub.errors import CacheNotFound
-
-from ..config import CONFIG, WEIGHTS, SurgicalType
+# As in `peft_surgical.config`, whose import takes seconds; a test compares them.
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+METHOD = "SURGICAL"
 
 UNNAMED = "(no base named)"
 
@@ -55,6 +58,9 @@ def cached_adapters(cache_dir: str | os.PathLike[str] | None = None) -> list[Sto
     Args:
         cache_dir: By default that of ``HF_HUB_CACHE``.
     """
+    from huggingface_hub import constants, scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
     try:
         info = scan_cache_dir(Path(cache_dir or constants.HF_HUB_CACHE))
     except CacheNotFound:
@@ -74,7 +80,7 @@ def adapters_in(folders: Iterable[str | os.PathLike[str]]) -> list[Stored]:
     """The surgical adapters in folders and in the folders below them."""
     found = []
     for folder in folders:
-        for file in Path(folder).rglob(CONFIG):
+        for file in Path(folder).rglob(CONFIG_FILE):
             config = _config_in(file.parent)
             if config is not None:
                 found.append(_stored(str(file.parent), file.parent, config))
@@ -92,10 +98,10 @@ def by_base(adapters: Iterable[Stored]) -> dict[str, list[Stored]]:
 def _config_in(folder: Path) -> dict[str, Any] | None:
     """The config of a surgical adapter; None for everything else."""
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    ours = isinstance(config, dict) and config.get("peft_type") == SurgicalType.SURGICAL.value
+    ours = isinstance(config, dict) and config.get("peft_type") == METHOD
     return config if ours else None
 
 
@@ -105,7 +111,7 @@ def _stored(
     said = config.get("target") or config.get("target_modules")
     tensors = config.get("tensor_names") or []
     target = f"{len(tensors)} tensors" if not said else said if isinstance(said, str) else " + ".join(map(str, said))
-    file = folder / WEIGHTS
+    file = folder / WEIGHTS_FILE
     size = file.stat().st_size if file.is_file() else 0
     base = str(config.get("base_model_name_or_path") or UNNAMED)
     return Stored(name, base, target, size, str(folder), commit, refs)

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 
-from ..errors import ConfigError
-from ..evaluation import Report
-from ..experiments.choosing import choose
-from ..experiments.experiment import Experiment
-from ..experiments.outputs import FIGURE, LOADING, REPORT, read_source, write_tuned
-from ..training.search import NONE
 from .options import (
     Augment,
     BatchSize,
@@ -37,11 +31,14 @@ from .options import (
     WeightDecay,
     experiment_of,
 )
-from .progress import watched
 from .terminal import console, table
 
+if TYPE_CHECKING:
+    from peft_surgical.evaluation import Report
+    from peft_surgical.experiments.experiment import Experiment
 
-def tune(
+
+def tune_command(
     model: Model,
     data: Images,
     output: Output,
@@ -85,6 +82,11 @@ def tune(
 
     Run again after Ctrl-C, the same command goes on from where it was.
     """
+    from peft_surgical.errors import ConfigError
+    from peft_surgical.experiments.choosing import choose
+    from peft_surgical.experiments.outputs import read_source, write_tuned
+    from peft_surgical.experiments.progress import watched
+
     if target is not None and method is not None:
         raise ConfigError(f"--target {target} and --method {method} both say what to tune: give one of them")
     columns = {"image_column": image_column, "label_column": label_column}
@@ -125,6 +127,9 @@ def tune(
 
 
 def _print(experiment: Experiment, report: Report) -> None:
+    from peft_surgical.experiments.outputs import FIGURE, LOADING, REPORT
+    from peft_surgical.training.search import NONE
+
     out = console()
     what, settings = report.target, report.settings
     rate = "" if settings["lr"] is None else f", learning rate {settings['lr']:g}"

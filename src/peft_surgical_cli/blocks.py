@@ -7,18 +7,19 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from ..anatomy import anatomy_of
-from ..anatomy.spec import shortened
-from ..bases.load import load_model
 from .terminal import console, table
 
 
-def blocks(
+def blocks_command(
     model: Annotated[str, typer.Argument(help="A timm id, a transformers id, or a folder of either.")],
     num_classes: Annotated[int | None, typer.Option(help="Give it a new head of this size.")] = None,
     random: Annotated[bool, typer.Option("--random", help="Read the architecture only, no weights.")] = False,
 ) -> None:
     """Print the blocks of a network, in the order in which data flows."""
+    from peft_surgical.anatomy import anatomy_of
+    from peft_surgical.anatomy.spec import shortened
+    from peft_surgical.bases.load import load_model
+
     anatomy = anatomy_of(load_model(model, num_classes, weights="random" if random else "pretrained"))
     total = sum(block.num_parameters for block in anatomy)
     rows = table("block", "modules", "tensors", "parameters", "share", numbers=("tensors", "parameters", "share"))

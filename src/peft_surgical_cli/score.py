@@ -5,21 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import torch
-import transformers
 import typer
-from torch.utils.data import DataLoader
 
-from ..bases.load import load_base
-from ..data.labelled import collate, items, read_data
-from ..extras import require
-from ..selection.criteria import criterion_of
-from ..selection.resolve import score_blocks
 from .options import Cpu, Few, ImageColumn, Images, LabelColumn, Model, Random, Validation
 from .terminal import console
 
 
-def score(
+def score_command(
     model: Model,
     data: Images,
     criterion: Annotated[str, typer.Option(help="rgn, snr, snr-reference or fisher.")] = "rgn",
@@ -36,6 +28,16 @@ def score(
     cpu: Cpu = False,
 ) -> None:
     """Score every block on tuning images: a higher score means, tune this."""
+    import torch
+    import transformers
+    from torch.utils.data import DataLoader
+
+    from peft_surgical.bases.load import load_base
+    from peft_surgical.data.labelled import collate, items, read_data
+    from peft_surgical.extras import require
+    from peft_surgical.selection.criteria import criterion_of
+    from peft_surgical.selection.resolve import score_blocks
+
     criterion_of(criterion)
     transformers.logging.set_verbosity_error()
     found = read_data(

@@ -5,24 +5,22 @@ from __future__ import annotations
 import dataclasses
 import json as to_json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.filesize import decimal
 from rich.markup import escape
 
-from ..adapters.adapter import new_folder, read_adapter
-from ..adapters.lora import LoraConversion
-from ..adapters.lora import to_lora as convert
-from ..delta import shown
-from ..hub.cards import size
-from ..hub.opening import open_adapted
 from .pull import Base, Revision
 from .terminal import console, table
+
+if TYPE_CHECKING:
+    from peft_surgical.adapters.lora import LoraConversion
 
 Adapter = Annotated[str, typer.Argument(help="A folder, or owner/name on the Hub.", show_default=False)]
 
 
-def to_lora(
+def to_lora_command(
     adapter: Adapter,
     output: Annotated[Path, typer.Option(help="A new folder for the LoRA adapter.", show_default=False)],
     rank: Annotated[int | None, typer.Option(help="Of all factors.", show_default=False)] = None,
@@ -37,11 +35,15 @@ def to_lora(
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Write an adapter as a LoRA adapter that PEFT loads without this package."""
+    from peft_surgical.adapters.adapter import new_folder, read_adapter
+    from peft_surgical.adapters.lora import to_lora
+    from peft_surgical.hub.opening import open_adapted
+
     new_folder(output)  # before a base is fetched
     opened = open_adapted(adapter, revision=revision, base=base)
     source = dataclasses.replace(read_adapter(opened.folder), name=adapter)  # of a repository, the same commit
     network = opened.model.unload()
-    found = convert(source, network, rank=rank, energy=energy, keep=not factors_only, output=output)
+    found = to_lora(source, network, rank=rank, energy=energy, keep=not factors_only, output=output)
     if json:
         typer.echo(to_json.dumps(found.to_dict(), indent=2))
     else:
@@ -49,6 +51,8 @@ def to_lora(
 
 
 def _print(found: LoraConversion, output: Path) -> None:
+    from peft_surgical.delta import shown
+
     out = console()
     numbers = ("rank", "of", "L2 norm", "relative error")
     rows = table("tensor", "kept as", *numbers, numbers=numbers)
@@ -60,5 +64,5 @@ def _print(found: LoraConversion, output: Path) -> None:
     out.print(f"relative error of all deltas: {found.error:.2%}")
     if found.left_out:
         out.print(escape(f"left out: {shown(found.left_out)}"))
-    out.print(f"{size(found.bytes_before)} before, {size(found.bytes)} as LoRA")
+    out.print(f"{decimal(found.bytes_before)} before, {decimal(found.bytes)} as LoRA")
     out.print(escape(str(output)), soft_wrap=True)

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from ..hub import pull as fetch
 from .terminal import console
 
 Repo = Annotated[str, typer.Argument(help="owner/name on the Hub.", show_default=False)]
@@ -16,7 +15,7 @@ Base = Annotated[str | None, typer.Option(help="The base, if the adapter does no
 Revision = Annotated[str | None, typer.Option(help="A branch, a tag or a commit.", show_default="main")]
 
 
-def pull(
+def pull_command(
     repo: Repo,
     output: Annotated[Path | None, typer.Option(help="Put it into this folder.", show_default="the cache")] = None,
     revision: Revision = None,
@@ -24,6 +23,8 @@ def pull(
     force: Annotated[bool, typer.Option("--force", help="Fetch again what is in the cache.")] = False,
 ) -> None:
     """Fetch an adapter and verify it: whole, unaltered, complete, finite."""
-    found = fetch(repo, output, revision=revision, verify=verify, force=force)
+    from peft_surgical.hub.pulling import pull
+
+    found = pull(repo, output, revision=revision, verify=verify, force=force)
     card = ", as in its card" if found.in_card else ""
     console().print(escape(f"{found.folder}\ncommit {found.oid}\nSHA-256 {found.sha256}{card}"), soft_wrap=True)

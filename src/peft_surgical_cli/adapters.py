@@ -7,23 +7,22 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.filesize import decimal
 from rich.markup import escape
 
-from ..errors import ConfigError
-from ..hub import adapters_in, by_base, cached_adapters
-from ..hub.cards import size
+from .stored import adapters_in, by_base, cached_adapters
 from .terminal import console, table
 
 
-def adapters(
-    folders: Annotated[list[Path] | None, typer.Argument(help="Look below these, too.", show_default=False)] = None,
+def list_command(
+    folders: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Look below these, too.", exists=True, file_okay=False, show_default=False),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List the adapters that are at hand: the Hub's in the cache, and those in folders."""
-    folders = folders or []
-    if missing := [folder for folder in folders if not folder.is_dir()]:
-        raise ConfigError(f"{missing[0]} is no folder: name folders to look below")
-    found = by_base([*cached_adapters(), *adapters_in(folders)])
+    found = by_base([*cached_adapters(), *adapters_in(folders or [])])
     if json:
         typer.echo(to_json.dumps({base: [one.to_dict() for one in rows] for base, rows in found.items()}, indent=2))
         return
@@ -33,7 +32,7 @@ def adapters(
         for one in rows:
             commit = " ".join([*one.refs, (one.commit or "")[:12]]).strip()
             shown.add_row(
-                escape(one.name), escape(one.target), escape(commit), size(one.bytes) if one.is_whole else "-"
+                escape(one.name), escape(one.target), escape(commit), decimal(one.bytes) if one.is_whole else "-"
             )
         out.print(shown)
         out.print()

@@ -1,0 +1,108 @@
+"""The program: its commands, exit codes and messages. It prints and exits; what a command does is in `peft_surgical`.
+
+A further command is a module with one function, and one line below.
+
+Exit codes: 0, 2 for what the user can mend (one line on standard error, no traceback), 130 for Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Annotated, TextIO
+
+import typer
+
+from .adapt import adapt_command
+from .adapters import list_command
+from .blocks import blocks_command
+from .compare import compare_command
+from .diff import diff_command
+from .lora import to_lora_command
+from .merge import merge_command
+from .options import ManyValues
+from .pull import pull_command
+from .push import push_command
+from .score import score_command
+from .show import show_command
+from .tune import tune_command
+
+app = typer.Typer(
+    name="peft-surgical",
+    help="Surgical fine-tuning: tune one block of a pretrained vision model, save one small delta file.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("blocks")(blocks_command)
+app.command("score")(score_command)
+app.command("tune", cls=ManyValues)(tune_command)
+app.command("compare", cls=ManyValues)(compare_command)
+app.command("adapt")(adapt_command)
+app.command("show")(show_command)
+app.command("diff")(diff_command)
+app.command("merge")(merge_command)
+app.command("to-lora")(to_lora_command)
+app.command("push", cls=ManyValues)(push_command)
+app.command("pull")(pull_command)
+app.command("list")(list_command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(importlib.metadata.version("peft-surgical"))
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options before the command; each acts in a callback of its own."""
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit code.
+
+    Args:
+        arguments: Without the program's name; None takes the process's own.
+    """
+    # Without a command there is nothing to mend yet: the help, rather than a complaint.
+    arguments = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            code = app(args=arguments, prog_name="peft-surgical", standalone_mode=False)
+        except (KeyboardInterrupt, typer.Abort):
+            return 130
+        except Exception as error:
+            # A usage error: typer's own copy of click raises it, older typers raise click's.
+            if hasattr(error, "format_message"):
+                return _complain(error.format_message())
+            from peft_surgical.errors import SurgicalError
+
+            if not isinstance(error, SurgicalError):
+                raise
+            return _complain(str(error))
+    return code if isinstance(code, int) else 0
+
+
+def _complain(message: str) -> int:
+    print(f"peft-surgical: {message}", file=sys.stderr)
+    return 2
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    # Without the place in the code, which says nothing to whoever typed the command.
+    print(f"peft-surgical: warning: {message}", file=sys.stderr)
