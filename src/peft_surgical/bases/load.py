@@ -64,6 +64,7 @@ def load_base(
     head: str = "auto",
     weights: str = "pretrained",
     augment: str = "none",
+    image_size: int | None = None,
     seed: int = 0,
 ) -> Base:
     """Load a base and the transforms that belong to it. Weights come from safetensors only, and no code is downloaded.
@@ -82,6 +83,8 @@ def load_base(
         weights: ``"random"`` reads the architecture only: for tests, and to look at blocks.
         augment: Of ``transform_train``: ``"none"``; ``"flip"``, half of the images mirrored; or ``"crop"``, a random
             part of each image resized, and flips, as timm trains.
+        image_size: Height and width that the transforms give, in pixels; None takes the checkpoint's. For networks that
+            take images of any size.
         seed: Seed of a new head, or of all weights.
 
     Raises:
@@ -93,7 +96,7 @@ def load_base(
     """
     base = _load(os.fspath(name), num_classes, label_names, head, weights, seed)
     with _quiet():
-        train, evaluation = base.transforms(_choice("augment", augment, AUGMENTS))
+        train, evaluation = base.transforms(_choice("augment", augment, AUGMENTS), image_size)
     return Base(
         model=base.model,
         name=os.fspath(name),

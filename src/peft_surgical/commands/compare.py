@@ -7,8 +7,10 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from ..errors import RowsFailedError
 from ..experiments.choosing import compare as compared_runs
 from ..experiments.outputs import COMPARED, FIGURE, REPORT, TABLE, compared, write_compared
+from ..training.engines import separated
 from ..training.search import NONE
 from .options import (
     Augment,
@@ -20,10 +22,12 @@ from .options import (
     HeadLrs,
     ImageColumn,
     Images,
+    ImageSize,
     LabelColumn,
     Lrs,
     Model,
     NormStats,
+    NumWorkers,
     Optimizer,
     Output,
     Precision,
@@ -56,7 +60,7 @@ def compare(
     lr: Lrs = None,
     head_lr: HeadLrs = None,
     epochs: Epochs = 15,
-    batch_size: BatchSize = 64,
+    batch_size: BatchSize = None,
     optimizer: Optimizer = "adam",
     weight_decay: WeightDecay = 1e-4,
     scheduler: Scheduler = "constant",
@@ -69,6 +73,8 @@ def compare(
     image_column: ImageColumn = None,
     label_column: LabelColumn = None,
     augment: Augment = "none",
+    image_size: ImageSize = None,
+    workers: NumWorkers = 0,
     random: Random = False,
     cpu: Cpu = False,
 ) -> None:
@@ -77,12 +83,16 @@ def compare(
     Run again after Ctrl-C, the same command goes on from where it was. Under
     `accelerate launch --num_processes N -m peft_surgical compare ...` processes share the runs.
     """
-    with watched() as watch:
+    methods, seeds = methods or list(METHODS), seeds or [0, 1, 2]
+    failure: RowsFailedError | None = None
+    with watched() as watch, separated() as engine:
         experiment = experiment_of(
             model,
             data,
             output,
             watch=watch,
+            engine=engine,
+            asked=methods,
             seed=0,
             lr=lr,
             head_lr=head_lr,
@@ -96,6 +106,8 @@ def compare(
                 "label_column": label_column,
             },
             augment=augment,
+            image_size=image_size,
+            workers=workers,
             random=random,
             epochs=epochs,
             batch_size=batch_size,
@@ -104,11 +116,15 @@ def compare(
             precision=precision,
             use_cpu=cpu,
         )
-        seeds = seeds or [0, 1, 2]
-        rows = compared_runs(experiment, methods or list(METHODS), seeds)
+        try:
+            rows = compared_runs(experiment, methods, seeds)
+        except RowsFailedError as error:
+            if not error.done:
+                raise
+            rows, failure = error.done, error
         if not watch.first:
             return
-        report = write_compared(experiment, rows, seeds)
+        report = write_compared(experiment, rows, seeds, failure.failed if failure else {})
     out = console()
     shown = table(*COMPARED, numbers=tuple(COMPARED[1:-1]))
     for cells in compared(report):
@@ -118,3 +134,5 @@ def compare(
     out.print(escape(report.settings["caption"]), soft_wrap=True)
     files = ", ".join((REPORT, TABLE, FIGURE, experiment.ledger.file.name))
     out.print(escape(f"In {output}: {files}"), soft_wrap=True)
+    if failure is not None:
+        raise failure

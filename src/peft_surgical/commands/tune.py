@@ -12,7 +12,8 @@ from ..evaluation import Report
 from ..experiments.choosing import choose
 from ..experiments.experiment import Experiment
 from ..experiments.outputs import FIGURE, LOADING, REPORT, read_source, write_tuned
-from ..training.search import NONE
+from ..training.engines import separated
+from ..training.search import NOMINATED, NONE
 from .options import (
     Augment,
     BatchSize,
@@ -23,10 +24,12 @@ from .options import (
     HeadLrs,
     ImageColumn,
     Images,
+    ImageSize,
     LabelColumn,
     Lrs,
     Model,
     NormStats,
+    NumWorkers,
     Optimizer,
     Output,
     Precision,
@@ -50,8 +53,8 @@ def tune(
         typer.Option(
             help="What to tune: block2, 'block1 + head', all; auto-rgn, auto-snr or auto-fisher, which tune the blocks "
             "that score best (as a method, auto-rgn trains all tensors, each at its own rate: --method auto-rgn); or a "
-            "search that trains candidates: race, cross-val, greedy, and auto, which races the head, all and the three "
-            "blocks with the highest RGN.",
+            "search that trains candidates: race, cross-val, greedy, and auto, which races the "
+            f"{NOMINATED} blocks with the highest RGN, the head, all, and, unless the head is new, no tuning.",
             show_default="auto",
         ),
     ] = None,
@@ -64,7 +67,7 @@ def tune(
     lr: Lrs = None,
     head_lr: HeadLrs = None,
     epochs: Epochs = 15,
-    batch_size: BatchSize = 64,
+    batch_size: BatchSize = None,
     optimizer: Optimizer = "adam",
     weight_decay: WeightDecay = 1e-4,
     scheduler: Scheduler = "constant",
@@ -77,6 +80,8 @@ def tune(
     image_column: ImageColumn = None,
     label_column: LabelColumn = None,
     augment: Augment = "none",
+    image_size: ImageSize = None,
+    workers: NumWorkers = 0,
     seed: Annotated[int, typer.Option(help="Of drawn parts, training order and a new head.")] = 0,
     random: Random = False,
     cpu: Cpu = False,
@@ -87,13 +92,17 @@ def tune(
     """
     if target is not None and method is not None:
         raise ConfigError(f"--target {target} and --method {method} both say what to tune: give one of them")
+    asked = method or target or "auto"
     columns = {"image_column": image_column, "label_column": label_column}
-    with watched() as watch:
+    with watched() as watch, separated() as engine:
         experiment = experiment_of(
             model,
             data,
             output,
             watch=watch,
+            engine=engine,
+            asked=[asked],
+            is_method=method is not None,
             seed=seed,
             lr=lr,
             head_lr=head_lr,
@@ -101,6 +110,8 @@ def tune(
             config={"norm_stats": norm_stats, "delta_dtype": delta_dtype},
             reading={"tuning": images, "validation": validation, "test": test, **columns},
             augment=augment,
+            image_size=image_size,
+            workers=workers,
             random=random,
             epochs=epochs,
             batch_size=batch_size,
@@ -112,7 +123,7 @@ def tune(
         old = None if source is None else read_source(experiment, source, **columns)
         choice = choose(
             experiment,
-            method or target or "auto",
+            asked,
             seed,
             is_method=method is not None,
             num_blocks=num_blocks,

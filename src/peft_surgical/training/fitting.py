@@ -31,6 +31,7 @@ from ..config import SurgicalConfig
 from ..errors import ConfigError
 from ..processes import SameStatistics, check_launch, check_sharding, settle, told
 from ..selection.tensors import anatomy_under
+from ..watch import SELECTED_BY as SELECTED_BY
 from .callback import RECORD, SurgicalCallback
 from .checkpoints import Mark, drop_scratch, last_checkpoint, log_of
 from .checkpoints import forget_checkpoints as forget_checkpoints
@@ -43,8 +44,6 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
     "sgd": lambda parameters, **how: torch.optim.SGD(parameters, momentum=0.9, **how),
 }
-SELECTED_BY = "selected_by"
-"""What Trainer logs the metric as that chooses the epoch; ``accuracy`` is logged beside it."""
 
 FORWARD_SHARE = 1 / 3
 """Cost of a forward pass as a share of a training step, which runs forward once and backward twice its work."""
