@@ -89,7 +89,8 @@ def load_base(
 
     Raises:
         DataError: If no such model can be loaded; names what was tried.
-        ConfigError: For an unknown choice, or choices that contradict each other.
+        ConfigError: For an unknown choice, choices that contradict each other, or an image size that the network does
+            not take.
 
     Warns:
         UserWarning: If a head with the right number of classes is replaced.
@@ -97,6 +98,8 @@ def load_base(
     base = _load(os.fspath(name), num_classes, label_names, head, weights, seed)
     with _quiet():
         train, evaluation = base.transforms(_choice("augment", augment, AUGMENTS), image_size)
+    if image_size is not None:
+        _check_size(base.model, image_size)
     return Base(
         model=base.model,
         name=os.fspath(name),
@@ -233,6 +236,17 @@ def _differ(name: str, known: Sequence[str] | None, given: Sequence[str] | None)
         stacklevel=4,
     )
     return True
+
+
+def _check_size(model: nn.Module, size: int) -> None:
+    try:
+        with torch.no_grad():
+            model(torch.zeros(1, 3, size, size))
+    except Exception as error:  # each architecture has its own way to say so
+        raise ConfigError(
+            f"an image size of {size}: this network does not take images of {size} pixels ({_reason(error)}): leave the "
+            "size out, or choose a network of that size"
+        ) from error
 
 
 def _reason(error: Exception) -> str:

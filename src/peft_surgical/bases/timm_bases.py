@@ -9,7 +9,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import nn
 
-from ..errors import ConfigError, DataError
+from ..errors import DataError
 from ..extras import require
 from .transforms import Transform, of_timm
 
@@ -61,19 +61,9 @@ class TimmBase:
 
 
 def transforms_of(model: nn.Module, augment: str, size: int | None) -> tuple[Transform, Transform]:
-    """The transforms of a timm network.
-
-    Raises:
-        ConfigError: It takes images of one size only, which is not the one asked for.
-    """
+    """The transforms of a timm network, giving images of ``size`` x ``size``, by default those of the checkpoint."""
     config = require("timm.data", "loading a timm model", "timm").resolve_model_data_config(model)
-    if size is not None and tuple(config["input_size"][1:]) != (size, size):
-        fixed: dict[str, Any] = getattr(model, "pretrained_cfg", {})
-        if fixed.get("fixed_input_size"):
-            raise ConfigError(
-                f"an image size of {size}: this network takes images of {config['input_size'][1]} pixels only; choose "
-                "that, or a network of that size"
-            )
+    if size is not None:
         config = {**config, "input_size": (config["input_size"][0], size, size)}
     return of_timm(config, augment)
 

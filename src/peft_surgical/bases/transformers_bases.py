@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 
 from ..anatomy import anatomy_of
 from ..delta import shown
-from ..errors import AnatomyError, ConfigError, DataError
+from ..errors import AnatomyError, DataError
 from .timm_bases import transforms_of
 from .transforms import Transform, of_processor
 
@@ -92,7 +92,6 @@ class TransformersBase:
 
         Raises:
             DataError: If no image processor was saved with the network.
-            ConfigError: It takes images of one size only, which is not the one asked for.
         """
         if (inner := getattr(self.model, "timm_model", None)) is not None:
             # What transformers writes for a network of timm's does not name a processor; the network knows its own.
@@ -106,12 +105,6 @@ class TransformersBase:
                 "AutoImageProcessor.from_pretrained(...).save_pretrained(...)"
             ) from error
         if size is not None:
-            fixed = getattr(self.model.config, "image_size", None)
-            if fixed not in (None, size):
-                raise ConfigError(
-                    f"an image size of {size}: this network takes images of {fixed} pixels only; choose that, or a "
-                    "network of that size"
-                )
             square = {"height": size, "width": size}
             edge = getattr(processor.size, "shortest_edge", None) is not None
             given = {"size": {"shortest_edge": size} if edge else square}

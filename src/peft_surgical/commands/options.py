@@ -80,36 +80,34 @@ class ManyValues(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Write ``--lr 1 2`` and ``--lr 1,2`` as ``--lr 1 --lr 2``; the values end at the next option."""
-        kinds = {
-            name: parameter.type.name
-            for parameter in self.params
-            if getattr(parameter, "multiple", False)
-            for name in parameter.opts
-        }
+        many = {name for parameter in self.params if getattr(parameter, "multiple", False) for name in parameter.opts}
         written: list[str] = []
         option: str | None = None
         for argument in args:
             name, equals, value = argument.partition("=")
-            if argument in kinds:
+            if argument in many:
                 option = argument
                 written.append(argument)
-            elif equals and name in kinds:
+            elif equals and name in many:
                 option = None
-                written += [f"{name}={part}" for part in _parts(value, kinds[name])]
+                written += [f"{name}={part}" for part in _parts(value)]
             elif option is None or argument.startswith("--"):
                 option = None
                 written.append(argument)
             else:
-                for part in _parts(argument, kinds[option]):
+                for part in _parts(argument):
                     written += [part] if written[-1] is option else [option, part]
         return super().parse_args(ctx, written)
 
 
-def _parts(text: str, kind: str) -> list[str]:
-    """Numbers with commas between them; a comma in a name or a pattern is its own."""
-    if kind not in ("integer", "float"):
+def _parts(text: str) -> list[str]:
+    """Numbers with commas between them, one by one; a comma in a name or a pattern is its own."""
+    parts = [part for part in (one.strip() for one in text.split(",")) if part]
+    try:
+        [float(part) for part in parts]
+    except ValueError:
         return [text]
-    return [part for part in (one.strip() for one in text.split(",")) if part] or [text]
+    return parts or [text]
 
 
 def experiment_of(

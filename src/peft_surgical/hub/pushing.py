@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -170,8 +170,9 @@ def without_paths(report: Report, base: str | None = None) -> Report:
         report: Its numbers stay as they are.
         base: What others call the base, in place of the folder that it may have been here.
     """
-    content = json.loads(report.to_json())
-    names = {text: PureWindowsPath(text).name for text in _texts(content) if _is_absolute(text)}
+    places = [report.model, *(report.settings.get(name) for name in ("model", "data_from", "source_from"))]
+    # PureWindowsPath knows both separators.
+    names = {text: PureWindowsPath(text).name for text in places if isinstance(text, str) and _is_absolute(text)}
     if base is not None and report.model in names:
         names[report.model] = base
 
@@ -186,22 +187,14 @@ def without_paths(report: Report, base: str | None = None) -> Report:
             value = value.replace(path, names[path])
         return _PATH.sub(lambda found: re.split(r"[/\\]", found[0].rstrip("/\\"))[-1], value)
 
-    return Report.from_json(json.dumps(cleaned(content)))
+    return Report.from_json(json.dumps(cleaned(json.loads(report.to_json()))))
 
 
 _PATH = re.compile(r"(?<!\S)(?:/|[A-Za-z]:[/\\])[^\s,;]+")
 
 
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping | list):
-        for one in value.values() if isinstance(value, Mapping) else value:
-            yield from _texts(one)
-
-
 def _is_absolute(text: str) -> bool:
-    return len(text) > 1 and (PurePosixPath(text).is_absolute() or PureWindowsPath(text).is_absolute())
+    return PurePosixPath(text).is_absolute() or PureWindowsPath(text).is_absolute()
 
 
 def _complete(staged: Staged, report: Report | None, figure: Place | None, about: About) -> dict[str, Path]:
