@@ -263,3 +263,25 @@ def test_without_timm(monkeypatch):
     monkeypatch.setattr(bases, "require", missing)
     with pytest.raises(DataError, match=r"and timm, which is not installed: pip install \"peft-surgical\[timm\]\""):
         load_base("resnet50")
+
+
+# The size of images
+
+
+def test_images_of_another_size(tmp_path):
+    save_for_hf(timm.create_model("test_resnet", num_classes=4), tmp_path / "timm", safe_serialization=True)
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], num_labels=4)
+    transformers.ResNetForImageClassification(config).save_pretrained(tmp_path / "resnet")
+    transformers.ConvNextImageProcessor(size={"shortest_edge": 48}).save_pretrained(tmp_path / "resnet")
+    for name in ("timm", "resnet"):
+        for augment in ("none", "flip", "crop"):
+            base = load_base(tmp_path / name, image_size=24, augment=augment)
+            assert base.transform_eval(IMAGE).shape == base.transform_train(IMAGE).shape == (3, 24, 24)
+            assert logits(base, base.transform_eval(IMAGE)[None]).shape == (1, 4)
+
+
+def test_a_network_of_one_image_size_takes_no_other(folder):
+    own = load_base(folder).transform_eval(IMAGE).shape[-1]
+    assert load_base(folder, image_size=own).transform_eval(IMAGE).shape == (3, own, own)
+    with pytest.raises(ConfigError, match="an image size of 24: this network does not take images of 24 pixels"):
+        load_base(folder, image_size=24)

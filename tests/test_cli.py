@@ -2,11 +2,14 @@
 
 import ast
 import importlib.metadata
+import io
 import json
+import re
 import statistics
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -16,14 +19,28 @@ timm = pytest.importorskip("timm")
 
 import tiny  # noqa: E402
 from peft import LoraConfig, get_peft_model  # noqa: E402
+from rich.console import Console  # noqa: E402
 
 import peft_surgical  # noqa: E402
 from peft_surgical import SurgicalConfig  # noqa: E402
-from peft_surgical.errors import AdapterFileError  # noqa: E402
+from peft_surgical.adaptation.objectives import COLLAPSE_WINDOW  # noqa: E402
+from peft_surgical.bases.transforms import AUGMENTS  # noqa: E402
+from peft_surgical.config import DELTA_DTYPES  # noqa: E402
+from peft_surgical.errors import AdapterFileError, ConfigError  # noqa: E402
+from peft_surgical.experiments.choosing import SCORED  # noqa: E402
+from peft_surgical.experiments.planning import BATCH_SIZES, STEPS_PER_EPOCH  # noqa: E402
+from peft_surgical.experiments.progress import Bar  # noqa: E402
+from peft_surgical.experiments.requests import Train  # noqa: E402
+from peft_surgical.experiments.subject import SEARCHES  # noqa: E402
 from peft_surgical.hub.contents import contents_of  # noqa: E402
+from peft_surgical.norm import NormPolicy  # noqa: E402
 from peft_surgical.selection import BlockScores  # noqa: E402
+from peft_surgical.selection.criteria import CRITERIA  # noqa: E402
+from peft_surgical.training.fitting import OPTIMIZERS  # noqa: E402
+from peft_surgical.training.search import NOMINATED  # noqa: E402
 from peft_surgical_cli import app as cli  # noqa: E402
 from peft_surgical_cli import main  # noqa: E402
+from peft_surgical_cli.options import SCHEDULERS  # noqa: E402
 
 
 @pytest.fixture
@@ -186,21 +203,119 @@ def test_score(run, data, tmp_path):
 def test_tune_and_compare(run, data, tmp_path):
     how = ("--random", "--epochs", 1, "--batch-size", 8, "--cpu")
     code, out, err = run("tune", "test_resnet", data, "--output", tmp_path / "a", "--target", "head", *how)
-    assert (code, err.count("\n")) == (0, 2)  # a line for each of the two rates
+    lines = err.splitlines()
+    assert code == 0
+    assert lines[0] == (
+        "images: 8 to tune on, 2 to choose with, none to test on; batches of 8, 1 epoch: 1 steps for a whole run; "
+        "learning rates 0.01, 0.001 for the head alone"
+    )
+    epoch, done = "seed 0, head at 0.01: epoch 1 of 1, validation ", "seed 0, head at 0.01: validation "
+    assert [line.startswith(start) for line, start in zip(lines[1:3], (epoch, done), strict=True)] == [True, True]
+    assert len(lines) == 5
     assert "validation" in out
     assert "learning rate and epoch by validation accuracy on these images" in out
     assert "load_base(report.model, **report.settings" in out
     assert "The head is new" in out
     assert contents_of(tmp_path / "a").target == "head"
     code, out, err = run(
-        "compare", "test_resnet", data, "--methods", "none", "head", "--seeds", 0, 1, "--output", tmp_path / "b",
-        "--head-lr", "1e-2", *how,
+        "compare", "test_resnet", data, "--methods", "none", "head", "--seeds", "0,1", "--output", tmp_path / "b",
+        "--head-lr", "1e-2", "--workers", 1, *how,
     )  # fmt: skip
-    assert (code, err.count("\n")) == (0, 4)
+    assert (code, err.count("\n")) == (0, 1 + 4 + 2)  # the plan, four runs, and an epoch of those that train
     rows = [line.split() for line in out.splitlines()]
     assert [row[0] for row in rows[1:3]] == ["none", "head"]
     assert "over the seeds 0, 1" in out
     assert (tmp_path / "b" / "table.md").is_file()
+
+
+def test_rates_that_are_given_are_used_or_refused(run, data, tmp_path):
+    def tune(*options, command="tune"):
+        how = ("--random", "--epochs", 1, "--cpu", "--output", tmp_path / "x")
+        return run(command, "test_resnet", data, *options, *how)
+
+    code, _, err = tune("--target", "head", "--lr", "0.5,0.25")
+    assert code == 0
+    assert "batches of 8" in err
+    assert "learning rates 0.5, 0.25 for the head alone" in err
+    assert "seed 0, head at 0.5: validation" in err
+    for options, match in (
+        (
+            ("--target", "block1", "--head-lr", "1e-2"),
+            "--head-lr is for the head tuned alone, which block1 does not do",
+        ),
+        (("--target", "greedy", "--head-lr", "1e-2"), "which greedy does not do: give --lr"),
+        (("--method", "linear-probe", "--lr", "1", "--head-lr", "1"), "--head-lr says at which rate: leave --lr out"),
+        (("--target", "none", "--lr", "1"), "--lr is not used by none: leave it out"),
+    ):
+        assert match in tune(*options)[2], options
+    code, _, err = tune("--methods", "none", "all", "--seeds", "0", "--head-lr", "1", command="compare")
+    assert (code, "which none, all does not do: give --lr" in err) == (2, True)
+
+
+def test_compare_writes_the_rows_that_are_done(run, data, tmp_path, monkeypatch):
+    from peft_surgical.experiments import experiment
+
+    def breaking(network, method, *args, **how):
+        if method.name == "block1":
+            raise RuntimeError("out of memory")
+        return fit(network, method, *args, **how)
+
+    fit = experiment.fit
+    monkeypatch.setattr(experiment, "fit", breaking)
+    line = ("compare", "test_resnet", data, "--output", tmp_path, "--random", "--epochs", 1, "--seeds", 0, "--cpu")
+    code, out, err = run(*line, "--methods", "none", "block1", "head", "--lr", "1e-2")
+    assert code == 2
+    assert [row.split()[0] for row in out.splitlines()[1:3]] == ["none", "head"]
+    assert "Missing, since they failed: block1." in out
+    assert "Traceback" in err
+    assert err.endswith("peft-surgical: 1 of 3 rows failed: block1: RuntimeError: out of memory\n")
+    assert (tmp_path / "table.md").is_file()
+    code, out, err = run(*line, "--methods", "block1", "--lr", "1e-2")
+    assert (code, out) == (2, "")
+    assert "1 of 1 rows failed" in err
+
+
+def test_progress_in_lines(capsys):
+    bar = Bar()
+    rung, whole = Train("block1", 0.1, 0, stop=0.5), Train("block1", 0.1, 0)
+    bar.planned([rung, Train("none", None, 0)], 4)
+    bar.begun(rung, 1.0, 4)
+    bar.step(rung, 1.5, 4)
+    bar.epoch(rung, 2, 4, {"validation": 0.5, "loss": 1.23456})
+    bar.finished(rung, {"validation": 0.5, "cost": 9.0}, known=False)
+    bar.finished(Train("none", None, 0), {"validation": 0.25, "cost": 0.0}, known=True)
+    bar.planned([whole], 4)
+    bar.begun(whole, 2.0, 4)  # this process has come so far itself: no news
+    assert (bar.total, bar.done) == (3.0, 1.0)  # epochs 2, 3 and 4; of these 2
+    bar.finished(whole, {"validation": 0.5, "cost": 18.0}, known=False)
+    assert bar.done == 3.0
+    bar.failed("race", ConfigError("no such thing"))
+    assert capsys.readouterr().err.splitlines() == [
+        "seed 0, block1 at 0.1: goes on after epoch 1 of 4",
+        "seed 0, block1 at 0.1: epoch 2 of 4, validation 50.0 %, loss 1.23",
+        "seed 0, block1 at 0.1 after 50% of the run: validation 50.0 %, cost 9",
+        "seed 0, none: validation 25.0 %, cost 0 (in the ledger)",
+        "seed 0, block1 at 0.1: validation 50.0 %, cost 18",
+        "race: failed: no such thing",
+    ]
+
+
+def test_progress_on_a_terminal(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    bar = Bar()
+    bar.out = bar.progress.live.console = Console(file=io.StringIO(), force_terminal=True, width=150)
+    run = Train("block1", 0.1, 0)
+    bar.progress.disable = False
+    bar.planned([run], 10)
+    bar.begun(run, 0.0, 10)
+    bar.epoch(run, 3, 10, {"validation": 0.5, "loss": 0.25})
+    bar.step(run, 3.5, 10)
+    bar.out.print(bar.progress.get_renderable())
+    text = bar.out.file.getvalue()
+    assert "4/10 epochs" in text
+    assert "left:" in text
+    assert "seed 0, block1 at 0.1: epoch 3 of 10, validation 50.0 %, loss 0.25" in text
+    assert text.count("epoch 3") == 1  # in the bar, and in no line of its own
 
 
 def test_ctrl_c_says_how_to_go_on(run, data, tmp_path, monkeypatch):
@@ -209,7 +324,9 @@ def test_ctrl_c_says_how_to_go_on(run, data, tmp_path, monkeypatch):
 
     monkeypatch.setattr("peft_surgical.experiments.experiment.fit", stopped)
     line = ("tune", "test_resnet", data, "--output", tmp_path / "a", "--target", "block1", "--random", "--epochs", 1)
-    assert run(*line) == (130, "", "stopped; the same command goes on from here\n")
+    code, out, err = run(*line)
+    assert (code, out) == (130, "")
+    assert err.endswith("stopped; the same command goes on from here\n")
 
 
 def test_several_values_of_one_option():
@@ -218,17 +335,28 @@ def test_several_values_of_one_option():
     app, seen = typer.Typer(), []
 
     @app.command(cls=ManyValues)
-    def take(place: str, lr: list[float] = typer.Option([]), name: str = "", flag: bool = False):  # noqa: B008
-        seen.append((place, lr, name, flag))
+    def take(
+        place: str,
+        lr: list[float] = typer.Option([]),  # noqa: B008
+        name: str = "",
+        flag: bool = False,
+        word: list[str] = typer.Option([]),  # noqa: B008
+    ):
+        seen.append(word if word else (place, lr, name, flag))
 
     for line, found in (
         ("here --lr 1 2e-1", ("here", [1.0, 0.2], "", False)),
         ("here --lr 1 --lr -2 3 --flag", ("here", [1.0, -2.0, 3.0], "", True)),
         ("--lr 1 2 --name x here", ("here", [1.0, 2.0], "x", False)),
         ("here --lr=1 --name --lr", ("here", [1.0], "--lr", False)),
+        ("here --lr 1e-3,1e-4", ("here", [1e-3, 1e-4], "", False)),
+        ("--lr 1,2, 3 --name a,b here", ("here", [1.0, 2.0, 3.0], "a,b", False)),
+        ("here --lr=1,2 --flag", ("here", [1.0, 2.0], "", True)),
     ):
         app(args=line.split(), standalone_mode=False)
         assert seen.pop() == found, line
+    app(args=["here", "--word", "re:a{1,2}", "b"], standalone_mode=False)
+    assert seen.pop() == ["re:a{1,2}", "b"]  # a comma in a pattern is its own
 
 
 # Exit codes
@@ -267,6 +395,36 @@ def test_help(run):
     assert code == 0
     assert "--top" in out
     assert run() == run("--help")
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "choices"),
+    [
+        *((command, "--optimizer", OPTIMIZERS) for command in ("tune", "compare", "adapt")),
+        *((command, "--scheduler", SCHEDULERS) for command in ("tune", "compare")),
+        *((command, "--augment", AUGMENTS) for command in ("tune", "compare")),
+        *((command, "--norm-stats", get_args(NormPolicy)) for command in ("tune", "compare", "adapt")),
+        *(
+            (command, "--delta-dtype", [name for name in DELTA_DTYPES if name != "float32"])
+            for command in ("tune", "compare")
+        ),
+        ("score", "--criterion", CRITERIA),
+        ("adapt", "--mode", ("online", "episodic")),
+        ("adapt", "--method", ("memo", "tent")),
+        *(
+            (command, "--batch-size", (*map(str, BATCH_SIZES), f"{STEPS_PER_EPOCH} steps"))
+            for command in ("tune", "compare")
+        ),
+        ("tune", "--target", (*SEARCHES, *SCORED, f"the {NOMINATED} blocks with the highest RGN")),
+        ("compare", "--methods", SEARCHES),
+        ("adapt", "--reset-on-collapse", (f"{COLLAPSE_WINDOW} predictions",)),
+    ],
+)
+def test_the_help_names_the_choices_that_the_code_has(command, option, choices):
+    parameters = typer.main.get_command(cli.app).commands[command].params
+    said = next(f"{one.help} {one.show_default}" for one in parameters if option in one.opts)
+    missing = [choice for choice in choices if not re.search(rf"\b{re.escape(choice)}\b", said)]
+    assert missing == [], said
 
 
 IN_A_PROCESS = """

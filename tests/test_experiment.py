@@ -2,9 +2,12 @@
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
+from datetime import datetime
+from importlib import metadata
 
 import numpy as np
 import pytest
@@ -22,7 +25,7 @@ from timm.models import save_for_hf  # noqa: E402
 
 from peft_surgical import SurgicalConfig, anatomy_of  # noqa: E402
 from peft_surgical.bases import load_base  # noqa: E402
-from peft_surgical.errors import AdapterError, ConfigError, DataError  # noqa: E402
+from peft_surgical.errors import AdapterError, ConfigError, DataError, RowsFailedError  # noqa: E402
 from peft_surgical.evaluation import Report, accuracy  # noqa: E402
 from peft_surgical.evaluation.ledger import Ledger  # noqa: E402
 from peft_surgical.experiments import experiment  # noqa: E402
@@ -30,6 +33,8 @@ from peft_surgical.experiments.choosing import choose, compare, search  # noqa: 
 from peft_surgical.experiments.experiment import Experiment  # noqa: E402
 from peft_surgical.experiments.newhead import NewHeadFirst, modules_of_head, with_new_head  # noqa: E402
 from peft_surgical.experiments.outputs import read_source, write_compared, write_tuned  # noqa: E402
+from peft_surgical.experiments.planning import batch_size_for, plan_of, uses_rates  # noqa: E402
+from peft_surgical.experiments.requests import Score, Test, Train, key_of, request_of  # noqa: E402
 from peft_surgical.selection import BlockScores  # noqa: E402
 from peft_surgical.training.fitting import FitSettings, fit  # noqa: E402
 from peft_surgical.training.methods import METHODS, method_of  # noqa: E402
@@ -206,13 +211,19 @@ def test_scores_choose_the_blocks(place, tmp_path):
 
 class Counted(Watch):
     def __init__(self):
-        self.total, self.told = 0, []
+        self.total, self.told, self.begins, self.failures = 0, [], [], []
 
-    def planned(self, runs):
-        self.total += runs
+    def planned(self, requests, epochs):
+        self.total += len(requests)
 
-    def finished(self, key, result, known):
-        self.told.append((key["method"], key.get("stop"), known))
+    def begun(self, request, done, epochs):
+        self.begins.append((str(request), done))
+
+    def finished(self, request, result, known):
+        self.told.append((str(request), known))
+
+    def failed(self, row, error):
+        self.failures.append(row)
 
 
 def test_auto_races_what_rgn_nominates(place, tmp_path):
@@ -225,7 +236,7 @@ def test_auto_races_what_rgn_nominates(place, tmp_path):
     assert {one.key.get("stop") for one in choice.trials} <= {None, 0.5}  # two epochs have two rungs
     assert choice.selection["asked"] == "auto"
     assert choice.selection["scores"]["criterion"] == "rgn"
-    assert len(watch.told) == watch.total
+    assert len([known for _, known in watch.told if not known]) == watch.total
     report = write_tuned(run, choice, 0)
     assert report.target == choice.run.key["method"]
     if report.target == "none":
@@ -356,6 +367,12 @@ class Interrupted:
         return fit(network, method, *args, **how)
 
 
+def differing(one, other):
+    assert (one.model, one.target, one.measurements) == (other.model, other.target, other.measurements)
+    assert one.settings.keys() == other.settings.keys()
+    return [name for name, value in one.settings.items() if other.settings[name] != value]
+
+
 def test_an_interrupted_experiment_ends_as_if_it_had_not_been(place, tmp_path, monkeypatch):
     lrs = (1e-2, 1e-3)
     whole = of(place, tmp_path / "whole", lrs=lrs, epochs=2)
@@ -371,8 +388,11 @@ def test_an_interrupted_experiment_ends_as_if_it_had_not_been(place, tmp_path, m
     run = of(place, tmp_path / "parts", lrs=lrs, epochs=2)
     write_tuned(run, choose(run, "block1", 0), 0)
     assert len(again.calls) == 1
-    for name in ("ledger.jsonl", "report.json", *ADAPTER):
+    for name in ("ledger.jsonl", *ADAPTER):
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    parts, wholes = (Report.load(tmp_path / name / "report.json") for name in ("parts", "whole"))
+    assert set(differing(parts, wholes)) <= {"finished", "seconds", "runs_from_ledger"}
+    assert (parts.settings["runs_from_ledger"], wholes.settings["runs_from_ledger"]) == (1, 0)
     # Once more, nothing is trained: what was written is read.
     run = of(place, tmp_path / "parts", lrs=lrs, epochs=2)
     write_tuned(run, choose(run, "block1", 0), 0)
@@ -502,6 +522,167 @@ def test_compare_without_test_images_says_that_it_flatters(place, tmp_path):
     run = of(place, tmp_path, data="flat")
     report = write_compared(run, compare(run, ["none"], [0]), [0])
     assert "on the very images that are reported, so it flatters" in report.settings["caption"]
+
+
+def few_candidates(monkeypatch):
+    def few(*args, **how):
+        return [one for one in candidates_of(*args, **how) if one.method in {"none", "block1", "head"}]
+
+    monkeypatch.setattr("peft_surgical.experiments.choosing.candidates_of", few)
+
+
+@pytest.mark.parametrize("rows", [["auto", "race"], ["race", "auto"], ["block1", "race", "auto"]])
+def test_searches_with_other_rungs_share_their_runs(place, tmp_path, monkeypatch, rows):
+    few_candidates(monkeypatch)
+    settings = {"data": "flat", "epochs": 5, "lrs": (1e-2, 1e-4), "reading": {"test": 9, "validation": 9}}
+    for name, value in (("RUNGS", (0.2, 0.6, 1.0)), ("AUTO_RUNGS", (0.4, 0.8, 1.0))):
+        monkeypatch.setattr(f"peft_surgical.experiments.choosing.{name}", value)
+    shared = of(place, tmp_path / "shared", **settings)
+    found = compare(shared, rows, [0])
+    for name in rows:
+        alone = of(place, tmp_path / name, **settings)
+        assert compare(alone, [name], [0])[name] == found[name]
+
+
+def test_a_killed_run_goes_on_whether_a_search_or_a_row_asks_for_it(place, tmp_path, monkeypatch):
+    few_candidates(monkeypatch)
+    monkeypatch.setattr(experiment, "fit", Interrupted(at=1))
+    run = of(place, tmp_path, epochs=3)
+    with pytest.raises(KeyboardInterrupt):
+        compare(run, ["block1"], [0])  # leaves a checkpoint of one epoch
+    monkeypatch.setattr(experiment, "fit", fit)
+    monkeypatch.setattr("peft_surgical.experiments.choosing.RUNGS", (2 / 3, 1.0))
+    run.watch = Counted()
+    compare(run, ["race"], [0])
+    assert ("seed 0, block1 at 0.01", 1.0) in run.watch.begins
+
+
+def test_rows_that_are_done_are_written_when_another_fails(place, tmp_path, monkeypatch):
+    def breaking(network, method, *args, **how):
+        if method.name == "block2":
+            raise RuntimeError("out of memory")
+        return fit(network, method, *args, **how)
+
+    monkeypatch.setattr(experiment, "fit", breaking)
+    run = of(place, tmp_path, watch=Counted())
+    with pytest.raises(RowsFailedError, match=r"1 of 3 rows failed: block2: RuntimeError: out of memory") as raised:
+        compare(run, ["none", "block2", "block1"], [0, 1])
+    error = raised.value
+    assert list(error.done) == ["none", "block1"]
+    assert run.watch.failures == ["block2"]
+    report = write_compared(run, error.done, [0, 1], error.failed)
+    assert report.settings["failed"] == {"block2": "RuntimeError: out of memory"}
+    assert report.settings["caption"].endswith("Missing, since they failed: block2.")
+    assert [one.name for one in report] == ["accuracy of none", "accuracy of block1"]
+    assert (tmp_path / "figure.png").is_file()
+    assert "Missing, since they failed: block2." in (tmp_path / "table.md").read_text()
+    # Once it is mended, the same call does what is missing, and nothing else.
+    monkeypatch.setattr(experiment, "fit", Interrupted(at=None))
+    again = of(place, tmp_path)
+    rows = compare(again, ["none", "block2", "block1"], [0, 1])
+    assert [name for name, _ in experiment.fit.calls] == ["block2", "block2"]
+    assert rows["block1"] == error.done["block1"]
+    write_compared(again, rows, [0, 1])
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_search_whose_run_fails_loses_its_own_row_only(place, tmp_path, monkeypatch):
+    few_candidates(monkeypatch)
+
+    def breaking(network, method, *args, **how):
+        if how["stop_epoch"] is not None:
+            raise RuntimeError("out of memory")
+        return fit(network, method, *args, **how)
+
+    monkeypatch.setattr(experiment, "fit", breaking)
+    with pytest.raises(RowsFailedError, match=r"1 of 2 rows failed: race: RuntimeError") as raised:
+        compare(of(place, tmp_path, epochs=5), ["race", "head"], [0])
+    assert list(raised.value.done) == ["head"]
+
+
+def test_what_is_known_is_reported_before_anything_is_trained(place, tmp_path):
+    compare(of(place, tmp_path), ["block1"], [0])
+    run = of(place, tmp_path, watch=Counted())
+    told = run.watch.told
+    run.watch.planned = lambda requests, epochs: told.append(("planned", [str(one) for one in requests]))
+    compare(run, ["block1"], [0, 1])
+    one, other = "seed 0, block1 at 0.01", "seed 1, block1 at 0.01"
+    assert told[:3] == [(one, True), ("planned", [other]), (other, False)]
+
+
+# --- requests and the plan ---
+
+
+def test_requests_are_written_as_ledgers_have_them():
+    shared = {"model": "m", "epochs": 15}
+    run = Train("block1", 0.1, 3)
+    for request, key in (
+        (run, {"model": "m", "epochs": 15, "seed": 3, "method": "block1", "lr": 0.1}),
+        (
+            Train("block1", 0.1, 3, stop=0.2),
+            {"model": "m", "epochs": 15, "seed": 3, "method": "block1", "lr": 0.1, "stop": 0.2},
+        ),
+        (Train("none", None, 0), {"model": "m", "epochs": 15, "seed": 0, "method": "none", "lr": None}),
+        (Score("rgn", 1), {"model": "m", "epochs": 15, "seed": 1, "method": "scores rgn", "lr": None}),
+        (Test(run), {"test_of": {"model": "m", "epochs": 15, "seed": 3, "method": "block1", "lr": 0.1}}),
+    ):
+        assert json.dumps(key_of(request, shared)) == json.dumps(key)
+        assert request_of(key) == request
+
+
+@pytest.mark.parametrize(
+    ("images", "size"), [(5, 8), (120, 8), (140, 8), (241, 16), (256, 16), (481, 32), (960, 32), (961, 64), (9999, 64)]
+)
+def test_a_batch_size_leaves_a_sensible_number_of_steps(images, size):
+    assert batch_size_for(images) == size
+    assert -(-images // size) >= 16 or size == 8
+
+
+def test_the_plan_says_images_batches_steps_and_rates(place, tmp_path):
+    run = of(place, tmp_path, epochs=4, lrs=(1e-3, 1e-4), head_lrs=(1e-2,))
+    images = "images: 18 to tune on, 12 to choose with, 12 to test on"
+    start = f"{images}; batches of 6, 4 epochs: 12 steps for a whole run"
+    assert plan_of(run, ["none"]) == start
+    assert plan_of(run, ["block1"]) == f"{start}; learning rates 0.001, 0.0001"
+    assert plan_of(run, ["head"]) == f"{start}; learning rates 0.01 for the head alone"
+    assert plan_of(run, ["auto"]) == f"{start}; learning rates 0.001, 0.0001 and 0.01 for the head alone"
+    assert "12 to choose with, none to test on" not in plan_of(run, ["block1"])
+    assert "none to test on" in plan_of(of(place, tmp_path, data="flat"), ["block1"])
+    uses = {
+        name: uses_rates(run, name) for name in ("none", "greedy", "race", "auto-rgn", "head", "linear-probe", "lp-ft")
+    }
+    assert uses == {
+        "none": (False, False),
+        "greedy": (True, False),
+        "race": (True, True),
+        "auto-rgn": (True, True),
+        "head": (False, True),
+        "linear-probe": (False, True),
+        "lp-ft": (True, False),
+    }
+    assert uses_rates(run, "auto-rgn", is_method=True) == (True, False)
+
+
+def test_a_report_says_where_when_how_long_and_with_what(place, tmp_path):
+    run = of(place, tmp_path)
+    settings = write_compared(run, compare(run, ["none"], [0]), [0]).settings
+    assert settings["data_from"] == str(place / "data")
+    assert datetime.fromisoformat(settings["finished"]).tzinfo is not None
+    assert settings["seconds"] >= 0
+    assert settings["versions"]["python"] == platform.python_version()
+    assert settings["versions"]["torch"] == metadata.version("torch")
+    assert {"transformers", "peft", "timm", "peft-surgical"} <= set(settings["versions"])
+    tuned = write_tuned(run, choose(run, "block1", 0), 0, read_source(run, place / "source")).settings
+    assert (tuned["data_from"], tuned["source_from"]) == (str(place / "data"), str(place / "source"))
+
+
+def test_images_of_another_size(place, tmp_path):
+    run = of(place, tmp_path, image_size=24)
+    report = write_tuned(run, choose(run, "block1", 0), 0)
+    assert run.rows("test", 0)[0]["pixel_values"].shape == (3, 24, 24)
+    assert report.settings["image_size"] == report.settings["open"]["image_size"] == 24
+    measured(run, reopened(tmp_path)[0], report)
+    assert "image_size" not in of(place, tmp_path).shared
 
 
 # --- errors ---

@@ -366,11 +366,23 @@ def test_a_checkpoint_that_was_torn_is_passed_over(tmp_path):
     assert same(snapshot(found.model), snapshot(whole.model))
 
 
-def test_a_run_cannot_be_stopped_before_where_it_is(tmp_path):
+@pytest.mark.parametrize("method", ["block1", "auto-rgn"])
+def test_a_rung_that_a_run_is_past_is_read_and_not_trained(method, tmp_path):
     tuning, validation = data()
-    fit(used_batchnorm(), "head", tuning, validation, SETTINGS, folder=tmp_path, stop_epoch=2)
-    with pytest.raises(ConfigError, match=r"holds 2 epochs of a run that is to stop after 1: .*forget_checkpoints"):
-        fit(used_batchnorm(), "head", tuning, validation, SETTINGS, folder=tmp_path, stop_epoch=1)
+    fresh = [
+        fit(used_batchnorm(), method, tuning, validation, SETTINGS, folder=tmp_path / str(stop), stop_epoch=stop)
+        for stop in (1, 2)
+    ]
+    whole = fit(used_batchnorm(), method, tuning, validation, SETTINGS, folder=tmp_path / "run")
+    tuning.drawn.clear()
+    for stop, alone in zip((1, 2), fresh, strict=True):
+        found = fit(used_batchnorm(), method, tuning, validation, SETTINGS, folder=tmp_path / "run", stop_epoch=stop)
+        assert of(found) == of(alone)
+        assert found.model is None  # only the best and the last checkpoint of the run are kept
+    assert tuning.drawn == []
+    again = fit(used_batchnorm(), method, tuning, validation, SETTINGS, folder=tmp_path / "run")
+    assert of(again) == of(whole)
+    assert same(snapshot(again.model), snapshot(whole.model))
 
 
 def test_lp_ft_leaves_the_trunk_alone_for_half_of_the_run(tmp_path):

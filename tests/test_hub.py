@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -262,6 +263,40 @@ def test_a_folder_that_tune_wrote(hub, base, tmp_path):  # noqa: F811
     assert torch.equal(logits(load_adapted("me/frost")), logits(model))
     # Without the Hub's record, the folder is opened by its report.
     assert torch.equal(logits(load_adapted(tmp_path / "tuned")), logits(model))
+
+
+def test_what_is_pushed_names_no_place_on_this_machine(hub, base, checkpoints, tmp_path):  # noqa: F811
+    home = tmp_path / "home of me"
+    local = home / "base"
+    local.mkdir(parents=True)
+    for name, content in checkpoints["timm"].items():
+        (local / name).write_bytes(content)
+    opening = {"label_names": list(NAMES), "head": "keep", "weights": "pretrained", "seed": 0}
+    settings = {
+        "open": opening,
+        "model": str(local),
+        "data_from": str(home / "photos"),
+        "source_from": str(home / "old"),
+    }
+    settings["caption"] = f"{local}: accuracy in percent; logs in /var/log/x, and C:\\Users\\me\\y"
+    rows = tuple(replace(row, dataset=f"source {home / 'old'}, test") for row in report())
+    tuned().save_pretrained(home / "tuned")
+    numbers = Report(str(local), "block1", rows, settings)
+    numbers.save(home / "tuned" / "report.json")
+    numbers.save(home / "other.json")
+    push_adapter(home / "tuned", "me/frost", base=BASE, comparison=[home / "other.json"], **GIVEN)
+    there = hub.repos["me/frost"].files()
+    for name, content in there.items():
+        for place in (str(home), str(tmp_path), "/var/log", "Users"):
+            assert place.encode() not in content, name
+    pushed = Report.from_json(there["report.json"].decode())
+    assert (pushed.model, pushed.settings["model"]) == (BASE, BASE)
+    assert (pushed.settings["data_from"], pushed.settings["source_from"]) == ("photos", "old")
+    assert pushed.settings["caption"] == f"{BASE}: accuracy in percent; logs in x, and y"
+    assert [row.dataset for row in pushed] == ["source old, test"] * 2
+    assert [row.value for row in pushed] == [row.value for row in rows]
+    # What stays on the machine still says where everything is.
+    assert Report.load(home / "tuned" / "report.json") == numbers
 
 
 def test_one_of_several_adapters(hub, base):  # noqa: F811
@@ -722,7 +757,14 @@ def test_adapters_by_base(hub, base, checkpoints, tmp_path):  # noqa: F811
     (tmp_path / "sites" / "b" / CONFIG).write_text("{no json")
     lora = get_peft_model(tiny.ConvNet(torch.nn.BatchNorm2d), LoraConfig(target_modules=["fc"]))
     lora.save_pretrained(tmp_path / "sites" / "c")
+    site = tmp_path / "sites" / "a"
+    (site / "ledger.jsonl").write_text("")
+    unfinished = [site / "checkpoints" / "12ab" / "checkpoint-3", site / "runs" / "12ab", site / ".checkpoint-4"]
+    for folder in unfinished:
+        tuned().save_pretrained(folder)
     (one,) = adapters_in([tmp_path / "sites"])
+    # One that is named itself is shown.
+    assert [found.name for found in adapters_in(unfinished[:1])] == [str(unfinished[0])]
     assert (stored.CONFIG_FILE, stored.WEIGHTS_FILE, stored.METHOD) == (
         config.CONFIG,
         config.WEIGHTS,

@@ -15,7 +15,7 @@ from peft_surgical import Anatomy
 from peft_surgical.anatomy import Block
 from peft_surgical.errors import ConfigError
 from peft_surgical.evaluation.ledger import Ledger
-from peft_surgical.training.engines import Workers, on_ray, workers
+from peft_surgical.training.engines import Workers, on_ray, separated, workers
 from peft_surgical.training.search import Candidate, auto, candidates_of, cross_val, greedy, nominated, race
 
 EPOCHS = 15
@@ -30,9 +30,6 @@ def ledger(tmp_path):
 def _alone(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    workers.cache_clear()
-    yield
-    workers.cache_clear()
 
 
 class Table:
@@ -368,15 +365,50 @@ def test_a_worker_leaves_alone_what_another_has_finished(ledger):
     assert [run.result["validation"] for run in runs] == [0.5, 0.5, 0.75, 0.5, 0.75]
 
 
-def test_workers_are_told_by_the_environment_which_is_cleared(monkeypatch):
-    given = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": "1"}
-    for name, value in {**given, "MASTER_ADDR": "localhost", "CUDA_VISIBLE_DEVICES": "5,7"}.items():
+LAUNCHED = {
+    "RANK": "3",
+    "WORLD_SIZE": "4",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "localhost",
+    "MASTER_PORT": "1",
+}
+
+
+def test_a_worker_is_separated_for_a_while_and_the_environment_is_then_what_it_was(monkeypatch):
+    given = {**LAUNCHED, "CUDA_VISIBLE_DEVICES": "5,7"}
+    for name, value in given.items():
         monkeypatch.setenv(name, value)
+    before = dict(os.environ)
     assert workers() == Workers(3, 4)
-    assert not {*given, "MASTER_ADDR"} & set(os.environ)
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "7"
-    # A search asks at each of its rungs: the answer must not change with the environment.
-    assert workers() == Workers(3, 4)
+    assert dict(os.environ) == before
+
+    def failing():
+        with separated() as found:
+            assert found == Workers(3, 4)
+            assert not set(LAUNCHED) & set(os.environ)
+            assert os.environ["CUDA_VISIBLE_DEVICES"] == "7"
+            raise KeyError("inside")
+
+    with pytest.raises(KeyError, match="inside"):
+        failing()
+    assert dict(os.environ) == before
+
+
+@pytest.mark.parametrize("search", [cross_val, race])
+def test_a_search_leaves_the_environment_of_its_caller_alone(search, ledger, monkeypatch):
+    for name, value in {**LAUNCHED, "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    before, seen = dict(os.environ), []
+
+    def fit(key):
+        seen.append(set(LAUNCHED) & set(os.environ))
+        return {"validation": 0.5, "cost": 1.0}
+
+    search(each("a"), fit, ledger)
+    assert dict(os.environ) == before
+    assert seen
+    assert not any(seen)  # each run is this process's own: Trainer must not look for the others
 
 
 @pytest.mark.parametrize("visible", [None, ""])
@@ -389,16 +421,19 @@ def test_each_worker_sees_the_gpu_of_its_own_number(monkeypatch, visible):
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     else:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert workers() == Workers(2, 3)
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == ("2" if visible is None else "")
+    with separated() as found:
+        assert found == Workers(2, 3)
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == ("2" if visible is None else "")
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == visible
 
 
 def test_alone_the_environment_stays_as_it_is(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert workers() == Workers(0, 1)
-    assert os.environ["WORLD_SIZE"] == "1"
-    assert "CUDA_VISIBLE_DEVICES" not in os.environ
+    with separated() as found:
+        assert found == Workers(0, 1)
+        assert os.environ["WORLD_SIZE"] == "1"
+        assert "CUDA_VISIBLE_DEVICES" not in os.environ
 
 
 class Ray(types.ModuleType):

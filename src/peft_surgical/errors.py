@@ -12,8 +12,12 @@
     ├── AdapterError        (ValueError)  an adapter that cannot be attached, saved, combined or run as asked
     │   ├── AdapterFileError              a file that is truncated, altered, or does not hold what its config says
     │   └── BaseMismatchError             the base is not the one that the adapter was trained on
-    └── DataError           (ValueError)  data on disk that is not in the layout that the reader expects
+    ├── DataError           (ValueError)  data on disk that is not in the layout that the reader expects
+    └── RowsFailedError     (RuntimeError) rows of a comparison that failed, while others are done
 """
+
+from collections.abc import Mapping
+from typing import Any
 
 from peft.utils.error import NoMatchingPeftModuleError
 
@@ -64,3 +68,23 @@ class BaseMismatchError(AdapterError):
 
 class DataError(SurgicalError, ValueError):
     """Data on disk that is not in the layout that the reader expects."""
+
+
+class RowsFailedError(SurgicalError, RuntimeError):
+    """Rows of a comparison that failed, while others are done.
+
+    Args:
+        done: Row -> its runs, of the rows that are done.
+        failed: Row -> what went wrong.
+    """
+
+    def __init__(self, done: Mapping[str, Any], failed: Mapping[str, Exception]) -> None:
+        self.done, self.failed = dict(done), dict(failed)
+        reasons = "; ".join(f"{name}: {reason_of(error)}" for name, error in failed.items())
+        super().__init__(f"{len(failed)} of {len(done) + len(failed)} rows failed: {reasons}")
+
+
+def reason_of(error: Exception) -> str:
+    """What an error says, with the name of its class where it is none of this package's."""
+    text = str(error)
+    return text if isinstance(error, SurgicalError) else f"{type(error).__name__}: {text}"

@@ -17,10 +17,12 @@ from .options import (
     HeadLrs,
     ImageColumn,
     Images,
+    ImageSize,
     LabelColumn,
     Lrs,
     Model,
     NormStats,
+    NumWorkers,
     Optimizer,
     Output,
     Precision,
@@ -52,7 +54,7 @@ def compare_command(
     lr: Lrs = None,
     head_lr: HeadLrs = None,
     epochs: Epochs = 15,
-    batch_size: BatchSize = 64,
+    batch_size: BatchSize = None,
     optimizer: Optimizer = "adam",
     weight_decay: WeightDecay = 1e-4,
     scheduler: Scheduler = "constant",
@@ -65,6 +67,8 @@ def compare_command(
     image_column: ImageColumn = None,
     label_column: LabelColumn = None,
     augment: Augment = "none",
+    image_size: ImageSize = None,
+    workers: NumWorkers = 0,
     random: Random = False,
     cpu: Cpu = False,
 ) -> None:
@@ -73,16 +77,22 @@ def compare_command(
     Run again after Ctrl-C, the same command goes on from where it was. Under
     `accelerate launch --num_processes N -m peft_surgical compare ...` processes share the runs.
     """
+    from peft_surgical.errors import RowsFailedError
     from peft_surgical.experiments.choosing import compare
     from peft_surgical.experiments.outputs import COMPARED, FIGURE, REPORT, TABLE, compared, write_compared
     from peft_surgical.experiments.progress import watched
+    from peft_surgical.training.engines import separated
 
-    with watched() as watch:
+    methods, seeds = methods or list(COMPARED_METHODS), seeds or [0, 1, 2]
+    failure: RowsFailedError | None = None
+    with watched() as watch, separated() as engine:
         experiment = experiment_of(
             model,
             data,
             output,
             watch=watch,
+            engine=engine,
+            asked=methods,
             seed=0,
             lr=lr,
             head_lr=head_lr,
@@ -96,6 +106,8 @@ def compare_command(
                 "label_column": label_column,
             },
             augment=augment,
+            image_size=image_size,
+            workers=workers,
             random=random,
             epochs=epochs,
             batch_size=batch_size,
@@ -104,11 +116,15 @@ def compare_command(
             precision=precision,
             use_cpu=cpu,
         )
-        seeds = seeds or [0, 1, 2]
-        rows = compare(experiment, methods or list(COMPARED_METHODS), seeds)
+        try:
+            rows = compare(experiment, methods, seeds)
+        except RowsFailedError as error:
+            if not error.done:
+                raise
+            rows, failure = error.done, error
         if not watch.first:
             return
-        report = write_compared(experiment, rows, seeds)
+        report = write_compared(experiment, rows, seeds, failure.failed if failure else {})
     out = console()
     shown = table(*COMPARED, numbers=tuple(COMPARED[1:-1]))
     for cells in compared(report):
@@ -118,3 +134,5 @@ def compare_command(
     out.print(escape(report.settings["caption"]), soft_wrap=True)
     files = ", ".join((REPORT, TABLE, FIGURE, experiment.ledger.file.name))
     out.print(escape(f"In {output}: {files}"), soft_wrap=True)
+    if failure is not None:
+        raise failure

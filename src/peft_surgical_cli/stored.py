@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 METHOD = "SURGICAL"
 
 UNNAMED = "(no base named)"
+_CHECKPOINT = re.compile(r"\.?checkpoint-\d+")
 
 
 @dataclass(frozen=True)
@@ -77,12 +79,15 @@ def cached_adapters(cache_dir: str | os.PathLike[str] | None = None) -> list[Sto
 
 
 def adapters_in(folders: Iterable[str | os.PathLike[str]]) -> list[Stored]:
-    """The surgical adapters in folders and in the folders below them."""
+    """The surgical adapters in folders and in the folders below them.
+
+    Left out below them are checkpoints of training, and what an experiment keeps until it is over.
+    """
     found = []
     for folder in folders:
         for file in Path(folder).rglob(CONFIG_FILE):
             config = _config_in(file.parent)
-            if config is not None:
+            if config is not None and (file.parent == Path(folder) or not _is_intermediate(file.parent)):
                 found.append(_stored(str(file.parent), file.parent, config))
     return _sorted(found)
 
@@ -103,6 +108,12 @@ def _config_in(folder: Path) -> dict[str, Any] | None:
         return None
     ours = isinstance(config, dict) and config.get("peft_type") == METHOD
     return config if ours else None
+
+
+def _is_intermediate(folder: Path) -> bool:
+    if _CHECKPOINT.match(folder.name):
+        return True
+    return folder.parent.name == "runs" and (folder.parent.parent / "ledger.jsonl").is_file()
 
 
 def _stored(

@@ -17,10 +17,12 @@ from .options import (
     HeadLrs,
     ImageColumn,
     Images,
+    ImageSize,
     LabelColumn,
     Lrs,
     Model,
     NormStats,
+    NumWorkers,
     Optimizer,
     Output,
     Precision,
@@ -47,8 +49,8 @@ def tune_command(
         typer.Option(
             help="What to tune: block2, 'block1 + head', all; auto-rgn, auto-snr or auto-fisher, which tune the blocks "
             "that score best (as a method, auto-rgn trains all tensors, each at its own rate: --method auto-rgn); or a "
-            "search that trains candidates: race, cross-val, greedy, and auto, which races the head, all and the three "
-            "blocks with the highest RGN.",
+            "search that trains candidates: race, cross-val, greedy, and auto, which races the "
+            "2 blocks with the highest RGN, the head, all, and, unless the head is new, no tuning.",
             show_default="auto",
         ),
     ] = None,
@@ -61,7 +63,7 @@ def tune_command(
     lr: Lrs = None,
     head_lr: HeadLrs = None,
     epochs: Epochs = 15,
-    batch_size: BatchSize = 64,
+    batch_size: BatchSize = None,
     optimizer: Optimizer = "adam",
     weight_decay: WeightDecay = 1e-4,
     scheduler: Scheduler = "constant",
@@ -74,6 +76,8 @@ def tune_command(
     image_column: ImageColumn = None,
     label_column: LabelColumn = None,
     augment: Augment = "none",
+    image_size: ImageSize = None,
+    workers: NumWorkers = 0,
     seed: Annotated[int, typer.Option(help="Of drawn parts, training order and a new head.")] = 0,
     random: Random = False,
     cpu: Cpu = False,
@@ -86,16 +90,21 @@ def tune_command(
     from peft_surgical.experiments.choosing import choose
     from peft_surgical.experiments.outputs import read_source, write_tuned
     from peft_surgical.experiments.progress import watched
+    from peft_surgical.training.engines import separated
 
     if target is not None and method is not None:
         raise ConfigError(f"--target {target} and --method {method} both say what to tune: give one of them")
+    asked = method or target or "auto"
     columns = {"image_column": image_column, "label_column": label_column}
-    with watched() as watch:
+    with watched() as watch, separated() as engine:
         experiment = experiment_of(
             model,
             data,
             output,
             watch=watch,
+            engine=engine,
+            asked=[asked],
+            is_method=method is not None,
             seed=seed,
             lr=lr,
             head_lr=head_lr,
@@ -103,6 +112,8 @@ def tune_command(
             config={"norm_stats": norm_stats, "delta_dtype": delta_dtype},
             reading={"tuning": images, "validation": validation, "test": test, **columns},
             augment=augment,
+            image_size=image_size,
+            workers=workers,
             random=random,
             epochs=epochs,
             batch_size=batch_size,
@@ -114,7 +125,7 @@ def tune_command(
         old = None if source is None else read_source(experiment, source, **columns)
         choice = choose(
             experiment,
-            method or target or "auto",
+            asked,
             seed,
             is_method=method is not None,
             num_blocks=num_blocks,

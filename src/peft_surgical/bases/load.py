@@ -64,6 +64,7 @@ def load_base(
     head: str = "auto",
     weights: str = "pretrained",
     augment: str = "none",
+    image_size: int | None = None,
     seed: int = 0,
 ) -> Base:
     """Load a base and the transforms that belong to it. Weights come from safetensors only, and no code is downloaded.
@@ -82,18 +83,23 @@ def load_base(
         weights: ``"random"`` reads the architecture only: for tests, and to look at blocks.
         augment: Of ``transform_train``: ``"none"``; ``"flip"``, half of the images mirrored; or ``"crop"``, a random
             part of each image resized, and flips, as timm trains.
+        image_size: Height and width that the transforms give, in pixels; None takes the checkpoint's. For networks that
+            take images of any size.
         seed: Seed of a new head, or of all weights.
 
     Raises:
         DataError: If no such model can be loaded; names what was tried.
-        ConfigError: For an unknown choice, or choices that contradict each other.
+        ConfigError: For an unknown choice, choices that contradict each other, or an image size that the network does
+            not take.
 
     Warns:
         UserWarning: If a head with the right number of classes is replaced.
     """
     base = _load(os.fspath(name), num_classes, label_names, head, weights, seed)
     with _quiet():
-        train, evaluation = base.transforms(_choice("augment", augment, AUGMENTS))
+        train, evaluation = base.transforms(_choice("augment", augment, AUGMENTS), image_size)
+    if image_size is not None:
+        _check_size(base.model, image_size)
     return Base(
         model=base.model,
         name=os.fspath(name),
@@ -230,6 +236,17 @@ def _differ(name: str, known: Sequence[str] | None, given: Sequence[str] | None)
         stacklevel=4,
     )
     return True
+
+
+def _check_size(model: nn.Module, size: int) -> None:
+    try:
+        with torch.no_grad():
+            model(torch.zeros(1, 3, size, size))
+    except Exception as error:  # each architecture has its own way to say so
+        raise ConfigError(
+            f"an image size of {size}: this network does not take it ({_reason(error)}): leave the "
+            "size out, or choose a network of that size"
+        ) from error
 
 
 def _reason(error: Exception) -> str:

@@ -55,10 +55,17 @@ class TimmBase:
         """Say what the outputs mean; timm has no place for it in a network."""
         self.label_names = names
 
-    def transforms(self, augment: str) -> tuple[Transform, Transform]:
-        """For training and for evaluation."""
-        data = require("timm.data", "loading a timm model", "timm")
-        return of_timm(data.resolve_model_data_config(self.model), augment)
+    def transforms(self, augment: str, size: int | None = None) -> tuple[Transform, Transform]:
+        """For training and for evaluation, giving images of ``size`` x ``size``, by default those of the checkpoint."""
+        return transforms_of(self.model, augment, size)
+
+
+def transforms_of(model: nn.Module, augment: str, size: int | None) -> tuple[Transform, Transform]:
+    """The transforms of a timm network, giving images of ``size`` x ``size``, by default those of the checkpoint."""
+    config = require("timm.data", "loading a timm model", "timm").resolve_model_data_config(model)
+    if size is not None:
+        config = {**config, "input_size": (config["input_size"][0], size, size)}
+    return of_timm(config, augment)
 
 
 def _source(timm: Any, name: str) -> str:

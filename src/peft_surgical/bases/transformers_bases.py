@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 from ..anatomy import anatomy_of
 from ..delta import shown
 from ..errors import AnatomyError, DataError
-from ..extras import require
-from .transforms import Transform, of_processor, of_timm
+from .timm_bases import transforms_of
+from .transforms import Transform, of_processor
 
 
 class TransformersBase:
@@ -87,17 +87,15 @@ class TransformersBase:
         self.model.config.id2label = dict(enumerate(names))  # type: ignore[union-attr]
         self.model.config.label2id = {name: i for i, name in enumerate(names)}  # type: ignore[union-attr]
 
-    def transforms(self, augment: str) -> tuple[Transform, Transform]:
-        """For training and for evaluation.
+    def transforms(self, augment: str, size: int | None = None) -> tuple[Transform, Transform]:
+        """For training and for evaluation, giving images of ``size`` x ``size``, by default those of the checkpoint.
 
         Raises:
             DataError: If no image processor was saved with the network.
         """
         if (inner := getattr(self.model, "timm_model", None)) is not None:
             # What transformers writes for a network of timm's does not name a processor; the network knows its own.
-            return of_timm(
-                require("timm.data", "loading a timm model", "timm").resolve_model_data_config(inner), augment
-            )
+            return transforms_of(inner, augment, size)
         try:
             processor = AutoImageProcessor.from_pretrained(self._name, trust_remote_code=False)
         except (OSError, ValueError) as error:
@@ -106,4 +104,11 @@ class TransformersBase:
                 "that of the model it was made from beside it, by "
                 "AutoImageProcessor.from_pretrained(...).save_pretrained(...)"
             ) from error
+        if size is not None:
+            square = {"height": size, "width": size}
+            edge = getattr(processor.size, "shortest_edge", None) is not None
+            given = {"size": {"shortest_edge": size} if edge else square}
+            if getattr(processor, "crop_size", None) is not None:
+                given["crop_size"] = square
+            processor = AutoImageProcessor.from_pretrained(self._name, trust_remote_code=False, **given)
         return of_processor(processor, augment)

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, RowsFailedError
 from ..evaluation.grid import SELECTION_SEED, Cell
 from ..evaluation.grid import choose as best_of
 from ..evaluation.ledger import Run
 from ..selection.resolve import selection_record
 from ..selection.scores import BlockScores
 from ..targets import DATA_TARGETS
+from ..training.engines import Workers
 from ..training.methods import METHODS
 from ..training.search import (
     AUTO_KEEP,
@@ -151,18 +152,15 @@ def search(experiment: Experiment, name: str, seed: int) -> tuple[SearchResult, 
     begun, epochs = SHARE if new else 0.0, experiment.fitting.epochs
     shares, keep = (RUNGS, KEEP) if scores is None else (AUTO_RUNGS, AUTO_KEEP)
     rungs = sorted({max(1, round((begun + (1 - begun) * share) * epochs)) / epochs for share in shares})
-    experiment.racing = True
-    try:
-        found = race(candidates, experiment.train, experiment.ledger, settings, experiment.run, rungs=rungs, keep=keep)
-    finally:
-        experiment.racing = False
+    found = race(candidates, experiment.train, experiment.ledger, settings, experiment.run, rungs=rungs, keep=keep)
     return found, scores
 
 
 def compare(experiment: Experiment, methods: Sequence[str], seeds: Sequence[int]) -> dict[str, list[Run]]:
     """The runs to report of every method, in the order of the seeds; they alone have seen the test images.
 
-    Those of a search carry ``chosen``, and as ``cost`` that of the whole search.
+    Those of a search carry ``chosen``, and as ``cost`` that of the whole search. A row that fails does not keep the
+    others from being done, unless several processes share the runs: these end with the first failure.
 
     Args:
         experiment: The experiment.
@@ -172,6 +170,7 @@ def compare(experiment: Experiment, methods: Sequence[str], seeds: Sequence[int]
 
     Raises:
         ConfigError: A method is none of these, or a seed is given twice.
+        RowsFailedError: Some rows failed; it holds those that are done.
     """
     if len(set(seeds)) != len(seeds) or not seeds:
         raise ConfigError(f"seeds={list(seeds)}: give each seed once, and at least one")
@@ -182,25 +181,47 @@ def compare(experiment: Experiment, methods: Sequence[str], seeds: Sequence[int]
     def run(keys: list[dict[str, Any]]) -> list[Run]:
         return experiment.run(experiment.train, keys, experiment.ledger)
 
-    tried = {
-        name: [experiment.key(name, lr, SELECTION_SEED) for lr in cell.candidates]
-        for name, cell in cells.items()
-        if len(cell.candidates) > 1
-    }
-    done = run([key for keys in tried.values() for key in keys])
-    rates = {name: best_of([one for one in done if one.key["method"] == name]).key["lr"] for name in tried}
-    rest = [experiment.key(name, rates.get(name, cells[name].candidates[0]), s) for name in plain for s in seeds]
-    done += run([key for key in rest if key not in [one.key for one in done]])
-    # From what the engine gave: of processes that train together only the first needs to see the ledger.
-    found = {
-        name: [next(one for one in done if one.key == key) for key in rest if key["method"] == name] for name in plain
-    }
-    _refuse_diverged([one for runs in found.values() for one in runs])
+    def tried(name: str) -> list[dict[str, Any]]:
+        """The runs that choose a row's learning rate."""
+        rates = cells[name].candidates
+        return [experiment.key(name, lr, SELECTION_SEED) for lr in rates] if len(rates) > 1 else []
+
+    def reported(name: str, done: Sequence[Run]) -> list[dict[str, Any]]:
+        runs = [one for one in done if one.key["method"] == name]
+        lr = best_of(runs).key["lr"] if runs else cells[name].candidates[0]
+        return [experiment.key(name, lr, seed) for seed in seeds]
+
+    def plain_rows(names: Sequence[str]) -> dict[str, list[Run]]:
+        done = run([key for name in names for key in tried(name)])
+        wanted = {name: reported(name, done) for name in names}
+        known = [one.key for one in done]
+        done += run([key for keys in wanted.values() for key in keys if key not in known])
+        # From what the engine gave: of processes that train together only the first needs to see the ledger.
+        found = {name: [next(one for one in done if one.key == key) for key in keys] for name, keys in wanted.items()}
+        _refuse_diverged([one for runs in found.values() for one in runs])
+        return found
+
+    def rows(names: Sequence[str]) -> dict[str, list[Run]]:
+        found = plain_rows([name for name in names if name in cells])
+        for name in names:
+            if name in SEARCHES:
+                found[name] = [_as_run(_searched(experiment, name, seed)) for seed in seeds]
+        tested = iter(experiment.tested([one for name in names for one in found[name]]))
+        return {name: [next(tested) for _ in seeds] for name in names}
+
+    if experiment.engine != Workers():  # several at a time: the more runs are asked for at once, the better
+        return rows(methods)
+    done: dict[str, list[Run]] = {}
+    failed: dict[str, Exception] = {}
     for name in methods:
-        if name in SEARCHES:
-            found[name] = [_as_run(_searched(experiment, name, seed)) for seed in seeds]
-    tested = iter(experiment.tested([one for name in methods for one in found[name]]))
-    return {name: [next(tested) for _ in seeds] for name in methods}
+        try:
+            done |= rows([name])
+        except Exception as error:
+            failed[name] = error
+            experiment.watch.failed(name, error)
+    if failed:
+        raise RowsFailedError(done, failed)
+    return done
 
 
 def _refuse_diverged(runs: Sequence[Run]) -> None:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import shutil
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from pathlib import Path
@@ -37,9 +38,9 @@ from ..training.engines import Engine, Workers
 from ..training.fitting import FitSettings, fit, forget_checkpoints
 from ..training.search import NONE
 from ..watch import DivergedError, Epochs, Watch, file_name, logging_to
+from .requests import Score, Test, Train, key_of, request_of
 from .subject import Subject
 
-_SCORES = "scores "  # in place of a method, in the key of a run that only scores
 _LARGEST = sys.float_info.max  # stands for an infinite loss, which JSON cannot hold
 
 
@@ -56,7 +57,9 @@ class Experiment(Subject):
         arguments: As for `fit`.
         logs: Folder for TensorBoard's files, a folder for each run in it; None leaves them to Trainer.
         engine: What runs the runs; see `engines.workers` and `engines.Together`.
-        watch: Told about progress.
+        watch: Receives the progress of runs.
+        started: When it was made, by `time.monotonic`.
+        found: How many finished runs were read from the ledger so far, rather than done.
     """
 
     folder: Path
@@ -80,7 +83,8 @@ class Experiment(Subject):
                 raise ConfigError("precision='fp16' needs a GPU: choose bf16, or None for float32")
             self.fitting = replace(self.fitting, use_cpu=True)  # Trainer refuses bfloat16 if it is not told
         self.ledger = Ledger(self.folder / "ledger.jsonl")
-        self.racing = False  # a race stops runs early, so its checkpoints are not those of whole runs
+        self.started = time.monotonic()
+        self.found = 0
 
     @property
     def device(self) -> torch.device:
@@ -100,61 +104,72 @@ class Experiment(Subject):
         what = {"model": self.model, "base": digest, "weights": self.weights, "data": data.fingerprint, **sizes}
         if self.metrics != ("accuracy",):
             what["metrics"] = list(self.metrics)
+        if self.image_size is not None:
+            what["image_size"] = self.image_size
         return what | {"augment": self.augment} | fitting | dict(self.config)
 
     # --- runs ---
 
     def key(self, method: str, lr: float | None, seed: int) -> dict[str, Any]:
         """The key of a run."""
-        return {**self.shared, "seed": seed, "method": method, "lr": lr}
+        return key_of(Train(method, lr, seed), self.shared)
 
     def run(
         self, train: Callable[[dict[str, Any]], Mapping[str, Any]], keys: Sequence[Any], ledger: Ledger
     ) -> list[Run]:
         """An `Engine`: the experiment's own, with progress."""
-        self.watch.planned(len(keys))
-        trained: list[str] = []
+        requests = {_digest(key): request_of(key) for key in keys}
+        known = {_digest(key): result for key in keys if (result := ledger.find(key)) is not None}
+        for digest, result in known.items():  # before anything is trained, so that a resumed search says so at once
+            self.watch.finished(requests[digest], result, known=True)
+        self.found += len(known)
+        if missing := [one for digest, one in requests.items() if digest not in known]:
+            self.watch.planned(missing, self.fitting.epochs)
+        reported = set(known)
 
         def watched(key: dict[str, Any]) -> Mapping[str, Any]:
             result = train(key)
-            trained.append(_digest(key))
-            self.watch.finished(key, result, known=False)
+            reported.add(_digest(key))
+            self.watch.finished(request_of(key), result, known=False)
             return result
 
         runs = self.engine(watched, keys, ledger)
-        for run in runs:
-            if _digest(run.key) not in trained:
-                self.watch.finished(run.key, run.result, known=True)
+        for run in runs:  # what other processes have done
+            if _digest(run.key) not in reported:
+                self.watch.finished(request_of(run.key), run.result, known=True)
         return runs
 
     def train(self, key: dict[str, Any]) -> dict[str, Any]:
-        """One run; a ``Fit`` of `search`. Its adapter lies in ``adapter(key)`` afterwards."""
-        if "test_of" in key:
-            return self._test(key["test_of"])
-        method, seed = key["method"], key["seed"]
-        if method.startswith(_SCORES):
-            return {"scores": self._score(method.removeprefix(_SCORES), seed)}
-        if method == NONE:
-            own = self.base(seed).model
-            return {"validation": self.judged(own, "validation", seed), "cost": 0.0}
-        row, zero, config = self.prepared(method)
-        place = self.folder / "checkpoints" / ("race" if self.racing else "single") / self.digest(key)
-        epochs = self.fitting.epochs
-        name = f"{method}-lr{key['lr']:g}-seed{seed}"
+        """Do what a key asks for; a ``Fit`` of `search`. A full run leaves its adapter in ``adapter(key)``."""
+        request = request_of(key)
+        if isinstance(request, Test):
+            return self._test(request.run)
+        if isinstance(request, Score):
+            return {"scores": self._score(request)}
+        return self._train(request)
+
+    def _train(self, run: Train) -> dict[str, Any]:
+        if run.method == NONE or run.lr is None:
+            own = self.base(run.seed).model
+            return {"validation": self.judged(own, "validation", run.seed), "cost": 0.0}
+        key = key_of(run, self.shared)
+        row, zero, config = self.prepared(run.method)
+        place = self.folder / "checkpoints" / self.digest(key)
+        name = f"{run.method}-lr{run.lr:g}-seed{run.seed}"
         try:
             with logging_to(None if self.logs is None else self.logs / file_name(name)):
                 found = fit(
-                    copy.deepcopy(self.base(seed, zero).model),
+                    copy.deepcopy(self.base(run.seed, zero).model),
                     row,
-                    self.rows("tuning", seed),
-                    self.rows("validation", seed),
-                    replace(self.fitting, lr=key["lr"], seed=seed),
+                    self.rows("tuning", run.seed),
+                    self.rows("validation", run.seed),
+                    replace(self.fitting, lr=run.lr, seed=run.seed),
                     config={**self.config, **config},
                     folder=place,
-                    stop_epoch=max(1, round(key["stop"] * epochs)) if "stop" in key else None,
+                    stop_epoch=None if run.stop is None else run.epochs(self.fitting.epochs),
                     collate=collate,
-                    callbacks=[Epochs(functools.partial(self.watch.epoch, key))],
-                    metric=functools.partial(self._selecting, self.rows("validation", seed).groups),
+                    callbacks=[Epochs(self.watch, run)],
+                    metric=functools.partial(self._selecting, self.rows("validation", run.seed).groups),
                     arguments={**self.arguments, "run_name": name},
                 )
         except DivergedError as error:  # one of several candidates: it loses, and does not end the search
@@ -163,43 +178,49 @@ class Experiment(Subject):
         result: dict[str, Any] = {"validation": found.validation, "validation_loss": found.losses[-1]}
         result |= {"cost": found.cost, "epoch": found.best_epoch}
         result |= {"curve": list(found.curve), "losses": list(found.losses)}
-        if "stop" in key or not PartialState().is_main_process:  # where all train together, one looks at the outcome
+        # Where all processes train together, the first one alone looks at the outcome.
+        if run.stop is not None or not PartialState().is_main_process:
             return result
         trained: Any = found.model
         trained.save_pretrained(self.adapter(key))
         if not self.config.get("delta_dtype"):  # what is rounded on disk differs on purpose
-            self.check(trained, self.load(self.adapter(key), self.base(seed, zero).model), seed)
+            self.check(trained, self.load(self.adapter(key), self.base(run.seed, zero).model), run.seed)
         forget_checkpoints(place)
         return result
 
-    def _score(self, criterion: str, seed: int) -> str:
-        generator = torch.Generator().manual_seed(seed)
-        rows = self.rows("tuning", seed)
+    def _score(self, asked: Score) -> str:
+        generator = torch.Generator().manual_seed(asked.seed)
+        rows = self.rows("tuning", asked.seed)
         loader = DataLoader(rows, self.fitting.batch_size, shuffle=True, generator=generator, collate_fn=collate)
         precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.fitting.precision or "")
-        network = copy.deepcopy(self.base(seed).model).to(self.device)
-        return score_blocks(network, loader, criterion, blocks=self.anatomy, autocast=precision).to_json()
+        network = copy.deepcopy(self.base(asked.seed).model).to(self.device)
+        return score_blocks(network, loader, asked.criterion, blocks=self.anatomy, autocast=precision).to_json()
 
     def tested(self, runs: Sequence[Run]) -> list[Run]:
         """Finished runs with what the test images say of them, if there are any: only what is reported sees them."""
         keys: list[dict[str, Any]] = []
         for run in runs:
-            key = {"test_of": run.key}
+            key = self._test_key(run)
             if key not in keys and self.data(run.key["seed"]).test is not None:
                 keys.append(key)
         found = self.run(self.train, keys, self.ledger) if keys else []
-        own = [next((one.result for one in found if one.key == {"test_of": run.key}), {}) for run in runs]
+        own = [next((one.result for one in found if one.key == self._test_key(run)), {}) for run in runs]
         return [Run(run.key, {**run.result, **result}) for run, result in zip(runs, own, strict=True)]
 
-    def _test(self, key: dict[str, Any]) -> dict[str, Any]:
+    def _test_key(self, run: Run) -> dict[str, Any]:
+        trained = request_of(run.key)
+        assert isinstance(trained, Train)
+        return key_of(Test(trained), self.shared)
+
+    def _test(self, run: Train) -> dict[str, Any]:
         """The metric that selects as ``test``; where there are several metrics, all of them with their intervals."""
-        seed, first = key["seed"], PartialState().is_main_process
-        if key["method"] == NONE:
+        seed, first, key = run.seed, PartialState().is_main_process, key_of(run, self.shared)
+        if run.method == NONE:
             model = self.base(seed).model
         else:
             if told(first and not self.adapter(key).is_dir()):  # of an experiment that was over, and tidied up
                 self.train(key)
-            _, zero, _ = self.prepared(key["method"])
+            _, zero, _ = self.prepared(run.method)
             model = self.load(self.adapter(key), self.base(seed, zero).model) if first else nn.Identity()
         if not first:
             return {}
@@ -233,7 +254,7 @@ class Experiment(Subject):
     def scores(self, criterion: str, seed: int) -> BlockScores:
         """Scores of the blocks on the tuning images; of a new head none, since a random one says nothing."""
         # Through the ledger: processes must not disagree about candidates in the last digit.
-        (run,) = self.run(self.train, [self.key(f"{_SCORES}{criterion}", None, seed)], self.ledger)
+        (run,) = self.run(self.train, [key_of(Score(criterion, seed), self.shared)], self.ledger)
         found = BlockScores.from_json(run.result["scores"])
         if not self.head_is_new:
             return found

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import platform
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib import metadata
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -13,7 +18,7 @@ import torch
 from torch import nn
 
 from ..data.labelled import read_data
-from ..errors import DataError
+from ..errors import DataError, reason_of
 from ..evaluation import Measurement, Report, TextTable, accuracy, measure, wilson_interval
 from ..evaluation.grid import SELECTION_SEED
 from ..evaluation.ledger import Run
@@ -43,6 +48,7 @@ class Source:
 
     part: Any
     name: str
+    place: str
 
 
 def read_source(experiment: Experiment, source: Any, **columns: Any) -> Source:
@@ -59,11 +65,11 @@ def read_source(experiment: Experiment, source: Any, **columns: Any) -> Source:
             "forgotten can be measured on data of the same classes only"
         )
     if found.test is not None:
-        return Source(found.test, f"source {source}, test")
+        return Source(found.test, f"source {source}, test", place_of(source))
     if found.origin["validation"] == "given":
-        return Source(found.validation, f"source {source}, validation")
+        return Source(found.validation, f"source {source}, validation", place_of(source))
     whole = require("datasets", "reading data").concatenate_datasets([found.tuning, found.validation])
-    return Source(whole, f"source {source}")
+    return Source(whole, f"source {source}", place_of(source))
 
 
 def write_tuned(experiment: Experiment, choice: Choice, seed: int, source: Source | None = None) -> Report:
@@ -92,6 +98,8 @@ def write_tuned(experiment: Experiment, choice: Choice, seed: int, source: Sourc
             "images": {part: len(rows) for part, rows in experiment.data(seed).parts.items()},
             "selection": choice.selection,
             "moved": kept.moved,
+            **({} if source is None else {"source_from": source.place}),
+            **_made(experiment),
         },
     )
     report.save(folder / REPORT)
@@ -114,6 +122,36 @@ def _measured(
         for name, model, rule in (("accuracy before", before, "none"), ("accuracy", after, rules[part])):
             value = accuracy(experiment.logits(model, rows), labels)
             found.append(measure(name, [value], dataset=part, n=len(labels), seeds=[seed], selection=rule))
+    return found
+
+
+def place_of(source: Any) -> str:
+    """Where data lies: the whole path of a file or folder, and an id of the Hub as it is."""
+    path = Path(source).expanduser()
+    return str(path.absolute()) if path.exists() else str(source)
+
+
+def _made(experiment: Experiment) -> dict[str, Any]:
+    """Where the data was, and when, how long and with which versions the experiment was run.
+
+    ``seconds`` is the time of the call that wrote the report, in which ``runs_from_ledger`` runs of earlier calls were
+    not repeated.
+    """
+    found: dict[str, Any] = {} if callable(experiment.source) else {"data_from": place_of(experiment.source)}
+    return found | {
+        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "seconds": round(time.monotonic() - experiment.started, 1),
+        "runs_from_ledger": experiment.found,
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Name -> version of Python and of the packages that decide what a run gives, as far as they are installed."""
+    found = {"python": platform.python_version()}
+    for name in ("torch", "transformers", "peft", "timm", "peft-surgical"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
     return found
 
 
@@ -146,8 +184,23 @@ def caption_of(experiment: Experiment, rows: Mapping[str, list[Run]], seeds: Seq
     )
 
 
-def write_compared(experiment: Experiment, rows: Mapping[str, list[Run]], seeds: Sequence[int]) -> Report:
-    """The comparison as a report (with ranks and costs in its settings), a Markdown table and a figure."""
+def write_compared(
+    experiment: Experiment,
+    rows: Mapping[str, list[Run]],
+    seeds: Sequence[int],
+    failed: Mapping[str, Exception] | None = None,
+) -> Report:
+    """The comparison as a report (with ranks and costs in its settings), a Markdown table and a figure.
+
+    What a later call needs to finish rows that failed stays in the folder.
+
+    Args:
+        experiment: That ran it.
+        rows: Row -> its runs, in the order of the seeds.
+        seeds: The seeds.
+        failed: Rows that are not among them, and why.
+    """
+    reasons = {name: reason_of(error) for name, error in (failed or {}).items()}
     part = "validation" if experiment.data(seeds[0]).test is None else "test"
     n = len(getattr(experiment.data(seeds[0]), part))
     values = {name: [run.result[part] for run in runs] for name, runs in rows.items()}
@@ -166,15 +219,22 @@ def write_compared(experiment: Experiment, rows: Mapping[str, list[Run]], seeds:
         "rank": ranks,
         "cost": {name: fmean(run.result["cost"] for run in runs) for name, runs in rows.items()},
         "chosen": {name: [chosen_of(run) for run in runs] for name, runs in rows.items()},
-        "caption": caption_of(experiment, rows, seeds, part),
+        "caption": caption_of(experiment, rows, seeds, part) + _missing(reasons),
+        **({"failed": reasons} if reasons else {}),
+        **_made(experiment),
     }
     report = Report(experiment.model, "comparison", tuple(measured), settings)
     folder = experiment.folder
     report.save(folder / REPORT)
     TextTable(COMPARED, list(compared(report)), settings["caption"]).save(folder / TABLE)
     draw_or_warn(lambda: bars(measured, list(rows), "accuracy (%)", f"{part}, 95% intervals", folder / FIGURE))
-    experiment.tidy()
+    if not reasons:
+        experiment.tidy()
     return report
+
+
+def _missing(failed: Mapping[str, str]) -> str:
+    return f" Missing, since they failed: {', '.join(failed)}." if failed else ""
 
 
 COMPARED = ["method", "accuracy (%)", "95% interval", "rank", "cost", "chosen"]

@@ -36,6 +36,7 @@ class Subject:
         head_lrs: The same where the head alone is tuned.
         reading: Further arguments of `read_data`: sizes and columns.
         augment: As for `load_base`.
+        image_size: As for `load_base`.
         weights: As for `load_base`.
         seed: The seed whose data stands for all in the keys of runs.
         opener: Opens the base, called as `load_base` is.
@@ -48,6 +49,7 @@ class Subject:
     head_lrs: tuple[float, ...] = (1e-2, 1e-3)
     reading: Mapping[str, Any] = field(default_factory=dict)
     augment: str = "none"
+    image_size: int | None = None
     weights: str = "pretrained"
     seed: int = 0
     opener: Callable[..., Base] = load_base
@@ -76,7 +78,8 @@ class Subject:
     def opening(self, seed: int, zero: bool = False) -> dict[str, Any]:
         """The arguments of `load_base`, beside the name, that open the base of a run."""
         names = list(self.data(self.seed).label_names)
-        return {"label_names": names, "head": "zero" if zero else "auto", "weights": self.weights, "seed": seed}
+        found = {"label_names": names, "head": "zero" if zero else "auto", "weights": self.weights, "seed": seed}
+        return found if self.image_size is None else {**found, "image_size": self.image_size}
 
     def base(self, seed: int, zero: bool = False) -> Base:
         """The base of a run, not to be changed; ``zero`` for one whose new head is all zeros."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from peft import PeftModel
@@ -124,7 +126,7 @@ def push_adapter(
         license_name=license_name,
         license_link=license_link,
         tags=tuple(tags),
-        comparison=tuple(map(_read, comparison)),
+        comparison=tuple(without_paths(_read(one)) for one in comparison),
     )
     # What the card lacks is said before the base is downloaded, which tells its own name.
     check(about, later=["base"] if loading is None else [])
@@ -136,6 +138,9 @@ def push_adapter(
             staged = stage_folder(Path(model_or_folder), folder)
         numbers = _report(report, folder)
         staged = prove(staged, base, numbers, token) if loading is None else described(staged, str(base))
+        if numbers is not None:
+            numbers = without_paths(numbers, staged.config.base_model_name_or_path)
+            numbers.save(folder / REPORT)
         files = _complete(staged, numbers, figure, about)
         goal = Goal(repo, revision, private, create_pr, commit_message, commit_description)
         with explained("push to", repo, revision):
@@ -145,18 +150,51 @@ def push_adapter(
 
 
 def _report(report: Report | Place | None, folder: Path) -> Report | None:
-    """The adapter's report, which is then in the folder, too."""
+    """The adapter's report."""
     if report is None:
         return Report.load(folder / REPORT) if (folder / REPORT).is_file() else None
     numbers = _read(report)
     if numbers.target == NONE:
         raise ConfigError("this report is of the base without an adapter: pass the adapter's own (report=, --report)")
-    numbers.save(folder / REPORT)
     return numbers
 
 
 def _read(report: Report | Place) -> Report:
     return report if isinstance(report, Report) else Report.load(Path(report))
+
+
+def without_paths(report: Report, base: str | None = None) -> Report:
+    """The report without absolute paths of this machine: of each, the last part stays.
+
+    Args:
+        report: Its numbers stay as they are.
+        base: What others call the base, in place of the folder that it may have been here.
+    """
+    places = [report.model, *(report.settings.get(name) for name in ("model", "data_from", "source_from"))]
+    # PureWindowsPath knows both separators.
+    names = {text: PureWindowsPath(text).name for text in places if isinstance(text, str) and _is_absolute(text)}
+    if base is not None and report.model in names:
+        names[report.model] = base
+
+    def cleaned(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: cleaned(one) for name, one in value.items()}
+        if isinstance(value, list):
+            return [cleaned(one) for one in value]
+        if not isinstance(value, str):
+            return value
+        for path in sorted(names, key=len, reverse=True):  # also within captions, and with blanks in them
+            value = value.replace(path, names[path])
+        return _PATH.sub(lambda found: re.split(r"[/\\]", found[0].rstrip("/\\"))[-1], value)
+
+    return Report.from_json(json.dumps(cleaned(json.loads(report.to_json()))))
+
+
+_PATH = re.compile(r"(?<!\S)(?:/|[A-Za-z]:[/\\])[^\s,;]+")
+
+
+def _is_absolute(text: str) -> bool:
+    return PurePosixPath(text).is_absolute() or PureWindowsPath(text).is_absolute()
 
 
 def _complete(staged: Staged, report: Report | None, figure: Place | None, about: About) -> dict[str, Path]:

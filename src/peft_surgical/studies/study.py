@@ -30,7 +30,7 @@ from ..experiments.subject import SEARCHES
 from ..shifts.corruptions import open_classifier
 from ..shifts.parts import Published
 from ..targets import parse, resolve
-from ..training.engines import Engine, Together, workers
+from ..training.engines import Engine, Together, separated
 from ..training.fitting import FitSettings
 from ..training.methods import method_of
 from ..training.search import NONE
@@ -74,10 +74,17 @@ def run_study(
     Raises:
         SurgicalError: Something asked for cannot be done; says what, and the way out.
     """
+    with _engine(args) as engine:
+        return _carried_out(protocol, args, read, opener, engine)
+
+
+def _carried_out(
+    protocol: Protocol, args: argparse.Namespace, read: Read, opener: Callable[..., Base], engine: Engine
+) -> Report | None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()  # of files of weights
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")  # for those who develop it
-    engine, fitting = _engine(args), _fitting(protocol, args)
+    fitting = _fitting(protocol, args)
     rows = rows_of(protocol, args.target, args.method)
     checkpoint = None if protocol.source is None else args.source_checkpoint
     option = "--model" if checkpoint is None else "--source-checkpoint"
@@ -143,12 +150,15 @@ def run_study(
     return report
 
 
-def _engine(args: argparse.Namespace) -> Engine:
+@contextmanager
+def _engine(args: argparse.Namespace) -> Iterator[Engine]:
     if args.spread == "runs":
-        return workers()
+        with separated() as engine:
+            yield engine
+        return
     # Before anything else asks for it; as Trainer decides it in `fit`: without an accelerator, gloo.
     PartialState(cpu=args.cpu or not torch.accelerator.is_available())
-    return Together()
+    yield Together()
 
 
 def _is_first(engine: Engine) -> bool:

@@ -70,10 +70,16 @@ def last_checkpoint(folder: str | Path, processes: int) -> tuple[str | None, int
         if wrote != processes:
             raise ConfigError(
                 f"{found[step]} was written by {wrote} process(es) and cannot be continued by {processes}, whose steps "
-                f"are others: launch {wrote}, or call forget_checkpoints({str(folder)!r}) to start again"
+                f"are others: launch {wrote}, or delete {folder} to start again"
             )
         return str(found[step]), round(state["epoch"])
     return None, 0
+
+
+def log_of(checkpoint: str | Path) -> list[dict[str, Any]]:
+    """What Trainer has logged up to a checkpoint: ``log_history`` of its state."""
+    state = json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    return list(state["log_history"])
 
 
 def drop_scratch(folder: str | Path) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,9 @@ from accelerate import PartialState
 
 from ..evaluation.ledger import Ledger, Run
 from ..processes import told
+
+_LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 Fit = Callable[[dict[str, Any]], Mapping[str, Any]]
 """Key -> result. A key holds the search's settings and the candidate's ``method`` and ``lr``; in a race also ``stop``,
@@ -42,7 +45,8 @@ class Workers:
         # Dealt out by place among all, not among the missing: another process may see fewer of them.
         for place, key in enumerate(keys):
             if place % self.world == self.rank and key in missing:
-                ledger.run(key, fit)
+                with separated():  # one of its own, where the program has not entered it around everything
+                    ledger.run(key, fit)
         while any(ledger.find(key) is None for key in keys):
             time.sleep(self.poll)
         return [ledger.run(key, fit) for key in keys]
@@ -71,23 +75,37 @@ class Together:
         return runs
 
 
-@functools.cache
 def workers() -> Workers:
-    """The processes that ``accelerate launch --num_processes N`` started, as independent workers.
+    """The processes that ``accelerate launch --num_processes N`` started, as independent workers."""
+    return Workers(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+
+
+@contextmanager
+def separated() -> Iterator[Workers]:
+    """Make this process an independent worker while the block runs; gives what `workers` found before.
 
     Each run is too small to be spread over processes, so each process trains its own runs: what tells Accelerate and
     Trainer that they belong together is taken out of this process's environment, and it sees its own GPU alone. To be
-    called before anything has asked Accelerate for its state. A later call gives what the first one found.
+    entered before anything has asked Accelerate for its state. Afterwards the environment is what it was.
     """
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1:
-        local = os.environ.get("LOCAL_RANK", "0")
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    found = workers()
+    if found.world == 1:
+        yield found
+        return
+    before = {name: os.environ.get(name) for name in (*_LAUNCH, _VISIBLE)}
+    local, visible = os.environ.get("LOCAL_RANK", "0"), os.environ.get(_VISIBLE)
+    try:
         # An empty list hides all GPUs, and goes on doing so.
-        os.environ["CUDA_VISIBLE_DEVICES"] = local if visible is None else visible and visible.split(",")[int(local)]
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ[_VISIBLE] = local if visible is None else visible and visible.split(",")[int(local)]
+        for name in _LAUNCH:
             os.environ.pop(name, None)
-    return Workers(rank, world)
+        yield found
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def on_ray(**resources: Any) -> Engine:

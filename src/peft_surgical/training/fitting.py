@@ -31,8 +31,9 @@ from ..config import SurgicalConfig
 from ..errors import ConfigError
 from ..processes import SameStatistics, check_launch, check_sharding, settle, told
 from ..selection.tensors import anatomy_under
-from .callback import SurgicalCallback
-from .checkpoints import Mark, drop_scratch, last_checkpoint
+from ..watch import SELECTED_BY as SELECTED_BY
+from .callback import RECORD, SurgicalCallback
+from .checkpoints import Mark, drop_scratch, last_checkpoint, log_of
 from .checkpoints import forget_checkpoints as forget_checkpoints
 from .methods import Method, method_of
 from .trainer import ClassifierTrainer as ClassifierTrainer
@@ -43,8 +44,6 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
     "sgd": lambda parameters, **how: torch.optim.SGD(parameters, momentum=0.9, **how),
 }
-SELECTED_BY = "selected_by"
-"""What Trainer logs the metric as that chooses the epoch; ``accuracy`` is logged beside it."""
 
 FORWARD_SHARE = 1 / 3
 """Cost of a forward pass as a share of a training step, which runs forward once and backward twice its work."""
@@ -97,7 +96,8 @@ class Fitted:
     """What a run gave.
 
     Attributes:
-        model: The PeftModel at its best epoch.
+        model: The PeftModel at its best epoch. None where the run was asked to stop at an epoch that its checkpoints
+            are past: what the epochs up to there gave is known from them, their weights are not.
         curve: Validation accuracy (or what `fit` was told to choose by), a fraction, at the end of each epoch.
         losses: Cross entropy of the validation images at the same points; the largest float where it is not finite.
         best_epoch: The epoch, from 1, whose model this is: of equal accuracies the first.
@@ -107,7 +107,7 @@ class Fitted:
         record: Epoch -> factor of each tensor's rate, of schedules that data drives.
     """
 
-    model: nn.Module
+    model: nn.Module | None
     curve: tuple[float, ...]
     losses: tuple[float, ...]
     best_epoch: int
@@ -152,7 +152,8 @@ def fit(
         config: Further fields of the `SurgicalConfig`: ``norm_stats``, ``delta_dtype``, ``blocks``, ...
         folder: Where checkpoints lie, for all processes the same; a run that was stopped or killed goes on from there,
             and ends as if it had not been. Without one the run leaves nothing behind.
-        stop_epoch: Stop after so many epochs of the run, so that it can go on later. Needs a folder.
+        stop_epoch: Stop after so many epochs of the run, so that it can go on later. Needs a folder. Where the folder
+            holds more epochs already, nothing is trained, and what the first of them gave is read from there.
         collate: Makes a batch of rows; by default Trainer's own.
         callbacks: Further ones.
         metric: Logits (n, classes) and labels (n,) of the validation images, in their order -> what chooses the epoch,
@@ -162,8 +163,8 @@ def fit(
         progress: Show Trainer's progress bar.
 
     Raises:
-        ConfigError: Unknown method, option or setting, ``stop_epoch`` without a folder, or with one that holds more
-            epochs than that; a launch or a checkpoint that does not go with this run.
+        ConfigError: Unknown method, option or setting, ``stop_epoch`` without a folder; a launch or a checkpoint that
+            does not go with this run.
     """
     row = method_of(method) if isinstance(method, str) else method
     if stop_epoch is not None and folder is None:
@@ -218,11 +219,26 @@ def fit(
         share = -(-len(validation) // world)  # type: ignore[arg-type]
         trainer_arguments.per_device_eval_batch_size = min(trainer_arguments.per_device_eval_batch_size, share)
         last, done = (None, 0) if folder is None else told(last_checkpoint(folder, world))
-        if stop_epoch is not None and done > stop_epoch:
-            raise ConfigError(
-                f"{folder} holds {done} epochs of a run that is to stop after {stop_epoch}: name another folder, or "
-                "call forget_checkpoints(folder) to start again"
+        batches = -(-len(tuning) // (settings.batch_size * world))  # type: ignore[arg-type]
+
+        def outcome(trained: nn.Module | None, history: Sequence[Mapping[str, Any]], epochs: int | None) -> Fitted:
+            points = [entry for entry in history if f"eval_{SELECTED_BY}" in entry][:epochs]
+            record = {entry["epoch"]: entry[RECORD] for entry in history if RECORD in entry}
+            record = {epoch: factors for epoch, factors in record.items() if epoch < len(points)}
+            curve = tuple(point[f"eval_{SELECTED_BY}"] for point in points)
+            scored = len(record) * min(surgical.num_batches, batches) * world
+            forwards = len(points) * len(validation) / settings.batch_size  # type: ignore[arg-type]
+            return Fitted(
+                model=trained,
+                curve=curve,
+                losses=tuple(_finite(point["eval_loss"]) for point in points),
+                best_epoch=1 + curve.index(max(curve)),
+                cost=points[-1]["step"] * settings.accumulation * world + scored + FORWARD_SHARE * forwards,
+                record=record,
             )
+
+        if last is not None and stop_epoch is not None and done > stop_epoch:
+            return outcome(None, told(log_of(last)), stop_epoch)
         if stop_epoch is not None and done == stop_epoch:
             # Trainer always begins the next epoch of a run that has one; what is finished is only to be read.
             trainer_arguments.num_train_epochs = done
@@ -255,21 +271,10 @@ def fit(
         whole = copy.deepcopy(model) if trainer.is_fsdp_enabled else model
         trainer.train(resume_from_checkpoint=last)
         settle(whole, trainer.model, names)
-    record = surgical.pace.record if paced else {}
-    points = [entry for entry in trainer.state.log_history if f"eval_{SELECTED_BY}" in entry]
-    curve = tuple(point[f"eval_{SELECTED_BY}"] for point in points)
-    batches = -(-len(tuning) // (settings.batch_size * world))  # type: ignore[arg-type]
-    scored = len(record) * min(surgical.num_batches, batches) * world
-    forwards = len(points) * len(validation) / settings.batch_size  # type: ignore[arg-type]
-    return Fitted(
         # With mixed precision, Accelerate has replaced the forward by one that casts.
-        model=extract_model_from_parallel(whole, keep_fp32_wrapper=False),
-        curve=curve,
-        losses=tuple(_finite(point["eval_loss"]) for point in points),
-        best_epoch=1 + curve.index(max(curve)),
-        cost=trainer.state.global_step * settings.accumulation * world + scored + FORWARD_SHARE * forwards,
-        record=record,
-    )
+        return outcome(
+            extract_model_from_parallel(whole, keep_fp32_wrapper=False), trainer.state.log_history, epochs=None
+        )
 
 
 def _finite(loss: float) -> float:

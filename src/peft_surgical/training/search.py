@@ -23,6 +23,8 @@ NONE = "none"
 RUNGS, KEEP = (1 / 15, 1 / 5, 1.0), 1 / 3
 """Shares of a run after which a race looks: with 15 epochs after 1, 3 and 15. With ten candidates, of which a third
 survives each rung, the whole race then costs 10 x 1 + 4 x 2 + 12 = 30 epochs: two runs."""
+NOMINATED = 2
+"""How many blocks `auto` races, beside the head and `all`."""
 AUTO_RUNGS, AUTO_KEEP = (2 / 15, 2 / 5, 1.0), 1 / 4
 """Of `auto`, whose candidates are fewer: 7 x 2 + 2 x 4 + 9 = 31 epochs. It looks later, because tuning all at a large
 rate often validates worst after one epoch and best after six."""
@@ -168,7 +170,7 @@ def race(
     raise AssertionError("the last rung returns")
 
 
-def nominated(candidates: Sequence[Candidate], scores: Mapping[str, float], blocks: int = 2) -> list[Candidate]:
+def nominated(candidates: Sequence[Candidate], scores: Mapping[str, float], blocks: int = NOMINATED) -> list[Candidate]:
     """The candidates that are worth a race: the blocks with the highest scores, `all`, none, and the head once.
 
     The head stays whatever its score, with its largest rate, since output-level shifts are its own.
