@@ -46,7 +46,7 @@ BatchSize = Annotated[
     typer.Option(
         min=1,
         help="Images per training step.",
-        show_default="the largest of 64, 32, 16, 8 that makes 8 steps an epoch",
+        show_default="the largest of 64, 32, 16, 8 that makes 16 steps an epoch",
     ),
 ]
 Optimizer = Annotated[str, typer.Option(help="adam, adamw or sgd.")]
