@@ -244,8 +244,8 @@ def _check_size(model: nn.Module, size: int) -> None:
             model(torch.zeros(1, 3, size, size))
     except Exception as error:  # each architecture has its own way to say so
         raise ConfigError(
-            f"an image size of {size}: this network does not take it ({_reason(error)}): leave the "
-            "size out, or choose a network of that size"
+            f"an image size of {size}: this network does not take images of {size} pixels ({_reason(error)}): leave "
+            "the size out, or choose a network of that size"
         ) from error
 
 
