@@ -12,11 +12,11 @@ from .options import (
     BatchSize,
     Cpu,
     DeltaDtype,
-    Epochs,
+    EpochsOption,
     Few,
     HeadLrs,
     ImageColumn,
-    Images,
+    ImagesArgument,
     LabelColumn,
     Lrs,
     Model,
@@ -38,7 +38,7 @@ COMPARED_METHODS = ("none", "all", "head", "block1", "auto-rgn", "race")
 
 def compare_command(
     model: Model,
-    data: Images,
+    data: ImagesArgument,
     output: Output,
     methods: Annotated[
         list[str] | None,
@@ -51,7 +51,7 @@ def compare_command(
     seeds: Annotated[list[int] | None, typer.Option(help="One or more.", show_default="0 1 2")] = None,
     lr: Lrs = None,
     head_lr: HeadLrs = None,
-    epochs: Epochs = 15,
+    epochs: EpochsOption = 15,
     batch_size: BatchSize = 64,
     optimizer: Optimizer = "adam",
     weight_decay: WeightDecay = 1e-4,
