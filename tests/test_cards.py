@@ -16,8 +16,8 @@ from peft_surgical import SurgicalConfig
 from peft_surgical.errors import ConfigError
 from peft_surgical.evaluation import Report, measure
 from peft_surgical.hub import cards
-from peft_surgical.hub.card_figure import draw
-from peft_surgical.hub.card_text import choices, limits_of, parents_of, protocol_of, rows_of, why
+from peft_surgical.hub.card_figure import draw_figure
+from peft_surgical.hub.card_text import card_rows, choices, limits_of, parents_of, protocol_of, why
 from peft_surgical.hub.cards import About, Weights, card_of
 
 RENDER = Path(__file__).parents[1] / "hub_cards" / "render.py"
@@ -58,7 +58,7 @@ def section(card, title):
 
 
 def test_rows_of_a_tuned_folder_and_its_base():
-    found = rows_of(
+    found = card_rows(
         report(
             measured("accuracy before", 0.5, "validation", selection="none"),
             measured("accuracy", 0.9, "validation"),
@@ -83,12 +83,12 @@ def test_rows_of_other_reports_stand_beside_those_of_the_adapter():
         report(measured(value=0.1, dataset="frost"), target="block1"),  # the adapter's own row counts
     ]
     own = report(measured(value=0.8, dataset="frost"), measured(value=0.4, dataset="frost, before tuning"))
-    found = [(row.tuned, row.own, row.measured.value) for row in rows_of(own, others)]
+    found = [(row.tuned, row.own, row.measured.value) for row in card_rows(own, others)]
     assert found == [("block1", True, 0.8), ("none", False, 0.4), ("all", False, 0.7), ("head", False, 0.6)]
 
 
 def test_rows_of_a_study_which_names_them_in_the_metric():
-    found = rows_of(
+    found = card_rows(
         report(measured("worst_group_accuracy of all", 0.6), measured("worst_group_accuracy of block1", 0.7))
     )
     assert [(r.metric, r.tuned, r.own) for r in found] == [
@@ -281,9 +281,9 @@ def test_an_oracles_choice_is_called_one():
     config = SurgicalConfig(target="block1", selection={**SCORES, "split": "test"})
     oracle = "Test images had a say in choosing"
     assert any(oracle in line for line in limits_of(config, None, []))
-    assert not any(oracle in line for line in limits_of(CONFIG, report(), rows_of(report())))
+    assert not any(oracle in line for line in limits_of(CONFIG, report(), card_rows(report())))
     own = report(measured(selection="target: oracle"))
-    assert any(oracle in line for line in limits_of(CONFIG, own, rows_of(own)))
+    assert any(oracle in line for line in limits_of(CONFIG, own, card_rows(own)))
 
 
 def test_no_record_of_a_choice():
@@ -324,11 +324,11 @@ def test_protocol_shows_what_a_report_says_and_no_more():
 
 def test_limits_name_the_seed_and_what_was_not_measured():
     own = report(measured(seeds=(0, 1, 2)), adapter={"seed": 2})
-    found = limits_of(CONFIG, own, rows_of(own))
+    found = limits_of(CONFIG, own, card_rows(own))
     assert any("runs of 3 seeds; the adapter in this repository is of seed 2." in line for line in found)
     assert "What it makes the base forget was not measured." in found
     own = report(measured(), measured(dataset="source old, test"))
-    assert not any("forget" in line for line in limits_of(CONFIG, own, rows_of(own)))
+    assert not any("forget" in line for line in limits_of(CONFIG, own, card_rows(own)))
 
 
 def test_the_citation():
@@ -349,7 +349,7 @@ def test_nothing_is_left_to_be_filled_in():
 
 def test_the_figure_is_shown_where_there_is_one(tmp_path):
     pytest.importorskip("matplotlib")
-    draw(rows_of(report()), WEIGHTS, [("block1", 0.1), ("block2", 0.0)], tmp_path / "figure.png")
+    draw_figure(card_rows(report()), WEIGHTS, [("block1", 0.1), ("block2", 0.0)], tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     assert "](figure.png)" in str(card_of(CONFIG, report(), WEIGHTS, replace(ABOUT, figure="figure.png")))
     assert "](" not in section(card_of(CONFIG, report(), WEIGHTS, ABOUT), "Results")

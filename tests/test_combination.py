@@ -17,11 +17,11 @@ from peft_surgical import SurgicalConfig
 from peft_surgical.adapters.adapter import read_adapter
 from peft_surgical.adapters.combination import combine_adapters
 from peft_surgical.errors import AdapterError, AdapterFileError, BaseMismatchError, ConfigError
-from peft_surgical.tuner.combine import METHODS, Combination, combine_deltas, combine_tensor
+from peft_surgical.tuner.combine import COMBINATIONS, Combination, combine_deltas, combine_tensor
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 INPUTS = CASES["conv+BN"].inputs()
-ALL = [Combination(method, None if method in ("linear", "disjoint") else 0.5) for method in METHODS]
+ALL = [Combination(method, None if method in ("linear", "disjoint") else 0.5) for method in COMBINATIONS]
 overlapping = pytest.mark.parametrize(
     "how", [how for how in ALL if how.method != "disjoint"], ids=lambda how: how.method
 )

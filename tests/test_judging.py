@@ -7,7 +7,7 @@ import torch
 
 from peft_surgical.errors import ConfigError, DataError
 from peft_surgical.evaluation import wilson_interval
-from peft_surgical.evaluation.judging import METRICS, check_metrics, interval_of, judge, tolerant
+from peft_surgical.evaluation.judging import JUDGES, check_metrics, interval_of, judge, tolerant
 
 LABELS = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 1, 1])
 GROUPS = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 2, 2])
@@ -15,7 +15,7 @@ PREDICTED = torch.tensor([0, 0, 0, 1, 1, 1, 0, 0, 1, 1])  # right: 3 of 4, 2 of 
 
 
 def test_by_hand():
-    found = judge(list(METRICS), PREDICTED, LABELS, GROUPS)
+    found = judge(list(JUDGES), PREDICTED, LABELS, GROUPS)
     assert found == {
         "accuracy": 0.7,
         "worst_group_accuracy": 0.5,

@@ -10,7 +10,15 @@ from torch import nn
 from peft_surgical import SurgicalConfig
 from peft_surgical.errors import AdapterFileError, BaseMismatchError, ConfigError, DataError
 from peft_surgical.evaluation import Report
-from peft_surgical.hub.rebuilding import check_fingerprints, is_whole, rebuild, record_of, recorded, split_name, told
+from peft_surgical.hub.rebuilding import (
+    check_fingerprints,
+    completed,
+    is_whole,
+    rebuild,
+    record_of,
+    recorded,
+    split_name,
+)
 from peft_surgical.hub.records import FORMAT, BaseRecord, read_record, write_record
 
 FULL = BaseRecord(
@@ -174,27 +182,29 @@ def report(**opened):
 
 
 def test_a_report_tells_how_the_base_was_opened():
-    found = told(None, None, report())
+    found = completed(None, None, report())
     assert found == BaseRecord("timm/resnet18.a1_in1k", label_names=("cat", "dog"), head="zero")
     # Of a live network the head is known; only the names of its classes may not be.
     live = BaseRecord("owner/name", num_classes=2, head="new", fingerprint={})
-    assert told(live, None, report()) == BaseRecord(
+    assert completed(live, None, report()) == BaseRecord(
         "owner/name", num_classes=2, head="new", fingerprint={}, label_names=("cat", "dog")
     )
-    assert told(FULL, None, report(head="keep")) is FULL
+    assert completed(FULL, None, report(head="keep")) is FULL
     with pytest.raises(ConfigError, match="is random"):
-        told(None, None, report(weights="random"))
+        completed(None, None, report(weights="random"))
 
 
 def test_the_user_has_the_last_word():
-    assert told(FULL, "other/name", None).id == "other/name"
-    assert told(FULL, "other/name", None).fingerprint == FULL.fingerprint
-    found = told(None, {"name": "other/name", "revision": "v1", "label_names": ["a", "b", "c"], "head": "new"}, None)
+    assert completed(FULL, "other/name", None).id == "other/name"
+    assert completed(FULL, "other/name", None).fingerprint == FULL.fingerprint
+    found = completed(
+        None, {"name": "other/name", "revision": "v1", "label_names": ["a", "b", "c"], "head": "new"}, None
+    )
     assert found == BaseRecord("other/name", "v1", label_names=("a", "b", "c"), head="new")
     with pytest.raises(ConfigError, match="give name=, and revision="):
-        told(None, {"name": "other/name", "trust_remote_code": True}, None)
+        completed(None, {"name": "other/name", "trust_remote_code": True}, None)
     with pytest.raises(ConfigError, match="nothing says which base"):
-        told(None, None, None)
+        completed(None, None, None)
 
 
 def test_the_record_beside_an_adapter_comes_before_its_config(tmp_path):

@@ -15,8 +15,8 @@ from peft_surgical.adaptation.streams import (
     Record,
     Stream,
     evaluating,
+    moving_buffers,
     moving_deltas,
-    moving_statistics,
 )
 
 
@@ -49,7 +49,7 @@ def test_only_trainable_deltas_of_active_adapters_move():
 
 @pytest.mark.parametrize(("policy", "expected"), [("frozen", 0), ("target", 3), ("all", 9)])
 def test_statistics_move_with_the_policy(policy, expected):
-    assert len(moving_statistics(adapted(norm_stats=policy))) == expected
+    assert len(moving_buffers(adapted(norm_stats=policy))) == expected
 
 
 def test_a_step_by_hand():

@@ -17,10 +17,10 @@ from transformers import TrainerCallback, TrainingArguments
 
 from .errors import ConfigError
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
-def told(value: T) -> T:
+def told(value: _T) -> _T:
     """What the first process has; all must ask."""
     values = [value]
     broadcast_object_list(values)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from peft_surgical.evaluation import Report
     from peft_surgical.experiments.adapting import Adapted
 
-Stream = Annotated[
+StreamArgument = Annotated[
     str,
     typer.Argument(
         metavar="DATA",
@@ -27,7 +27,7 @@ Stream = Annotated[
 
 def adapt_command(
     model: Model,
-    data: Stream,
+    data: StreamArgument,
     output: Output,
     lr: Annotated[float, typer.Option(help="Learning rate. Without labels nothing can choose it: see the docs.")],
     method: Annotated[str, typer.Option(help="memo, image by image; or tent, batch by batch.")] = "memo",

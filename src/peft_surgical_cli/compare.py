@@ -12,11 +12,11 @@ from .options import (
     BatchSize,
     Cpu,
     DeltaDtype,
-    Epochs,
+    EpochsOption,
     Few,
     HeadLrs,
     ImageColumn,
-    Images,
+    ImagesArgument,
     ImageSize,
     LabelColumn,
     Lrs,
@@ -40,7 +40,7 @@ COMPARED_METHODS = ("none", "all", "head", "block1", "auto-rgn", "race")
 
 def compare_command(
     model: Model,
-    data: Images,
+    data: ImagesArgument,
     output: Output,
     methods: Annotated[
         list[str] | None,
@@ -53,7 +53,7 @@ def compare_command(
     seeds: Annotated[list[int] | None, typer.Option(help="One or more.", show_default="0 1 2")] = None,
     lr: Lrs = None,
     head_lr: HeadLrs = None,
-    epochs: Epochs = 15,
+    epochs: EpochsOption = 15,
     batch_size: BatchSize = None,
     optimizer: Optimizer = "adam",
     weight_decay: WeightDecay = 1e-4,

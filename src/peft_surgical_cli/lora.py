@@ -11,17 +11,15 @@ import typer
 from rich.filesize import decimal
 from rich.markup import escape
 
-from .pull import Base, Revision
+from .pull import AdapterArgument, BaseOption, Revision
 from .terminal import console, table
 
 if TYPE_CHECKING:
     from peft_surgical.adapters.lora import LoraConversion
 
-Adapter = Annotated[str, typer.Argument(help="A folder, or owner/name on the Hub.", show_default=False)]
-
 
 def to_lora_command(
-    adapter: Adapter,
+    adapter: AdapterArgument,
     output: Annotated[Path, typer.Option(help="A new folder for the LoRA adapter.", show_default=False)],
     rank: Annotated[int | None, typer.Option(help="Of all factors.", show_default=False)] = None,
     energy: Annotated[
@@ -31,7 +29,7 @@ def to_lora_command(
         bool, typer.Option("--factors-only", help="Leave out norms, biases and grouped convolutions.")
     ] = False,
     revision: Revision = None,
-    base: Base = None,
+    base: BaseOption = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Write an adapter as a LoRA adapter that PEFT loads without this package."""

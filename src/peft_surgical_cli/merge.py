@@ -8,21 +8,19 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from .pull import Base, Revision
+from .pull import AdapterArgument, BaseOption, Revision
 from .terminal import console
-
-Adapter = Annotated[str, typer.Argument(help="A folder, or owner/name on the Hub.", show_default=False)]
 
 
 def merge_command(
-    adapter: Adapter,
+    adapter: AdapterArgument,
     output: Annotated[Path, typer.Option(help="A new folder for the checkpoint.", show_default=False)],
     revision: Revision = None,
-    base: Base = None,
+    base: BaseOption = None,
 ) -> None:
     """Merge an adapter into its base; timm or transformers loads the result without this package."""
-    from peft_surgical.hub.merged import LOADING, merge_to
+    from peft_surgical.hub.merged import LOADING_MERGED, merge_to
 
     record = merge_to(adapter, output, revision=revision, base=base).record
-    how = LOADING[record.library or "timm"].format(folder=output)
+    how = LOADING_MERGED[record.library or "timm"].format(folder=output)
     console().print(escape(f"{output}: {record.architecture}. To load it:\n\n{how}"), soft_wrap=True)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 SCHEDULERS = ("constant", "cosine")
 
 
-def size(text: str) -> int | float:
+def count(text: str) -> int | float:
     """A number of images, or a share of them."""
     for kind in (int, float):
         with contextlib.suppress(ValueError):
@@ -28,7 +28,7 @@ def size(text: str) -> int | float:
 
 
 Model = Annotated[str, typer.Argument(help="A timm id, a transformers id, or a folder of either.", show_default=False)]
-Images = Annotated[
+ImagesArgument = Annotated[
     str,
     typer.Argument(metavar="DATA", help="A folder of class folders, parquet, a dataset's Hub id.", show_default=False),
 ]
@@ -40,7 +40,7 @@ HeadLrs = Annotated[
         "--head-lr", help="The same where the head alone is tuned.", show_default="that of --lr, else 1e-2 1e-3"
     ),
 ]
-Epochs = Annotated[int, typer.Option(min=1, help="Of each run; the best by validation accuracy counts.")]
+EpochsOption = Annotated[int, typer.Option(min=1, help="Of each run; the best by validation accuracy counts.")]
 BatchSize = Annotated[
     int | None,
     typer.Option(
@@ -55,11 +55,11 @@ Scheduler = Annotated[str, typer.Option(help="constant or cosine.")]
 Precision = Annotated[str | None, typer.Option(help="bf16 or fp16.", show_default="float32")]
 NormStats = Annotated[str, typer.Option(help="Whose normalisation statistics move: frozen, target or all.")]
 DeltaDtype = Annotated[str | None, typer.Option(help="Of the saved deltas: bfloat16 or float16 halve the file.")]
-Few = Annotated[Any, typer.Option("--images", parser=size, metavar="N", help="Tune on so many, or such a share.")]
+Few = Annotated[Any, typer.Option("--images", parser=count, metavar="N", help="Tune on so many, or such a share.")]
 Validation = Annotated[
-    Any, typer.Option(parser=size, metavar="N", help="So many to choose with, drawn where not given.")
+    Any, typer.Option(parser=count, metavar="N", help="So many to choose with, drawn where not given.")
 ]
-Test = Annotated[Any, typer.Option(parser=size, metavar="N", help="So many to report on, drawn where not given.")]
+Test = Annotated[Any, typer.Option(parser=count, metavar="N", help="So many to report on, drawn where not given.")]
 ImageColumn = Annotated[str | None, typer.Option(help="Of a table, where names do not tell.")]
 LabelColumn = Annotated[str | None, typer.Option(help="The same for the labels.")]
 Augment = Annotated[str, typer.Option(help="none, flip or crop.")]

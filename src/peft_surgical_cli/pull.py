@@ -11,7 +11,8 @@ from rich.markup import escape
 from .terminal import console
 
 Repo = Annotated[str, typer.Argument(help="owner/name on the Hub.", show_default=False)]
-Base = Annotated[str | None, typer.Option(help="The base, if the adapter does not tell.", show_default=False)]
+AdapterArgument = Annotated[str, typer.Argument(help="A folder, or owner/name on the Hub.", show_default=False)]
+BaseOption = Annotated[str | None, typer.Option(help="The base, if the adapter does not tell.", show_default=False)]
 Revision = Annotated[str | None, typer.Option(help="A branch, a tag or a commit.", show_default="main")]
 
 

@@ -9,7 +9,7 @@ import typer
 from rich.filesize import decimal
 from rich.markup import escape
 
-from .pull import Base
+from .pull import BaseOption
 from .terminal import console
 
 
@@ -23,7 +23,7 @@ def push_command(
         list[str] | None, typer.Option(help="What it was tuned on, a Hub id or more.", show_default=False)
     ] = None,
     no_dataset: Annotated[bool, typer.Option("--no-dataset", help="That is not on the Hub.")] = False,
-    base: Base = None,
+    base: BaseOption = None,
     report: Annotated[Path | None, typer.Option(help="Its numbers.", show_default="report.json beside it")] = None,
     comparison: Annotated[
         list[Path] | None, typer.Option(help="Reports of other targets, such as none and all.", show_default=False)

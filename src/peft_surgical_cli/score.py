@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from .options import Cpu, Few, ImageColumn, Images, LabelColumn, Model, Random, Validation
+from .options import Cpu, Few, ImageColumn, ImagesArgument, LabelColumn, Model, Random, Validation
 from .terminal import console
 
 
 def score_command(
     model: Model,
-    data: Images,
+    data: ImagesArgument,
     criterion: Annotated[str, typer.Option(help="rgn, snr, snr-reference or fisher.")] = "rgn",
     batches: Annotated[int, typer.Option(min=1, help="How many to score on.")] = 5,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,

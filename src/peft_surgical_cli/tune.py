@@ -12,11 +12,11 @@ from .options import (
     BatchSize,
     Cpu,
     DeltaDtype,
-    Epochs,
+    EpochsOption,
     Few,
     HeadLrs,
     ImageColumn,
-    Images,
+    ImagesArgument,
     ImageSize,
     LabelColumn,
     Lrs,
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 def tune_command(
     model: Model,
-    data: Images,
+    data: ImagesArgument,
     output: Output,
     target: Annotated[
         str | None,
@@ -62,7 +62,7 @@ def tune_command(
     source: Annotated[str | None, typer.Option(help="Data to measure forgetting on.")] = None,
     lr: Lrs = None,
     head_lr: HeadLrs = None,
-    epochs: Epochs = 15,
+    epochs: EpochsOption = 15,
     batch_size: BatchSize = None,
     optimizer: Optimizer = "adam",
     weight_decay: WeightDecay = 1e-4,

@@ -28,7 +28,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..errors import ConfigError, TargetError
 from ..selection.forward import logits_of
 from .batchnorm import batch_statistics, mixed_statistics, prior_share
-from .streams import CollapseWatch, Moving, Record, Stream, checked, evaluating
+from .streams import CollapseWatch, Moving, Record, Stream, checked_images, evaluating
 from .views import AugMix, Views, generator_at
 
 COLLAPSE_WINDOW = 100
@@ -176,7 +176,7 @@ class Memo(_Streamed):
         Warns:
             CollapseWarning: If all predictions of a window have become one class.
         """
-        images = checked(images).to(self.stream.deltas.device)
+        images = checked_images(images).to(self.stream.deltas.device)
         logits = []
         with evaluating(self.model), self._statistics():
             for image in images:
@@ -266,7 +266,7 @@ class Tent(_Streamed):
         Warns:
             CollapseWarning: If all predictions of a window have become one class.
         """
-        images = checked(images).to(self.stream.deltas.device)
+        images = checked_images(images).to(self.stream.deltas.device)
         if not len(images):
             return images.new_zeros(0, 0)
         with evaluating(self.model), batch_statistics(self.model), torch.enable_grad():

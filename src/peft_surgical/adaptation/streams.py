@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..errors import AdapterError, ConfigError, DataError
 from ..tuner.attach import join, surgical_layers
 
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+STREAM_OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
@@ -78,7 +78,7 @@ def moving_deltas(model: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
-def moving_statistics(model: nn.Module) -> list[Tensor]:
+def moving_buffers(model: nn.Module) -> list[Tensor]:
     """The running statistics that active adapters own and may move (``norm_stats="target"`` or ``"all"``)."""
     return [
         value
@@ -97,7 +97,7 @@ class Moving:
 
     Args:
         model: A model with a trainable surgical adapter.
-        optimizer: One of `OPTIMIZERS`.
+        optimizer: One of `STREAM_OPTIMIZERS`.
         lr: Learning rate, absolute.
         weight_decay: Pulls the deltas to zero, that is, towards the pretrained weights.
 
@@ -107,13 +107,13 @@ class Moving:
     """
 
     def __init__(self, model: nn.Module, optimizer: str, lr: float, weight_decay: float = 0.0) -> None:
-        if optimizer not in OPTIMIZERS:
-            raise ConfigError(f"optimizer={optimizer!r}: choose one of {', '.join(OPTIMIZERS)}")
+        if optimizer not in STREAM_OPTIMIZERS:
+            raise ConfigError(f"optimizer={optimizer!r}: choose one of {', '.join(STREAM_OPTIMIZERS)}")
         if not 0 < lr < float("inf") or not 0 <= weight_decay < float("inf"):
             raise ConfigError(f"lr={lr}, weight_decay={weight_decay}: the rate must be positive, the decay 0 or more")
         self.parameters = moving_deltas(model)
-        self.optimizer = OPTIMIZERS[optimizer](self.parameters.values(), lr=lr, weight_decay=weight_decay)
-        self._moving = [*self.parameters.values(), *moving_statistics(model)]
+        self.optimizer = STREAM_OPTIMIZERS[optimizer](self.parameters.values(), lr=lr, weight_decay=weight_decay)
+        self._moving = [*self.parameters.values(), *moving_buffers(model)]
         self._start = [tensor.detach().clone() for tensor in self._moving]
 
     @property
@@ -297,7 +297,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def checked(images: Tensor) -> Tensor:
+def checked_images(images: Tensor) -> Tensor:
     """Images (n, c, h, w) as they are, if they are floats in [0, 1].
 
     Raises:

@@ -77,11 +77,11 @@ class Adapter:
             commit(Path(scratch), target)
 
 
-Source: TypeAlias = str | os.PathLike[str] | Adapter | PeftModel | tuple[PeftModel, str]
+AdapterSource: TypeAlias = str | os.PathLike[str] | Adapter | PeftModel | tuple[PeftModel, str]
 """What is read as an adapter: a folder, a Hub id, an `Adapter`, a model (its active adapter), or (model, name)."""
 
 
-def read_adapter(source: Source, *, revision: str | None = None, token: str | bool | None = None) -> Adapter:
+def read_adapter(source: AdapterSource, *, revision: str | None = None, token: str | bool | None = None) -> Adapter:
     """Read an adapter, verified: whole, unaltered, complete, finite.
 
     Args:

@@ -19,7 +19,7 @@ import torch
 from ..delta import shown
 from ..errors import AdapterError, BaseMismatchError
 from ..tuner.combine import Combination, check_weights, combine_deltas, combined_config
-from .adapter import Adapter, Source, read_adapter
+from .adapter import Adapter, AdapterSource, read_adapter
 
 
 class _Values(NamedTuple):
@@ -32,7 +32,7 @@ class _Values(NamedTuple):
 
 
 def combine_adapters(
-    adapters: Sequence[Source],
+    adapters: Sequence[AdapterSource],
     weights: Sequence[float] | None = None,
     method: str = "linear",
     *,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import BaseMismatchError
-from .adapter import Adapter, Source, read_adapter
+from .adapter import Adapter, AdapterSource, read_adapter
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -107,7 +107,7 @@ def _cells(row: TensorDifference) -> list[str]:
     return [row.tuned_by, *numbers, cosine, signs]
 
 
-def diff(a: Source, b: Source) -> Difference:
+def diff(a: AdapterSource, b: AdapterSource) -> Difference:
     """Compare two adapters from their files; no base is needed.
 
     ::

@@ -26,7 +26,7 @@ from ..errors import AdapterError
 from ..tuner.attach import bare, join, surgical_layers
 from ..tuner.plan import Plan, check_fingerprint, is_wrapper, make_plan
 from ..tuner.reading import base_value
-from .adapter import Adapter, Source, new_folder, read_adapter
+from .adapter import Adapter, AdapterSource, new_folder, read_adapter
 from .low_rank import PEFT_PREFIX, LoraPlan, as_matrix, lora_config, lora_tensors, low_rank, plan_lora
 
 
@@ -113,7 +113,7 @@ def _bytes(tensors: Mapping[str, torch.Tensor]) -> int:
 
 
 def to_lora(
-    source: Source,
+    source: AdapterSource,
     base: nn.Module | None = None,
     *,
     rank: int | None = None,
@@ -189,7 +189,7 @@ def _check_amount(rank: int | None, energy: float | None) -> None:
         raise AdapterError(f"energy={energy}: give a share of the squared norm in (0, 1].")
 
 
-def _network_of(source: Source, base: nn.Module | None) -> nn.Module:
+def _network_of(source: AdapterSource, base: nn.Module | None) -> nn.Module:
     model = source[0] if isinstance(source, tuple) else source
     if isinstance(model, PeftModel):
         network = model.get_base_model()

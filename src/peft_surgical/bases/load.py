@@ -25,7 +25,7 @@ from .timm_bases import TimmBase
 from .transformers_bases import TransformersBase
 from .transforms import AUGMENTS
 
-WEIGHTS = ("pretrained", "random")
+WEIGHT_CHOICES = ("pretrained", "random")
 HEADS = ("auto", "keep", "new", "zero")
 _FOLDER = "local-dir:"
 _HUB = re.compile(r"hf[-_]hub:")
@@ -123,7 +123,7 @@ def _load(
     name: str, num_classes: int | None, label_names: Sequence[str] | None, head: str, weights: str, seed: int
 ) -> TimmBase | TransformersBase:
     _choice("head", head, HEADS)
-    pretrained = _choice("weights", weights, WEIGHTS) == "pretrained"
+    pretrained = _choice("weights", weights, WEIGHT_CHOICES) == "pretrained"
     given = tuple(label_names) if label_names is not None else None
     if given is not None and num_classes not in (None, len(given)):
         raise ConfigError(

@@ -105,7 +105,7 @@ def _file(part: Any, row: int) -> str:
     return part.select_columns(["file"])[row]["file"]
 
 
-def fingerprint_of(
+def data_fingerprint(
     labels: Mapping[str, np.ndarray], digests: Mapping[str, Sequence[bytes]], names: Sequence[str]
 ) -> str:
     """16 hexadecimal digits over the names of the classes, and the labels and bytes of every part."""

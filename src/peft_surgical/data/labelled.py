@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from ..errors import ConfigError, DataError
 from ..extras import require
 from . import folders, tables
-from .checks import digests_of, encoded, fingerprint_of, read_bytes, warn_of_duplicates, without_broken
+from .checks import data_fingerprint, digests_of, encoded, read_bytes, warn_of_duplicates, without_broken
 from .images import decode
 from .labels import RawLabels, encode
 from .splits import Size, default_validation, draw, per_class
@@ -115,7 +115,7 @@ def read_data(
     parts, origin = _draw(parts, names, {"tuning": tuning, "validation": validation, "test": test}, seed)
     digests = {split: digests_of(part, check=on_broken == "error") for split, part in parts.items()}
     warn_of_duplicates(parts, digests)
-    fingerprint = fingerprint_of({split: _labels(part) for split, part in parts.items()}, digests, names)
+    fingerprint = data_fingerprint({split: _labels(part) for split, part in parts.items()}, digests, names)
     return Data(parts["tuning"], parts["validation"], parts.get("test"), names, origin, fingerprint)
 
 

@@ -40,7 +40,7 @@ class Cell:
 
         chosen = self.candidates[0]
         if len(self.candidates) > 1:
-            chosen = choose([run(lr, SELECTION_SEED) for lr in self.candidates]).key["lr"]
+            chosen = best_of([run(lr, SELECTION_SEED) for lr in self.candidates]).key["lr"]
         return [run(chosen, seed) for seed in self.seeds]
 
     def reported(self, ledger: Ledger) -> list[Run]:
@@ -63,7 +63,7 @@ class Cell:
             candidates = [found[lr, SELECTION_SEED] for lr in self.candidates if (lr, SELECTION_SEED) in found]
             if len(candidates) < len(self.candidates):
                 return []
-            chosen = choose(candidates).key["lr"]
+            chosen = best_of(candidates).key["lr"]
         reported = [found[chosen, seed] for seed in self.seeds if (chosen, seed) in found]
         return reported if len(reported) == len(self.seeds) else []
 
@@ -76,7 +76,7 @@ class Cell:
         return [*(runs[lr] for lr in self.candidates), *(r for r in reported if r.key["seed"] != SELECTION_SEED)]
 
 
-def choose(candidates: Sequence[Run]) -> Run:
+def best_of(candidates: Sequence[Run]) -> Run:
     """The run with the best validation accuracy, of equals the first."""
     return max(candidates, key=lambda run: run.result["validation"])
 

@@ -14,7 +14,7 @@ from .intervals import Interval, wilson_interval
 
 Judge = Callable[[Tensor, Tensor, Tensor], float]
 
-METRICS: Mapping[str, Judge] = {
+JUDGES: Mapping[str, Judge] = {
     "accuracy": lambda scores, labels, groups: metrics.accuracy(scores, labels),
     "worst_group_accuracy": metrics.worst_group_accuracy,
     "average_group_accuracy": metrics.average_group_accuracy,
@@ -28,15 +28,15 @@ def check_metrics(names: Sequence[str]) -> None:
     Raises:
         ConfigError: Names them.
     """
-    if not names or not set(names) <= set(METRICS):
-        raise ConfigError(f"metrics={list(names)}: name one or more of {', '.join(METRICS)}; the first one selects")
+    if not names or not set(names) <= set(JUDGES):
+        raise ConfigError(f"metrics={list(names)}: name one or more of {', '.join(JUDGES)}; the first one selects")
 
 
 def judge(names: Sequence[str], scores: Tensor, labels: Tensor, groups: Tensor | None) -> dict[str, float]:
     """Name -> value, each a fraction.
 
     Args:
-        names: Of `METRICS`.
+        names: Of `JUDGES`.
         scores: Logits (n, classes) or predicted classes (n,).
         labels: int64 (n,).
         groups: int64 (n,), or None where there are none.
@@ -48,7 +48,7 @@ def judge(names: Sequence[str], scores: Tensor, labels: Tensor, groups: Tensor |
         if needy := [name for name in names if "group" in name]:
             raise DataError(f"{needy[0]} needs the group of every image: the data has no column 'group'")
         groups = torch.zeros_like(labels)
-    return {name: METRICS[name](scores, labels, groups) for name in names}
+    return {name: JUDGES[name](scores, labels, groups) for name in names}
 
 
 def interval_of(name: str, scores: Tensor, labels: Tensor, groups: Tensor | None) -> tuple[Interval, int]:
@@ -58,7 +58,7 @@ def interval_of(name: str, scores: Tensor, labels: Tensor, groups: Tensor | None
     The mean over groups has the limits of every group combined by MOVER (Zou & Donner 2008, Stat. Med. 27:1693).
 
     Args:
-        name: Of `METRICS`.
+        name: Of `JUDGES`.
         scores: As for `judge`.
         labels: As for `judge`.
         groups: As for `judge`.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..adaptation.objectives import Memo, Tent, norm_target
 from ..adaptation.pixels import halves
-from ..adaptation.streams import OPTIMIZERS, Record
+from ..adaptation.streams import STREAM_OPTIMIZERS, Record
 from ..adaptation.views import AugMix
 from ..bases.load import Base, load_base
 from ..config import SurgicalConfig
@@ -75,8 +75,8 @@ class AdaptSettings:
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(choices)}")
         AugMix(self.views, self.crop)  # refuses what cannot be made
-        if self.chosen_optimizer not in OPTIMIZERS:
-            raise ConfigError(f"optimizer={self.optimizer!r}: choose one of {', '.join(OPTIMIZERS)}")
+        if self.chosen_optimizer not in STREAM_OPTIMIZERS:
+            raise ConfigError(f"optimizer={self.optimizer!r}: choose one of {', '.join(STREAM_OPTIMIZERS)}")
         if self.batch_size < 1:
             raise ConfigError(f"batch_size={self.batch_size}: give 1 or more")
         if self.prior_strength is not None and self.method != "memo":

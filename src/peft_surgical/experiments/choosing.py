@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ConfigError, RowsFailedError
-from ..evaluation.grid import SELECTION_SEED, Cell
-from ..evaluation.grid import choose as best_of
+from ..evaluation.grid import SELECTION_SEED, Cell, best_of
 from ..evaluation.ledger import Run
 from ..selection.resolve import selection_record
 from ..selection.scores import BlockScores

@@ -52,7 +52,7 @@ class Experiment(Subject):
         folder: For the ledger, checkpoints and outputs.
         fitting: How to train; rate and seed are set for each run.
         config: Further fields of the `SurgicalConfig`: ``norm_stats``, ``delta_dtype``.
-        metrics: Names of `judging.METRICS`. The first chooses epochs, rates and targets; of test images all are
+        metrics: Names of `judging.JUDGES`. The first chooses epochs, rates and targets; of test images all are
             reported.
         arguments: As for `fit`.
         logs: Folder for TensorBoard's files, a folder for each run in it; None leaves them to Trainer.

@@ -10,7 +10,7 @@ from .card_text import Row
 from .cards import Weights
 
 
-def draw(rows: Sequence[Row], weights: Weights, moved: Sequence[tuple[str, float]], file: Path) -> None:
+def draw_figure(rows: Sequence[Row], weights: Weights, moved: Sequence[tuple[str, float]], file: Path) -> None:
     """Draw the first data set's rows, and beside them what moved.
 
     Args:

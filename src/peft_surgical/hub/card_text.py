@@ -71,7 +71,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Choice:
+class AlternativesTable:
     """A table of what could have been tuned instead, with one number each.
 
     Attributes:
@@ -85,7 +85,7 @@ class Choice:
     percent: bool
 
 
-def rows_of(report: Report, comparison: Sequence[Report] = ()) -> list[Row]:
+def card_rows(report: Report, comparison: Sequence[Report] = ()) -> list[Row]:
     """The rows of a card's table: for each data set and metric the adapter, then none, all, and what else there is.
 
     Args:
@@ -176,7 +176,7 @@ def why(config: SurgicalConfig) -> str:
     return f"{asked} what validates best."
 
 
-def choices(config: SurgicalConfig) -> list[Choice]:
+def choices(config: SurgicalConfig) -> list[AlternativesTable]:
     """The numbers behind the choice of the target, as the config's ``selection`` has them."""
     said = config.selection or {}
     found = []
@@ -185,7 +185,7 @@ def choices(config: SurgicalConfig) -> list[Choice]:
         if "block_scores" in scores:
             rows = sorted(scores["block_scores"].items(), key=lambda item: _place(item[0]))
             caption = f"`{scores['criterion']}` of every block, higher means tune this"
-            found.append(Choice(caption, tuple(rows), percent=False))
+            found.append(AlternativesTable(caption, tuple(rows), percent=False))
     for key, caption in (
         ("validation", "validation accuracy of every candidate"),
         ("learning_rates", "validation accuracy of every learning rate"),
@@ -193,7 +193,7 @@ def choices(config: SurgicalConfig) -> list[Choice]:
         ("test", "test accuracy of every candidate"),
     ):
         if isinstance(said.get(key), Mapping):
-            found.append(Choice(caption, tuple(said[key].items()), percent=True))
+            found.append(AlternativesTable(caption, tuple(said[key].items()), percent=True))
     return found
 
 

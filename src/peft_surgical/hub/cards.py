@@ -19,7 +19,7 @@ from ..config import SurgicalConfig
 from ..errors import ConfigError
 from ..evaluation import Report
 from . import card_text
-from .card_text import Row, choices, is_repository, limits_of, linked, parents_of, protocol_of, rows_of, why
+from .card_text import Row, card_rows, choices, is_repository, limits_of, linked, parents_of, protocol_of, why
 
 TEMPLATE = "adapter.md.jinja"
 TASK = "image-classification"
@@ -122,7 +122,7 @@ def card_of(config: SurgicalConfig, report: Report | None, weights: Weights, abo
         ConfigError: Something is missing; names all of it, and how to give it.
     """
     check(about)
-    rows = rows_of(report, about.comparison) if report is not None else []
+    rows = card_rows(report, about.comparison) if report is not None else []
     text = (
         _environment()
         .get_template(TEMPLATE)

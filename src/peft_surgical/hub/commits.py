@@ -17,11 +17,11 @@ from ..config import CONFIG, PICKLE, WEIGHTS
 from ..delta import file_sha256, shown
 from ..errors import AdapterError
 from ..tuner.saving import CARD
-from .records import RECORD
+from .records import RECORD_FILE
 from .remote import HUB_ERRORS, TRIES, patiently, status_of, waits
 
 REPORT, FIGURE = "report.json", "figure.png"
-OWN = (CARD, CONFIG, WEIGHTS, PICKLE, RECORD, REPORT, FIGURE)
+OWN = (CARD, CONFIG, WEIGHTS, PICKLE, RECORD_FILE, REPORT, FIGURE)
 """Files that belong to an adapter: those that a push does not bring are an older adapter's, and go."""
 _CONFLICTS = frozenset({409, 412})
 

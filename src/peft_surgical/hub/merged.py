@@ -12,7 +12,7 @@ from ..bases.plain import save_checkpoint
 from ..errors import ConfigError
 from .opening import Adapted, open_adapted
 
-LOADING = {
+LOADING_MERGED = {
     "timm": 'timm.create_model("local-dir:{folder}", pretrained=True)',
     "transformers": 'AutoModelForImageClassification.from_pretrained("{folder}")',
 }

@@ -16,7 +16,7 @@ from ..evaluation import Report
 from .commits import REPORT
 from .contents import read_config
 from .pulling import locate
-from .rebuilding import BaseName, attached, rebuild, recorded, told
+from .rebuilding import BaseName, attached, completed, rebuild, recorded
 from .records import BaseRecord
 from .remote import explained
 
@@ -93,7 +93,7 @@ def open_adapted(
             "with the place of that base here"
         )
     report = Report.load(folder / REPORT) if (folder / REPORT).is_file() else None
-    record = told(record, base, report)
+    record = completed(record, base, report)
     if not strict_base:
         record = replace(record, fingerprint=None, library=None, architecture=None)
     with explained("open the base", record.id, record.revision):

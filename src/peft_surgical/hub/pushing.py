@@ -21,8 +21,8 @@ from ..errors import ConfigError
 from ..evaluation import Report
 from ..training.search import NONE
 from ..tuner.saving import CARD
-from .card_figure import draw
-from .card_text import moved_of, rows_of
+from .card_figure import draw_figure
+from .card_text import card_rows, moved_of
 from .cards import About, card_of, check
 from .commits import FIGURE, OWN, REPORT, Goal, commit_files
 from .rebuilding import BaseName
@@ -209,9 +209,9 @@ def _complete(staged: Staged, report: Report | None, figure: Place | None, about
             raise ConfigError(f"the figure {figure} is no .png file: draw one, or leave it out")
         shutil.copyfile(figure, folder / FIGURE)
     elif not (folder / FIGURE).is_file() and importlib.util.find_spec("matplotlib"):
-        rows = [] if report is None else rows_of(report, about.comparison)
+        rows = [] if report is None else card_rows(report, about.comparison)
         if rows:
-            draw(rows, weights, moved_of(report), folder / FIGURE)
+            draw_figure(rows, weights, moved_of(report), folder / FIGURE)
     record = staged.record
     about = replace(
         about,

@@ -88,7 +88,7 @@ def recorded(folder: Path, config: SurgicalConfig) -> BaseRecord | None:
     return record
 
 
-def told(record: BaseRecord | None, asked: BaseName | None, report: Report | None) -> BaseRecord:
+def completed(record: BaseRecord | None, asked: BaseName | None, report: Report | None) -> BaseRecord:
     """A record with what the user and the report say about the base.
 
     Args:

@@ -22,9 +22,9 @@ from ..config import write_atomically
 from ..delta import canonical_json
 from ..errors import AdapterFileError
 
-RECORD = "base.json"
+RECORD_FILE = "base.json"
 LIBRARIES = ("timm", "transformers")
-HEADS = ("keep", "new", "zero")
+RECORDED_HEADS = ("keep", "new", "zero")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 FORMAT = 1
 _LARGEST = 2**24  # bytes of a record; one of a network with 1,000 tensors has 0.1 MB
@@ -69,7 +69,7 @@ class BaseRecord:
 
 def write_record(folder: str | os.PathLike[str], record: BaseRecord) -> None:
     """Write ``base.json`` in one step."""
-    write_atomically(Path(folder, RECORD), canonical_json({"format": FORMAT, **asdict(record)}))
+    write_atomically(Path(folder, RECORD_FILE), canonical_json({"format": FORMAT, **asdict(record)}))
 
 
 def read_record(folder: str | os.PathLike[str], weights_sha256: str | None = None) -> BaseRecord | None:
@@ -82,7 +82,7 @@ def read_record(folder: str | os.PathLike[str], weights_sha256: str | None = Non
     Raises:
         AdapterFileError: It is no record, was written by a later version, or belongs to another adapter.
     """
-    file = Path(folder, RECORD)
+    file = Path(folder, RECORD_FILE)
     if not file.is_file():
         return None
     if file.stat().st_size > _LARGEST:
@@ -118,8 +118,8 @@ def _check(record: BaseRecord, file: Path) -> None:
         refuse("id", "a repository of the Hub or a folder")
     if record.library not in (None, *LIBRARIES):
         refuse("library", f"one of {', '.join(LIBRARIES)}, which this version can build")
-    if record.head not in HEADS:
-        refuse("head", f"one of {', '.join(HEADS)}")
+    if record.head not in RECORDED_HEADS:
+        refuse("head", f"one of {', '.join(RECORDED_HEADS)}")
     if record.dtype not in (None, *DTYPES):
         refuse("dtype", f"one of {', '.join(DTYPES)}")
     if record.revision is not None and not _COMMIT.fullmatch(record.revision):

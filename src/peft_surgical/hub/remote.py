@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
 
 from ..errors import AdapterError, ConfigError, SurgicalError
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 HUB_ERRORS = (HTTPError, OSError, EntryNotFoundError, RuntimeError, ValueError)
 """What huggingface_hub raises: of a request, a file, an upload in a thread, an answer or an argument."""
@@ -31,7 +31,7 @@ _AGAIN = frozenset({408, 429, 500, 502, 503, 504})
 _LOGIN = "log in with `hf auth login`, set HF_TOKEN, or pass token="
 
 
-def patiently(call: Callable[[], T]) -> T:
+def patiently(call: Callable[[], _T]) -> _T:
     """Call again after a timeout, a lost connection, 429 or 5xx: for what may be done twice.
 
     huggingface_hub is patient by itself when it downloads and uploads files, but not with its other requests.

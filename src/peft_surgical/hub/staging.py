@@ -22,7 +22,7 @@ from ..evaluation import Report
 from .cards import Weights
 from .commits import FIGURE, REPORT
 from .contents import contents_of, read_config
-from .rebuilding import BaseName, attached, fingerprint_without_whole, rebuild, record_of, recorded, told
+from .rebuilding import BaseName, attached, completed, fingerprint_without_whole, rebuild, record_of, recorded
 from .records import BaseRecord, write_record
 from .remote import explained
 
@@ -113,7 +113,7 @@ def prove(staged: Staged, asked: BaseName | None, report: Report | None, token: 
         ConfigError: Nothing says which base it is, or others cannot open it.
         BaseMismatchError: It is another one.
     """
-    record = told(staged.record, asked, report)
+    record = completed(staged.record, asked, report)
     if record.is_folder:
         raise ConfigError(
             f"the base is the folder {record.id}, which nobody else has: push it too, and say base= (--base) with its "

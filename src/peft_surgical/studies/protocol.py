@@ -28,7 +28,7 @@ class Protocol:
         lrs: Learning rates to choose from.
         head_lrs: The same where the head alone is tuned.
         fitting: How a run is trained; rate and seed are set for each.
-        metrics: Names of `judging.METRICS`; the first selects.
+        metrics: Names of `judging.JUDGES`; the first selects.
         source: How the network is first trained on the source domain; None where the pretrained one is used as it is.
         published: Row -> what the paper reports, in percent.
         reference: Where in the paper all this is.

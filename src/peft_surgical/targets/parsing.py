@@ -40,7 +40,7 @@ DATA_TARGETS = ("auto", "auto-rgn", "auto-snr", "auto-fisher", "race", "cross-va
 _TOKEN = re.compile(r"\s*(?:(?P<regex>re:\S*)|(?P<sign>[+-])|(?P<word>(?:[^\s+,-]|-(?=[^\s+,-]))+)|(?P<bad>\S))")
 _RANGE = re.compile(r"(?:(.+)\.)?block([0-9]{1,9})-([0-9]{1,9})")
 _COUNT = re.compile(r"(?:(.+)\.)?(first|last)([0-9]{1,9})")
-NUMBERED = re.compile(r"(?:(.+)\.)?block([1-9][0-9]*)")
+NUMBERED_BLOCK = re.compile(r"(?:(.+)\.)?block([1-9][0-9]*)")
 """A numbered block: its tower, if the network has several, and its number."""
 
 
@@ -164,7 +164,7 @@ def parse(text: str | Sequence[str]) -> TargetSpec:
         raise TargetError(f"'{alone}' stands alone, because data decides all of it; got {str(spec)!r}")
     for before, step in itertools.pairwise(steps):
         # Read literally this takes away every module called 4; far more often it is a range with spaces in it.
-        if step.minus and re.fullmatch(r"[0-9]+", str(step.term)) and NUMBERED.fullmatch(str(before.term)):
+        if step.minus and re.fullmatch(r"[0-9]+", str(step.term)) and NUMBERED_BLOCK.fullmatch(str(before.term)):
             raise TargetError(
                 f"'{before.term} - {step.term}' is ambiguous: write '{before.term}-{step.term}' for a range of blocks, "
                 rf"or 're:(.*\.)?{step.term}' for modules called {step.term}"

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 from ..anatomy import Anatomy, Block
 from ..errors import UnknownTargetError, UnresolvedTargetError
-from .parsing import NUMBERED, Count, Name, Pattern, Range, TargetSpec, Term, compiled, dotted
+from .parsing import NUMBERED_BLOCK, Count, Name, Pattern, Range, TargetSpec, Term, compiled, dotted
 
 _BY_SCORES = "call config = peft_surgical.resolve_target(config, model, dataloader) before get_peft_model"
 _BY_RUNS = "call peft_surgical.training.search.{}, which trains candidates, or run `peft-surgical tune --target {}`"
@@ -134,7 +134,7 @@ class _Network:
     def _numbered(self, term: Range | Count) -> set[str]:
         towers: dict[str, dict[int, Block]] = {}
         for block in self.anatomy:
-            if match := NUMBERED.fullmatch(block.name):
+            if match := NUMBERED_BLOCK.fullmatch(block.name):
                 towers.setdefault(match[1] or "", {})[int(match[2])] = block
         numbered = towers.get(term.tower)
         if numbered is None:

@@ -19,7 +19,7 @@ from ..delta import shown
 from ..errors import AdapterError
 from ..targets import parse
 
-METHODS = ("linear", "disjoint", "ties", "dare_linear", "dare_ties", "magnitude_prune")
+COMBINATIONS = ("linear", "disjoint", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 MAJORITY_SIGNS = ("total", "frequency")
 _PRUNE_AT_RANDOM = ("dare_linear", "dare_ties")
 _ELECT_A_SIGN = ("ties", "dare_ties")
@@ -51,8 +51,8 @@ class Combination:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise AdapterError(f"No method {self.method!r} of combining: choose one of {', '.join(METHODS)}.")
+        if self.method not in COMBINATIONS:
+            raise AdapterError(f"No method {self.method!r} of combining: choose one of {', '.join(COMBINATIONS)}.")
         if self.majority_sign not in MAJORITY_SIGNS:
             choices = " or ".join(MAJORITY_SIGNS)
             raise AdapterError(f"majority_sign={self.majority_sign!r} elects no sign: choose {choices}.")
@@ -110,7 +110,7 @@ def check_disjoint(parents: Sequence[Any], how: Combination) -> None:
         if common := [name for name in parent if name in seen]:
             raise AdapterError(
                 f"Two of the adapters tune {shown(common)}: they are not disjoint. Say how to combine what overlaps: "
-                f"{', '.join(method for method in METHODS if method != 'disjoint')}."
+                f"{', '.join(method for method in COMBINATIONS if method != 'disjoint')}."
             )
         seen.update(parent)
 
