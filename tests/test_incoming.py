@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from peft_surgical import DataError
+from peft_surgical import ConfigError, DataError
 from peft_surgical.data.incoming import read_incoming
 
 datasets = pytest.importorskip("datasets")
@@ -80,3 +80,33 @@ def test_what_is_no_stream_is_refused(tmp_path):
     (tmp_path / "empty" / "broken.png").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"broken\.png cannot be decoded"):
         read_incoming(tmp_path / "empty").read(0)
+
+
+@pytest.mark.parametrize("folder", ["ab", ""])  # with classes, and without
+def test_broken_images_of_a_stream(tmp_path, folder):
+    names = [f"{name}/{i}.png" for name in folder for i in range(3)] or [f"{i}.png" for i in range(6)]
+    write(tmp_path, names)
+    (tmp_path / names[1]).write_bytes(b"no image")
+    with pytest.raises(DataError, match=rf"{names[1]} cannot be decoded .*; on_broken=\"skip\" leaves such images out"):
+        read_incoming(tmp_path, seed=None, on_broken="raise")
+    with pytest.warns(UserWarning, match=rf"left out 1 image\(s\): {names[1]}"):
+        stream = read_incoming(tmp_path, seed=None, on_broken="skip")
+    assert stream.files == (names[0], *names[2:])
+    assert greys(stream) == [0, 2, 3, 4, 5]
+    with pytest.warns(UserWarning, match="left out 1"):
+        assert len(read_incoming(tmp_path, seed=None, on_broken="skip", limit=4)) == 4
+    assert len(read_incoming(tmp_path, seed=None, on_broken="raise", limit=1)) == 1  # the rest is not looked at
+    assert len(read_incoming(tmp_path)) == 6
+    for name in names:
+        (tmp_path / name).write_bytes(f"{name} is no image".encode())
+    with pytest.raises(DataError, match="no image is left"):
+        read_incoming(tmp_path, on_broken="skip")
+    with pytest.raises(ConfigError, match="on_broken='ignore': choose one of raise, skip, later"):
+        read_incoming(tmp_path, on_broken="ignore")
+
+
+def test_classes_as_a_network_numbers_them(tmp_path):
+    write(tmp_path, [f"{name}/{i}.png" for name in "ab" for i in range(2)])
+    stream = read_incoming(tmp_path, seed=None).among((2, 0), ("b", "x", "a"))
+    assert stream.labels.tolist() == [2, 2, 0, 0]
+    assert stream.label_names == ("b", "x", "a")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import transformers
@@ -13,8 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..data.incoming import read_incoming
 from ..evaluation import Report
-from ..experiments.adapting import FIGURE, PREDICTIONS, REPORT, Adapted, AdaptSettings, adapt, open_base, write_adapted
-from .options import Cpu, ImageColumn, LabelColumn, Model, NormStats, Output, Random
+from ..experiments.adapting import FIGURE, PREDICTIONS, REPORT, Adapted, AdaptSettings, adapt, numbered_as, open_base, write_adapted
+from .options import Cpu, Head, ImageColumn, LabelColumn, Model, NormStats, OnBroken, Output, Random
 from .terminal import console, table
 
 Stream = Annotated[
@@ -66,6 +66,8 @@ def adapt_command(
     images: Annotated[int | None, typer.Option(min=1, help="Stop after so many.")] = None,
     image_column: ImageColumn = None,
     label_column: LabelColumn = None,
+    on_broken: OnBroken = "raise",
+    head: Head = "auto",
     seed: Annotated[int, typer.Option(min=0, help="Of the views and of the order.")] = 0,
     random: Random = False,
     cpu: Cpu = False,
@@ -87,11 +89,12 @@ def adapt_command(
         reset_on_collapse=reset_on_collapse,
     )
     transformers.logging.set_verbosity_error()
-    columns = {} if unlabelled else {"image_column": image_column, "label_column": label_column}
+    columns: dict[str, Any] = {} if unlabelled else {"image_column": image_column, "label_column": label_column}
     order = None if in_order else seed
-    found = read_incoming(data, unlabelled=unlabelled, seed=order, limit=images, **columns)
+    found = read_incoming(data, unlabelled=unlabelled, seed=order, limit=images, on_broken=on_broken, **columns)
     weights = "random" if random else "pretrained"
-    base = open_base(model, found, weights)
+    base = open_base(model, found, weights, head)
+    found = numbered_as(base, found)
     device = "cuda" if torch.cuda.is_available() and not cpu else "cpu"
     bar = Console(stderr=True, highlight=False)
     columns_shown = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))

@@ -17,6 +17,7 @@ from .options import (
     DeltaDtype,
     Epochs,
     Few,
+    Head,
     HeadLrs,
     ImageColumn,
     Images,
@@ -24,6 +25,7 @@ from .options import (
     Lrs,
     Model,
     NormStats,
+    OnBroken,
     Optimizer,
     Output,
     Precision,
@@ -68,6 +70,8 @@ def compare(
     test: Test = None,
     image_column: ImageColumn = None,
     label_column: LabelColumn = None,
+    on_broken: OnBroken = "raise",
+    head: Head = "auto",
     augment: Augment = "none",
     random: Random = False,
     cpu: Cpu = False,
@@ -94,8 +98,10 @@ def compare(
                 "test": test,
                 "image_column": image_column,
                 "label_column": label_column,
+                "on_broken": on_broken,
             },
             augment=augment,
+            head=head,
             random=random,
             epochs=epochs,
             batch_size=batch_size,
@@ -104,6 +110,7 @@ def compare(
             precision=precision,
             use_cpu=cpu,
         )
+        watch.plan(experiment.plan())
         seeds = seeds or [0, 1, 2]
         rows = compared_runs(experiment, methods or list(METHODS), seeds)
         if not watch.first:

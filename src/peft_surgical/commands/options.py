@@ -52,6 +52,10 @@ Validation = Annotated[
     Any, typer.Option(parser=size, metavar="N", help="So many to choose with, drawn where not given.")
 ]
 Test = Annotated[Any, typer.Option(parser=size, metavar="N", help="So many to report on, drawn where not given.")]
+OnBroken = Annotated[str, typer.Option(help="Images that cannot be decoded: raise or skip; later does not look.")]
+Head = Annotated[
+    str, typer.Option(help="auto keeps MODEL's head where it has DATA's classes; keep asks for it; new draws another.")
+]
 ImageColumn = Annotated[str | None, typer.Option(help="Of a table, where names do not tell.")]
 LabelColumn = Annotated[str | None, typer.Option(help="The same for the labels.")]
 Augment = Annotated[str, typer.Option(help="none, flip or crop.")]
@@ -92,6 +96,7 @@ def experiment_of(
     config: Mapping[str, Any],
     reading: Mapping[str, Any],
     augment: str,
+    head: str,
     random: bool,
     **fitting: Any,
 ) -> Experiment:
@@ -116,6 +121,7 @@ def experiment_of(
         reading=reading,
         config=config,
         augment=augment,
+        head=head,
         weights="random" if random else "pretrained",
         seed=seed,
         engine=engine,

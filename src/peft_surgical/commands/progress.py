@@ -25,6 +25,11 @@ class Bar(Watch):
         self.runs = 0
         self.first = True  # of the processes that share the work
 
+    def plan(self, text: str) -> None:
+        """Show what is going to be done, before it begins."""
+        if self.first:
+            self.out.print(escape(text))
+
     def planned(self, runs: int) -> None:
         """See `Watch`."""
         self.runs += runs

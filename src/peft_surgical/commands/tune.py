@@ -20,6 +20,7 @@ from .options import (
     DeltaDtype,
     Epochs,
     Few,
+    Head,
     HeadLrs,
     ImageColumn,
     Images,
@@ -27,6 +28,7 @@ from .options import (
     Lrs,
     Model,
     NormStats,
+    OnBroken,
     Optimizer,
     Output,
     Precision,
@@ -76,6 +78,8 @@ def tune(
     test: Test = None,
     image_column: ImageColumn = None,
     label_column: LabelColumn = None,
+    on_broken: OnBroken = "raise",
+    head: Head = "auto",
     augment: Augment = "none",
     seed: Annotated[int, typer.Option(help="Of drawn parts, training order and a new head.")] = 0,
     random: Random = False,
@@ -87,7 +91,7 @@ def tune(
     """
     if target is not None and method is not None:
         raise ConfigError(f"--target {target} and --method {method} both say what to tune: give one of them")
-    columns = {"image_column": image_column, "label_column": label_column}
+    columns = {"image_column": image_column, "label_column": label_column, "on_broken": on_broken}
     with watched() as watch:
         experiment = experiment_of(
             model,
@@ -101,6 +105,7 @@ def tune(
             config={"norm_stats": norm_stats, "delta_dtype": delta_dtype},
             reading={"tuning": images, "validation": validation, "test": test, **columns},
             augment=augment,
+            head=head,
             random=random,
             epochs=epochs,
             batch_size=batch_size,
@@ -109,6 +114,7 @@ def tune(
             precision=precision,
             use_cpu=cpu,
         )
+        watch.plan(experiment.plan())
         old = None if source is None else read_source(experiment, source, **columns)
         choice = choose(
             experiment,

@@ -100,6 +100,8 @@ class Experiment(Subject):
         what = {"model": self.model, "base": digest, "weights": self.weights, "data": data.fingerprint, **sizes}
         if self.metrics != ("accuracy",):
             what["metrics"] = list(self.metrics)
+        if self.outputs is not None:
+            what["outputs"] = list(self.outputs)
         return what | {"augment": self.augment} | fitting | dict(self.config)
 
     # --- runs ---

@@ -1,0 +1,52 @@
+"""Messages of the package in the language of the command line: the arguments that they name become its options.
+
+Whatever the package raises or warns of speaks Python and writes arguments as ``name=value``, because it is called from
+Python too. Only here is it known which options the running command has.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+ALIASES = {
+    "datasets": ("dataset",),
+    "epochs_": (),
+    "k": ("num_blocks",),
+    "num_batches": ("batches",),
+    "tuning": ("images",),
+}
+"""Argument -> the parameter of a command that sets it, where that has another name."""
+
+PYTHON_ONLY = frozenset()
+"""Arguments that no command has an option for: a message on the command line says that they are Python's."""
+
+_VALUE = r"""\"[^\"]*\"|'[^']*'|\[[^\]]*\]|[\w.+-]*\w|"""
+_ARGUMENT = re.compile(rf"(?<![\w./\\-])([a-z_]+)=({_VALUE})")
+
+
+def in_options(message: str, command: Any) -> str:
+    """A message with the options of a command in place of Python's arguments.
+
+    Args:
+        message: What an exception or a warning says.
+        command: The click command that was running, or None.
+    """
+    options = {parameter.name: parameter for parameter in getattr(command, "params", ())}
+
+    def written(found: re.Match[str]) -> str:
+        name, value = found.groups()
+        for own in (name, *ALIASES.get(name, ())):
+            if own in options and options[own].param_type_name == "option":
+                return _option(options[own], value)
+        return f"{found.group()} (an argument in Python)" if name in PYTHON_ONLY else found.group()
+
+    return _ARGUMENT.sub(written, message)
+
+
+def _option(parameter: Any, value: str) -> str:
+    option: str = parameter.opts[0]
+    if getattr(parameter, "is_flag", False) or not value:
+        return option
+    return f"{option} {' '.join(re.split(', *', value.strip('[]'))).replace(chr(34), '').replace(chr(39), '')}"
