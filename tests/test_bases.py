@@ -20,7 +20,7 @@ from timm.models import save_for_hf  # noqa: E402
 
 from peft_surgical import SurgicalConfig  # noqa: E402
 from peft_surgical.bases import load as bases  # noqa: E402
-from peft_surgical.bases import load_base, load_model  # noqa: E402
+from peft_surgical.bases import load_base, load_model, save_checkpoint  # noqa: E402
 from peft_surgical.bases.classes import Fit, fit  # noqa: E402
 from peft_surgical.errors import ConfigError, DataError  # noqa: E402
 
@@ -274,6 +274,26 @@ def test_timm_network_saved_by_transformers(tmp_path):
     base = load_base(tmp_path)
     assert (base.library, base.classes, base.head_is_new) == ("transformers", 3, False)
     assert logits(base, base.transform_eval(IMAGE)[None]).shape == (1, 3)
+
+
+def test_weights_in_a_file_become_a_folder(tmp_path):
+    """The line of Python of docs/cli.md."""
+    torch.manual_seed(3)
+    own = timm.create_model("test_efficientnet", num_classes=4)
+    save_file(own.state_dict(), tmp_path / "model.safetensors")
+    network = timm.create_model(
+        "test_efficientnet",
+        num_classes=4,
+        checkpoint_path=tmp_path / "model.safetensors",
+        pretrained_cfg_overlay={"input_size": (3, 64, 64), "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
+    )
+    save_checkpoint("timm", network, tmp_path / "base", label_names=NAMES)
+    assert sorted(path.name for path in (tmp_path / "base").iterdir()) == ["config.json", "model.safetensors"]
+    base = load_base(tmp_path / "base")
+    assert (base.library, base.label_names, base.head_is_new) == ("timm", NAMES, False)
+    assert same(base.model, own)
+    assert torch.equal(base.transform_eval(PIL.new("RGB", (70, 90), "white")), torch.ones(3, 64, 64))
+    assert same(timm.create_model(f"local-dir:{tmp_path / 'base'}", pretrained=True), own)
 
 
 # Names and folders that lead nowhere

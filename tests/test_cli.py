@@ -181,7 +181,9 @@ def test_score(run, data, tmp_path):
 def test_tune_and_compare(run, data, tmp_path):
     how = ("--random", "--epochs", 1, "--batch-size", 8, "--cpu")
     code, out, err = run("tune", "test_resnet", data, "--output", tmp_path / "a", "--target", "head", *how)
-    assert (code, err.count("\n")) == (0, 2)  # a line for each of the two rates
+    assert (code, err.count("\n")) == (0, 5)  # two parts of the data and the head; a line for each of the two rates
+    assert "validation: 2 images, drawn: seed 0, class-balanced, 1 per class of the tuning images" in err
+    assert "head: new: all weights are random" in err
     assert "validation" in out
     assert "learning rate and epoch by validation accuracy on these images" in out
     assert "load_base(report.model, **report.settings" in out
@@ -191,7 +193,7 @@ def test_tune_and_compare(run, data, tmp_path):
         "compare", "test_resnet", data, "--methods", "none", "head", "--seeds", 0, 1, "--output", tmp_path / "b",
         "--head-lr", "1e-2", *how,
     )  # fmt: skip
-    assert (code, err.count("\n")) == (0, 4)
+    assert (code, err.count("\n")) == (0, 7)
     rows = [line.split() for line in out.splitlines()]
     assert [row[0] for row in rows[1:3]] == ["none", "head"]
     assert "over the seeds 0, 1" in out
@@ -204,7 +206,9 @@ def test_ctrl_c_says_how_to_go_on(run, data, tmp_path, monkeypatch):
 
     monkeypatch.setattr("peft_surgical.experiments.experiment.fit", stopped)
     line = ("tune", "test_resnet", data, "--output", tmp_path / "a", "--target", "block1", "--random", "--epochs", 1)
-    assert run(*line) == (130, "", "stopped; the same command goes on from here\n")
+    code, out, err = run(*line)
+    assert (code, out) == (130, "")
+    assert err.endswith("\nstopped; the same command goes on from here\n")
 
 
 def test_several_values_of_one_option():

@@ -225,8 +225,8 @@ def test_sizes_that_do_not_divide_are_balanced_as_far_as_it_goes(tmp_path):
     assert counts_of(data.test) == [5, 4, 1]
     assert counts_of(data.validation) == [2, 1, 1]
     assert counts_of(data.tuning) == [12, 7, 1]
-    assert data.origin["test"] == (
-        "drawn: seed 0, as far as it goes class-balanced, 10, 1 to 5 per class, of the tuning images"
+    assert (
+        data.origin["test"] == "drawn: seed 0, class-balanced as far as it goes, 1 to 5 per class of the tuning images"
     )
     few, more = (set(files_of(read_data(tmp_path, tuning=n, validation=4).tuning)) for n in (5, 18))
     assert few < more

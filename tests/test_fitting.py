@@ -369,7 +369,7 @@ def test_a_checkpoint_that_was_torn_is_passed_over(tmp_path):
 def test_a_run_cannot_be_stopped_before_where_it_is(tmp_path):
     tuning, validation = data()
     fit(used_batchnorm(), "head", tuning, validation, SETTINGS, folder=tmp_path, stop_epoch=2)
-    with pytest.raises(ConfigError, match=r"holds 2 epochs of a run that is to stop after 1: .*forget_checkpoints"):
+    with pytest.raises(ConfigError, match=r"holds 2 epochs of a run that is to stop after 1: .*delete that one"):
         fit(used_batchnorm(), "head", tuning, validation, SETTINGS, folder=tmp_path, stop_epoch=1)
 
 

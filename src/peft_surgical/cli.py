@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import TextIO
+from typing import Any
 
 import typer
 
@@ -27,6 +27,7 @@ from .commands.push import push
 from .commands.score import score
 from .commands.show import show
 from .commands.tune import tune
+from .commands.wording import in_options
 from .entry import INTERRUPTED, USER_ERROR
 from .errors import SurgicalError
 
@@ -65,12 +66,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     # Without a command there is nothing to mend yet: the help, rather than a complaint.
     arguments = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
+    command = getattr(typer.main.get_command(app), "commands", {}).get(arguments[0])
+
+    def show_warning(message: Warning | str, *place: Any, **more: Any) -> None:
+        # Without the place in the code, which says nothing to whoever typed the command.
+        print(f"peft-surgical: warning: {in_options(str(message), command)}", file=sys.stderr)
+
     with warnings.catch_warnings():
-        warnings.showwarning = _show_warning
+        warnings.showwarning = show_warning
         try:
             code = app(args=arguments, prog_name="peft-surgical", standalone_mode=False)
         except SurgicalError as error:
-            return _complain(str(error))
+            return _complain(in_options(str(error), command))
         except (KeyboardInterrupt, typer.Abort):
             return INTERRUPTED
         except Exception as error:
@@ -84,15 +91,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _complain(message: str) -> int:
     print(f"peft-surgical: {message}", file=sys.stderr)
     return USER_ERROR
-
-
-def _show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
-    # Without the place in the code, which says nothing to whoever typed the command.
-    print(f"peft-surgical: warning: {message}", file=sys.stderr)

@@ -69,8 +69,8 @@ def _source(timm: Any, name: str) -> str:
         folder = Path(name.removeprefix("local-dir:"))
         if not (folder / SAFETENSORS).is_file():
             raise DataError(
-                f"{folder} has no {SAFETENSORS}, and nothing else is read: save the model with "
-                "timm.models.save_for_hf(..., safe_serialization=True)"
+                f"{folder} has no {SAFETENSORS}, and nothing else is read: put the weights there under that "
+                "name, or save the network from Python with peft_surgical.bases.save_checkpoint"
             )
         return str(folder)
     if name.startswith("hf-hub:"):

@@ -13,7 +13,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..data.incoming import read_incoming
 from ..evaluation import Report
-from ..experiments.adapting import FIGURE, PREDICTIONS, REPORT, Adapted, AdaptSettings, adapt, numbered_as, open_base, write_adapted
+from ..experiments.adapting import (
+    FIGURE,
+    PREDICTIONS,
+    REPORT,
+    Adapted,
+    AdaptSettings,
+    adapt,
+    numbered_as,
+    open_base,
+    write_adapted,
+)
 from .options import Cpu, Head, ImageColumn, LabelColumn, Model, NormStats, OnBroken, Output, Random
 from .terminal import console, table
 

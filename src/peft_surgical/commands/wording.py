@@ -12,17 +12,16 @@ from typing import Any
 
 ALIASES = {
     "datasets": ("dataset",),
-    "epochs_": (),
     "k": ("num_blocks",),
     "num_batches": ("batches",),
     "tuning": ("images",),
 }
 """Argument -> the parameter of a command that sets it, where that has another name."""
 
-PYTHON_ONLY = frozenset()
-"""Arguments that no command has an option for: a message on the command line says that they are Python's."""
+PYTHON_ONLY = frozenset({"adapter_name", "blocks", "loading", "preprocess", "strict_base", "token", "values_from"})
+"""Arguments that can be the way out of an error but have no option: the message says that they are Python's."""
 
-_VALUE = r"""\"[^\"]*\"|'[^']*'|\[[^\]]*\]|[\w.+-]*\w|"""
+_VALUE = r"""\"[^\"]*\"|'[^']*'|\[[^\]]*\]|\{[^}]*\}|[\w.+-]*\w|"""
 _ARGUMENT = re.compile(rf"(?<![\w./\\-])([a-z_]+)=({_VALUE})")
 
 
@@ -39,14 +38,16 @@ def in_options(message: str, command: Any) -> str:
         name, value = found.groups()
         for own in (name, *ALIASES.get(name, ())):
             if own in options and options[own].param_type_name == "option":
-                return _option(options[own], value)
-        return f"{found.group()} (an argument in Python)" if name in PYTHON_ONLY else found.group()
+                return _option(options[own], value, options)
+        return f"{found.group()} (in Python)" if name in PYTHON_ONLY else found.group()
 
     return _ARGUMENT.sub(written, message)
 
 
-def _option(parameter: Any, value: str) -> str:
+def _option(parameter: Any, value: str, options: Mapping[str, Any]) -> str:
     option: str = parameter.opts[0]
+    if value == "[]" and f"no_{parameter.name}" in options:
+        return str(options[f"no_{parameter.name}"].opts[0])
     if getattr(parameter, "is_flag", False) or not value:
         return option
-    return f"{option} {' '.join(re.split(', *', value.strip('[]'))).replace(chr(34), '').replace(chr(39), '')}"
+    return " ".join((option, *(one.strip("\"' ") for one in value.strip("[]").split(","))))

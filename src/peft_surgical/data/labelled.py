@@ -252,11 +252,11 @@ def _counts(labels: np.ndarray) -> np.ndarray:
 
 
 def _how(seed: int, each: np.ndarray) -> str:
-    return f"drawn: seed {seed}, {'' if np.ptp(each) == 0 else 'as far as it goes '}class-balanced"
+    return f"drawn: seed {seed}, class-balanced{'' if np.ptp(each) == 0 else ' as far as it goes'}"
 
 
 def _each(each: np.ndarray) -> str:
-    return f"{each.min()} per class" if np.ptp(each) == 0 else f"{each.sum()}, {each.min()} to {each.max()} per class,"
+    return f"{each.min()} per class" if np.ptp(each) == 0 else f"{each.min()} to {each.max()} per class"
 
 
 def _short(split: str, taken: int, asked: int) -> str:

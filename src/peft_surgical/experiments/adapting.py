@@ -25,6 +25,7 @@ from ..errors import AdapterError, ConfigError, DataError
 from ..evaluation import Report, accuracy, measure, predict_logits
 from ..extras import require
 from ..selection.forward import logits_of
+from ..targets import parse
 
 METHODS, MODES = ("memo", "tent"), ("online", "episodic")
 NORM = "norm"
@@ -74,6 +75,11 @@ class AdaptSettings:
         for name, choices in (("method", METHODS), ("mode", MODES)):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(choices)}")
+        if parse(self.target).needs_data:
+            raise ConfigError(
+                f"target={self.target!r}: scores and searches need labels, which a stream has not. Name a block, such "
+                "as target='stem'"
+            )
         AugMix(self.views, self.crop)  # refuses what cannot be made
         if self.chosen_optimizer not in OPTIMIZERS:
             raise ConfigError(f"optimizer={self.optimizer!r}: choose one of {', '.join(OPTIMIZERS)}")

@@ -77,7 +77,7 @@ class Experiment(Subject):
             replace(self.fitting, lr=lr)  # refuses what is no rate
         if self.device.type == "cpu":
             if self.fitting.precision == "fp16":
-                raise ConfigError("precision='fp16' needs a GPU: choose bf16, or None for float32")
+                raise ConfigError("precision='fp16' needs a GPU: choose bf16, or leave it out for float32")
             self.fitting = replace(self.fitting, use_cpu=True)  # Trainer refuses bfloat16 if it is not told
         self.ledger = Ledger(self.folder / "ledger.jsonl")
         self.racing = False  # a race stops runs early, so its checkpoints are not those of whole runs

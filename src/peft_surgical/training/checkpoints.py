@@ -70,7 +70,7 @@ def last_checkpoint(folder: str | Path, processes: int) -> tuple[str | None, int
         if wrote != processes:
             raise ConfigError(
                 f"{found[step]} was written by {wrote} process(es) and cannot be continued by {processes}, whose steps "
-                f"are others: launch {wrote}, or call forget_checkpoints({str(folder)!r}) to start again"
+                f"are others: launch {wrote}, or delete {folder} to start again"
             )
         return str(found[step]), round(state["epoch"])
     return None, 0

@@ -84,7 +84,7 @@ class FitSettings:
         if self.optimizer not in OPTIMIZERS:
             raise ConfigError(f"optimizer={self.optimizer!r}: choose one of {', '.join(OPTIMIZERS)}")
         if self.precision not in (None, "bf16", "fp16"):
-            raise ConfigError(f"precision={self.precision!r}: choose None, 'bf16' or 'fp16'")
+            raise ConfigError(f"precision={self.precision!r}: choose bf16 or fp16, or leave it out for float32")
         if not self.lr > 0 or min(self.epochs, self.batch_size, self.accumulation) < 1:
             raise ConfigError(
                 f"lr={self.lr}, epochs={self.epochs}, batch_size={self.batch_size}, accumulation={self.accumulation}: "
@@ -221,7 +221,7 @@ def fit(
         if stop_epoch is not None and done > stop_epoch:
             raise ConfigError(
                 f"{folder} holds {done} epochs of a run that is to stop after {stop_epoch}: name another folder, or "
-                "call forget_checkpoints(folder) to start again"
+                "delete that one to start again"
             )
         if stop_epoch is not None and done == stop_epoch:
             # Trainer always begins the next epoch of a run that has one; what is finished is only to be read.
