@@ -32,7 +32,7 @@ import torch
 
 from peft_surgical.adaptation import CollapseWarning
 from peft_surgical.bases import load_base
-from peft_surgical.data.images import IMAGE_SUFFIXES, decode
+from peft_surgical.data.images import IMAGE_SUFFIXES
 from peft_surgical.data.incoming import Incoming
 from peft_surgical.entry import run_in_words
 from peft_surgical.errors import DataError
@@ -74,7 +74,7 @@ def stream_of(args: argparse.Namespace, key: dict[str, Any]) -> Incoming:
         raise DataError(f"{len(files)} images are too few for {first} to validate and some to test: bring more")
     place = Path(args.data, key["corruption"], str(key["severity"]))
     labels = torch.tensor([class_numbers()[file.split("/")[0]] for file in chosen])
-    return Incoming(chosen, lambda i: decode((place / chosen[i]).read_bytes(), chosen[i]), labels)
+    return Incoming(chosen, lambda i: (place / chosen[i]).read_bytes(), labels)
 
 
 def run(args: argparse.Namespace, key: dict[str, Any]) -> dict[str, Any]:

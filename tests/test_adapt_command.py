@@ -19,7 +19,7 @@ from peft_surgical.data.incoming import read_incoming  # noqa: E402
 from peft_surgical.errors import ConfigError, DataError  # noqa: E402
 from peft_surgical.evaluation import Report  # noqa: E402
 from peft_surgical.experiments import adapting as module  # noqa: E402
-from peft_surgical.experiments.adapting import AdaptSettings, open_base  # noqa: E402
+from peft_surgical.experiments.adapting import AdaptSettings, numbered_as, open_base  # noqa: E402
 from peft_surgical_cli.adapt import adapt_command  # noqa: E402
 
 MODEL = "test_resnet"
@@ -142,10 +142,41 @@ def test_a_base_without_a_head_for_the_classes_is_refused(photos, tmp_path):
     assert open_base(str(tmp_path), read_incoming(photos, unlabelled=True)).classes == 7
 
 
+def test_labels_are_those_of_the_base(run, photos, tmp_path):
+    torch.manual_seed(0)
+    network = timm.create_model(MODEL, num_classes=3)
+    torch.nn.init.normal_(network.get_classifier().weight)
+    names = {"label_names": ["dog", "owl", "Cat"]}
+    timm.models.save_for_hf(network, tmp_path / "base", model_config=names, safe_serialization=True)
+    images = read_incoming(photos, seed=None)
+    with pytest.warns(UserWarning, match="The head is kept: the data has 2 of the 3 classes"):
+        base = open_base(str(tmp_path / "base"), images)
+    assert base.outputs == (2, 0)
+    numbered = numbered_as(base, images)
+    assert numbered.label_names == ("dog", "owl", "Cat")
+    assert numbered.labels.tolist() == [2, 2, 2, 0, 0, 0]
+    assert numbered_as(base, read_incoming(photos, unlabelled=True)).labels is None
+    out = run(
+        tmp_path / "base", photos, "--output", tmp_path / "out", "--lr", "0.01", "--views", 2, "--cpu", "--head", "keep"
+    )
+    assert "accuracy before" in out
+    with (tmp_path / "out" / "predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert all(row["name"] == ("dog", "owl", "Cat")[int(row["class"])] for row in rows)
+    assert all(int(row["label"]) == {"cat": 2, "dog": 0}[row["file"].split("/")[0]] for row in rows)
+    with pytest.raises(ConfigError, match="head='new': adaptation has no labels"):
+        open_base(str(tmp_path / "base"), images, head="new")
+    # Another name for each class, which only who asks for the head may take for the same.
+    classes = images.among((0, 1), ("x", "y"))
+    timm.models.save_for_hf(timm.create_model(MODEL, num_classes=2), tmp_path / "two", safe_serialization=True)
+    assert numbered_as(open_base(str(tmp_path / "two"), classes), classes).label_names == ("x", "y")
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
         ({"method": "ttt"}, "method='ttt': choose one of memo, tent"),
+        ({"target": "auto-rgn"}, "target='auto-rgn': scores and searches need labels, which a stream has not"),
         ({"mode": "both"}, "mode='both': choose one of online, episodic"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"crop": "centre"}, "crop='centre'"),

@@ -1,7 +1,9 @@
 """Bases by name: folders of both libraries, their transforms and heads, and every name that leads nowhere."""
 
+import contextlib
 import json
 import pickle
+import re
 import shutil
 
 import numpy as np
@@ -18,7 +20,8 @@ from timm.models import save_for_hf  # noqa: E402
 
 from peft_surgical import SurgicalConfig  # noqa: E402
 from peft_surgical.bases import load as bases  # noqa: E402
-from peft_surgical.bases import load_base, load_model  # noqa: E402
+from peft_surgical.bases import load_base, load_model, save_checkpoint  # noqa: E402
+from peft_surgical.bases.classes import Fit, fit  # noqa: E402
 from peft_surgical.errors import ConfigError, DataError  # noqa: E402
 
 NAMES = ("cat", "dog", "owl", "rat")
@@ -139,23 +142,104 @@ def test_a_new_head_leaves_the_generator_alone(folder):
     assert torch.equal(torch.rand(1), expected)
 
 
-def test_same_number_of_classes(folder):
+def test_names_that_are_the_checkpoints_keep_the_head(folder):
     old = load_base(folder)
-    for names in (NAMES, ("Cat ", "dog", "owl", "rat"), ("0", "1", "2", "3")):
+    assert (old.outputs, old.head_note) == (None, "kept")
+    for names in (NAMES, ("0", "1", "2", "3")):
         kept = load_base(folder, label_names=names)
         assert not kept.head_is_new
         assert same(kept.model, old.model)
-        assert kept.label_names == NAMES
-    with pytest.warns(UserWarning, match=r"other ones: class 3 is 'rat' there and 'yak' here.*head=\"keep\""):
+        assert (kept.label_names, kept.outputs, kept.head_note) == (NAMES, None, "kept")
+
+
+@pytest.mark.parametrize(
+    ("names", "outputs", "note"),
+    [
+        (("owl", "cat"), (2, 0), r"kept: the data has 2 of the 4 classes of .*, found by name$"),
+        (NAMES[::-1], (3, 2, 1, 0), r"kept: the data has the classes of .* in another order, found by name$"),
+        (("Cat ", "DOG", "owl", "rat"), None, "kept$"),
+    ],
+)
+def test_classes_are_found_by_name(folder, names, outputs, note):
+    said = contextlib.nullcontext() if outputs is None else pytest.warns(UserWarning, match=note[:-1])
+    with said:
+        base = load_base(folder, label_names=names)
+    assert same(base.model, load_base(folder).model)
+    assert (base.classes, base.label_names, base.outputs, base.head_is_new) == (4, NAMES, outputs, False)
+    assert re.match(note, base.head_note)
+    again = load_base(folder, label_names=names, head="keep")  # asked for, so without a warning
+    assert (again.outputs, again.head_note) == (base.outputs, base.head_note)
+    with_new = load_base(folder, label_names=names, head="new")
+    assert (with_new.classes, with_new.label_names, with_new.outputs) == (len(names), tuple(names), None)
+    assert (with_new.head_is_new, with_new.head_note) == (True, "new, as asked for")
+
+
+def test_other_classes_get_a_new_head(folder):
+    with pytest.warns(
+        UserWarning, match=r"1 of 4 classes that .* does not know: 'yak'\. It knows 'cat', .*head=\"new\""
+    ):
         new = load_base(folder, label_names=("cat", "dog", "owl", "yak"))
-    assert new.head_is_new
-    assert new.label_names == ("cat", "dog", "owl", "yak")
-    assert not torch.equal(head_of(new).weight, head_of(old).weight)
-    with pytest.warns(UserWarning, match="the same names in another order"):
-        load_base(folder, label_names=NAMES[::-1])
-    kept = load_base(folder, label_names=NAMES[::-1], head="keep")
-    assert (kept.head_is_new, kept.label_names) == (False, NAMES)
-    assert load_base(folder, head="new").head_is_new
+    assert (new.head_is_new, new.outputs, new.label_names) == (True, None, ("cat", "dog", "owl", "yak"))
+    assert not torch.equal(head_of(new).weight, head_of(load_base(folder)).weight)
+    with pytest.warns(UserWarning, match=r"1 of 2 classes .*'dogs' \(did you mean 'dog'\?\)"):
+        load_base(folder, label_names=("cat", "dogs"))
+    with pytest.warns(UserWarning, match=r'or say head="keep" to take class n of the data for class n'):
+        load_base(folder, label_names=("w", "x", "y", "z"))
+    kept = load_base(folder, label_names=("w", "x", "y", "z"), head="keep")
+    assert (kept.head_is_new, kept.outputs, kept.label_names) == (False, None, NAMES)
+    assert kept.head_note.startswith("kept: class n of the data is taken for class n of")
+    none = load_base(folder, label_names=("x", "y"))  # nothing in common: a new head surprises nobody
+    assert none.head_note.startswith("new: the data has 2 of 2 classes that")
+    for names in (("cat", "yak"), ("x", "y"), ("cat", "dog", "owl", "yak")):
+        with pytest.raises(ConfigError, match=r'head="keep": the data has .* does not know: .*say head="new"'):
+            load_base(folder, label_names=names, head="keep")
+
+
+def test_words_may_be_joined_in_other_ways_but_nothing_is_guessed():
+    known = ("red cell", "White_Cell", "owl", "OWL")
+    found = fit(4, known, ("white-cell", "Red_Cell"), None, False, "m")
+    assert found.outputs == (1, 0)
+    assert found.note.endswith("; spelled differently, 'white-cell' is 'White_Cell', 'Red_Cell' is 'red cell'")
+    assert fit(4, known, ("owl", "OWL"), None, False, "m").outputs == (2, 3)
+    ambiguous = fit(4, known, ("red cell", "Owl"), None, False, "m")
+    assert (ambiguous.outputs, ambiguous.warning) == (None, True)
+    assert "'Owl' (which could be more than one of them)" in ambiguous.note
+    assert "'Red Cell' (as another class)" in fit(4, known, ("red cell", "Red Cell"), None, False, "m").note
+    # Twice the same name, as ImageNet's lists have "crane".
+    assert fit(3, ("crane", "crane", "owl"), ("crane", "owl"), None, False, "m").outputs is None
+
+
+def test_heads_whose_classes_have_no_names():
+    assert fit(1000, None, ("a", "b"), None, False, "m") == Fit(
+        2, None, "new: m has 1000 classes, whose names it does not say, and the data 2"
+    )
+    assert fit(2, None, ("a", "b"), None, False, "m").outputs == (0, 1)
+    assert fit(3, NAMES[:3], ("0", "1"), None, False, "m").outputs is None
+    numbered = fit(4, NAMES, ("3", "1"), None, True, "m")
+    assert (numbered.outputs, numbered.note) == ((3, 1), "kept: the classes of the data are numbers of m's")
+    for given, wanted in ((("a", "b"), None), (("7", "9"), None), (None, 2)):
+        with pytest.raises(
+            ConfigError, match='head="keep": m has 4 classes, whose names it does not say, and the data 2'
+        ):
+            fit(4, None, given, wanted, True, "m")
+    assert fit(4, None, None, None, True, "m").outputs == (0, 1, 2, 3)
+
+
+def test_names_of_a_transformers_config(transformers_folder, tmp_path):
+    shutil.copytree(transformers_folder, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["id2label"] = {str(i): f"LABEL_{i}" for i in range(4)}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_base(tmp_path).label_names == NAMES  # of label2id
+    del config["label2id"], config["id2label"]
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_labels": 4}))
+    unnamed = load_base(tmp_path, label_names=NAMES[::-1])
+    assert (unnamed.outputs, unnamed.label_names) == (None, NAMES[::-1])
+    headless = {k: v for k, v in load_file(tmp_path / "model.safetensors").items() if not k.startswith("classifier")}
+    save_file(headless, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert load_base(tmp_path, label_names=NAMES).head_note == f"new: {tmp_path} comes without a head"
+    with pytest.raises(ConfigError, match=r'head="keep": .* comes without a head'):
+        load_base(tmp_path, label_names=NAMES, head="keep")
 
 
 def test_names_reach_the_config_of_transformers(transformers_folder):
@@ -190,6 +274,26 @@ def test_timm_network_saved_by_transformers(tmp_path):
     base = load_base(tmp_path)
     assert (base.library, base.classes, base.head_is_new) == ("transformers", 3, False)
     assert logits(base, base.transform_eval(IMAGE)[None]).shape == (1, 3)
+
+
+def test_weights_in_a_file_become_a_folder(tmp_path):
+    """The line of Python of docs/cli.md."""
+    torch.manual_seed(3)
+    own = timm.create_model("test_efficientnet", num_classes=4)
+    save_file(own.state_dict(), tmp_path / "model.safetensors")
+    network = timm.create_model(
+        "test_efficientnet",
+        num_classes=4,
+        checkpoint_path=tmp_path / "model.safetensors",
+        pretrained_cfg_overlay={"input_size": (3, 64, 64), "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
+    )
+    save_checkpoint("timm", network, tmp_path / "base", label_names=NAMES)
+    assert sorted(path.name for path in (tmp_path / "base").iterdir()) == ["config.json", "model.safetensors"]
+    base = load_base(tmp_path / "base")
+    assert (base.library, base.label_names, base.head_is_new) == ("timm", NAMES, False)
+    assert same(base.model, own)
+    assert torch.equal(base.transform_eval(PIL.new("RGB", (70, 90), "white")), torch.ones(3, 64, 64))
+    assert same(timm.create_model(f"local-dir:{tmp_path / 'base'}", pretrained=True), own)
 
 
 # Names and folders that lead nowhere
@@ -250,7 +354,7 @@ def test_choices(timm_folder):
         ({"head": "old"}, "head='old': choose one of auto, keep, new"),
         ({"num_classes": 0}, "num_classes=0: a classifier"),
         ({"num_classes": 3, "label_names": ["a", "b"]}, "num_classes=3 but 2 label_names"),
-        ({"num_classes": 3, "head": "keep"}, 'head="keep": .* comes without a head for 3 classes'),
+        ({"num_classes": 3, "head": "keep"}, 'head="keep": .* has 4 classes, and the data 3'),
     ):
         with pytest.raises(ConfigError, match=match):
             load_base(timm_folder, **options)

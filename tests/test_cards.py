@@ -188,9 +188,9 @@ def test_the_stand_in_for_the_hubs_check_can_fail(change, said):
 
 
 def test_a_missing_field_is_an_error_that_says_how_to_give_it():
-    with pytest.raises(ConfigError, match=r"me/frost lacks license, .*--license.*; datasets, .*--no-dataset.*; base, "):
+    with pytest.raises(ConfigError, match=r"me/frost lacks license, .*license=.*; datasets, .*datasets=\[\].*; base, "):
         card_of(CONFIG, report(), WEIGHTS, About("me/frost"))
-    with pytest.raises(ConfigError, match=r"lacks license_name, .*--license-name"):
+    with pytest.raises(ConfigError, match=r"lacks license_name, .*license_name="):
         card_of(CONFIG, report(), WEIGHTS, replace(ABOUT, license="other"))
     with pytest.raises(ConfigError, match="lacks loading, the lines of Python"):
         card_of(CONFIG, report(), WEIGHTS, replace(ABOUT, opens=False))

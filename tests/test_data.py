@@ -13,7 +13,7 @@ PIL = pytest.importorskip("PIL.Image")
 
 from peft_surgical.data.images import to_rgb  # noqa: E402
 from peft_surgical.data.labelled import collate, items, read_data  # noqa: E402
-from peft_surgical.data.splits import draw  # noqa: E402
+from peft_surgical.data.splits import allot, draw, level  # noqa: E402
 from peft_surgical.errors import ConfigError, DataError  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("own_datasets_cache")
@@ -202,16 +202,72 @@ def test_draw_by_hand():
     ("counts", "options", "match"),
     [
         ({"a": 3, "b": 9}, {}, r"class 'a' has 3 images, too few to split: 5 of every class.*validation=2"),
-        ({"a": 3, "b": 9}, {"tuning": 6, "validation": 2}, "'a' has 3 images to draw from, and 4 are needed"),
-        ({"a": 9, "b": 9}, {"tuning": 7}, "do not divide evenly over 2 classes: ask for 6 or 8"),
-        ({"a": 9, "b": 9}, {"validation": 18}, "1 or more for tuning"),
-        ({"a": 9, "b": 9}, {"validation": 0}, "validation=0: give a number of images"),
+        ({"a": 9, "b": 9}, {"validation": 17}, "validation=17: only 16 of the 18 images can be drawn for that"),
+        ({"a": 9, "b": 9}, {"test": 12, "validation": 5}, "validation=5: only 4 of the 6 images can be drawn"),
+        ({"a": 9, "b": 9}, {"tuning": 1}, "tuning=1: there are 2 classes, and each needs an image to tune on"),
+        ({"a": 9, "b": 9}, {"validation": 0}, "validation=0: give a number of images, such as 3, or a share"),
         ({"a": 9, "b": 9}, {"test": 1.5}, r"test=1\.5: give a number"),
     ],
 )
 def test_sizes_that_cannot_be_had(tmp_path, counts, options, match):
     with pytest.raises(DataError, match=match):
         read_data(fill(tmp_path, counts), **options)
+
+
+def counts_of(part):
+    return np.bincount(labels_of(part)).tolist()
+
+
+def test_sizes_that_do_not_divide_are_balanced_as_far_as_it_goes(tmp_path):
+    fill(tmp_path, {"a": 30, "b": 12, "c": 3})
+    data = read_data(tmp_path, tuning=20, validation=4, test=10)
+    # c gives at most half of what it has; the one too many comes from the largest class.
+    assert counts_of(data.test) == [5, 4, 1]
+    assert counts_of(data.validation) == [2, 1, 1]
+    assert counts_of(data.tuning) == [12, 7, 1]
+    assert (
+        data.origin["test"] == "drawn: seed 0, class-balanced as far as it goes, 1 to 5 per class of the tuning images"
+    )
+    few, more = (set(files_of(read_data(tmp_path, tuning=n, validation=4).tuning)) for n in (5, 18))
+    assert few < more
+    assert (len(few), len(more)) == (5, 18)
+
+
+def test_a_part_that_is_smaller_than_asked_for_is_used_whole(tmp_path):
+    fill(tmp_path / "train", {"a": 10, "b": 7})
+    fill(tmp_path / "test", {"a": 6, "b": 3}, start=100)
+    with pytest.warns(UserWarning, match="test=40: there are 9, and all of them are taken"):
+        data = read_data(tmp_path, test=40, validation=4)
+    assert counts_of(data.test) == [6, 3]
+    assert data.origin["test"] == "given, all there are (40 asked for)"
+    assert counts_of(read_data(tmp_path, test=7, validation=4).test) == [4, 3]
+    with pytest.warns(UserWarning, match="tuning=5000: there are 13"):
+        data = read_data(tmp_path, tuning=5000, validation=4)
+    assert counts_of(data.tuning) == [8, 5]
+    assert data.origin["tuning"].endswith("of 17 given, all there are (5000 asked for)")
+
+
+def test_draws_that_divide_take_the_same_images_as_ever(tmp_path):
+    labels = np.repeat([0, 1, 2], [9, 6, 12])
+    sizes = {"test": 2, "validation": 1, "tuning": 3}
+    wanted = {split: 3 * n for split, n in sizes.items()}
+    each = allot(np.bincount(labels), wanted, rest=False)
+    assert {split: n.tolist() for split, n in each.items()} == {split: [n] * 3 for split, n in sizes.items()}
+    by_class, by_number = draw(labels, each, None, 7, "abc"), draw(labels, sizes, None, 7, "abc")
+    rng = np.random.default_rng(7)
+    first = [rng.permutation(np.flatnonzero(labels == label))[:2] for label in range(3)]
+    assert by_class["test"].tolist() == np.sort(np.concatenate(first)).tolist()
+    assert all(np.array_equal(by_class[split], by_number[split]) for split in sizes)
+    # All but one of a class for a part that divides, as before.
+    assert allot(np.array([4, 9]), {"validation": 6}, rest=True)["validation"].tolist() == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("size", "room", "found"),
+    [(0, [3, 3], [0, 0]), (4, [1, 5], [1, 3]), (3, [2, 5], [1, 2]), (6, [1, 5, 0], [1, 5, 0])],
+)
+def test_level_by_hand(size, room, found):
+    assert level(size, np.array(room)).tolist() == found
 
 
 def test_three_per_class_with_a_size(tmp_path):
@@ -333,7 +389,7 @@ def test_sources_that_are_none(tmp_path, monkeypatch):
         read_data(tmp_path / "x.parquet")
     with pytest.raises(DataError, match="3 is no data"):
         read_data(3)
-    with pytest.raises(ConfigError, match="on_broken='ignore': choose one of error, skip, later"):
+    with pytest.raises(ConfigError, match="on_broken='ignore': choose one of raise, skip, later"):
         read_data(tmp_path, on_broken="ignore")
 
 

@@ -282,7 +282,7 @@ def test_new_classes(place, tmp_path, asked, method, head):
 def test_as_many_classes_of_other_names(place, tmp_path):
     write_images(tmp_path / "data", 5, names=("x", "y", "z"))
     run = of(place, tmp_path / "out", data=tmp_path / "data")
-    with pytest.warns(UserWarning, match="Its head is replaced by a new one"):
+    with pytest.warns(UserWarning, match="The head is new: the data has 3 of 3 classes that"):
         assert run.head_is_new
     write_tuned(run, choose(run, "block1", 0), 0)
     _, report = reopened(tmp_path / "out")  # without the warning
@@ -292,6 +292,45 @@ def test_as_many_classes_of_other_names(place, tmp_path):
         "weights": "pretrained",
         "seed": 0,
     }
+
+
+def test_some_of_the_networks_classes_in_another_order_keep_its_head(place, tmp_path):
+    shutil.copytree(place / "model", tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["label_names"] = ["cow", "ant", "bee"]  # what the outputs mean, so that labels 0 and 1 are outputs 1 and 0
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    write_images(tmp_path / "data", 6, names=("Ant", "cow"))
+    run = of(place, tmp_path / "out", model=tmp_path / "model", data=tmp_path / "data", reading={"test": 5})
+    with pytest.warns(UserWarning, match="The head is kept: the data has 2 of the 3 classes of .*found by name"):
+        assert not run.head_is_new
+    assert run.shared["outputs"] == [1, 0]
+    assert run.plan().splitlines()[-1].startswith("head: kept: the data has 2 of the 3 classes")
+    assert "test: 5 images, drawn: seed 0, class-balanced as far as it goes, 2 to 3 per class" in run.plan()
+    assert sorted(set(run.rows("tuning", 0).labels)) == [0, 1]
+    row = next(i for i, label in enumerate(run.data(0).tuning["label"]) if label == 0)  # an ant
+    assert run.rows("tuning", 0)[row]["labels"] == run.rows("tuning", 0).labels[row] == 1
+    write_images(tmp_path / "source", 3, names=("ant", "bee", "cow"))
+    report = write_tuned(run, choose(run, "block1", 0), 0, read_source(run, tmp_path / "source", validation=3))
+    assert report.settings["head"].startswith("kept: the data has 2 of the 3 classes")
+    assert report.settings["open"]["head"] == "keep"
+    assert report.settings["data_parts"]["test"].endswith("2 to 3 per class of the tuning images")
+    model, _ = reopened(tmp_path / "out")  # without the warning
+    assert model.get_base_model().num_classes == 3
+    measured(run, model, report)
+    # Before: the network as it is, against the outputs that its own config names.
+    own = load_base(tmp_path / "model")
+    inputs = torch.stack([run.rows("test", 0)[i]["pixel_values"] for i in range(5)])
+    names = [("ant", "cow")[label] for label in run.data(0).test["label"]]
+    with torch.no_grad():
+        right = [own.label_names[i] == name for i, name in zip(own.model(inputs).argmax(1), names, strict=True)]
+    assert report.find("accuracy before", "test").value == sum(right) / 5
+    source = report.find("accuracy before", f"source {tmp_path / 'source'}")
+    assert source.n == 9
+    again = of(place, tmp_path / "new", model=tmp_path / "model", data=tmp_path / "data", head="new")
+    assert again.head_is_new
+    assert again.base(0).classes == 2
+    with pytest.raises(ConfigError, match="head='zero': choose one of auto, keep, new"):
+        of(place, tmp_path / "no", head="zero")
 
 
 def test_a_transformers_model(place, tmp_path):
@@ -725,7 +764,7 @@ def test_settings_are_checked_before_anything_is_read(place, tmp_path, monkeypat
 
 def test_forgetting_needs_the_same_classes(place, tmp_path):
     write_images(tmp_path / "other", 5, names=("x", "y", "z"))
-    with pytest.raises(DataError, match="has the classes x, y, z, the data ant, bee, cow"):
+    with pytest.raises(DataError, match="has the classes x, y, z, the network ant, bee, cow"):
         read_source(of(place, tmp_path), tmp_path / "other")
     given = read_source(of(place, tmp_path), place / "data")
     assert (len(given.part), given.name) == (12, f"source {place / 'data'}, test")

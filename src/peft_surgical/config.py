@@ -92,7 +92,8 @@ class SurgicalConfig(PeftConfig):
         self.peft_type = SurgicalType.SURGICAL
         check_policy(self.norm_stats)
         if self.delta_dtype is not None and self.delta_dtype not in DELTA_DTYPES:
-            raise ConfigError(f"delta_dtype={self.delta_dtype!r}: choose None or one of {', '.join(DELTA_DTYPES)}.")
+            choices = ", ".join(DELTA_DTYPES)
+            raise ConfigError(f"delta_dtype={self.delta_dtype!r}: choose one of {choices}, or leave it out.")
         self.scale = float(self.scale)
         if isinstance(self.target_modules, (set, tuple)):
             self.target_modules = sorted(self.target_modules)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
-from .options import Cpu, ImageColumn, LabelColumn, Model, NormStats, Output, Random
+from .options import Cpu, Head, ImageColumn, LabelColumn, Model, NormStats, OnBroken, Output, Random
 from .terminal import console, table
 
 if TYPE_CHECKING:
@@ -64,6 +64,8 @@ def adapt_command(
     images: Annotated[int | None, typer.Option(min=1, help="Stop after so many.")] = None,
     image_column: ImageColumn = None,
     label_column: LabelColumn = None,
+    on_broken: OnBroken = "raise",
+    head: Head = "auto",
     seed: Annotated[int, typer.Option(min=0, help="Of the views and of the order.")] = 0,
     random: Random = False,
     cpu: Cpu = False,
@@ -74,7 +76,7 @@ def adapt_command(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from peft_surgical.data.incoming import read_incoming
-    from peft_surgical.experiments.adapting import AdaptSettings, adapt, open_base, write_adapted
+    from peft_surgical.experiments.adapting import AdaptSettings, adapt, numbered_as, open_base, write_adapted
 
     settings = AdaptSettings(
         method=method,
@@ -92,11 +94,12 @@ def adapt_command(
         reset_on_collapse=reset_on_collapse,
     )
     transformers.logging.set_verbosity_error()
-    columns = {} if unlabelled else {"image_column": image_column, "label_column": label_column}
+    columns: dict[str, Any] = {} if unlabelled else {"image_column": image_column, "label_column": label_column}
     order = None if in_order else seed
-    found = read_incoming(data, unlabelled=unlabelled, seed=order, limit=images, **columns)
+    found = read_incoming(data, unlabelled=unlabelled, seed=order, limit=images, on_broken=on_broken, **columns)
     weights = "random" if random else "pretrained"
-    base = open_base(model, found, weights)
+    base = open_base(model, found, weights, head)
+    found = numbered_as(base, found)
     device = "cuda" if torch.cuda.is_available() and not cpu else "cpu"
     bar = Console(stderr=True, highlight=False)
     columns_shown = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))

@@ -11,7 +11,7 @@ import importlib.metadata
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Annotated, TextIO
+from typing import Annotated, Any
 
 import typer
 
@@ -28,6 +28,7 @@ from .push import push_command
 from .score import score_command
 from .show import show_command
 from .tune import tune_command
+from .wording import in_options
 
 app = typer.Typer(
     name="peft-surgical",
@@ -73,8 +74,14 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """
     # Without a command there is nothing to mend yet: the help, rather than a complaint.
     arguments = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
+    command = getattr(typer.main.get_command(app), "commands", {}).get(arguments[0])
+
+    def show_warning(message: Warning | str, *place: Any, **more: Any) -> None:
+        # Without the place in the code, which says nothing to whoever typed the command.
+        print(f"peft-surgical: warning: {in_options(str(message), command)}", file=sys.stderr)
+
     with warnings.catch_warnings():
-        warnings.showwarning = _show_warning
+        warnings.showwarning = show_warning
         try:
             code = app(args=arguments, prog_name="peft-surgical", standalone_mode=False)
         except (KeyboardInterrupt, typer.Abort):
@@ -87,22 +94,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
             if not isinstance(error, SurgicalError):
                 raise
-            return _complain(str(error))
+            return _complain(in_options(str(error), command))
     return code if isinstance(code, int) else 0
 
 
 def _complain(message: str) -> int:
     print(f"peft-surgical: {message}", file=sys.stderr)
     return 2
-
-
-def _show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
-    # Without the place in the code, which says nothing to whoever typed the command.
-    print(f"peft-surgical: warning: {message}", file=sys.stderr)

@@ -60,6 +60,10 @@ Validation = Annotated[
     Any, typer.Option(parser=count, metavar="N", help="So many to choose with, drawn where not given.")
 ]
 Test = Annotated[Any, typer.Option(parser=count, metavar="N", help="So many to report on, drawn where not given.")]
+OnBroken = Annotated[str, typer.Option(help="Images that cannot be decoded: raise or skip; later does not look.")]
+Head = Annotated[
+    str, typer.Option(help="auto keeps MODEL's head where it has DATA's classes; keep asks for it; new draws another.")
+]
 ImageColumn = Annotated[str | None, typer.Option(help="Of a table, where names do not tell.")]
 LabelColumn = Annotated[str | None, typer.Option(help="The same for the labels.")]
 Augment = Annotated[str, typer.Option(help="none, flip or crop.")]
@@ -126,6 +130,7 @@ def experiment_of(
     augment: str,
     image_size: int | None,
     workers: int,
+    head: str,
     random: bool,
     **fitting: Any,
 ) -> Experiment:
@@ -160,6 +165,7 @@ def experiment_of(
         augment=augment,
         image_size=image_size,
         arguments=loading,
+        head=head,
         weights="random" if random else "pretrained",
         seed=seed,
         engine=engine,
@@ -169,7 +175,7 @@ def experiment_of(
         images = len(experiment.data(seed).tuning)
         experiment.fitting = replace(experiment.fitting, batch_size=batch_size_for(images))
     _refuse_unused_rates(experiment, asked, is_method, lr, head_lr)
-    watch.note(plan_of(experiment, asked, is_method))
+    watch.note(f"{experiment.plan()}\n{plan_of(experiment, asked, is_method)}")
     return experiment
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Cpu, Few, ImageColumn, ImagesArgument, LabelColumn, Model, Random, Validation
+from .options import Cpu, Few, Head, ImageColumn, ImagesArgument, LabelColumn, Model, OnBroken, Random, Validation
 from .terminal import console
 
 
@@ -23,6 +23,8 @@ def score_command(
     validation: Validation = None,
     image_column: ImageColumn = None,
     label_column: LabelColumn = None,
+    on_broken: OnBroken = "raise",
+    head: Head = "auto",
     seed: Annotated[int, typer.Option(help="Of the draw of images, and of a new head.")] = 0,
     random: Random = False,
     cpu: Cpu = False,
@@ -47,10 +49,12 @@ def score_command(
         seed=seed,
         tuning=images,
         validation=validation,
+        on_broken=on_broken,
     )
-    base = load_base(model, label_names=found.label_names, weights="random" if random else "pretrained", seed=seed)
+    weights = "random" if random else "pretrained"
+    base = load_base(model, label_names=found.label_names, head=head, weights=weights, seed=seed)
     loader = DataLoader(
-        items(found.tuning, base.transform_eval),
+        items(found.tuning, base.transform_eval, base.outputs),
         batch_size,
         shuffle=True,
         generator=torch.Generator().manual_seed(seed),

@@ -14,6 +14,7 @@ from .options import (
     DeltaDtype,
     EpochsOption,
     Few,
+    Head,
     HeadLrs,
     ImageColumn,
     ImagesArgument,
@@ -23,6 +24,7 @@ from .options import (
     Model,
     NormStats,
     NumWorkers,
+    OnBroken,
     Optimizer,
     Output,
     Precision,
@@ -75,6 +77,8 @@ def tune_command(
     test: Test = None,
     image_column: ImageColumn = None,
     label_column: LabelColumn = None,
+    on_broken: OnBroken = "raise",
+    head: Head = "auto",
     augment: Augment = "none",
     image_size: ImageSize = None,
     workers: NumWorkers = 0,
@@ -95,7 +99,7 @@ def tune_command(
     if target is not None and method is not None:
         raise ConfigError(f"--target {target} and --method {method} both say what to tune: give one of them")
     asked = method or target or "auto"
-    columns = {"image_column": image_column, "label_column": label_column}
+    columns = {"image_column": image_column, "label_column": label_column, "on_broken": on_broken}
     with watched() as watch, separated() as engine:
         experiment = experiment_of(
             model,
@@ -114,6 +118,7 @@ def tune_command(
             augment=augment,
             image_size=image_size,
             workers=workers,
+            head=head,
             random=random,
             epochs=epochs,
             batch_size=batch_size,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from transformers.utils import logging
 from ..anatomy import anatomy_of
 from ..errors import ConfigError, DataError, SurgicalError
 from ..extras import require
+from .classes import Fit, fit
 from .timm_bases import TimmBase
 from .transformers_bases import TransformersBase
 from .transforms import AUGMENTS
@@ -44,6 +46,9 @@ class Base:
         transform_train: PIL image in RGB -> float tensor (3, h, w), normalised, with the augmentation asked for.
         transform_eval: The same without augmentation.
         head_is_new: Whether the head's values are a random draw, so that the head has to be tuned, too.
+        outputs: For each of the ``label_names`` that were asked for the output that stands for it, which is the number
+            that its label has to have; None where the n-th stands for the n-th.
+        head_note: What became of the head and why, in words that begin with ``kept`` or ``new``.
     """
 
     model: nn.Module
@@ -54,6 +59,8 @@ class Base:
     transform_train: Callable[[Any], Tensor]
     transform_eval: Callable[[Any], Tensor]
     head_is_new: bool
+    outputs: tuple[int, ...] | None = None
+    head_note: str = "kept"
 
 
 def load_base(
@@ -69,8 +76,9 @@ def load_base(
 ) -> Base:
     """Load a base and the transforms that belong to it. Weights come from safetensors only, and no code is downloaded.
 
-    With another number of classes than the checkpoint's, it gets a new head. With the same number the head is kept,
-    unless the checkpoint and ``label_names`` both name the classes and differ, which a warning says.
+    The head is kept where the checkpoint's classes have all ``label_names`` among them, in whatever order: ``outputs``
+    says where each is found, and the network keeps its other classes, too. Where classes are not named it is kept if
+    their number is the same. Else the network gets a new head.
 
     Args:
         name: A timm model (``resnet50.a1_in1k``, ``timm/...``, ``hf-hub:owner/name``), a transformers model
@@ -78,8 +86,9 @@ def load_base(
             ``local-dir:...``).
         num_classes: Classes of the data; None keeps the checkpoint's.
         label_names: The names of the data's classes, in order; their number counts as ``num_classes``.
-        head: ``"keep"`` and ``"new"`` overrule ``"auto"``, which is described above; ``"zero"`` is a new head whose
-            values are all 0, the same with every seed, so that deltas on it can be saved.
+        head: ``"auto"`` is described above. ``"keep"`` keeps the head or raises, and takes the n-th class for the n-th
+            output where the names of as many classes have nothing in common. ``"new"`` draws a new head; ``"zero"`` is
+            a new head whose values are all 0, the same with every seed, so that deltas on it can be saved.
         weights: ``"random"`` reads the architecture only: for tests, and to look at blocks.
         augment: Of ``transform_train``: ``"none"``; ``"flip"``, half of the images mirrored; or ``"crop"``, a random
             part of each image resized, and flips, as timm trains.
@@ -93,7 +102,8 @@ def load_base(
             not take.
 
     Warns:
-        UserWarning: If a head with the right number of classes is replaced.
+        UserWarning: If ``"auto"`` numbers classes in another way than ``label_names`` does, or replaces a head that has
+            some of them.
     """
     base = _load(os.fspath(name), num_classes, label_names, head, weights, seed)
     with _quiet():
@@ -109,6 +119,8 @@ def load_base(
         transform_train=train,
         transform_eval=evaluation,
         head_is_new=base.head_is_new,
+        outputs=None if base.fit.outputs in (None, tuple(range(base.classes))) else base.fit.outputs,
+        head_note=base.fit.note,
     )
 
 
@@ -137,12 +149,12 @@ def _load(
     with torch.random.fork_rng(devices=[]), _quiet():
         torch.manual_seed(seed)
         try:
-            base = library(found, pretrained, wanted)
-            if head == "keep" and base.head_is_new and pretrained:
-                raise ConfigError(f'head="keep": {name!r} comes without a head for {base.classes} classes')
-            if not base.head_is_new and (
-                head in ("new", "zero") or (head == "auto" and _differ(name, base.label_names, given))
-            ):
+            base = library(found, pretrained, functools.partial(_fit, name, given, wanted, head, pretrained))
+            if pretrained and base.head_is_new and base.fit.outputs is not None:  # the checkpoint had none
+                if head == "keep":
+                    raise ConfigError(f'head="keep": {name} comes without a head; head="new" gives it one')
+                base.fit = Fit(base.classes, None, f"new: {name} comes without a head")
+            if not base.head_is_new and base.fit.outputs is None:
                 base.new_head(base.classes)
             if head == "zero":
                 _zero_head(base.model)
@@ -150,8 +162,12 @@ def _load(
             raise
         except Exception as error:  # either library, and the Hub's client, raise many kinds
             raise DataError(f"cannot load {name!r} with {library.library}: {_reason(error)}") from error
-    if given is not None and (base.head_is_new or base.label_names is None):
+    if given is not None and len(given) == base.classes and (base.head_is_new or base.label_names is None):
         base.name_classes(given)
+    if base.fit.warning and head == "auto":
+        kept = base.fit.outputs is not None
+        more = ". Base.outputs says which of its outputs stands for each class of the data" if kept else ""
+        warnings.warn(f"The head is {base.fit.note}{more}", stacklevel=4)
     base.model.eval()
     return base
 
@@ -221,21 +237,21 @@ def _tried(name: str) -> str:
     return f"tried a folder here (none), and timm's models (none{meant})"
 
 
-def _differ(name: str, known: Sequence[str] | None, given: Sequence[str] | None) -> bool:
-    """Whether both name their classes, and not the same; numbers in place of names name nothing."""
-    if known is None or given is None or any(all(n.strip().isdigit() for n in names) for names in (known, given)):
-        return False
-    ours, theirs = ([n.strip().lower() for n in names] for names in (given, known))
-    if ours == theirs:
-        return False
-    at = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
-    order = " (the same names in another order)" if sorted(ours) == sorted(theirs) else ""
-    warnings.warn(
-        f"{name} has {len(theirs)} classes as the data has, but other ones{order}: class {at} is {known[at]!r} there "
-        f'and {given[at]!r} here. Its head is replaced by a new one; head="keep" keeps it',
-        stacklevel=4,
-    )
-    return True
+def _fit(
+    name: str,
+    given: tuple[str, ...] | None,
+    wanted: int | None,
+    head: str,
+    pretrained: bool,
+    classes: int,
+    known: tuple[str, ...] | None,
+) -> Fit:
+    """What becomes of a head with so many classes of these names."""
+    if not pretrained:
+        return Fit(wanted or classes, None, "new: all weights are random")
+    if head in ("new", "zero"):
+        return Fit(wanted or classes, None, "new, as asked for")
+    return fit(classes, known, given, wanted, head == "keep", name)
 
 
 def _check_size(model: nn.Module, size: int) -> None:

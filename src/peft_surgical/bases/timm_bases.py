@@ -11,6 +11,7 @@ from torch import nn
 
 from ..errors import DataError
 from ..extras import require
+from .classes import FitHead
 from .transforms import Transform, of_timm
 
 SAFETENSORS = "model.safetensors"
@@ -22,12 +23,12 @@ class TimmBase:
     Args:
         name: A name of the registry, ``hf-hub:owner/name``, or ``local-dir:folder``.
         pretrained: Whether to read its weights.
-        num_classes: Outputs that are wanted; None keeps the checkpoint's.
+        fit: Called with the number of the checkpoint's classes and their names, or None; says what becomes of its head.
     """
 
     library = "timm"
 
-    def __init__(self, name: str, pretrained: bool, num_classes: int | None) -> None:
+    def __init__(self, name: str, pretrained: bool, fit: FitHead) -> None:
         timm = require("timm", "loading a timm model", "timm")
         source = _source(timm, name) if pretrained else None
         self.model: nn.Module = timm.create_model(name, pretrained=pretrained)
@@ -38,8 +39,9 @@ class TimmBase:
         names = config.get("label_names")
         self.label_names = tuple(map(str, names)) if names and len(names) == self.classes else None
         self.head_is_new = not pretrained
-        if num_classes is not None and num_classes != self.classes:
-            self.new_head(num_classes)
+        self.fit = fit(self.classes, self.label_names)
+        if self.fit.classes != self.classes:
+            self.new_head(self.fit.classes)
 
     @property
     def classes(self) -> int:
@@ -74,8 +76,8 @@ def _source(timm: Any, name: str) -> str:
         folder = Path(name.removeprefix("local-dir:"))
         if not (folder / SAFETENSORS).is_file():
             raise DataError(
-                f"{folder} has no {SAFETENSORS}, and nothing else is read: save the model with "
-                "timm.models.save_for_hf(..., safe_serialization=True)"
+                f"{folder} has no {SAFETENSORS}, and nothing else is read: put the weights there under that "
+                "name, or save the network from Python with peft_surgical.bases.save_checkpoint"
             )
         return str(folder)
     if name.startswith("hf-hub:"):

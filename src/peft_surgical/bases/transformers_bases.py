@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,8 +13,11 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 from ..anatomy import anatomy_of
 from ..delta import shown
 from ..errors import AnatomyError, DataError
+from .classes import FitHead
 from .timm_bases import transforms_of
 from .transforms import Transform, of_processor
+
+_PLACEHOLDER = re.compile(r"LABEL_\d+")
 
 
 class TransformersBase:
@@ -22,7 +26,7 @@ class TransformersBase:
     Args:
         name: ``owner/name`` on the Hub, or a folder.
         pretrained: Whether to read its weights.
-        num_classes: Outputs that are wanted; None keeps the checkpoint's.
+        fit: Called with the number of the checkpoint's classes and their names, or None; says what becomes of its head.
 
     Raises:
         DataError: If the checkpoint misses tensors of anything but the head.
@@ -30,11 +34,12 @@ class TransformersBase:
 
     library = "transformers"
 
-    def __init__(self, name: str, pretrained: bool, num_classes: int | None) -> None:
+    def __init__(self, name: str, pretrained: bool, fit: FitHead) -> None:
         self._name = name
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        if num_classes is not None and num_classes != config.num_labels:
-            config.num_labels = num_classes
+        self.fit = fit(config.num_labels, _names(config))
+        if self.fit.classes != config.num_labels:
+            config.num_labels = self.fit.classes
         if not pretrained:
             self.model: nn.Module = AutoModelForImageClassification.from_config(config, trust_remote_code=False)
             self.head_is_new = True
@@ -61,9 +66,7 @@ class TransformersBase:
     @property
     def label_names(self) -> tuple[str, ...] | None:
         """What the outputs mean; None for transformers' placeholders, and for those of a head that is gone."""
-        names = self.model.config.id2label  # type: ignore[union-attr]
-        named = tuple(str(names[i]) for i in sorted(names))  # type: ignore[index,arg-type]
-        return None if all(re.fullmatch(r"LABEL_\d+", name) for name in named) else named
+        return _names(self.model.config)
 
     def _head(self) -> Iterable[str]:
         try:
@@ -112,3 +115,12 @@ class TransformersBase:
                 given["crop_size"] = square
             processor = AutoImageProcessor.from_pretrained(self._name, trust_remote_code=False, **given)
         return of_processor(processor, augment)
+
+
+def _names(config: Any) -> tuple[str, ...] | None:
+    """The names of a config's classes: of ``id2label``, or of ``label2id`` where only that was given."""
+    for names in (config.id2label, {i: name for name, i in (config.label2id or {}).items()}):
+        named = tuple(str(names[i]) for i in sorted(names))
+        if sorted(names) == list(range(config.num_labels)) and not all(map(_PLACEHOLDER.fullmatch, named)):
+            return named
+    return None

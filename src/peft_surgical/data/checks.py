@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -74,8 +74,43 @@ def digests_of(part: Any, check: bool) -> list[bytes]:
         digests.append(hashlib.blake2b(read, digest_size=16).digest())
         faults += [reason] if reason is not None else []
     if faults:
-        raise DataError(f'{_listed(faults)}; on_broken="skip" leaves such images out')
+        raise DataError(_refused(faults))
     return digests
+
+
+def sound(
+    numbers: Sequence[int], fault_of: Callable[[int], str | None], skip: bool, limit: int | None = None
+) -> list[int]:
+    """The first images of a stream that can be decoded.
+
+    Args:
+        numbers: The images, in the order of the stream.
+        fault_of: What is wrong with an image, or None.
+        skip: Leave broken images out, with a warning, instead of raising.
+        limit: So many images at most; the rest is not looked at.
+
+    Raises:
+        DataError: Names the broken images, or says that no image is left.
+    """
+    kept: list[int] = []
+    faults: list[str] = []
+    for number in numbers:
+        if limit is not None and len(kept) + (0 if skip else len(faults)) == limit:
+            break
+        reason = fault_of(number)
+        if reason is None:
+            kept.append(number)
+        else:
+            faults.append(reason)
+    if faults and not (skip and kept):
+        raise DataError(f"no image is left: {_listed(faults)}" if skip else _refused(faults))
+    if faults:
+        warnings.warn(f"left out {len(faults)} image(s): {_listed(faults)}", stacklevel=3)
+    return kept
+
+
+def _refused(faults: Sequence[str]) -> str:
+    return f'{_listed(faults)}; on_broken="skip" leaves such images out'
 
 
 def _listed(faults: Sequence[str]) -> str:

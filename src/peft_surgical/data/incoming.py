@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import DataError
+from ..errors import ConfigError, DataError
 from ..extras import require
-from .checks import encoded, read_bytes
+from .checks import encoded, read_bytes, sound
 from .folders import visible
-from .images import IMAGE_SUFFIXES, decode
-from .labelled import read_data
-
-_LEAST_SHARE = 1e-9
+from .images import IMAGE_SUFFIXES, decode, fault
+from .labelled import ON_BROKEN, read_data
 
 
 @dataclass(frozen=True)
@@ -28,14 +26,14 @@ class Incoming:
 
     Attributes:
         files: The name of each: its path below the folder, or its row.
-        read: Number of the image -> PIL image in RGB.
+        encoded: Number of the image -> the bytes of its file.
         labels: int64 (n,), or None.
         label_names: The classes, or None.
         fingerprint: Of the labelled data, as `Data` has it; None without labels.
     """
 
     files: tuple[str, ...]
-    read: Callable[[int], Any]
+    encoded: Callable[[int], bytes]
     labels: Tensor | None = None
     label_names: tuple[str, ...] | None = None
     fingerprint: str | None = None
@@ -43,9 +41,40 @@ class Incoming:
     def __len__(self) -> int:
         return len(self.files)
 
+    def read(self, number: int) -> Any:
+        """An image of the stream, a PIL image in RGB.
+
+        Raises:
+            DataError: It cannot be decoded.
+        """
+        return decode(self.encoded(number), self.files[number])
+
+    def fault(self, number: int) -> str | None:
+        """What `read` would complain about, or None."""
+        try:
+            return fault(self.encoded(number), self.files[number])
+        except (DataError, OSError) as error:  # it cannot be read at all
+            return str(error)
+
+    def among(self, outputs: Sequence[int], label_names: Sequence[str]) -> Incoming:
+        """The same images with their classes as a network numbers them.
+
+        Args:
+            outputs: For each class of `label_names` the network's output.
+            label_names: What all outputs of the network mean.
+        """
+        labels = None if self.labels is None else torch.tensor(outputs, dtype=torch.int64)[self.labels]
+        return replace(self, labels=labels, label_names=tuple(label_names))
+
 
 def read_incoming(
-    source: Any, *, unlabelled: bool = False, seed: int | None = 0, limit: int | None = None, **columns: Any
+    source: Any,
+    *,
+    unlabelled: bool = False,
+    seed: int | None = 0,
+    limit: int | None = None,
+    on_broken: str = "later",
+    **columns: Any,
 ) -> Incoming:
     """Read a stream.
 
@@ -58,11 +87,15 @@ def read_incoming(
         seed: Of a random order of labelled images; None keeps that of the data, which in class folders is by class, and
             a stream of one class after the other misleads whatever adapts to it.
         limit: So many images at most, the first of the stream.
+        on_broken: As for `read_data`, for the images of the stream.
         columns: ``image_column`` and ``label_column`` of `read_data`.
 
     Raises:
         DataError: As `read_data`; or if there is no image.
+        ConfigError: As `read_data`.
     """
+    if on_broken not in ON_BROKEN:
+        raise ConfigError(f"on_broken={on_broken!r}: choose one of {', '.join(ON_BROKEN)}")
     place = Path(source).expanduser() if isinstance(source, (str, os.PathLike)) else None
     if place is not None and place.is_dir() and (unlabelled or _has_no_classes(place)):
         found = _unlabelled(place)
@@ -73,10 +106,13 @@ def read_incoming(
     order = list(range(len(found)))
     if seed is not None and found.labels is not None:
         order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed)).tolist()
-    order = order[:limit]
+    if on_broken == "later":
+        order = order[:limit]
+    else:
+        order = sound(order, found.fault, on_broken == "skip", limit)
     return Incoming(
         tuple(found.files[i] for i in order),
-        lambda number: found.read(order[number]),
+        lambda number: found.encoded(order[number]),
         None if found.labels is None else found.labels[order],
         found.label_names,
         found.fingerprint,
@@ -110,12 +146,12 @@ def _unlabelled(folder: Path) -> Incoming:
     if not paths:
         raise DataError(f"{folder} holds no image: add files that end in {', '.join(IMAGE_SUFFIXES)}")
     files = tuple(path.relative_to(folder).as_posix() for path in paths)
-    return Incoming(files, lambda number: decode(paths[number].read_bytes(), files[number]))
+    return Incoming(files, lambda number: paths[number].read_bytes())
 
 
 def _labelled(source: Any, **columns: Any) -> Incoming:
     # The least that a reader which splits can be asked to draw; it is put back below.
-    data = read_data(source, on_broken="later", validation=_LEAST_SHARE, **columns)
+    data = read_data(source, on_broken="later", validation=1, **columns)
     if data.test is not None:
         part = data.test
     elif data.origin["validation"].startswith("drawn"):
@@ -126,9 +162,11 @@ def _labelled(source: Any, **columns: Any) -> Incoming:
     rows, files = encoded(part), part.select_columns(["file"])["file"][:]
     order = sorted(range(len(files)), key=lambda row: _natural(files[row]))  # of the data again: a part was drawn
 
-    def read(number: int) -> Any:
-        row = rows[order[number]]
-        return decode(read_bytes(row), row["file"])
-
     labels = torch.tensor(part.select_columns(["label"])["label"][:], dtype=torch.int64)[order]
-    return Incoming(tuple(files[row] for row in order), read, labels, data.label_names, data.fingerprint)
+    return Incoming(
+        tuple(files[row] for row in order),
+        lambda number: read_bytes(rows[order[number]]),
+        labels,
+        data.label_names,
+        data.fingerprint,
+    )

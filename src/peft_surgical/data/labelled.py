@@ -3,7 +3,9 @@
 ::
 
     data = read_data("flowers/", tuning=200)
-    loader = torch.utils.data.DataLoader(items(data.tuning, base.transform_train), 32, collate_fn=collate)
+    base = load_base("resnet50.a1_in1k", label_names=data.label_names)
+    tuning = items(data.tuning, base.transform_train, base.outputs)
+    loader = torch.utils.data.DataLoader(tuning, 32, collate_fn=collate)
 """
 
 from __future__ import annotations
@@ -25,9 +27,9 @@ from . import folders, tables
 from .checks import data_fingerprint, digests_of, encoded, read_bytes, warn_of_duplicates, without_broken
 from .images import decode
 from .labels import RawLabels, encode
-from .splits import Size, default_validation, draw, per_class
+from .splits import Size, allot, default_validation, draw, level, total
 
-ON_BROKEN = ("error", "skip", "later")
+ON_BROKEN = ("raise", "skip", "later")
 
 
 @dataclass(frozen=True)
@@ -74,14 +76,15 @@ def read_data(
     tuning: Size = None,
     validation: Size = None,
     test: Size = None,
-    on_broken: str = "error",
+    on_broken: str = "raise",
 ) -> Data:
     """Read images with a class each, in any of the ways in which people have them.
 
     Sizes are numbers of images over all classes, or shares as floats below 1. A part that the source has is used whole,
     or, with a size, as a class-balanced draw from it. A validation part that it has not is drawn from the tuning images
     (a fifth, by default); so is a test part, but only when its size is given. The tuning draws of one seed are nested:
-    ``tuning=100`` is a part of ``tuning=200``.
+    ``tuning=100`` is a part of ``tuning=200``. A draw is balanced as far as it goes: where its size does not divide
+    evenly over the classes, or a class has too few images, the others give more, and ``origin`` says so.
 
     Args:
         source: A folder of class folders, with or without ``train/``, ``validation/`` and ``test/`` above them; a
@@ -93,16 +96,17 @@ def read_data(
         tuning: Size of a few-shot draw; None uses all tuning images.
         validation: Size of the validation part.
         test: Size of the test part.
-        on_broken: What happens to images that cannot be decoded: ``"error"`` looks at every image that is used and
-            names the broken ones, ``"skip"`` leaves them out with a warning, ``"later"`` does not look (for very many
-            images), so that a broken one raises when `items` reaches it.
+        on_broken: What happens to images that cannot be decoded: ``"raise"`` looks at every image that is used and
+            names the broken ones in an error, ``"skip"`` leaves them out with a warning, ``"later"`` does not look (for
+            very many images), so that a broken one raises when `items` reaches it.
 
     Raises:
         DataError: Names the file or row that does not fit, and the way out.
         ConfigError: If ``on_broken`` is none of the three.
 
     Warns:
-        UserWarning: For images that are in two parts, and for anything that is left out.
+        UserWarning: For images that are in two parts, for anything that is left out, and for a part that has fewer
+            images than were asked for, which is then used whole.
     """
     if on_broken not in ON_BROKEN:
         raise ConfigError(f"on_broken={on_broken!r}: choose one of {', '.join(ON_BROKEN)}")
@@ -113,7 +117,7 @@ def read_data(
     if on_broken == "skip":
         parts = {split: without_broken(part) for split, part in parts.items()}
     parts, origin = _draw(parts, names, {"tuning": tuning, "validation": validation, "test": test}, seed)
-    digests = {split: digests_of(part, check=on_broken == "error") for split, part in parts.items()}
+    digests = {split: digests_of(part, check=on_broken == "raise") for split, part in parts.items()}
     warn_of_duplicates(parts, digests)
     fingerprint = data_fingerprint({split: _labels(part) for split, part in parts.items()}, digests, names)
     return Data(parts["tuning"], parts["validation"], parts.get("test"), names, origin, fingerprint)
@@ -208,60 +212,93 @@ def _draw(
             drawn[split], origin[split] = parts[split], "given"
             if (size := sizes[split]) is not None:
                 labels = _labels(parts[split])
-                each = per_class(size, labels, split)
-                drawn[split] = parts[split].select(draw(labels, {split: each}, None, seed, names)[split])
-                origin[split] = f"{each} per class of {len(labels)} given, {_how(seed)}"
+                asked = total(size, labels, split)
+                if asked >= len(labels):
+                    origin[split] = "given" + _short(split, len(labels), asked)
+                    continue
+                each = {split: level(asked, _counts(labels))}
+                drawn[split] = parts[split].select(draw(labels, each, None, seed, names)[split])
+                origin[split] = f"{_each(each[split])} of {len(labels)} given, {_how(seed, each[split])}"
     pool = parts["tuning"]
     labels = _labels(pool)
     wanted = {}
     if "test" not in parts and (size := sizes["test"]) is not None:
-        wanted["test"] = per_class(size, labels, "test")
+        wanted["test"] = total(size, labels, "test")
     if "validation" not in parts:
         size = sizes["validation"]
         wanted["validation"] = (
-            default_validation(labels, names) if size is None else per_class(size, labels, "validation")
+            default_validation(labels, names) * len(_counts(labels))
+            if size is None
+            else total(size, labels, "validation")
         )
     origin = {"tuning": "given" if not wanted else f"given, without what was drawn from it, seed {seed}", **origin}
-    origin |= {split: f"{_how(seed)}, {each} per class of the tuning images" for split, each in wanted.items()}
     few = sizes["tuning"]
     if few is not None:
-        wanted["tuning"] = per_class(few, labels, "tuning")
-        origin["tuning"] = f"{_how(seed)}, {wanted['tuning']} per class of {len(pool)} given"
+        wanted["tuning"] = total(few, labels, "tuning")
     if not wanted:
         return {"tuning": pool, **drawn}, origin
-    rows = draw(labels, wanted, None if few is not None else "tuning", seed, names)
+    each = allot(_counts(labels), wanted, rest=few is None)
+    rows = draw(labels, each, None if few is not None else "tuning", seed, names)
+    for split, numbers in each.items():
+        of = f"of {len(pool)} given" if split == "tuning" else "of the tuning images"
+        fewer = _short(split, int(numbers.sum()), wanted[split])
+        origin[split] = f"{_how(seed, numbers)}, {_each(numbers)} {of}{fewer}"
     drawn |= {split: pool.select(of_split) for split, of_split in rows.items()}
     return {split: drawn[split] for split in folders.SPLITS if split in drawn}, origin
 
 
-def _how(seed: int) -> str:
-    return f"drawn: seed {seed}, class-balanced"
+def _counts(labels: np.ndarray) -> np.ndarray:
+    return np.unique(labels, return_counts=True)[1]
+
+
+def _how(seed: int, each: np.ndarray) -> str:
+    return f"drawn: seed {seed}, class-balanced{'' if np.ptp(each) == 0 else ' as far as it goes'}"
+
+
+def _each(each: np.ndarray) -> str:
+    return f"{each.min()} per class" if np.ptp(each) == 0 else f"{each.min()} to {each.max()} per class"
+
+
+def _short(split: str, taken: int, asked: int) -> str:
+    """A note that fewer images are there than were asked for, with a warning; nothing where there are enough."""
+    if taken >= asked:
+        return ""
+    warnings.warn(f"{split}={asked}: there are {taken}, and all of them are taken", stacklevel=5)
+    return f", all there are ({asked} asked for)"
 
 
 class _Items(Dataset):
     """See `items`. A class of the module, so that worker processes can be handed one."""
 
-    def __init__(self, part: Any, transform: Callable[[Any], torch.Tensor]) -> None:
+    def __init__(
+        self, part: Any, transform: Callable[[Any], torch.Tensor], outputs: Sequence[int] | None = None
+    ) -> None:
         self.part = encoded(part)
         self.transform = transform
+        self.outputs = outputs
 
     def __len__(self) -> int:
         return len(self.part)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.part[int(index)]
-        image = decode(read_bytes(row), row["file"])
-        return {"pixel_values": self.transform(image), "labels": row["label"]}
+        image, label = decode(read_bytes(row), row["file"]), row["label"]
+        return {
+            "pixel_values": self.transform(image),
+            "labels": label if self.outputs is None else self.outputs[label],
+        }
 
 
-def items(part: Any, transform: Callable[[Any], torch.Tensor]) -> Dataset:
+def items(part: Any, transform: Callable[[Any], torch.Tensor], outputs: Sequence[int] | None = None) -> Dataset:
     """A part of `Data` as a torch dataset of ``{"pixel_values": tensor, "labels": int}``, decoded when asked for.
 
     Args:
         part: For example ``data.tuning``.
         transform: PIL image in RGB -> float tensor (3, h, w), such as a base's ``transform_eval``.
+        outputs: For each class of the data the network's output that stands for it, such as a base's ``outputs``, which
+            its labels become; None leaves them as they are.
     """
-    return _Items(part, transform)
+    return _Items(part, transform, outputs)
 
 
 def collate(batch: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:

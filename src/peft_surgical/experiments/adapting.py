@@ -25,6 +25,7 @@ from ..errors import AdapterError, ConfigError, DataError
 from ..evaluation import Report, accuracy, measure, predict_logits
 from ..extras import require
 from ..selection.forward import logits_of
+from ..targets import parse
 
 METHODS, MODES = ("memo", "tent"), ("online", "episodic")
 NORM = "norm"
@@ -74,6 +75,11 @@ class AdaptSettings:
         for name, choices in (("method", METHODS), ("mode", MODES)):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(choices)}")
+        if parse(self.target).needs_data:
+            raise ConfigError(
+                f"target={self.target!r}: scores and searches need labels, which a stream has not. Name a block, such "
+                "as target='stem'"
+            )
         AugMix(self.views, self.crop)  # refuses what cannot be made
         if self.chosen_optimizer not in STREAM_OPTIMIZERS:
             raise ConfigError(f"optimizer={self.optimizer!r}: choose one of {', '.join(STREAM_OPTIMIZERS)}")
@@ -129,19 +135,37 @@ Tell = Callable[[int, int, float | None, float | None], None]
 """Called with the images that are done, all images, and the accuracy so far with and without adaptation."""
 
 
-def open_base(name: str, images: Incoming, weights: str = "pretrained") -> Base:
+def open_base(name: str, images: Incoming, weights: str = "pretrained", head: str = "auto") -> Base:
     """The base, with the head that it was trained with.
 
+    Args:
+        name: As for `load_base`.
+        images: The stream.
+        weights: As for `load_base`.
+        head: ``auto`` or ``keep``, as for `load_base`.
+
     Raises:
+        ConfigError: For another ``head``.
         DataError: If it has other classes than the data: adaptation has no labels, so it cannot train a head.
     """
-    base = load_base(name, label_names=images.label_names, weights=weights)
+    if head not in ("auto", "keep"):
+        raise ConfigError(f"head={head!r}: adaptation has no labels to train another head with. Choose auto or keep")
+    base = load_base(name, label_names=images.label_names, weights=weights, head=head)
     if base.head_is_new and weights == "pretrained":
         raise DataError(
             f"{name} has no head for the {len(images.label_names or ())} classes of the data, and without labels none "
-            "can be trained: tune it first (peft-surgical tune), or pass --unlabelled to adapt without its classes"
+            f"can be trained ({base.head_note}). Tune it first (peft-surgical tune), or say unlabelled=True to adapt "
+            "without the classes of the data"
         )
     return base
+
+
+def numbered_as(base: Base, images: Incoming) -> Incoming:
+    """The images with their classes in the numbers, and by the names, of the base that was opened for them."""
+    if images.label_names is None:
+        return images
+    names = base.label_names or tuple(map(str, range(base.classes)))
+    return images.among(base.outputs or range(base.classes), names)
 
 
 def adapt(

@@ -85,7 +85,7 @@ def choose(
     scored = not is_method and asked in SCORED
     if not scored and (num_blocks is not None or budget is not None):
         raise ConfigError(
-            f"num_blocks and budget say how much scores may choose, and {asked!r} has none: use {', '.join(SCORED)}"
+            f"num_blocks= and budget= say how much scores may choose, and {asked!r} has none: use {', '.join(SCORED)}"
         )
     if asked in SEARCHES:
         return _searched(experiment, asked, seed)

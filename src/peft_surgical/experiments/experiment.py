@@ -80,7 +80,7 @@ class Experiment(Subject):
             replace(self.fitting, lr=lr)  # refuses what is no rate
         if self.device.type == "cpu":
             if self.fitting.precision == "fp16":
-                raise ConfigError("precision='fp16' needs a GPU: choose bf16, or None for float32")
+                raise ConfigError("precision='fp16' needs a GPU: choose bf16, or leave it out for float32")
             self.fitting = replace(self.fitting, use_cpu=True)  # Trainer refuses bfloat16 if it is not told
         self.ledger = Ledger(self.folder / "ledger.jsonl")
         self.started = time.monotonic()
@@ -106,6 +106,8 @@ class Experiment(Subject):
             what["metrics"] = list(self.metrics)
         if self.image_size is not None:
             what["image_size"] = self.image_size
+        if self.outputs is not None:
+            what["outputs"] = list(self.outputs)
         return what | {"augment": self.augment} | fitting | dict(self.config)
 
     # --- runs ---

@@ -78,7 +78,7 @@ def _adapter(experiment: Experiment, run: Run, folder: Path) -> Path:
 
 def _head(experiment: Experiment, method: str, zero: bool) -> str:
     if not experiment.head_is_new:
-        return "kept"
+        return experiment.base(experiment.seed).head_note
     if method == NONE:
         return "new, untrained"
     if experiment.head_only(method):

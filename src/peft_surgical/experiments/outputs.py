@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..bases.classes import fit
 from ..data.labelled import read_data
 from ..errors import DataError, reason_of
 from ..evaluation import Measurement, Report, TextTable, accuracy, measure, wilson_interval
@@ -44,11 +45,12 @@ logits = model(base.transform_eval(image)[None])  # image: a PIL image in RGB"""
 
 @dataclass(frozen=True)
 class Source:
-    """The images that the base was good at, to measure what tuning makes it forget."""
+    """The images that the base was good at, to measure what tuning makes it forget; ``outputs`` as for `items`."""
 
     part: Any
     name: str
     place: str
+    outputs: tuple[int, ...] | None
 
 
 def read_source(experiment: Experiment, source: Any, **columns: Any) -> Source:
@@ -58,18 +60,28 @@ def read_source(experiment: Experiment, source: Any, **columns: Any) -> Source:
         DataError: It has other classes than the experiment's data.
     """
     found = read_data(source, seed=experiment.seed, **columns)
-    wanted = experiment.data(experiment.seed).label_names
-    if found.label_names != wanted:
-        raise DataError(
-            f"{source} has the classes {', '.join(found.label_names[:8])}, the data {', '.join(wanted[:8])}: what was "
-            "forgotten can be measured on data of the same classes only"
-        )
+    outputs = _outputs_of(experiment, source, found.label_names)
     if found.test is not None:
-        return Source(found.test, f"source {source}, test", place_of(source))
+        return Source(found.test, f"source {source}, test", place_of(source), outputs)
     if found.origin["validation"] == "given":
-        return Source(found.validation, f"source {source}, validation", place_of(source))
+        return Source(found.validation, f"source {source}, validation", place_of(source), outputs)
     whole = require("datasets", "reading data").concatenate_datasets([found.tuning, found.validation])
-    return Source(whole, f"source {source}", place_of(source))
+    return Source(whole, f"source {source}", place_of(source), outputs)
+
+
+def _outputs_of(experiment: Experiment, source: Any, names: tuple[str, ...]) -> tuple[int, ...] | None:
+    """For each class of the source its output: those of the data's own classes, or else found by name."""
+    own, base = experiment.data(experiment.seed).label_names, experiment.base(experiment.seed)
+    if names == own:
+        return base.outputs
+    known = base.label_names or own
+    found = fit(len(known), known, names, None, False, experiment.model)
+    if found.outputs is None:
+        raise DataError(
+            f"{source} has the classes {', '.join(names[:8])}, the network {', '.join(known[:8])}: what was forgotten "
+            "can be measured on data of its classes only"
+        )
+    return found.outputs
 
 
 def write_tuned(experiment: Experiment, choice: Choice, seed: int, source: Source | None = None) -> Report:
@@ -114,7 +126,7 @@ def _measured(
     parts = {part: experiment.rows(part, seed) for part in experiment.data(seed).parts if part != "tuning"}
     rules = dict.fromkeys(parts, choice.rule) | {"validation": f"{choice.rule} on these images, so it flatters"}
     if source is not None:
-        parts[source.name] = Rows(source.part, experiment.base(seed).transform_eval, keep=True)
+        parts[source.name] = Rows(source.part, experiment.base(seed).transform_eval, True, source.outputs)
         rules[source.name] = choice.rule
     found = []
     for part, rows in parts.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,13 +15,23 @@ _KEPT_BYTES = 2**30  # transformed images of one part that are kept in memory ra
 
 
 class Rows(Dataset):
-    """A part of the data with its labels at hand, and its images in memory once they have been read, if they fit."""
+    """A part of the data with its labels at hand, and its images in memory once they have been read, if they fit.
 
-    def __init__(self, part: Any, transform: Callable[[Any], Tensor], keep: bool) -> None:
-        self.labels: list[int] = list(part.select_columns(["label"])["label"][:])
+    Args:
+        part: As for `items`.
+        transform: As for `items`.
+        keep: Whether an image may be kept once it has been transformed.
+        outputs: As for `items`.
+    """
+
+    def __init__(
+        self, part: Any, transform: Callable[[Any], Tensor], keep: bool, outputs: Sequence[int] | None = None
+    ) -> None:
+        labels: list[int] = list(part.select_columns(["label"])["label"][:])
+        self.labels = labels if outputs is None else [outputs[label] for label in labels]
         grouped = "group" in part.column_names
         self.groups = torch.tensor(part.select_columns(["group"])["group"][:]) if grouped else None
-        self.items = items(part, transform)
+        self.items = items(part, transform, outputs)
         self.keep = keep
         self.kept: dict[int, dict[str, Any]] = {}
 

@@ -20,6 +20,7 @@ from ..training.search import NONE
 from .newhead import modules_of_head, with_new_head
 from .rows import Rows
 
+HEADS = ("auto", "keep", "new")
 SEARCHES = ("auto", "race", "cross-val", "greedy")
 """What can be asked for beside a target or a method: training candidates, see `choosing`."""
 
@@ -38,6 +39,7 @@ class Subject:
         augment: As for `load_base`.
         image_size: As for `load_base`.
         weights: As for `load_base`.
+        head: As for `load_base`: ``auto``, ``keep`` or ``new``.
         seed: The seed whose data stands for all in the keys of runs.
         opener: Opens the base, called as `load_base` is.
     """
@@ -51,10 +53,13 @@ class Subject:
     augment: str = "none"
     image_size: int | None = None
     weights: str = "pretrained"
+    head: str = "auto"
     seed: int = 0
     opener: Callable[..., Base] = load_base
 
     def __post_init__(self) -> None:
+        if self.head not in HEADS:
+            raise ConfigError(f"head={self.head!r}: choose one of {', '.join(HEADS)}")
         self._data: dict[int, Data | Published] = {}
         self._bases: dict[tuple[int, bool], Base] = {}
         self._rows: dict[str, Any] = {}
@@ -78,7 +83,8 @@ class Subject:
     def opening(self, seed: int, zero: bool = False) -> dict[str, Any]:
         """The arguments of `load_base`, beside the name, that open the base of a run."""
         names = list(self.data(self.seed).label_names)
-        found = {"label_names": names, "head": "zero" if zero else "auto", "weights": self.weights, "seed": seed}
+        head = "zero" if zero else self.head
+        found = {"label_names": names, "head": head, "weights": self.weights, "seed": seed}
         return found if self.image_size is None else {**found, "image_size": self.image_size}
 
     def base(self, seed: int, zero: bool = False) -> Base:
@@ -101,6 +107,17 @@ class Subject:
         """Whether the head has to be trained whatever the target is."""
         return self.base(self.seed).head_is_new
 
+    @property
+    def outputs(self) -> tuple[int, ...] | None:
+        """For each class of the data the output that stands for it; see `Base`."""
+        return self.base(self.seed).outputs
+
+    def plan(self) -> str:
+        """What the runs are going to see: the parts of the data, how each came about, and what becomes of the head."""
+        data = self.data(self.seed)
+        lines = [f"{part}: {len(images)} images, {data.origin[part]}" for part, images in data.parts.items()]
+        return "\n".join([*lines, f"head: {self.base(self.seed).head_note}"])
+
     def rows(self, part: str, seed: int) -> Rows:
         """One part of the data, as the network takes it."""
         train, evaluation = self._transforms
@@ -109,7 +126,8 @@ class Subject:
             self._rows = {"data": data}
         if part not in self._rows:
             augmented = part == "tuning" and self.augment != "none"
-            self._rows[part] = Rows(data.parts[part], train if augmented else evaluation, keep=not augmented)
+            transform = train if augmented else evaluation
+            self._rows[part] = Rows(data.parts[part], transform, not augmented, self.outputs)
         return self._rows[part]
 
     @functools.cached_property

@@ -36,11 +36,11 @@ adapted = open_adapted("{repo}")
 logits = adapted.logits(Image.open("photo.jpg"))
 print({answer})"""
 _HOW = {
-    "license": 'the licence of the deltas, an identifier of the Hub: license="apache-2.0" (--license)',
-    "license_name": 'what a licence "other" is called: license_name="..." (--license-name)',
+    "license": 'the licence of the deltas, an identifier of the Hub: license="apache-2.0"',
+    "license_name": 'what a licence "other" is called: license_name="..."',
     "datasets": "the data sets it was tuned on, as repositories of the Hub, or none where they are not there: "
-    'datasets=["uoft-cs/cifar10"] or datasets=[] (--dataset, --no-dataset)',
-    "base": 'the base that it was made on: base="timm/resnet50.a1_in1k" (--base)',
+    'datasets=["uoft-cs/cifar10"] or datasets=[]',
+    "base": 'the base that it was made on: base="timm/resnet50.a1_in1k"',
     "loading": "the lines of Python that load it: loading=, as its base cannot be opened by name",
 }
 

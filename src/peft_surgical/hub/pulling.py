@@ -86,7 +86,7 @@ def pull(
     try:
         config = read_config(folder)
     except AdapterFileError as error:
-        raise AdapterFileError(f"{repo}: {error} (--force, force=True fetches it again)") from error
+        raise AdapterFileError(f"{repo}: {error} (force=True fetches it again)") from error
     digest = config.weights_sha256 or file_sha256(folder / WEIGHTS)
     if verify:
         check_card(repo, folder)

@@ -155,7 +155,7 @@ def _report(report: Report | Place | None, folder: Path) -> Report | None:
         return Report.load(folder / REPORT) if (folder / REPORT).is_file() else None
     numbers = _read(report)
     if numbers.target == NONE:
-        raise ConfigError("this report is of the base without an adapter: pass the adapter's own (report=, --report)")
+        raise ConfigError("this report is of the base without an adapter: pass the adapter's own with report=")
     return numbers
 
 

@@ -122,7 +122,7 @@ def completed(record: BaseRecord | None, asked: BaseName | None, report: Report 
         record = replace(record or BaseRecord(place), id=place, **{"revision": revision, **given})
     if record is None:
         raise ConfigError(
-            "nothing says which base the adapter was made on: say base= (--base), a repository of the Hub or a folder. "
+            "nothing says which base the adapter was made on: say base=, a repository of the Hub or a folder. "
             "A network of your own takes the adapter by PeftModel.from_pretrained, and is pushed with loading="
         )
     return record

@@ -116,8 +116,7 @@ def prove(staged: Staged, asked: BaseName | None, report: Report | None, token: 
     record = completed(staged.record, asked, report)
     if record.is_folder:
         raise ConfigError(
-            f"the base is the folder {record.id}, which nobody else has: push it too, and say base= (--base) with its "
-            "repository"
+            f"the base is the folder {record.id}, which nobody else has: push it too, and say base= with its repository"
         )
     with explained("open the base", record.id, record.revision):
         base, found = rebuild(record, staged.config, token=token)

@@ -131,7 +131,9 @@ def held_out(protocol: Protocol, parts: Mapping[str, Any]) -> Any:
 
 
 def _forgotten(protocol: Protocol, experiment: Experiment, kept: Kept, seed: int) -> list[Measurement]:
-    rows = Rows(held_out(protocol, experiment.data(seed).parts), experiment.base(seed).transform_eval, keep=False)
+    rows = Rows(
+        held_out(protocol, experiment.data(seed).parts), experiment.base(seed).transform_eval, False, experiment.outputs
+    )
     networks = {"accuracy before": experiment.base(seed).model, "accuracy": kept.model}
     return [
         measure(

@@ -83,7 +83,7 @@ class FitSettings:
         if self.optimizer not in OPTIMIZERS:
             raise ConfigError(f"optimizer={self.optimizer!r}: choose one of {', '.join(OPTIMIZERS)}")
         if self.precision not in (None, "bf16", "fp16"):
-            raise ConfigError(f"precision={self.precision!r}: choose None, 'bf16' or 'fp16'")
+            raise ConfigError(f"precision={self.precision!r}: choose bf16 or fp16, or leave it out for float32")
         if not self.lr > 0 or min(self.epochs, self.batch_size, self.accumulation) < 1:
             raise ConfigError(
                 f"lr={self.lr}, epochs={self.epochs}, batch_size={self.batch_size}, accumulation={self.accumulation}: "
