@@ -205,13 +205,15 @@ def test_tune_and_compare(run, data, tmp_path):
     code, out, err = run("tune", "test_resnet", data, "--output", tmp_path / "a", "--target", "head", *how)
     lines = err.splitlines()
     assert code == 0
-    assert lines[0] == (
+    assert lines[1] == "validation: 2 images, drawn: seed 0, class-balanced, 1 per class of the tuning images"
+    assert lines[2].startswith("head: new: all weights are random")
+    assert lines[3] == (
         "images: 8 to tune on, 2 to choose with, none to test on; batches of 8, 1 epoch: 1 steps for a whole run; "
         "learning rates 0.01, 0.001 for the head alone"
     )
     epoch, done = "seed 0, head at 0.01: epoch 1 of 1, validation ", "seed 0, head at 0.01: validation "
-    assert [line.startswith(start) for line, start in zip(lines[1:3], (epoch, done), strict=True)] == [True, True]
-    assert len(lines) == 5
+    assert [line.startswith(start) for line, start in zip(lines[4:6], (epoch, done), strict=True)] == [True, True]
+    assert len(lines) == 8
     assert "validation" in out
     assert "learning rate and epoch by validation accuracy on these images" in out
     assert "load_base(report.model, **report.settings" in out
@@ -221,7 +223,7 @@ def test_tune_and_compare(run, data, tmp_path):
         "compare", "test_resnet", data, "--methods", "none", "head", "--seeds", "0,1", "--output", tmp_path / "b",
         "--head-lr", "1e-2", "--workers", 1, *how,
     )  # fmt: skip
-    assert (code, err.count("\n")) == (0, 1 + 4 + 2)  # the plan, four runs, and an epoch of those that train
+    assert (code, err.count("\n")) == (0, 4 + 4 + 2)  # the plan in four lines, four runs, and an epoch of those that train
     rows = [line.split() for line in out.splitlines()]
     assert [row[0] for row in rows[1:3]] == ["none", "head"]
     assert "over the seeds 0, 1" in out
