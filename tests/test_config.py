@@ -14,7 +14,7 @@ from peft_surgical.errors import ConfigError, TargetError
         ({}, "Nothing says what to tune"),
         ({"target": "block1", "target_modules": ["fc"]}, "Give one"),
         ({"target": "block1", "norm_stats": "moving"}, "norm_stats='moving' is not a policy: choose one of frozen"),
-        ({"target": "block1", "delta_dtype": "int8"}, "delta_dtype='int8': choose None or one of float32"),
+        ({"target": "block1", "delta_dtype": "int8"}, "delta_dtype='int8': choose one of float32"),
         ({"target": "block1", "scale": "big"}, "scale='big' is not a number"),
         ({"target": "block1", "blocks": {}}, "blocks=.*give a mapping such as"),
     ],

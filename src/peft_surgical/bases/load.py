@@ -165,8 +165,7 @@ def _load(
     if given is not None and len(given) == base.classes and (base.head_is_new or base.label_names is None):
         base.name_classes(given)
     if base.fit.warning and head == "auto":
-        kept = base.fit.outputs is not None
-        more = ". Base.outputs says which of its outputs stands for each class of the data" if kept else ""
+        more = ". Labels count its outputs (in Python, `outputs` of the base)" if base.fit.outputs is not None else ""
         warnings.warn(f"The head is {base.fit.note}{more}", stacklevel=4)
     base.model.eval()
     return base

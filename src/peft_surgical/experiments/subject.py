@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
@@ -94,7 +95,10 @@ class Subject:
         if (seed, zero) not in self._bases:
             if len(self._bases) > 1:  # a whole network each
                 self._bases.clear()
-            self._bases[seed, zero] = self.opener(self.model, **self.opening(seed, zero), augment=self.augment)
+            with warnings.catch_warnings():
+                # `rows` numbers labels as the head that was kept does, and `plan` says so: no news for the user.
+                warnings.filterwarnings("ignore", "The head is kept")
+                self._bases[seed, zero] = self.opener(self.model, **self.opening(seed, zero), augment=self.augment)
         return self._bases[seed, zero]
 
     @functools.cached_property
