@@ -31,7 +31,7 @@ from peft_surgical import SurgicalConfig
 from peft_surgical.evaluation import ORACLE, Report
 from peft_surgical.evaluation.ledger import Ledger
 from peft_surgical.hub.card_figure import draw_figure
-from peft_surgical.hub.card_text import moved_of, rows_of
+from peft_surgical.hub.card_text import card_rows, moved_of
 from peft_surgical.hub.cards import About, Weights, card_of
 from peft_surgical.hub.staging import Staged, weights_of
 from peft_surgical.shifts.cifar_networks import NETWORKS
@@ -148,7 +148,7 @@ def read(name: str) -> tuple[SurgicalConfig, Weights]:
 def figure(name: str) -> None:
     """Draw the card's figure; its bytes depend on matplotlib's version, so that it is not compared."""
     report, comparison, _ = RECIPES[name]()
-    draw_figure(rows_of(report, comparison), read(name)[1], moved_of(report), HERE / f"{name}.png")
+    draw_figure(card_rows(report, comparison), read(name)[1], moved_of(report), HERE / f"{name}.png")
 
 
 def collect(demo: Path, runs: Path) -> None:
