@@ -18,7 +18,7 @@ from timm.models import save_for_hf  # noqa: E402
 
 from peft_surgical import SurgicalConfig  # noqa: E402
 from peft_surgical.bases import load as bases  # noqa: E402
-from peft_surgical.bases import load_base, load_model  # noqa: E402
+from peft_surgical.bases import load_base, load_model, save_checkpoint  # noqa: E402
 from peft_surgical.errors import ConfigError, DataError  # noqa: E402
 
 NAMES = ("cat", "dog", "owl", "rat")
@@ -263,3 +263,18 @@ def test_without_timm(monkeypatch):
     monkeypatch.setattr(bases, "require", missing)
     with pytest.raises(DataError, match=r"and timm, which is not installed: pip install \"peft-surgical\[timm\]\""):
         load_base("resnet50")
+
+
+def test_a_plain_checkpoint_of_timm_opens_in_transformers_too(tmp_path):
+    """Arguments of the architecture, such as an image size, are kept; the number of classes is given once."""
+    torch.manual_seed(0)
+    network = timm.create_model("test_vit", num_classes=3, img_size=64).eval()
+    folder = save_checkpoint("timm", network, tmp_path / "plain", label_names=("a", "b", "c"))
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = network(images)
+        for_timm = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        for_transformers = transformers.AutoModelForImageClassification.from_pretrained(folder).eval()
+        assert torch.equal(for_timm(images), expected)
+        assert torch.equal(for_transformers(images).logits, expected)
+    assert load_base(folder).label_names == ("a", "b", "c")

@@ -679,6 +679,10 @@ def test_a_merged_checkpoint_is_a_plain_one(hub, library, tmp_path):  # noqa: F8
         plain = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "merged")
     # Base and delta are added up before a forward as they are within one: equal to the last bit.
     assert torch.equal(logits(plain.eval()), logits(model))
+    auto = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "merged").eval()
+    assert torch.equal(logits(auto), logits(model))
+    assert list(auto.config.id2label.values()) == list(NAMES)
+    assert transformers.AutoImageProcessor.from_pretrained(tmp_path / "merged") is not None
     base = load_base(tmp_path / "merged")
     assert base.label_names == NAMES
     assert torch.equal(base.transform_eval(IMAGE), load_base(BASE).transform_eval(IMAGE))
