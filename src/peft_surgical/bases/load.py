@@ -129,7 +129,7 @@ def _load(
     library, found = _find(name)
     # A new head neither depends on what was drawn before nor changes what is drawn after.
     with torch.random.fork_rng(devices=[]), _quiet():
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # of the CPU alone, where networks are made
         try:
             base = library(found, pretrained, wanted)
             if head == "keep" and base.head_is_new and pretrained:

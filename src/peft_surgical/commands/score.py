@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from ..bases.load import load_base
 from ..data.labelled import collate, items, read_data
+from ..devices import accelerator_or_cpu
 from ..extras import require
 from ..selection.criteria import criterion_of
 from ..selection.resolve import score_blocks
@@ -54,7 +55,7 @@ def score(
         generator=torch.Generator().manual_seed(seed),
         collate_fn=collate,
     )
-    network = base.model.to("cuda" if torch.cuda.is_available() and not cpu else "cpu")
+    network = base.model.to(accelerator_or_cpu(cpu))
     scores = score_blocks(network, loader, criterion, batches)
     console().print(scores)
     if base.head_is_new:
