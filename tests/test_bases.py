@@ -198,8 +198,11 @@ def test_timm_network_saved_by_transformers(tmp_path):
 @pytest.mark.parametrize(
     ("name", "match"),
     [
-        ("resnet5O", r"unknown base 'resnet5O': tried a folder here \(none\), and timm's models .*'resnet50'"),
-        ("owner/nothing", r"unknown base 'owner/nothing': tried a folder .*and its config.json on the Hub \(.+\)"),
+        (
+            "resnet5O",
+            r"unknown base 'resnet5O': tried the folder /.*/resnet5O \(none\), and timm's models .*'resnet50'",
+        ),
+        ("owner/nothing", r"unknown base 'owner/nothing': tried the folder /.*and its config.json on the Hub \(.+\)"),
         ("hf-hub:owner/nothing", r"cannot load 'hf-hub:owner/nothing' with timm: "),
         ("test_vit.r160_in1k", r"cannot load 'test_vit.r160_in1k' with timm: "),
         ("test_vit.wrong", r"cannot load 'test_vit.wrong' with timm: .*wrong"),

@@ -1,6 +1,7 @@
 """Push, pull, load, merge and list, over real HTTP against a hub on the loopback interface."""
 
 import copy
+import dataclasses
 import json
 import subprocess
 import sys
@@ -23,7 +24,14 @@ from timm.models import save_for_hf  # noqa: E402
 
 from peft_surgical import SurgicalConfig  # noqa: E402
 from peft_surgical.bases import load_base  # noqa: E402
-from peft_surgical.errors import AdapterError, AdapterFileError, BaseMismatchError, ConfigError, DataError  # noqa: E402
+from peft_surgical.errors import (  # noqa: E402
+    AdapterError,
+    AdapterFileError,
+    BaseMismatchError,
+    ConfigError,
+    DataError,
+    SurgicalError,
+)
 from peft_surgical.evaluation import Report, measure  # noqa: E402
 from peft_surgical.hub import (  # noqa: E402
     adapters_in,
@@ -427,15 +435,63 @@ def test_a_base_in_a_folder_has_to_be_named_for_others(hub, base, checkpoints, t
     model = tuned(tmp_path / "base")
     with pytest.raises(ConfigError, match=r"the base is the folder .*/base, which nobody else has: push it too"):
         push_adapter(model, "me/frost", **GIVEN)
-    done = push_adapter(model, "me/frost", base=BASE, **GIVEN)
+    private = {"data": str(tmp_path / "photos"), "source": f"source {tmp_path}/old, test", "ratio": "1 / 2"}
+    numbers = dataclasses.replace(report(**private), model=str(tmp_path / "base"))
+    model.peft_config["default"].selection = {"parents": [{"adapter": str(tmp_path / "one"), "weight": 1.0}]}
+    done = push_adapter(model, "me/frost", base=BASE, report=numbers, **GIVEN)
     there = hub.repos["me/frost"].files(done.oid)
-    assert str(tmp_path) not in "".join(there[name].decode() for name in ("README.md", CONFIG, "base.json"))
+    assert not [name for name, content in there.items() if str(tmp_path).encode() in content]
+    pushed = Report.from_json(there["report.json"].decode())
+    assert (pushed.model, pushed.measurements) == (BASE, numbers.measurements)
+    assert pushed.settings == {"data": "photos", "source": "source old, test", "ratio": "1 / 2"}
+    assert json.loads(there[CONFIG])["selection"] == {"parents": [{"adapter": "one", "weight": 1.0}]}
     assert torch.equal(logits(load_adapted("me/frost")), logits(model))
     # Where the adapter stays, the folder will do.
     model.save_pretrained(tmp_path / "adapter")
     assert torch.equal(logits(load_adapted(tmp_path / "adapter")), logits(model))
     with pytest.raises(DataError, match=r"is the folder .*/moved, which is not on this machine"):
         load_adapted(tmp_path / "adapter", base=str(tmp_path / "moved"))
+
+
+def test_a_base_by_a_relative_path_is_found_from_another_directory(hub, checkpoints, library, tmp_path, monkeypatch):  # noqa: F811
+    for name, content in checkpoints[library].items():
+        (tmp_path / "nets/base").mkdir(exist_ok=True, parents=True)
+        (tmp_path / "nets/base" / name).write_bytes(content)
+    monkeypatch.chdir(tmp_path)
+    model = tuned("nets/base")
+    model.save_pretrained("adapter")
+    named = get_peft_model(model.unload(), SurgicalConfig(target="block1"))
+    named.peft_config["default"].base_model_name_or_path = "local-dir:nets/base"  # as the command line was told
+    named.save_pretrained("named")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for place in ("adapter", "named"):
+        config = json.loads((tmp_path / place / CONFIG).read_text())
+        assert config["base_model_name_or_path"] == str(tmp_path / "nets/base")
+        assert load_adapted(tmp_path / place).training is False
+
+
+def test_a_base_that_is_not_found_says_which_path_was_tried(hub, base, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    model = tuned()
+    for name, match in (
+        (
+            "nets/mine",
+            rf"cannot open the base nets/mine: there is no such repo.*; there is no folder {tmp_path}/nets/mine",
+        ),
+        (
+            "../nets/mine",
+            rf"cannot open the base '../nets/mine': it is neither .*; there is no folder {tmp_path}/../nets/m",
+        ),
+    ):
+        model.peft_config["default"].base_model_name_or_path = name
+        model.save_pretrained("adapter")
+        with pytest.raises(SurgicalError, match=match):
+            load_adapted("adapter")
+    with pytest.raises(
+        DataError, match=rf"the base 'mine' is no repository .*, no folder \({tmp_path}/mine\), and none"
+    ):
+        load_adapted("adapter", base="mine")
 
 
 def test_another_base_is_not_pushed_as_this_ones(hub, base, checkpoints):  # noqa: F811

@@ -166,7 +166,8 @@ def _find(name: str) -> tuple[type[TimmBase] | type[TransformersBase], str]:
                 f"{folder} has no config.json: pass the folder that save_pretrained (transformers) or save_for_hf "
                 "(timm) wrote"
             )
-        return (TimmBase, f"{_FOLDER}{folder}") if _is_timm(file, name) else (TransformersBase, str(folder))
+        place = folder.absolute()  # an adapter's config names it, and may be read in another working directory
+        return (TimmBase, f"{_FOLDER}{place}") if _is_timm(file, name) else (TransformersBase, str(place))
     if _HUB.match(name):
         return TimmBase, _HUB.sub("hf-hub:", name, count=1)
     owner, _, rest = name.rpartition("/")
@@ -209,10 +210,14 @@ def _tried(name: str) -> str:
     try:
         timm = require("timm", "", "timm")
     except DataError:
-        return 'tried a folder here (none), and timm, which is not installed: pip install "peft-surgical[timm]"'
+        return f'tried {_absent(name)}, and timm, which is not installed: pip install "peft-surgical[timm]"'
     near = difflib.get_close_matches(name.rpartition("/")[2].partition(".")[0], timm.list_models(), n=3)
     meant = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
-    return f"tried a folder here (none), and timm's models (none{meant})"
+    return f"tried {_absent(name)}, and timm's models (none{meant})"
+
+
+def _absent(name: str) -> str:
+    return f"the folder {Path(name).expanduser().absolute()} (none)"
 
 
 def _differ(name: str, known: Sequence[str] | None, given: Sequence[str] | None) -> bool:

@@ -25,7 +25,7 @@ from .cards import About, card_of, check
 from .commits import FIGURE, OWN, REPORT, Goal, commit_files
 from .rebuilding import BaseName
 from .remote import HTTPError, explained, patiently
-from .staging import Staged, described, prove, stage_folder, stage_model, weights_of
+from .staging import Staged, described, prove, public_report, stage_folder, stage_model, weights_of
 
 Place = str | os.PathLike[str]
 
@@ -136,6 +136,9 @@ def push_adapter(
             staged = stage_folder(Path(model_or_folder), folder)
         numbers = _report(report, folder)
         staged = prove(staged, base, numbers, token) if loading is None else described(staged, str(base))
+        if numbers is not None:
+            numbers = public_report(numbers, str(staged.config.base_model_name_or_path))
+            numbers.save(folder / REPORT)
         files = _complete(staged, numbers, figure, about)
         goal = Goal(repo, revision, private, create_pr, commit_message, commit_description)
         with explained("push to", repo, revision):
@@ -145,13 +148,12 @@ def push_adapter(
 
 
 def _report(report: Report | Place | None, folder: Path) -> Report | None:
-    """The adapter's report, which is then in the folder, too."""
+    """The adapter's report: the one that was given, or else the one in the folder."""
     if report is None:
         return Report.load(folder / REPORT) if (folder / REPORT).is_file() else None
     numbers = _read(report)
     if numbers.target == NONE:
         raise ConfigError("this report is of the base without an adapter: pass the adapter's own (report=, --report)")
-    numbers.save(folder / REPORT)
     return numbers
 
 

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
+import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
@@ -24,8 +28,9 @@ from .commits import FIGURE, REPORT
 from .contents import contents_of, read_config
 from .rebuilding import BaseName, attached, fingerprint_without_whole, rebuild, record_of, recorded, told
 from .records import BaseRecord, write_record
-from .remote import explained
 
+_FOLDERS = re.compile(r"(?<!\S)/(?:[^/\s]+/)+(?=[^/\s])")
+"""What comes before the name in an absolute path that is a word of a text."""
 _LARGEST = 10  # tensors that a card's figure has room for
 
 
@@ -119,8 +124,7 @@ def prove(staged: Staged, asked: BaseName | None, report: Report | None, token: 
             f"the base is the folder {record.id}, which nobody else has: push it too, and say base= (--base) with its "
             "repository"
         )
-    with explained("open the base", record.id, record.revision):
-        base, found = rebuild(record, staged.config, token=token)
+    base, found = rebuild(record, staged.config, token=token)
     parameters = sum(p.numel() for p in base.model.parameters())
     attached(base, staged.folder)
     found = replace(found, weights_sha256=staged.config.weights_sha256)
@@ -136,8 +140,30 @@ def described(staged: Staged, words: str) -> Staged:
 def _named(staged: Staged, base: str, revision: str | None) -> Staged:
     """Write into the config what others call the base: on this machine, it may have been a folder."""
     plain = {**staged.config.to_dict(), "base_model_name_or_path": base, "revision": revision}
+    plain["selection"] = _without_folders(plain["selection"])
     write_atomically(staged.folder / CONFIG, canonical_json(plain))
     return replace(staged, config=read_config(staged.folder))
+
+
+def public_report(report: Report, base: str) -> Report:
+    """A report that says nothing about this machine: files and folders without the folders that they are in.
+
+    Args:
+        report: As it lies beside an adapter.
+        base: What others call the base.
+    """
+    measurements = [replace(one, dataset=_without_folders(one.dataset)) for one in report]
+    return Report(base, report.target, tuple(measurements), _without_folders(dict(report.settings)))
+
+
+def _without_folders(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {_without_folders(key): _without_folders(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_folders(part) for part in value]
+    if not isinstance(value, str):
+        return value
+    return Path(value).name if os.path.isabs(value) else _FOLDERS.sub("", value)
 
 
 def weights_of(staged: Staged) -> Weights:
