@@ -70,6 +70,7 @@ def test_an_online_stream_with_labels(run, photos, tmp_path):
     assert (tmp_path / "figure.png").stat().st_size > 1000
     assert f"{100 * report.find('accuracy').value:.1f}" in out
     assert "adapter_model.safetensors" in out
+    assert f"| accuracy | stream | {100 * report.find('accuracy').value:.1f} |" in (tmp_path / "README.md").read_text()
 
     base = load_base(report.model, **report.settings["open"])
     model = PeftModel.from_pretrained(base.model, tmp_path)

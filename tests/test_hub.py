@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from hub_server import READ, WRITE, hub  # noqa: F401 (a fixture)
-from huggingface_hub import constants
+from huggingface_hub import ModelCard, constants
 from safetensors.torch import load_file, save, save_file
 
 timm = pytest.importorskip("timm")
@@ -319,12 +319,56 @@ def test_push_to_hub_goes_the_same_way(hub, base, monkeypatch, tmp_path):  # noq
     card = hub.repos["me/frost"].files()["README.md"].decode()
     assert "- frost\n" in card
     assert "library_name: peft" in card
-    with pytest.raises(ConfigError, match="lacks license"):
+    # As tutorials of PEFT have it: what is not known is missing on the card, and a warning says how to give it.
+    with pytest.warns(UserWarning, match=r"the card of me/other says nothing of license= and datasets=: pass them"):
         model.push_to_hub("me/other")
-    assert "me/other" not in hub.repos
+    there = hub.repos["me/other"].files()
+    assert not {"license", "datasets"} & set(ModelCard(there["README.md"].decode()).data.to_dict())
+    assert "No licence was given" in there["README.md"].decode()
+    assert torch.equal(logits(load_adapted("me/other")), logits(model))
     lora = get_peft_model(tiny.ConvNet(torch.nn.BatchNorm2d), LoraConfig(target_modules=["fc"]))
     lora.push_to_hub("me/lora")
     assert own == ["me/lora"]
+
+
+def test_push_to_hub_of_a_network_that_nobody_can_open(hub, monkeypatch, checkpoints, tmp_path):  # noqa: F811
+    monkeypatch.setattr(PeftModel, "push_to_hub", redirected(PeftModel.push_to_hub.__wrapped__))
+    model = get_peft_model(tiny.ConvNet(torch.nn.BatchNorm2d).eval(), SurgicalConfig(target="block1"))
+    tiny.disturb(model)
+    with pytest.warns(
+        UserWarning, match=r"does not name the base, and others have to bring it: nothing says which base"
+    ):
+        model.push_to_hub("me/own", **GIVEN)
+    card = hub.repos["me/own"].files()["README.md"].decode()
+    scope = {"base": copy.deepcopy(model).unload()}
+    exec(card.split("```python\n")[1].split("```")[0], scope)
+    assert torch.equal(tiny.outputs(scope["model"], tiny.images()), tiny.outputs(model, tiny.images()))
+    for name, content in checkpoints["timm"].items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.warns(UserWarning, match=r"the base is the folder .*, which nobody else has"):
+        tuned(tmp_path).push_to_hub("me/folder", **GIVEN)
+    assert not [n for n, content in hub.repos["me/folder"].files().items() if str(tmp_path).encode() in content]
+
+
+def test_trainers_own_push_has_our_card_and_the_record_of_the_base(hub, checkpoints, tmp_path):  # noqa: F811
+    hub.add(BASE, checkpoints["transformers"])  # Trainer itself cannot push networks without a config
+    model = tuned()
+    arguments = transformers.TrainingArguments(
+        str(tmp_path / "out"), hub_model_id="me/frost", report_to=[], use_cpu=True, disable_tqdm=True
+    )
+    trainer = transformers.Trainer(model, arguments)
+    with pytest.warns(UserWarning, match=r"the card of owner/out says nothing of license= and datasets="):
+        trainer.push_to_hub(blocking=True)
+    there = hub.repos["me/frost"].files()
+    card = ModelCard(there["README.md"].decode())
+    assert (card.data.library_name, card.data.base_model, card.data.load_with) == ("peft", BASE, "import peft_surgical")
+    assert "Deltas of `block1` for [lab/base]" in card.text
+    assert "## Training procedure" in card.text
+    assert "ore information needed" not in card.text
+    assert json.loads(there["base.json"])["id"] == BASE
+    assert torch.equal(logits(load_adapted("me/frost")), logits(model))
+    model.save_pretrained(tmp_path / "out")  # the page of an older adapter does not outlive it
+    assert "weights_sha256" not in (tmp_path / "out/README.md").read_text()
 
 
 # Who may do what

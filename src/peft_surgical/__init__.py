@@ -33,7 +33,7 @@ from .errors import (
     UnsupportedModelError,
 )
 from .hub import load_adapted, open_adapted, pull, push_adapter
-from .hub.pushing import redirected
+from .hub.pushing import carded, redirected
 from .selection.resolve import resolve_target, score_blocks
 from .selection.scores import BlockScores
 from .targets import TargetSpec, parse, resolve
@@ -84,4 +84,4 @@ __all__ = [
     "to_lora",
 ]
 
-register(redirected)
+register(redirected, carded)

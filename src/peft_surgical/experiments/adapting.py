@@ -25,7 +25,7 @@ from ..errors import AdapterError, ConfigError, DataError
 from ..evaluation import Measurement, Report, accuracy, measure, predict_logits, wilson_interval
 from ..extras import require
 from ..selection.forward import logits_of
-from ..tuner.saving import CARD
+from ..tuner.card import write_card
 
 METHODS, MODES = ("memo", "tent"), ("online", "episodic")
 NORM = "norm"
@@ -251,7 +251,7 @@ def write_adapted(
         if images.labels is not None:
             found[SAVED] = _ranked(_predicted(again, base, images))
     else:
-        for file in (CONFIG, WEIGHTS, CARD):  # of another stream, earlier
+        for file in (CONFIG, WEIGHTS):  # of another stream, earlier
             (folder / file).unlink(missing_ok=True)
     report = Report(
         name,
@@ -273,6 +273,7 @@ def write_adapted(
         },
     )
     report.save(folder / REPORT)
+    write_card(folder, report)
     for part in report.settings["worse"]:
         right, earlier = report.find("accuracy", part).value, report.find("accuracy before").value
         warnings.warn(

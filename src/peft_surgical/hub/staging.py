@@ -104,19 +104,17 @@ def stage_folder(source: Path, folder: Path) -> Staged:
     return Staged(folder, config, recorded(source, config))
 
 
-def prove(staged: Staged, asked: BaseName | None, report: Report | None, token: str | bool | None) -> Staged:
-    """Open the base as its record says, put the adapter on it, and write both down.
+def base_for_others(staged: Staged, asked: BaseName | None, report: Report | None) -> BaseRecord:
+    """What others are to open as the adapter's base.
 
     Args:
         staged: The adapter.
         asked: The base as the user names it: an id, or the arguments of `load_base` (``name``, ``label_names``,
             ``num_classes``, ``head``) and ``revision``. None trusts the record, or what the report says.
         report: Of ``peft-surgical tune``, which tells how the base was opened.
-        token: For the base.
 
     Raises:
         ConfigError: Nothing says which base it is, or others cannot open it.
-        BaseMismatchError: It is another one.
     """
     record = told(staged.record, asked, report)
     if record.is_folder:
@@ -124,6 +122,21 @@ def prove(staged: Staged, asked: BaseName | None, report: Report | None, token: 
             f"the base is the folder {record.id}, which nobody else has: push it too, and say base= (--base) with its "
             "repository"
         )
+    return record
+
+
+def prove(staged: Staged, record: BaseRecord, token: str | bool | None) -> Staged:
+    """Open the base as its record says, put the adapter on it, and write both down.
+
+    Args:
+        staged: The adapter.
+        record: Of the base, from `base_for_others`.
+        token: For the base.
+
+    Raises:
+        ConfigError: It cannot be opened with the head that it had.
+        BaseMismatchError: It is another one.
+    """
     base, found = rebuild(record, staged.config, token=token)
     parameters = sum(p.numel() for p in base.model.parameters())
     attached(base, staged.folder)
@@ -132,12 +145,12 @@ def prove(staged: Staged, asked: BaseName | None, report: Report | None, token: 
     return replace(_named(staged, found.id, found.revision), record=found, base_parameters=parameters)
 
 
-def described(staged: Staged, words: str) -> Staged:
-    """The adapter of a network that nobody can open by name: what its config says is in words."""
+def described(staged: Staged, words: str | None) -> Staged:
+    """The adapter of a network that nobody can open by name: what its config says is in words, or nothing."""
     return replace(_named(staged, words, None), record=None)
 
 
-def _named(staged: Staged, base: str, revision: str | None) -> Staged:
+def _named(staged: Staged, base: str | None, revision: str | None) -> Staged:
     """Write into the config what others call the base: on this machine, it may have been a folder."""
     plain = {**staged.config.to_dict(), "base_model_name_or_path": base, "revision": revision}
     plain["selection"] = _without_folders(plain["selection"])
