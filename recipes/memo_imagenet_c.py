@@ -34,6 +34,7 @@ from peft_surgical.adaptation import CollapseWarning
 from peft_surgical.bases import load_base
 from peft_surgical.data.images import IMAGE_SUFFIXES
 from peft_surgical.data.incoming import Incoming
+from peft_surgical.devices import accelerator_or_cpu
 from peft_surgical.entry import run_in_words
 from peft_surgical.errors import DataError
 from peft_surgical.evaluation import TextTable, accuracy, plus_minus
@@ -150,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--select-on", default="gaussian_noise", help="the corruption whose validation images choose the rate")
     add("--output", default="outputs/memo_imagenet_c")
     add("--markdown", help="also write the table to this file")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", default=str(accelerator_or_cpu()))
     args = parser.parse_args(argv)
     ledger = Ledger(Path(args.output, "ledger.jsonl"))
     rows = [("memo", target, mode) for mode in args.mode for target in args.target if "memo" in args.method]

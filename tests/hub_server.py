@@ -469,7 +469,7 @@ def metadata_errors(content: str) -> list[str]:
     def texts(value: Any) -> bool:
         return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
 
-    expect(found.get("license") in LICENSES, f'"license" must be one of {sorted(LICENSES)}')
+    expect(found.get("license", "unknown") in LICENSES, f'"license" must be one of {sorted(LICENSES)}')
     expect(found.get("pipeline_tag", "image-classification") in TASKS, '"pipeline_tag" is unknown')
     expect(found.get("base_model_relation", "adapter") in RELATIONS, '"base_model_relation" is unknown')
     base = found.get("base_model", "a/b")

@@ -1,6 +1,7 @@
 """The command adapt, on folders that the tests write and a tiny timm network with random weights."""
 
 import csv
+import dataclasses
 import json
 
 import numpy as np
@@ -14,6 +15,7 @@ pytest.importorskip("datasets")
 
 from peft import PeftModel  # noqa: E402
 
+import peft_surgical_cli.adapt as commands  # noqa: E402
 from peft_surgical.bases import load_base  # noqa: E402
 from peft_surgical.data.incoming import read_incoming  # noqa: E402
 from peft_surgical.errors import ConfigError, DataError  # noqa: E402
@@ -42,7 +44,7 @@ def run(capsys):
     app.command()(adapt_command)
 
     def call(*arguments):
-        app(args=[str(argument) for argument in arguments], standalone_mode=False)
+        call.code = app(args=[str(argument) for argument in arguments], standalone_mode=False)
         return capsys.readouterr().out
 
     return call
@@ -53,7 +55,11 @@ def test_an_online_stream_with_labels(run, photos, tmp_path):
     report = Report.load(tmp_path / "report.json")
     assert (report.target, report.settings["optimizer"], report.settings["images"]) == ("stem", "sgd", 6)
     assert (report.settings["steps"], report.settings["skipped"]) == (6, 0)
-    assert [m.name for m in report] == ["accuracy before", "accuracy"]
+    assert [(m.name, m.dataset) for m in report] == [
+        ("accuracy before", "stream"),
+        ("accuracy", "stream"),
+        ("accuracy", "stream, with the saved adapter"),
+    ]
     with (tmp_path / "predictions.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 6
@@ -64,6 +70,7 @@ def test_an_online_stream_with_labels(run, photos, tmp_path):
     assert (tmp_path / "figure.png").stat().st_size > 1000
     assert f"{100 * report.find('accuracy').value:.1f}" in out
     assert "adapter_model.safetensors" in out
+    assert f"| accuracy | stream | {100 * report.find('accuracy').value:.1f} |" in (tmp_path / "README.md").read_text()
 
     base = load_base(report.model, **report.settings["open"])
     model = PeftModel.from_pretrained(base.model, tmp_path)
@@ -121,6 +128,93 @@ def test_tent_with_statistics(run, photos, tmp_path):
     assert (settings["target"], settings["optimizer"], settings["steps"]) == ("norm", "adam", 2)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert any(name.endswith("running_mean") for name in config["tensor_names"])
+
+
+def test_what_tent_saves_predicts_as_it_is_reported_to(run, photos, tmp_path):
+    """Statistics of the stream belong to the adapter by default, and it is measured as it is when it is loaded."""
+    out = run(MODEL, photos, "--random", "--output", tmp_path, "--method", "tent", "--lr", "0.1", "--batch-size", 3)
+    report = Report.load(tmp_path / "report.json")
+    assert (report.settings["norm_stats"], report.settings["saved"]) == ("all", True)
+    base = load_base(report.model, **report.settings["open"])
+    model = PeftModel.from_pretrained(base.model, tmp_path).eval()
+    assert model.peft_config["default"].norm_stats == "all"
+    images = read_incoming(photos)
+    with torch.no_grad():
+        logits = model(torch.stack([base.transform_eval(images.read(i)) for i in range(len(images))]))
+    right = (logits.argmax(1) == images.labels).float().mean().item()
+    assert report.find("accuracy", "stream, with the saved adapter").value == pytest.approx(right)
+    assert "accuracy, stream, with the saved adapter" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (
+            ("--method", "tent", "--norm-stats", "frozen"),
+            "TENT predicts with the statistics of each batch, which norm_",
+        ),
+        (
+            ("--method", "tent", "--norm-stats", "target", "--target", "head"),
+            ".* which norm_stats='target' does not keep for every Bat",
+        ),
+        (("--prior-strength", 16, "--views", 2), r"with prior_strength \(--prior-strength\) MEMO predicts with statis"),
+    ],
+)
+def test_what_no_adapter_can_hold_is_not_saved(run, photos, tmp_path, arguments, reason):
+    run(MODEL, photos, "--random", "--output", tmp_path, "--lr", "1e-3", "--views", 2)
+    assert (tmp_path / "adapter_model.safetensors").exists()
+    with pytest.warns(UserWarning, match=f"No adapter will be saved: {reason}"):
+        out = run(MODEL, photos, "--random", "--output", tmp_path, "--lr", "1e-3", *arguments)
+    assert {file.name for file in tmp_path.iterdir()} == {"predictions.csv", "report.json", "figure.png"}
+    report = Report.load(tmp_path / "report.json")
+    assert [m.dataset for m in report] == ["stream", "stream"]
+    assert not report.settings["saved"]
+    assert "adapter_model.safetensors" not in out
+
+
+def test_a_network_without_batchnorm_can_be_saved_under_any_policy(photos):
+    images = read_incoming(photos, limit=2)
+    settings = AdaptSettings("tent", "norm", "online", 1e-3, norm_stats="frozen")
+    assert module.adapt(open_base("test_vit", images, "random"), images, settings).keeps_statistics
+
+
+def test_worse_predictions_are_warned_of_and_another_exit_code(run, photos, tmp_path, monkeypatch):
+    arguments = (MODEL, photos, "--random", "--output", tmp_path, "--lr", "1e-3", "--views", 2, "--mode", "episodic")
+    run(*arguments)
+    assert run.code is None
+
+    def spoilt(base, images, *rest):
+        adapted = adapt(base, images, *rest)
+        right = torch.nn.functional.one_hot(images.labels, 2).float()
+        return dataclasses.replace(adapted, before=right, after=1 - right)
+
+    adapt = module.adapt
+    monkeypatch.setattr(commands, "adapt", spoilt)
+    with pytest.warns(UserWarning, match=r"made it worse: 0.0% of the stream is predicted right, without it 100"):
+        run(*arguments)
+    assert run.code == 3
+    assert Report.load(tmp_path / "report.json").settings["worse"] == ["stream"]
+
+
+def test_a_loss_that_may_be_chance_is_none(photos):
+    images = read_incoming(photos)
+    before, after = images.labels.clone(), images.labels.clone()
+    after[0] = 1 - after[0]
+    assert not module._is_worse(before, after, images)
+    after[1:4] = 1 - after[1:4]
+    assert module._is_worse(before, after, images)
+    assert not module._is_worse(after, before, images)
+    assert not module._is_worse(before, after, read_incoming(photos, unlabelled=True))
+
+
+def test_predictions_are_named_by_the_network_where_the_data_has_no_names(run, photos, tmp_path):
+    names = ["ant", "bee", "cow"]
+    network = timm.create_model(MODEL, num_classes=3)
+    timm.models.save_for_hf(network, tmp_path / "base", model_config={"label_names": names}, safe_serialization=True)
+    run(tmp_path / "base", photos, "--unlabelled", "--output", tmp_path / "out", "--lr", "1e-3", "--views", 2)
+    with (tmp_path / "out/predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == [names[int(row["class"])] for row in rows]
 
 
 def test_an_adapter_that_does_not_reload_is_not_passed_over(photos, tmp_path, monkeypatch):

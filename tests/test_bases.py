@@ -302,8 +302,11 @@ def test_weights_in_a_file_become_a_folder(tmp_path):
 @pytest.mark.parametrize(
     ("name", "match"),
     [
-        ("resnet5O", r"unknown base 'resnet5O': tried a folder here \(none\), and timm's models .*'resnet50'"),
-        ("owner/nothing", r"unknown base 'owner/nothing': tried a folder .*and its config.json on the Hub \(.+\)"),
+        (
+            "resnet5O",
+            r"unknown base 'resnet5O': tried the folder /.*/resnet5O \(none\), and timm's models .*'resnet50'",
+        ),
+        ("owner/nothing", r"unknown base 'owner/nothing': tried the folder /.*and its config.json on the Hub \(.+\)"),
         ("hf-hub:owner/nothing", r"cannot load 'hf-hub:owner/nothing' with timm: "),
         ("test_vit.r160_in1k", r"cannot load 'test_vit.r160_in1k' with timm: "),
         ("test_vit.wrong", r"cannot load 'test_vit.wrong' with timm: .*wrong"),
@@ -389,3 +392,18 @@ def test_a_network_of_one_image_size_takes_no_other(folder):
     assert load_base(folder, image_size=own).transform_eval(IMAGE).shape == (3, own, own)
     with pytest.raises(ConfigError, match="an image size of 24: this network does not take images of 24 pixels"):
         load_base(folder, image_size=24)
+
+
+def test_a_plain_checkpoint_of_timm_opens_in_transformers_too(tmp_path):
+    """Arguments of the architecture, such as an image size, are kept; the number of classes is given once."""
+    torch.manual_seed(0)
+    network = timm.create_model("test_vit", num_classes=3, img_size=64).eval()
+    folder = save_checkpoint("timm", network, tmp_path / "plain", label_names=("a", "b", "c"))
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = network(images)
+        for_timm = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        for_transformers = transformers.AutoModelForImageClassification.from_pretrained(folder).eval()
+        assert torch.equal(for_timm(images), expected)
+        assert torch.equal(for_transformers(images).logits, expected)
+    assert load_base(folder).label_names == ("a", "b", "c")

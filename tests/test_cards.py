@@ -109,6 +109,7 @@ def test_metadata():
         "datasets": ["uoft-cs/cifar10"],
         "library_name": "peft",
         "license": "apache-2.0",
+        "load_with": "import peft_surgical",
         "metrics": ["accuracy"],
         "pipeline_tag": "image-classification",
         "tags": ["peft", "surgical-fine-tuning", "base_model:adapter:timm/resnet18.a1_in1k"],
@@ -190,6 +191,8 @@ def test_the_stand_in_for_the_hubs_check_can_fail(change, said):
 def test_a_missing_field_is_an_error_that_says_how_to_give_it():
     with pytest.raises(ConfigError, match=r"me/frost lacks license, .*license=.*; datasets, .*datasets=\[\].*; base, "):
         card_of(CONFIG, report(), WEIGHTS, About("me/frost"))
+    with pytest.raises(ConfigError, match=r"me/frost lacks base, "):
+        card_of(CONFIG, report(), WEIGHTS, About("me/frost", complete=False))
     with pytest.raises(ConfigError, match=r"lacks license_name, .*license_name="):
         card_of(CONFIG, report(), WEIGHTS, replace(ABOUT, license="other"))
     with pytest.raises(ConfigError, match="lacks loading, the lines of Python"):

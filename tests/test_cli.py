@@ -223,7 +223,10 @@ def test_tune_and_compare(run, data, tmp_path):
         "compare", "test_resnet", data, "--methods", "none", "head", "--seeds", "0,1", "--output", tmp_path / "b",
         "--head-lr", "1e-2", "--workers", 1, *how,
     )  # fmt: skip
-    assert (code, err.count("\n")) == (0, 4 + 4 + 2)  # the plan in four lines, four runs, and an epoch of those that train
+    assert (code, err.count("\n")) == (
+        0,
+        4 + 4 + 2,
+    )  # plan, runs, epochs of those that train
     rows = [line.split() for line in out.splitlines()]
     assert [row[0] for row in rows[1:3]] == ["none", "head"]
     assert "over the seeds 0, 1" in out

@@ -169,6 +169,9 @@ def test_a_target_with_two_rates_and_a_source(place, tmp_path):
     assert config.selection["learning_rates"] == {
         f"block1 at {one.key['lr']:g}": one.result["validation"] for one in runs
     }
+    page = (tmp_path / "README.md").read_text()
+    assert "# Surgical adapter: block1" in page
+    assert f"| accuracy | test | {100 * report.find('accuracy', 'test').value:.1f} |" in page
     moved = report.settings["moved"]
     assert moved["block1"] > 0
     assert [value for name, value in moved.items() if name != "block1"] == [0.0] * 4

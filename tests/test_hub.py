@@ -1,6 +1,7 @@
 """Push, pull, load, merge and list, over real HTTP against a hub on the loopback interface."""
 
 import copy
+import dataclasses
 import json
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from hub_server import READ, WRITE, hub  # noqa: F401 (a fixture)
-from huggingface_hub import constants
+from huggingface_hub import ModelCard, constants
 from safetensors.torch import load_file, save, save_file
 
 timm = pytest.importorskip("timm")
@@ -24,7 +25,14 @@ from timm.models import save_for_hf  # noqa: E402
 
 from peft_surgical import SurgicalConfig, config  # noqa: E402
 from peft_surgical.bases import load_base  # noqa: E402
-from peft_surgical.errors import AdapterError, AdapterFileError, BaseMismatchError, ConfigError, DataError  # noqa: E402
+from peft_surgical.errors import (  # noqa: E402
+    AdapterError,
+    AdapterFileError,
+    BaseMismatchError,
+    ConfigError,
+    DataError,
+    SurgicalError,
+)
 from peft_surgical.evaluation import Report, measure  # noqa: E402
 from peft_surgical.hub import (  # noqa: E402
     load_adapted,
@@ -345,12 +353,56 @@ def test_push_to_hub_goes_the_same_way(hub, base, monkeypatch, tmp_path):  # noq
     card = hub.repos["me/frost"].files()["README.md"].decode()
     assert "- frost\n" in card
     assert "library_name: peft" in card
-    with pytest.raises(ConfigError, match="lacks license"):
+    # As tutorials of PEFT have it: what is not known is missing on the card, and a warning says how to give it.
+    with pytest.warns(UserWarning, match=r"the card of me/other says nothing of license= and datasets=: pass them"):
         model.push_to_hub("me/other")
-    assert "me/other" not in hub.repos
+    there = hub.repos["me/other"].files()
+    assert not {"license", "datasets"} & set(ModelCard(there["README.md"].decode()).data.to_dict())
+    assert "No licence was given" in there["README.md"].decode()
+    assert torch.equal(logits(load_adapted("me/other")), logits(model))
     lora = get_peft_model(tiny.ConvNet(torch.nn.BatchNorm2d), LoraConfig(target_modules=["fc"]))
     lora.push_to_hub("me/lora")
     assert own == ["me/lora"]
+
+
+def test_push_to_hub_of_a_network_that_nobody_can_open(hub, monkeypatch, checkpoints, tmp_path):  # noqa: F811
+    monkeypatch.setattr(PeftModel, "push_to_hub", redirected(PeftModel.push_to_hub.__wrapped__))
+    model = get_peft_model(tiny.ConvNet(torch.nn.BatchNorm2d).eval(), SurgicalConfig(target="block1"))
+    tiny.disturb(model)
+    with pytest.warns(
+        UserWarning, match=r"does not name the base, and others have to bring it: nothing says which base"
+    ):
+        model.push_to_hub("me/own", **GIVEN)
+    card = hub.repos["me/own"].files()["README.md"].decode()
+    scope = {"base": copy.deepcopy(model).unload()}
+    exec(card.split("```python\n")[1].split("```")[0], scope)
+    assert torch.equal(tiny.outputs(scope["model"], tiny.images()), tiny.outputs(model, tiny.images()))
+    for name, content in checkpoints["timm"].items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.warns(UserWarning, match=r"the base is the folder .*, which nobody else has"):
+        tuned(tmp_path).push_to_hub("me/folder", **GIVEN)
+    assert not [n for n, content in hub.repos["me/folder"].files().items() if str(tmp_path).encode() in content]
+
+
+def test_trainers_own_push_has_our_card_and_the_record_of_the_base(hub, checkpoints, tmp_path):  # noqa: F811
+    hub.add(BASE, checkpoints["transformers"])  # Trainer itself cannot push networks without a config
+    model = tuned()
+    arguments = transformers.TrainingArguments(
+        str(tmp_path / "out"), hub_model_id="me/frost", report_to=[], use_cpu=True, disable_tqdm=True
+    )
+    trainer = transformers.Trainer(model, arguments)
+    with pytest.warns(UserWarning, match=r"the card of owner/out says nothing of license= and datasets="):
+        trainer.push_to_hub(blocking=True)
+    there = hub.repos["me/frost"].files()
+    card = ModelCard(there["README.md"].decode())
+    assert (card.data.library_name, card.data.base_model, card.data.load_with) == ("peft", BASE, "import peft_surgical")
+    assert "Deltas of `block1` for [lab/base]" in card.text
+    assert "## Training procedure" in card.text
+    assert "ore information needed" not in card.text
+    assert json.loads(there["base.json"])["id"] == BASE
+    assert torch.equal(logits(load_adapted("me/frost")), logits(model))
+    model.save_pretrained(tmp_path / "out")  # the page of an older adapter does not outlive it
+    assert "weights_sha256" not in (tmp_path / "out/README.md").read_text()
 
 
 # Who may do what
@@ -461,15 +513,63 @@ def test_a_base_in_a_folder_has_to_be_named_for_others(hub, base, checkpoints, t
     model = tuned(tmp_path / "base")
     with pytest.raises(ConfigError, match=r"the base is the folder .*/base, which nobody else has: push it too"):
         push_adapter(model, "me/frost", **GIVEN)
-    done = push_adapter(model, "me/frost", base=BASE, **GIVEN)
+    private = {"data": str(tmp_path / "photos"), "source": f"source {tmp_path}/old, test", "ratio": "1 / 2"}
+    numbers = dataclasses.replace(report(**private), model=str(tmp_path / "base"))
+    model.peft_config["default"].selection = {"parents": [{"adapter": str(tmp_path / "one"), "weight": 1.0}]}
+    done = push_adapter(model, "me/frost", base=BASE, report=numbers, **GIVEN)
     there = hub.repos["me/frost"].files(done.oid)
-    assert str(tmp_path) not in "".join(there[name].decode() for name in ("README.md", CONFIG, "base.json"))
+    assert not [name for name, content in there.items() if str(tmp_path).encode() in content]
+    pushed = Report.from_json(there["report.json"].decode())
+    assert (pushed.model, pushed.measurements) == (BASE, numbers.measurements)
+    assert pushed.settings == {"data": "photos", "source": "source old, test", "ratio": "1 / 2"}
+    assert json.loads(there[CONFIG])["selection"] == {"parents": [{"adapter": "one", "weight": 1.0}]}
     assert torch.equal(logits(load_adapted("me/frost")), logits(model))
     # Where the adapter stays, the folder will do.
     model.save_pretrained(tmp_path / "adapter")
     assert torch.equal(logits(load_adapted(tmp_path / "adapter")), logits(model))
     with pytest.raises(DataError, match=r"is the folder .*/moved, which is not on this machine"):
         load_adapted(tmp_path / "adapter", base=str(tmp_path / "moved"))
+
+
+def test_a_base_by_a_relative_path_is_found_from_another_directory(hub, checkpoints, library, tmp_path, monkeypatch):  # noqa: F811
+    for name, content in checkpoints[library].items():
+        (tmp_path / "nets/base").mkdir(exist_ok=True, parents=True)
+        (tmp_path / "nets/base" / name).write_bytes(content)
+    monkeypatch.chdir(tmp_path)
+    model = tuned("nets/base")
+    model.save_pretrained("adapter")
+    named = get_peft_model(model.unload(), SurgicalConfig(target="block1"))
+    named.peft_config["default"].base_model_name_or_path = "local-dir:nets/base"  # as the command line was told
+    named.save_pretrained("named")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for place in ("adapter", "named"):
+        config = json.loads((tmp_path / place / CONFIG).read_text())
+        assert config["base_model_name_or_path"] == str(tmp_path / "nets/base")
+        assert load_adapted(tmp_path / place).training is False
+
+
+def test_a_base_that_is_not_found_says_which_path_was_tried(hub, base, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    model = tuned()
+    for name, match in (
+        (
+            "nets/mine",
+            rf"cannot open the base nets/mine: there is no such repo.*; there is no folder {tmp_path}/nets/mine",
+        ),
+        (
+            "../nets/mine",
+            rf"cannot open the base '../nets/mine': it is neither .*; there is no folder {tmp_path}/../nets/m",
+        ),
+    ):
+        model.peft_config["default"].base_model_name_or_path = name
+        model.save_pretrained("adapter")
+        with pytest.raises(SurgicalError, match=match):
+            load_adapted("adapter")
+    with pytest.raises(
+        DataError, match=rf"the base 'mine' is no repository .*, no folder \({tmp_path}/mine\), and none"
+    ):
+        load_adapted("adapter", base="mine")
 
 
 def test_another_base_is_not_pushed_as_this_ones(hub, base, checkpoints):  # noqa: F811
@@ -713,6 +813,10 @@ def test_a_merged_checkpoint_is_a_plain_one(hub, library, tmp_path):  # noqa: F8
         plain = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "merged")
     # Base and delta are added up before a forward as they are within one: equal to the last bit.
     assert torch.equal(logits(plain.eval()), logits(model))
+    auto = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "merged").eval()
+    assert torch.equal(logits(auto), logits(model))
+    assert list(auto.config.id2label.values()) == list(NAMES)
+    assert transformers.AutoImageProcessor.from_pretrained(tmp_path / "merged") is not None
     base = load_base(tmp_path / "merged")
     assert base.label_names == NAMES
     assert torch.equal(base.transform_eval(IMAGE), load_base(BASE).transform_eval(IMAGE))

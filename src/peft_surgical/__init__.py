@@ -94,15 +94,14 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def _redirected(original: Callable[..., str]) -> Callable[..., str]:
-    # `hub.pushing.redirected`, imported when something is pushed.
+def _when_used(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    # A wrapper of `hub.pushing` that is imported when something is pushed.
     @functools.wraps(original)
-    def push_to_hub(*args: Any, **kwargs: Any) -> str:
-        from .hub.pushing import redirected
+    def method(*args: Any, **kwargs: Any) -> Any:
+        wrap = getattr(importlib.import_module(".hub.pushing", __name__), name)
+        return wrap(original)(*args, **kwargs)
 
-        return redirected(original)(*args, **kwargs)
-
-    return push_to_hub
+    return method
 
 
-_register(_redirected)
+_register(functools.partial(_when_used, "redirected"), functools.partial(_when_used, "carded"))

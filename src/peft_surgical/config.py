@@ -130,6 +130,7 @@ class SurgicalConfig(PeftConfig):
         mapping = kwargs.pop("auto_mapping_dict", None)
         plain = self.to_dict()
         plain["weights_sha256"] = file_sha256(weights) if weights.is_file() else None
+        plain["base_model_name_or_path"] = _found_from_anywhere(self.base_model_name_or_path)
         if mapping is not None:
             plain["auto_mapping"] = mapping
         write_atomically(folder / CONFIG, canonical_json(plain))
@@ -195,6 +196,12 @@ class SurgicalConfig(PeftConfig):
         plain.pop("superseded", None)
         plain.pop("runtime_config", None)  # of other methods, and never read from a file
         return plain
+
+
+def _found_from_anywhere(base: str | None) -> str | None:
+    """A base that is a folder of this machine by its absolute path: the adapter may be loaded in another directory."""
+    folder = Path((base or "").removeprefix("local-dir:")).expanduser()
+    return str(folder.absolute()) if base and folder.is_dir() else base
 
 
 def _as_blocks(blocks: Mapping[str, str | Sequence[str]]) -> dict[str, list[str]]:

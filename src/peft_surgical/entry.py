@@ -10,6 +10,8 @@ from typing import Any
 from .errors import SurgicalError
 
 USER_ERROR = 2
+HARMED = 3
+"""The command ended as it should, and what it adapted predicts worse than before."""
 INTERRUPTED = 130
 
 

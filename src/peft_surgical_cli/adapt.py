@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from .options import Cpu, Head, ImageColumn, LabelColumn, Model, NormStats, OnBroken, Output, Random
+from .options import Cpu, Head, ImageColumn, LabelColumn, Model, OnBroken, Output, Random
 from .terminal import console, table
 
 if TYPE_CHECKING:
@@ -52,7 +52,13 @@ def adapt_command(
     prior_strength: Annotated[
         float | None, typer.Option(help="memo, BatchNorm: source statistics count as so many images.")
     ] = None,
-    norm_stats: NormStats = "frozen",
+    norm_stats: Annotated[
+        str | None,
+        typer.Option(
+            help="Whose normalisation statistics move, and are saved: frozen, target or all.",
+            show_default="frozen, for tent all",
+        ),
+    ] = None,
     reset_on_collapse: Annotated[
         bool, typer.Option("--reset-on-collapse", help="Start anew when 100 predictions in a row are one class.")
     ] = False,
@@ -70,12 +76,16 @@ def adapt_command(
     random: Random = False,
     cpu: Cpu = False,
 ) -> None:
-    """Adapt a network to a stream of images without labels, and predict each; online, what was learnt is an adapter."""
-    import torch
+    """Adapt a network to a stream of images without labels, and predict each; online, what was learnt is an adapter.
+
+    Exit code 3: predictions became worse, as far as the labels of DATA tell.
+    """
     import transformers
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from peft_surgical.data.incoming import read_incoming
+    from peft_surgical.devices import accelerator_or_cpu
+    from peft_surgical.entry import HARMED
     from peft_surgical.experiments.adapting import AdaptSettings, adapt, numbered_as, open_base, write_adapted
 
     settings = AdaptSettings(
@@ -100,7 +110,6 @@ def adapt_command(
     weights = "random" if random else "pretrained"
     base = open_base(model, found, weights, head)
     found = numbered_as(base, found)
-    device = "cuda" if torch.cuda.is_available() and not cpu else "cpu"
     bar = Console(stderr=True, highlight=False)
     columns_shown = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns_shown, console=bar, transient=True, disable=not bar.is_terminal) as progress:
@@ -110,13 +119,15 @@ def adapt_command(
             text = "" if now is None or before is None else f"accuracy {now:.1%}, without adaptation {before:.1%}"
             progress.update(task, completed=done, description=text)
 
-        adapted = adapt(base, found, settings, device, tell)
+        adapted = adapt(base, found, settings, accelerator_or_cpu(cpu), tell)
     report = write_adapted(output, model, found, settings, adapted, weights)
     _print(report, adapted, output)
+    if report.settings["worse"]:
+        raise typer.Exit(HARMED)
 
 
 def _print(report: Report, adapted: Adapted, output: object) -> None:
-    from peft_surgical.experiments.adapting import FIGURE, PREDICTIONS, REPORT
+    from peft_surgical.experiments.adapting import FIGURE, PREDICTIONS, REPORT, STREAM
 
     out, settings, record = console(), report.settings, adapted.record
     title = f"{report.model}: {settings['method']}, {settings['mode']}, {report.target}, lr {settings['lr']:g}"
@@ -124,7 +135,8 @@ def _print(report: Report, adapted: Adapted, output: object) -> None:
         numbers = ("%", "95% interval", "n")
         rows = table("", *numbers, title=escape(title), numbers=numbers)
         for one in report:
-            rows.add_row(one.name, f"{100 * one.value:.1f}", f"{100 * one.low:.1f} to {100 * one.high:.1f}", str(one.n))
+            name = one.name if one.dataset == STREAM else f"{one.name}, {one.dataset}"
+            rows.add_row(name, f"{100 * one.value:.1f}", f"{100 * one.low:.1f} to {100 * one.high:.1f}", str(one.n))
         out.print(rows)
     else:
         out.print(escape(f"{title}: {settings['images']} images"), soft_wrap=True)
@@ -132,5 +144,5 @@ def _print(report: Report, adapted: Adapted, output: object) -> None:
     said += f", {record.skipped} skipped for NaN" if record.skipped else ""
     said += f", predictions collapsed to one class at image {record.collapses[0]}" if record.collapses else ""
     out.print(said, soft_wrap=True)
-    kept = "the adapter (adapter_model.safetensors, adapter_config.json), " if settings["mode"] == "online" else ""
+    kept = "the adapter (adapter_model.safetensors, adapter_config.json), " if settings["saved"] else ""
     out.print(escape(f"In {output}: {kept}{PREDICTIONS}, {REPORT}, {FIGURE}"), soft_wrap=True)

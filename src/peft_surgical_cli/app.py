@@ -2,7 +2,8 @@
 
 A further command is a module with one function, and one line below.
 
-Exit codes: 0, 2 for what the user can mend (one line on standard error, no traceback), 130 for Ctrl-C.
+Exit codes: 0, 2 for what the user can mend (one line on standard error, no traceback), 3 for an adaptation that made
+predictions worse, 130 for Ctrl-C.
 """
 
 from __future__ import annotations

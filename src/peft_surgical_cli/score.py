@@ -36,6 +36,7 @@ def score_command(
 
     from peft_surgical.bases.load import load_base
     from peft_surgical.data.labelled import collate, items, read_data
+    from peft_surgical.devices import accelerator_or_cpu
     from peft_surgical.extras import require
     from peft_surgical.selection.criteria import criterion_of
     from peft_surgical.selection.resolve import score_blocks
@@ -60,7 +61,7 @@ def score_command(
         generator=torch.Generator().manual_seed(seed),
         collate_fn=collate,
     )
-    network = base.model.to("cuda" if torch.cuda.is_available() and not cpu else "cpu")
+    network = base.model.to(accelerator_or_cpu(cpu))
     scores = score_blocks(network, loader, criterion, batches)
     console().print(scores)
     if base.head_is_new:

@@ -119,6 +119,16 @@ def mixed_statistics(model: nn.Module, strength: float) -> Iterator[None]:
             module.__dict__.pop("_mixing", None)
 
 
+def has_batchnorms(model: nn.Module) -> bool:
+    """Whether a BatchNorm of ``model`` has running statistics."""
+    return any(True for _ in _batchnorms(model))
+
+
+def owns_statistics(model: nn.Module) -> bool:
+    """Whether active, trainable adapters own the running statistics of every BatchNorm of ``model`` that has any."""
+    return all(_owned(module) for module in _batchnorms(model))
+
+
 def _batchnorms(model: nn.Module) -> Iterator[_BatchNorm]:
     for module in model.modules():
         if isinstance(module, _BatchNorm) and module.running_mean is not None:

@@ -27,7 +27,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import ConfigError, TargetError
 from ..selection.forward import logits_of
-from .batchnorm import batch_statistics, mixed_statistics, prior_share
+from .batchnorm import batch_statistics, has_batchnorms, mixed_statistics, owns_statistics, prior_share
 from .streams import CollapseWatch, Moving, Record, Stream, checked_images, evaluating
 from .views import AugMix, Views, generator_at
 
@@ -190,6 +190,11 @@ class Memo(_Streamed):
                 self.stream.predicted(logits[-1])
         return torch.cat(logits) if logits else images.new_zeros(0, 0)
 
+    @property
+    def keeps_statistics(self) -> bool:
+        """Whether a saved adapter normalises as the predictions did: not with a ``prior_strength``, in a BatchNorm."""
+        return self.prior_strength is None or not has_batchnorms(self.model)
+
     def _adapt(self, image: Tensor) -> None:
         generator = generator_at(self.seed, self.stream.position)
         for _ in range(self.steps):
@@ -279,6 +284,11 @@ class Tent(_Streamed):
                     self.stream.deltas.restore()
         self.stream.predicted(logits.detach())
         return logits.detach()
+
+    @property
+    def keeps_statistics(self) -> bool:
+        """Whether a saved adapter has statistics of the stream for every BatchNorm: all belong to the adapter."""
+        return owns_statistics(self.model)
 
 
 def _same(images: Tensor) -> Tensor:

@@ -147,7 +147,7 @@ def _load(
     library, found = _find(name)
     # A new head neither depends on what was drawn before nor changes what is drawn after.
     with torch.random.fork_rng(devices=[]), _quiet():
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # of the CPU alone, where networks are made
         try:
             base = library(found, pretrained, functools.partial(_fit, name, given, wanted, head, pretrained))
             if pretrained and base.head_is_new and base.fit.outputs is not None:  # the checkpoint had none
@@ -187,7 +187,8 @@ def _find(name: str) -> tuple[type[TimmBase] | type[TransformersBase], str]:
                 f"{folder} has no config.json: pass the folder that save_pretrained (transformers) or save_for_hf "
                 "(timm) wrote"
             )
-        return (TimmBase, f"{_FOLDER}{folder}") if _is_timm(file, name) else (TransformersBase, str(folder))
+        place = folder.absolute()  # an adapter's config names it, and may be read in another working directory
+        return (TimmBase, f"{_FOLDER}{place}") if _is_timm(file, name) else (TransformersBase, str(place))
     if _HUB.match(name):
         return TimmBase, _HUB.sub("hf-hub:", name, count=1)
     owner, _, rest = name.rpartition("/")
@@ -230,10 +231,14 @@ def _tried(name: str) -> str:
     try:
         timm = require("timm", "", "timm")
     except DataError:
-        return 'tried a folder here (none), and timm, which is not installed: pip install "peft-surgical[timm]"'
+        return f'tried {_absent(name)}, and timm, which is not installed: pip install "peft-surgical[timm]"'
     near = difflib.get_close_matches(name.rpartition("/")[2].partition(".")[0], timm.list_models(), n=3)
     meant = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
-    return f"tried a folder here (none), and timm's models (none{meant})"
+    return f"tried {_absent(name)}, and timm's models (none{meant})"
+
+
+def _absent(name: str) -> str:
+    return f"the folder {Path(name).expanduser().absolute()} (none)"
 
 
 def _fit(

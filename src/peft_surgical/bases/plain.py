@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,7 +27,8 @@ def save_checkpoint(
     Args:
         library: ``timm`` or ``transformers``: whose network it is.
         model: The network itself, with plain parameters: of a tuned one, what ``merge_and_unload()`` returns.
-        folder: Gets ``config.json`` and ``model.safetensors``; `load_base` opens it.
+        folder: Gets ``config.json`` and ``model.safetensors``. `load_base` and the network's own library open it; a
+            network of timm opens in transformers' ``AutoModelForImageClassification`` as well.
         label_names: Of the classes, in their order; transformers' networks have them in their config.
         transform: What prepares images for evaluation, as in `Base`; of transformers its processor is saved.
 
@@ -40,6 +42,7 @@ def save_checkpoint(
         require("timm.models", "saving a timm model", "timm").save_for_hf(
             model, place, model_config=config, safe_serialization=True
         )
+        _without_repetition(place / "config.json")
     elif library == "transformers":
         model.save_pretrained(place)  # type: ignore[operator]
         processor = getattr(transform, "processor", None)  # timm's networks have none in transformers, either
@@ -51,3 +54,17 @@ def save_checkpoint(
             "safetensors, or keep the adapter beside the base"
         )
     return place
+
+
+def _without_repetition(file: Path) -> None:
+    """Leave the number of classes to its own entry in the config of a timm network.
+
+    timm repeats it among ``model_args``. transformers passes both on, and then fails with "got multiple values for
+    keyword argument 'num_classes'".
+    """
+    config = json.loads(file.read_text(encoding="utf-8"))
+    arguments = config.pop("model_args", {})
+    arguments.pop("num_classes", None)
+    if arguments:
+        config["model_args"] = arguments
+    file.write_text(json.dumps(config, indent=2), encoding="utf-8")

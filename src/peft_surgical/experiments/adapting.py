@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,19 +19,24 @@ from ..adaptation.pixels import halves
 from ..adaptation.streams import STREAM_OPTIMIZERS, Record
 from ..adaptation.views import AugMix
 from ..bases.load import Base, load_base
-from ..config import SurgicalConfig
+from ..config import CONFIG, WEIGHTS, SurgicalConfig
 from ..data.incoming import Incoming
 from ..errors import AdapterError, ConfigError, DataError
-from ..evaluation import Report, accuracy, measure, predict_logits
+from ..evaluation import Measurement, Report, accuracy, measure, predict_logits, wilson_interval
 from ..extras import require
 from ..selection.forward import logits_of
 from ..targets import parse
+from ..tuner.card import write_card
 
 METHODS, MODES = ("memo", "tent"), ("online", "episodic")
 NORM = "norm"
 """The target that stands for `norm_target`."""
 REPORT, FIGURE, PREDICTIONS = "report.json", "figure.png", "predictions.csv"
-SELECTION = "settings as given; no image of the stream had a say"
+STREAM = "stream"
+SAVED = "stream, with the saved adapter"
+"""The data set of an accuracy that was measured after the stream, with the adapter loaded again."""
+SELECTION = "settings as given; nothing was chosen with these images"
+_BATCH = 64  # images that a loaded adapter predicts at a time
 _MEMO_BATCH = 16  # images that are read at a time; MEMO takes them one by one
 _CHECKED = 16  # images on which the saved adapter is compared
 
@@ -52,7 +57,8 @@ class AdaptSettings:
         crop: Of the views, see `AugMix`.
         batch_size: Of TENT.
         prior_strength: Of MEMO, for BatchNorms; see `Memo`.
-        norm_stats: The adapter's policy.
+        norm_stats: The adapter's policy; None for ``all`` with TENT, which normalises with the stream's statistics, and
+            ``frozen`` with MEMO.
         seed: Of the views.
         reset_on_collapse: See `Memo`.
     """
@@ -67,7 +73,7 @@ class AdaptSettings:
     crop: str = "pad"
     batch_size: int = 64
     prior_strength: float | None = None
-    norm_stats: str = "frozen"
+    norm_stats: str | None = None
     seed: int = 0
     reset_on_collapse: bool = False
 
@@ -94,10 +100,15 @@ class AdaptSettings:
         own = "adam" if self.method == "tent" else "sgd" if self.mode == "online" else "adamw"
         return self.optimizer or own
 
+    @property
+    def chosen_norm_stats(self) -> str:
+        """The adapter's policy for normalisation statistics."""
+        return self.norm_stats or ("all" if self.method == "tent" else "frozen")
+
     def adapter(self, base: Base) -> Any:
         """A fresh adapter on the base, which is changed."""
         target = norm_target(base.model) if self.target == NORM else self.target
-        return get_peft_model(base.model, SurgicalConfig(target=target, norm_stats=self.norm_stats))
+        return get_peft_model(base.model, SurgicalConfig(target=target, norm_stats=self.chosen_norm_stats))
 
     def method_on(self, model: nn.Module, normalise: Callable[[Tensor], Tensor]) -> Memo | Tent:
         """The method, ready for the first image."""
@@ -121,6 +132,8 @@ class Adapted:
         record: What happened.
         input: Pixels -> the network's input.
         first: Pixels of the first images.
+        names: What the outputs mean, by the network or else by the data; None where neither says so.
+        keeps_statistics: Whether a saved adapter normalises as the predictions did.
     """
 
     model: Any
@@ -129,6 +142,8 @@ class Adapted:
     record: Record
     input: Callable[[Tensor], Tensor]
     first: Tensor
+    names: tuple[str, ...] | None = None
+    keeps_statistics: bool = True
 
 
 Tell = Callable[[int, int, float | None, float | None], None]
@@ -179,10 +194,15 @@ def adapt(
         settings: How.
         device: Where to compute.
         tell: Progress.
+
+    Warns:
+        UserWarning: If no adapter can be saved, because none can hold the statistics of the predictions.
     """
     to_pixels, normalise = halves(base.transform_eval)
     model = settings.adapter(base).to(device).eval()
     method = settings.method_on(model, normalise)
+    if settings.mode == "online" and not method.keeps_statistics:
+        warnings.warn(f"No adapter will be saved: {_unkept(settings)}", stacklevel=2)
     size = settings.batch_size if settings.method == "tent" else _MEMO_BATCH
     before: list[Tensor] = []
     after: list[Tensor] = []
@@ -196,7 +216,22 @@ def adapt(
         first.extend(batch[: _CHECKED - len(first)].cpu())
         if tell is not None:
             tell(start + len(batch), len(images), _so_far(after, images), _so_far(before, images))
-    return Adapted(model, torch.cat(before), torch.cat(after), method.record, normalise, torch.stack(first))
+    results = torch.cat(before), torch.cat(after), method.record
+    names = base.label_names or images.label_names
+    return Adapted(model, *results, normalise, torch.stack(first), names, method.keeps_statistics)
+
+
+def _unkept(settings: AdaptSettings) -> str:
+    if settings.method == "tent":
+        return (
+            f"TENT predicts with the statistics of each batch, which norm_stats={settings.chosen_norm_stats!r} does "
+            "not keep for every BatchNorm, so that a loaded adapter would give other numbers. norm_stats='all' "
+            "(--norm-stats all) keeps them"
+        )
+    return (
+        "with prior_strength (--prior-strength) MEMO predicts with statistics of each image, which no adapter holds, "
+        "so that a loaded one would give other numbers. Leave it out to save one"
+    )
 
 
 def _so_far(logits: list[Tensor], images: Incoming) -> float | None:
@@ -214,50 +249,93 @@ def _ranked(logits: Tensor) -> Tensor:
 def write_adapted(
     folder: Path, name: str, images: Incoming, settings: AdaptSettings, adapted: Adapted, weights: str = "pretrained"
 ) -> Report:
-    """Predictions, report, figure, and after an online stream the adapter, reloaded and compared.
+    """Predictions, report, figure, and after an online stream the adapter, loaded again, compared and measured.
+
+    No adapter is saved if none can hold the statistics that the predictions were made with; `adapt` has warned of it.
 
     Raises:
         AdapterError: If what is reloaded does not give the logits of what was saved, bit for bit.
+
+    Warns:
+        UserWarning: If adaptation made predictions worse.
     """
     folder.mkdir(parents=True, exist_ok=True)
     before, after, record = _ranked(adapted.before), _ranked(adapted.after), adapted.record
     _write_predictions(folder / PREDICTIONS, images, adapted)
-    measurements = []
-    if images.labels is not None:
-        for metric, predicted in (("accuracy before", before), ("accuracy", after)):
-            value, rule = accuracy(predicted, images.labels), "none" if metric.endswith("before") else SELECTION
-            measurements.append(
-                measure(metric, [value], dataset="stream", n=len(images), seeds=[settings.seed], selection=rule)
-            )
+    opening: dict[str, Any] = {
+        "label_names": list(images.label_names) if images.label_names else None,
+        "weights": weights,
+    }
+    saved = settings.mode == "online" and adapted.keeps_statistics
+    found = {STREAM: after}
+    if saved:
+        adapted.model.eval().save_pretrained(folder)
+        base = load_base(name, **opening)
+        again = _reloaded(folder, base, adapted)
+        if images.labels is not None:
+            found[SAVED] = _ranked(_predicted(again, base, images))
+    else:
+        for file in (CONFIG, WEIGHTS):  # of another stream, earlier
+            (folder / file).unlink(missing_ok=True)
     report = Report(
         name,
         settings.target,
-        tuple(measurements),
+        tuple(_measured(before, found, images, settings)),
         {
             **asdict(settings),
             "optimizer": settings.chosen_optimizer,
+            "norm_stats": settings.chosen_norm_stats,
             **asdict(record),
             "collapses": list(record.collapses),
             "images": len(images),
             "changed": int((before != after).sum()),
             "most_common": [list(pair) for pair in Counter(after.tolist()).most_common(3)],
             "data": images.fingerprint,
-            "open": {"label_names": list(images.label_names) if images.label_names else None, "weights": weights},
+            "open": opening,
+            "saved": saved,
+            "worse": [part for part, predicted in found.items() if _is_worse(before, predicted, images)],
         },
     )
     report.save(folder / REPORT)
+    write_card(folder, report)
+    for part in report.settings["worse"]:
+        right, earlier = report.find("accuracy", part).value, report.find("accuracy before").value
+        warnings.warn(
+            f"adaptation made it worse: {right:.1%} of the {part} is predicted right, without it {earlier:.1%}. Take a "
+            "smaller lr (--lr), larger and mixed batches for TENT, or another target (--target stem); or leave the "
+            "network as it is",
+            stacklevel=2,
+        )
     try:
         _draw(folder / FIGURE, images, adapted)
     except DataError as error:  # without matplotlib the numbers are worth having, too
         warnings.warn(f"no figure: {error}", stacklevel=2)
-    if settings.mode == "online":
-        adapted.model.eval().save_pretrained(folder)
-        _check(folder, name, report, adapted)
     return report
 
 
+def _measured(
+    before: Tensor, found: Mapping[str, Tensor], images: Incoming, settings: AdaptSettings
+) -> Iterator[Measurement]:
+    if images.labels is None:
+        return
+    rows = [("accuracy before", STREAM, before, "none")]
+    rows += [("accuracy", part, predicted, SELECTION) for part, predicted in found.items()]
+    for metric, part, predicted, rule in rows:
+        value = accuracy(predicted, images.labels)
+        yield measure(metric, [value], dataset=part, n=len(images), seeds=[settings.seed], selection=rule)
+
+
+def _is_worse(before: Tensor, after: Tensor, images: Incoming) -> bool:
+    """Whether more predictions turned wrong than right, by more than chance: the 95% interval of their share."""
+    if images.labels is None:
+        return False
+    lost = int(((before == images.labels) & (after != images.labels)).sum())
+    gained = int(((before != images.labels) & (after == images.labels)).sum())
+    return lost > 0 and wilson_interval(lost, lost + gained).low > 0.5
+
+
 def _write_predictions(file: Path, images: Incoming, adapted: Adapted) -> None:
-    names, classes, labels = images.label_names, _ranked(adapted.after).tolist(), images.labels
+    names, classes, labels = adapted.names, _ranked(adapted.after).tolist(), images.labels
     sure = adapted.after.softmax(1).amax(1).tolist()
     with file.open("w", newline="", encoding="utf-8") as out:
         writer = csv.writer(out)
@@ -287,9 +365,20 @@ def _draw(file: Path, images: Incoming, adapted: Adapted) -> None:
     figure.savefig(file, dpi=120)
 
 
-def _check(folder: Path, name: str, report: Report, adapted: Adapted) -> None:
+def _reloaded(folder: Path, base: Base, adapted: Adapted) -> Any:
+    """The adapter that was just saved, on a base that was opened anew."""
     device = next(adapted.model.parameters()).device
     inputs = adapted.input(adapted.first.to(device))
-    again = PeftModel.from_pretrained(load_base(name, **report.settings["open"]).model, folder).to(device)
+    again = PeftModel.from_pretrained(base.model, folder).to(device)
     if not torch.equal(predict_logits(adapted.model, inputs), predict_logits(again, inputs)):
         raise AdapterError(f"{folder} does not reload to what the stream left: do not use it, and report this")
+    return again
+
+
+def _predicted(model: nn.Module, base: Base, images: Incoming) -> Tensor:
+    """Logits (n, classes) of all images of a stream, on the CPU."""
+    found = []
+    for start in range(0, len(images), _BATCH):
+        rows = range(start, min(start + _BATCH, len(images)))
+        found.append(predict_logits(model, torch.stack([base.transform_eval(images.read(i)) for i in rows])).float())
+    return torch.cat(found)

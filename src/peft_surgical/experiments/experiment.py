@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..config import SurgicalConfig
 from ..data.labelled import collate
 from ..delta import fingerprint
+from ..devices import accelerator_or_cpu
 from ..errors import AdapterError, ConfigError
 from ..evaluation import predict_logits, predicted_classes
 from ..evaluation.judging import check_metrics, interval_of, judge, tolerant
@@ -89,8 +90,7 @@ class Experiment(Subject):
     @property
     def device(self) -> torch.device:
         """Where scores and accuracies are computed."""
-        able = torch.accelerator.is_available() and not self.fitting.use_cpu
-        return (torch.accelerator.current_accelerator() if able else None) or torch.device("cpu")
+        return accelerator_or_cpu(self.fitting.use_cpu)
 
     @functools.cached_property
     def shared(self) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from ..evaluation.grid import SELECTION_SEED
 from ..evaluation.ledger import Run
 from ..extras import require
 from ..training.search import NONE, Candidate
+from ..tuner.card import write_card
 from .choosing import Choice
 from .experiment import Experiment
 from .keeping import REPORT, keep_adapter
@@ -115,6 +116,7 @@ def write_tuned(experiment: Experiment, choice: Choice, seed: int, source: Sourc
         },
     )
     report.save(folder / REPORT)
+    write_card(folder, report)
     draw_or_warn(lambda: figure_of(experiment, choice, report))
     experiment.tidy()
     return report

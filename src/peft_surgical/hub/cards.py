@@ -18,6 +18,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..config import SurgicalConfig
 from ..errors import ConfigError
 from ..evaluation import Report
+from ..tuner.card import IMPORT, LOAD_WITH, MARK, TAGS, target_of
 from . import card_text
 from .card_text import Row, card_rows, choices, is_repository, limits_of, linked, parents_of, protocol_of, why
 
@@ -92,6 +93,8 @@ class About:
         figure: File name of the figure beside the card.
         comparison: Reports of other targets on the same data, such as none and all.
         tags: Further tags.
+        complete: Whether a licence and data sets that are missing are an error.
+        page: Whether the card lies beside the adapter, where it is written anew when that is saved.
     """
 
     repo: str
@@ -107,6 +110,8 @@ class About:
     figure: str | None = None
     comparison: tuple[Report, ...] = ()
     tags: tuple[str, ...] = ()
+    complete: bool = True
+    page: bool = False
 
 
 def card_of(config: SurgicalConfig, report: Report | None, weights: Weights, about: About) -> ModelCard:
@@ -135,7 +140,8 @@ def card_of(config: SurgicalConfig, report: Report | None, weights: Weights, abo
             about=about,
             base=linked(str(about.base)) if is_repository(str(about.base)) else about.base,
             norm=card_text.NORMS[config.norm_stats],
-            target=_target(config),
+            target=target_of(config),
+            mark=MARK,
             parents=parents_of(config),
             why=why(config),
             choices=choices(config),
@@ -156,7 +162,8 @@ def check(about: About, later: Sequence[str] = ()) -> None:
         about: What there is.
         later: Names of what will be known in time.
     """
-    missing = [name for name in ("license", "datasets", "base") if getattr(about, name) is None and name not in later]
+    needed = ("license", "datasets", "base") if about.complete else ("base",)
+    missing = [name for name in needed if getattr(about, name) is None and name not in later]
     if about.license == "other" and about.license_name is None:
         missing.append("license_name")
     if not about.opens and about.loading is None:
@@ -173,8 +180,8 @@ def metadata_of(config: SurgicalConfig, rows: Sequence[Row], weights: Weights, a
     """
     on_hub = about.base is not None and is_repository(about.base)
     own = [row for row in rows if row.own and row.is_test]
-    tags = ["peft", "surgical-fine-tuning", *([f"base_model:adapter:{about.base}"] if on_hub else []), *about.tags]
-    digest: dict[str, Any] = {SHA256: weights.sha256}
+    tags = [*TAGS, *([f"base_model:adapter:{about.base}"] if on_hub else []), *about.tags]
+    own_keys: dict[str, Any] = {LOAD_WITH: IMPORT, SHA256: weights.sha256}
     return ModelCardData(
         base_model=about.base if on_hub else None,
         base_model_relation="adapter" if on_hub else None,
@@ -188,7 +195,7 @@ def metadata_of(config: SurgicalConfig, rows: Sequence[Row], weights: Weights, a
         model_name=about.repo.rpartition("/")[2] if own else None,
         pipeline_tag=TASK,
         tags=tags,
-        **digest,
+        **own_keys,
     )
 
 
@@ -217,14 +224,6 @@ def _result(row: Row, about: About) -> EvalResult:
 
 def _identifier(metric: str) -> str:
     return metric.replace(" ", "_")
-
-
-def _target(config: SurgicalConfig) -> str:
-    if config.target is not None:
-        return config.target if isinstance(config.target, str) else " + ".join(config.target)
-    if config.target_modules:
-        return config.target_modules if isinstance(config.target_modules, str) else " + ".join(config.target_modules)
-    return f"{len(config.tensor_names or ())} tensors by name"
 
 
 def _answer(about: About) -> str:

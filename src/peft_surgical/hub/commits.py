@@ -16,7 +16,7 @@ from huggingface_hub.errors import RevisionNotFoundError
 from ..config import CONFIG, PICKLE, WEIGHTS
 from ..delta import file_sha256, shown
 from ..errors import AdapterError
-from ..tuner.saving import CARD
+from ..tuner.card import CARD
 from .records import RECORD_FILE
 from .remote import HUB_ERRORS, TRIES, patiently, status_of, waits
 

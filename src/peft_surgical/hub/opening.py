@@ -18,7 +18,6 @@ from .contents import read_config
 from .pulling import locate
 from .rebuilding import BaseName, attached, completed, rebuild, recorded
 from .records import BaseRecord
-from .remote import explained
 
 
 @dataclass(frozen=True)
@@ -96,8 +95,7 @@ def open_adapted(
     record = completed(record, base, report)
     if not strict_base:
         record = replace(record, fingerprint=None, library=None, architecture=None)
-    with explained("open the base", record.id, record.revision):
-        opened, record = rebuild(record, config, token=token)
+    opened, record = rebuild(record, config, token=token)
     model = attached(opened, folder, strict_base)
     return Adapted(model.to(device) if device else model, opened.transform_eval, opened.label_names, record, folder)
 

@@ -15,7 +15,8 @@ from huggingface_hub.utils import validate_repo_id
 from ..config import CONFIG, PICKLE, WEIGHTS
 from ..delta import file_sha256
 from ..errors import AdapterFileError
-from ..tuner.saving import CARD, commit
+from ..tuner.card import CARD
+from ..tuner.saving import commit
 from .cards import SHA256
 from .commits import OWN, hub
 from .contents import read_config

@@ -27,6 +27,7 @@ from ..errors import AdapterError, AdapterFileError, AnatomyError, BaseMismatchE
 from ..evaluation import Report
 from ..extras import require
 from .records import BaseRecord, read_record
+from .remote import explained
 
 BaseName = str | Mapping[str, Any]
 """A base as users name it: an id, or the arguments of `load_base` with ``name``, and ``revision``."""
@@ -143,8 +144,8 @@ def split_name(name: str) -> tuple[str, str | None]:
         found = timm.get_pretrained_cfg(name) if timm.is_model(name.partition(".")[0]) else None
         if found is None or not found.hf_hub_id:
             raise DataError(
-                f"the base {name!r} is no repository of the Hub (owner/name), no folder here, and none of timm's "
-                "networks with weights on the Hub: say base= with one of these"
+                f"the base {name!r} is no repository of the Hub (owner/name), no folder ({folder.absolute()}), and "
+                "none of timm's networks with weights on the Hub: say base= with one of these"
             )
         name = found.hf_hub_id
     return name, revision or None
@@ -190,7 +191,7 @@ def rebuild(record: BaseRecord, config: SurgicalConfig, *, token: str | bool | N
     Raises:
         DataError: There is no such base.
         BaseMismatchError: What is there now is not what was recorded; names the first tensors that differ.
-        OSError: The Hub, as huggingface_hub has it.
+        AdapterError: Its repository cannot be reached.
     """
     folder, revision = _fetched(record, token)
     classes = None if record.label_names else record.num_classes
@@ -250,7 +251,8 @@ def _fetched(record: BaseRecord, token: str | bool | None) -> tuple[str, str | N
                 "place where it is here, or with its repository on the Hub"
             )
         return record.id, None
-    folder = snapshot_download(record.id, revision=record.revision, allow_patterns=list(_FILES), token=token)
+    with explained("open the base", record.id, record.revision, f"there is no folder {Path(record.id).absolute()}"):
+        folder = snapshot_download(record.id, revision=record.revision, allow_patterns=list(_FILES), token=token)
     return folder, Path(folder).name
 
 

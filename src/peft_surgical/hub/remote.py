@@ -74,13 +74,14 @@ def _first(error: BaseException, kind: type[BaseException]) -> BaseException | N
 
 
 @contextmanager
-def explained(doing: str, repo: str, revision: str | None = None) -> Iterator[None]:
+def explained(doing: str, repo: str, revision: str | None = None, tried: str = "") -> Iterator[None]:
     """Turn what huggingface_hub raises into an error of this package that says what to do.
 
     Args:
         doing: What is being done: ``"pull"``.
         repo: The repository.
         revision: Of it.
+        tried: What was looked for elsewhere before, in words.
 
     Raises:
         ConfigError: The name of the repository is none.
@@ -91,9 +92,11 @@ def explained(doing: str, repo: str, revision: str | None = None) -> Iterator[No
     except SurgicalError:
         raise
     except HFValidationError as error:
-        raise ConfigError(f"cannot {doing} {repo!r}: it is neither a folder here nor owner/name on the Hub") from error
+        message = f"cannot {doing} {repo!r}: it is neither a folder here nor owner/name on the Hub"
+        raise ConfigError(f"{message}; {tried}" if tried else message) from error
     except HUB_ERRORS as error:
-        raise AdapterError(f"cannot {doing} {repo}: {_reason(error, repo, revision)}") from error
+        message = f"cannot {doing} {repo}: {_reason(error, repo, revision)}"
+        raise AdapterError(f"{message}; {tried}" if tried else message) from error
 
 
 def _reason(error: Exception, repo: str, revision: str | None) -> str:

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
+import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
@@ -24,8 +28,9 @@ from .commits import FIGURE, REPORT
 from .contents import contents_of, read_config
 from .rebuilding import BaseName, attached, completed, fingerprint_without_whole, rebuild, record_of, recorded
 from .records import BaseRecord, write_record
-from .remote import explained
 
+_FOLDERS = re.compile(r"(?<!\S)/(?:[^/\s]+/)+(?=[^/\s])")
+"""What comes before the name in an absolute path that is a word of a text."""
 _LARGEST = 10  # tensors that a card's figure has room for
 
 
@@ -99,27 +104,39 @@ def stage_folder(source: Path, folder: Path) -> Staged:
     return Staged(folder, config, recorded(source, config))
 
 
-def prove(staged: Staged, asked: BaseName | None, report: Report | None, token: str | bool | None) -> Staged:
-    """Open the base as its record says, put the adapter on it, and write both down.
+def base_for_others(staged: Staged, asked: BaseName | None, report: Report | None) -> BaseRecord:
+    """What others are to open as the adapter's base.
 
     Args:
         staged: The adapter.
         asked: The base as the user names it: an id, or the arguments of `load_base` (``name``, ``label_names``,
             ``num_classes``, ``head``) and ``revision``. None trusts the record, or what the report says.
         report: Of ``peft-surgical tune``, which tells how the base was opened.
-        token: For the base.
 
     Raises:
         ConfigError: Nothing says which base it is, or others cannot open it.
-        BaseMismatchError: It is another one.
     """
     record = completed(staged.record, asked, report)
     if record.is_folder:
         raise ConfigError(
             f"the base is the folder {record.id}, which nobody else has: push it too, and say base= with its repository"
         )
-    with explained("open the base", record.id, record.revision):
-        base, found = rebuild(record, staged.config, token=token)
+    return record
+
+
+def prove(staged: Staged, record: BaseRecord, token: str | bool | None) -> Staged:
+    """Open the base as its record says, put the adapter on it, and write both down.
+
+    Args:
+        staged: The adapter.
+        record: Of the base, from `base_for_others`.
+        token: For the base.
+
+    Raises:
+        ConfigError: It cannot be opened with the head that it had.
+        BaseMismatchError: It is another one.
+    """
+    base, found = rebuild(record, staged.config, token=token)
     parameters = sum(p.numel() for p in base.model.parameters())
     attached(base, staged.folder)
     found = replace(found, weights_sha256=staged.config.weights_sha256)
@@ -127,16 +144,27 @@ def prove(staged: Staged, asked: BaseName | None, report: Report | None, token: 
     return replace(_named(staged, found.id, found.revision), record=found, base_parameters=parameters)
 
 
-def described(staged: Staged, words: str) -> Staged:
-    """The adapter of a network that nobody can open by name: what its config says is in words."""
+def described(staged: Staged, words: str | None) -> Staged:
+    """The adapter of a network that nobody can open by name: what its config says is in words, or nothing."""
     return replace(_named(staged, words, None), record=None)
 
 
-def _named(staged: Staged, base: str, revision: str | None) -> Staged:
+def _named(staged: Staged, base: str | None, revision: str | None) -> Staged:
     """Write into the config what others call the base: on this machine, it may have been a folder."""
     plain = {**staged.config.to_dict(), "base_model_name_or_path": base, "revision": revision}
+    plain["selection"] = _without_folders(plain["selection"])
     write_atomically(staged.folder / CONFIG, canonical_json(plain))
     return replace(staged, config=read_config(staged.folder))
+
+
+def _without_folders(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {_without_folders(key): _without_folders(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_folders(part) for part in value]
+    if not isinstance(value, str):
+        return value
+    return Path(value).name if os.path.isabs(value) else _FOLDERS.sub("", value)
 
 
 def weights_of(staged: Staged) -> Weights:

@@ -17,6 +17,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from ..devices import generators_kept
 from ..errors import DataError
 from .forward import LossFunction, forward_loss, labels_in
 from .tensors import TrainedTensor, unwrapped
@@ -262,11 +263,10 @@ def _left_as_it_was(model: nn.Module, tensors: Mapping[str, TrainedTensor], data
     generators = _generators(dataloader)
     states = [generator.get_state() for generator in generators]
     python, numpys = random.getstate(), np.random.get_state()
-    devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] if torch.cuda.is_initialized() else []
     wanted = {tensor.parameter for tensor in tensors.values()}
     _looking.append(model)
     try:
-        with torch.random.fork_rng(devices=devices):
+        with generators_kept():
             model.eval()
             for parameter in flags:
                 parameter.requires_grad_(parameter in wanted)

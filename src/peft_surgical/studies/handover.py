@@ -14,7 +14,7 @@ from ..hub.cards import About, card_of
 from ..hub.contents import read_config
 from ..hub.pushing import push_adapter
 from ..hub.staging import Staged, weights_of
-from ..tuner.saving import CARD
+from ..tuner.card import CARD
 from .findings import ADAPTER
 
 

@@ -28,7 +28,7 @@ _HOOKS = {
 }
 
 
-def register(push_to_hub: Callable[..., Any] | None = None) -> None:
+def register(push_to_hub: Callable[..., Any] | None = None, card: Callable[..., Any] | None = None) -> None:
     """Enter the method into PEFT's mappings and make ``PeftModel.save_pretrained`` atomic for it. Idempotent.
 
     Reading the type of an adapter from a config that is damaged becomes an error that names the file.
@@ -39,6 +39,8 @@ def register(push_to_hub: Callable[..., Any] | None = None) -> None:
 
     Args:
         push_to_hub: Wraps ``PeftModel.push_to_hub``, which else pushes a card of its own; see `pushing.redirected`.
+        card: Wraps ``PeftModel.create_or_update_model_card``, by which Trainer writes a card before it pushes; see
+            `pushing.carded`.
 
     Raises:
         SurgicalError: PEFT's internal hooks differ from those that this version was written for.
@@ -61,3 +63,5 @@ def register(push_to_hub: Callable[..., Any] | None = None) -> None:
         PeftConfig._get_peft_type = staticmethod(clear_about_types(PeftConfig._get_peft_type))
     if push_to_hub is not None and not hasattr(PeftModel.push_to_hub, "__wrapped__"):
         PeftModel.push_to_hub = push_to_hub(PeftModel.push_to_hub)
+    if card is not None and not hasattr(PeftModel.create_or_update_model_card, "__wrapped__"):
+        PeftModel.create_or_update_model_card = card(PeftModel.create_or_update_model_card)

@@ -26,8 +26,7 @@ from typing import Any
 from ..config import CONFIG, WEIGHTS, SurgicalConfig, write_atomically
 from ..delta import canonical_json, file_sha256
 from ..errors import AdapterError
-
-CARD = "README.md"
+from .card import CARD, write_card
 
 
 def saving_atomically(original: Callable[..., None]) -> Callable[..., None]:
@@ -61,9 +60,13 @@ def saving_atomically(original: Callable[..., None]) -> Callable[..., None]:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
             stage = Path(scratch)
-            if (target / CARD).is_file():  # PEFT updates a card that is there
-                shutil.copy2(target / CARD, stage / CARD)
+            for place in (".", *self.peft_config):
+                if (target / place / CARD).is_file():  # it may be somebody's own, which stays
+                    (stage / place).mkdir(exist_ok=True)
+                    shutil.copy2(target / place / CARD, stage / place / CARD)
             original(self, stage, **rest)
+            for config in list(stage.rglob(CONFIG)):
+                write_card(config.parent)
             commit(stage, target)
 
     return save_pretrained
