@@ -22,6 +22,7 @@ from peft.utils.save_and_load import get_base_model_state_dict, set_base_model_s
 from safetensors.torch import load_file
 from tiny import CASES, Tied, bits, disturb, images, llama, outputs, same, snapshot, train, vit
 from torch import nn
+from transformers import DynamicCache
 
 from peft_surgical import (
     AdapterError,
@@ -363,6 +364,45 @@ def test_mixed_batches_generate_as_one_adapter_at_a_time():
     for step, logits in enumerate(mixed.logits):
         assert all(close(logits[row], alone[name].logits[step][row]) for row, name in enumerate(names))
     assert len({tuple(found.sequences[0].tolist()) for found in alone.values()}) == 3  # or this test could not fail
+
+
+@pytest.mark.parametrize("passed", ["under another name", "by position", "inside a container"])
+def test_mixed_batches_share_one_cache_however_it_is_passed(passed):
+    class Remembers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.project, self.head = nn.Embedding(8, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, tokens, memory=None, extras=()):
+            cache = extras[0]["memory"] if memory is None else memory
+            states = self.project(self.embed(tokens))[:, None]
+            return self.head(cache.update(states, states, 0)[0].sum((1, 2)))
+
+    def twice(**keywords):  # two steps of a generation: the second one reads what the first has left
+        cache = DynamicCache()
+        given = {
+            "under another name": ((), {"memory": cache}),
+            "by position": ((cache,), {}),
+            "inside a container": ((), {"extras": ({"memory": cache},)}),
+        }
+        arguments, named = given[passed]
+        with torch.no_grad():
+            return [model(tokens, *arguments, **named, **keywords) for tokens in (torch.arange(6).view(3, 2), first)]
+
+    first = torch.tensor([[1], [2], [3]])
+    model = get_peft_model(Remembers(), SurgicalConfig(target=["project"])).eval()
+    model.add_adapter("other", SurgicalConfig(target=["embed", "head"]))
+    disturb(model, 0.5)
+    alone = {}
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        alone[name] = twice()
+    with model.disable_adapter():
+        alone["__base__"] = twice()
+    names = ["other", "__base__", "default"]
+    for step, mixed in enumerate(twice(adapter_names=names)):
+        assert all(close(mixed[row], alone[name][step][row]) for row, name in enumerate(names))
+    assert not close(alone["default"][1], alone["__base__"][1])
 
 
 @pytest.mark.parametrize("target", ["re:.*self_attn.*", "re:.*out_proj.*", "re:.*linear1.*", "all"])
