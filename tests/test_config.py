@@ -10,7 +10,6 @@ from peft_surgical.config import SurgicalType
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({}, "Nothing says what to tune"),
         ({"target": "block1", "target_modules": ["fc"]}, "Give one"),
         ({"target": "block1", "norm_stats": "moving"}, "norm_stats='moving' is not a policy: choose one of frozen"),
         ({"target": "block1", "delta_dtype": "int8"}, "delta_dtype='int8': choose None or one of float32"),
@@ -26,6 +25,12 @@ def test_contradictions_are_refused_without_a_model(settings, match):
 def test_a_target_that_does_not_parse_is_refused_without_a_model():
     with pytest.raises(TargetError, match="block4-2"):
         SurgicalConfig(target="block4-2")
+
+
+def test_a_config_without_a_target_can_be_made_and_saved(tmp_path):
+    config = SurgicalConfig()
+    config.save_pretrained(tmp_path)
+    assert PeftConfig.from_pretrained(tmp_path) == config
 
 
 def test_targets_that_need_data_are_accepted():

@@ -26,6 +26,7 @@ from transformers import DynamicCache
 
 from peft_surgical import (
     AdapterError,
+    ConfigError,
     SurgicalConfig,
     SurgicalLayer,
     UnknownTargetError,
@@ -420,6 +421,24 @@ def test_mixed_batches_through_the_fast_path_of_torchs_encoder(target):
     assert close(mixed[1::2], base[1::2])
 
 
+def test_one_match_among_target_modules_is_enough_and_the_others_are_named():
+    with pytest.warns(UserWarning, match=r"not in the base model: nothing matches 'blok1', 'out'\. Its modules"):
+        _, model = adapted(None, target_modules=["blok1", "q_proj", "out"])
+    _, plain = adapted(None, target_modules=["q_proj"])
+    assert model.peft_config["default"].tensor_names == plain.peft_config["default"].tensor_names
+
+
+@pytest.mark.parametrize("nothing", [{}, {"target_modules": []}, {"modules_to_save": ["classifier"]}])
+def test_a_config_that_does_not_say_what_to_tune_is_refused_by_the_model(nothing):
+    network = vit()
+    before = snapshot(network)
+    for inject in (get_peft_model, lambda model, config: inject_adapter_in_model(config, model)):
+        with pytest.raises(ConfigError, match=r"Please specify `target_modules`, or a target such as target='block1'"):
+            inject(network, SurgicalConfig(**nothing))
+    assert same(snapshot(network), before)
+    assert all(parameter.requires_grad for parameter in network.parameters())
+
+
 def test_injection_without_a_peft_model():
     base = vit().eval()
     network = copy.deepcopy(base)
@@ -496,8 +515,10 @@ def test_target_modules_peft_way():
     }
     _, model = adapted(None, target_modules="all-linear")
     assert len(model.peft_config["default"].tensor_names) > 10
-    with pytest.raises(UnknownTargetError, match="nothing matches 'blok1'"):
-        adapted(None, target_modules=["q_proj", "blok1"])  # PEFT's own methods take this without a word
+    with pytest.raises(UnknownTargetError, match="nothing matches 'blok1', 'blok2'"):
+        adapted(None, target_modules=["blok1", "blok2"])
+    with pytest.raises(UnknownTargetError, match=r"nothing matches 'blok\\\\d'"):
+        adapted(None, target_modules=r"blok\d")
     with pytest.warns(UserWarning, match="no modules were excluded"):
         adapted(None, target_modules=["q_proj"], exclude_modules=["nope"])
 

@@ -40,7 +40,8 @@ class SurgicalConfig(PeftConfig):
     """Configuration of a surgical adapter.
 
     Say what to tune either by ``target`` (blocks, paths, globs, regexes: see `parse`) or in PEFT's own way by
-    ``target_modules``; the other arguments have defaults. Validated without a model.
+    ``target_modules``; the other arguments have defaults. Validated without a model. A config that does not say what to
+    tune can be made, as with PEFT's other methods; ``get_peft_model`` refuses it.
 
     Args:
         target: For example ``"block1"``, ``"block2-4 + head"``, ``"all - head"``, ``"*.norm*"``, or a list of such
@@ -52,7 +53,8 @@ class SurgicalConfig(PeftConfig):
         blocks: An explicit cut of the network, block name -> module or tensor paths, for networks whose blocks cannot
             be derived. Kept in the adapter's config.
         target_modules: PEFT's: a list of module names (exact or as a suffix) or a regex; all tensors of a matched
-            module are tuned.
+            module are tuned. Names that match nothing are named in a warning, and are an error if none matches; every
+            term of ``target`` has to match.
         exclude_modules: PEFT's: modules, matched the same way, whose tensors are not tuned.
         modules_to_save: PEFT's: modules to train and save whole, such as a new head.
         scale: Factor of the deltas (WiSE-FT, Wortsman et al. 2022): 0 is the base, 1 the tuned model. Saved, so that
@@ -107,8 +109,6 @@ class SurgicalConfig(PeftConfig):
                 f"Both target={self.target!r} and target_modules={self.target_modules!r} say what to tune. Give one: "
                 "target knows blocks, and takes module paths too."
             )
-        if self.target is None and self.target_modules is None and self.tensor_names is None:
-            raise ConfigError("Nothing says what to tune: give target='block1' (or 'head', 'all', a path, a glob).")
         if self.target is not None:
             if not isinstance(self.target, str):
                 self.target = list(self.target)
