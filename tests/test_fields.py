@@ -4,10 +4,9 @@ import json
 import math
 
 import pytest
-from peft import LoraConfig, PeftConfig
 
 from peft_surgical import AdapterFileError, ConfigError, SurgicalConfig
-from peft_surgical.fields import MAX_BYTES, check_fields, clear_about_types, read_object
+from peft_surgical.fields import MAX_BYTES, check_fields, read_object
 
 GOOD = {"peft_type": "SURGICAL", "target": "block1"}
 
@@ -116,22 +115,3 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path):
         read_object(file)
     file.write_text(json.dumps(GOOD) + " " * 100_000)
     assert read_object(file) == GOOD
-
-
-@pytest.mark.parametrize("kind", [kind for kind in BROKEN if kind != "self"])
-def test_peft_asks_for_the_type_and_gets_a_clear_answer(tmp_path, kind):
-    ask = clear_about_types(PeftConfig._get_peft_type)
-    (tmp_path / "adapter_config.json").write_bytes(BROKEN[kind][0])
-    with pytest.raises(AdapterFileError, match=str(tmp_path)):
-        ask(str(tmp_path))
-
-
-def test_types_of_other_methods_and_peft_s_own_words_pass(tmp_path):
-    ask = clear_about_types(PeftConfig._get_peft_type)
-    with pytest.raises(ValueError, match=r"Can't find 'adapter_config\.json' at") as caught:
-        ask(str(tmp_path))
-    assert not isinstance(caught.value, AdapterFileError)
-    LoraConfig(target_modules=["fc"]).save_pretrained(tmp_path / "lora")
-    assert ask(str(tmp_path / "lora")) == "LORA"
-    SurgicalConfig(target="block1").save_pretrained(tmp_path / "own")
-    assert ask(str(tmp_path), subfolder="own") == "SURGICAL"
