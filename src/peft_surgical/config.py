@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from .targets import parse
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 CONFIG = "adapter_config.json"
+_UNSAVED = ("strict_base", "held", "measured_fingerprint")
 DELTA_DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -65,6 +66,16 @@ class SurgicalConfig(PeftConfig):
         base_fingerprint: Filled in on saving: tensor name -> hash of the base's value; see `fingerprint`.
         weights_sha256: Filled in on saving: SHA-256 of the adapter file.
 
+    Attributes:
+        held: What the adapter file that `from_pretrained` verified holds: key -> shape, and whether it is floating
+            point. None for a config that was not read with a file. Not saved.
+        measured_fingerprint: `fingerprint` of the base under the adapter whose tensors were last gathered for saving;
+            it is saved as ``base_fingerprint``. That field itself says what base an adapter expects, and stays as it
+            is, since the same config may serve for a fresh adapter on another base.
+
+    The two attributes are here because PEFT and transformers pass nothing but the config from reading a file to the
+    tuner, and from the tuner to writing a file.
+
     Raises:
         ConfigError: For arguments that contradict each other or have unknown values.
         TargetError: For a target that does not parse.
@@ -87,6 +98,8 @@ class SurgicalConfig(PeftConfig):
     tensor_names: list[str] | None = field(default=None, metadata={"help": "Resolved; filled in."})
     base_fingerprint: dict[str, str] | None = field(default=None, metadata={"help": "Filled in on saving."})
     weights_sha256: str | None = field(default=None, metadata={"help": "Filled in on saving."})
+    held: Mapping[str, tuple[tuple[int, ...], bool]] | None = field(default=None, init=False, repr=False, compare=False)
+    measured_fingerprint: dict[str, str] | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_fields(vars(self))
@@ -117,9 +130,8 @@ class SurgicalConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """The config as plain data. ``strict_base`` is a decision of whoever loads, so it is left out."""
         plain = super().to_dict()
-        plain.pop("strict_base")
-        plain["base_fingerprint"] = getattr(self, "_fingerprint", None) or plain["base_fingerprint"]
-        return plain
+        plain["base_fingerprint"] = self.measured_fingerprint or plain["base_fingerprint"]
+        return {name: value for name, value in plain.items() if name not in _UNSAVED}
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write ``adapter_config.json`` in one step, with the hash of the adapter file that lies beside it."""
@@ -163,7 +175,7 @@ class SurgicalConfig(PeftConfig):
             raise AdapterFileError(f"The config of {source} does not hold what a config holds: {error}") from error
         config.strict_base = strict
         if weights is not None:
-            config._verify(source, weights)
+            config.held = config._verified(source, weights)
         elif config.weights_sha256 is not None or config.base_fingerprint is not None:
             # PEFT would look for the file once the adapter is on the model.
             raise AdapterFileError(
@@ -171,8 +183,8 @@ class SurgicalConfig(PeftConfig):
             )
         return config
 
-    def _verify(self, source: str, weights: Path) -> None:
-        """Check the adapter file that belongs to this config, and keep what it holds for the plan to compare."""
+    def _verified(self, source: str, weights: Path) -> dict[str, tuple[tuple[int, ...], bool]]:
+        """Check the adapter file that belongs to this config; what it holds, see `verify_file`."""
         if self.tensor_names is None:
             # The target would be resolved anew, by patterns from a file, and perhaps to other tensors.
             raise AdapterFileError(
@@ -185,7 +197,7 @@ class SurgicalConfig(PeftConfig):
                 "say strict_base=False."
             )
         keys = {file_key(name) for name in self.tensor_names}
-        self._held = verify_file(weights, self.weights_sha256, keys, others=bool(self.modules_to_save))
+        return verify_file(weights, self.weights_sha256, keys, others=bool(self.modules_to_save))
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
@@ -243,7 +255,8 @@ def _superseded(weights: Path) -> SurgicalConfig | None:
         raise ConfigError("superseded is not the config of an older adapter.")
     if old.get("weights_sha256") != file_sha256(weights):
         return None
-    return SurgicalConfig(**{key: value for key, value in old.items() if key in SurgicalConfig.__dataclass_fields__})
+    arguments = {field.name for field in fields(SurgicalConfig) if field.init}
+    return SurgicalConfig(**{key: value for key, value in old.items() if key in arguments})
 
 
 def write_atomically(path: Path, text: str) -> None:

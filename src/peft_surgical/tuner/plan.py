@@ -94,7 +94,7 @@ def is_resolved(config: SurgicalConfig) -> bool:
     """
     if config.tensor_names is None:
         return False
-    from_disk = config.base_fingerprint is not None or hasattr(config, "_held")
+    from_disk = config.base_fingerprint is not None or config.held is not None
     return from_disk or (config.target is None and not config.target_modules)
 
 
