@@ -1,7 +1,9 @@
+import dataclasses
 import json
 
 import pytest
-from peft import PeftConfig
+import tiny
+from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
 
 from peft_surgical import SurgicalConfig
 from peft_surgical.config import SurgicalType
@@ -11,7 +13,6 @@ from peft_surgical.errors import ConfigError, TargetError
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({}, "Nothing says what to tune"),
         ({"target": "block1", "target_modules": ["fc"]}, "Give one"),
         ({"target": "block1", "norm_stats": "moving"}, "norm_stats='moving' is not a policy: choose one of frozen"),
         ({"target": "block1", "delta_dtype": "int8"}, "delta_dtype='int8': choose one of float32"),
@@ -27,6 +28,12 @@ def test_contradictions_are_refused_without_a_model(settings, match):
 def test_a_target_that_does_not_parse_is_refused_without_a_model():
     with pytest.raises(TargetError, match="block4-2"):
         SurgicalConfig(target="block4-2")
+
+
+def test_a_config_without_a_target_can_be_made_and_saved(tmp_path):
+    config = SurgicalConfig()
+    config.save_pretrained(tmp_path)
+    assert PeftConfig.from_pretrained(tmp_path) == config
 
 
 def test_targets_that_need_data_are_accepted():
@@ -69,3 +76,23 @@ def test_unknown_future_fields_follow_pefts_rule(tmp_path):
 
 def test_sets_become_sorted_lists():
     assert SurgicalConfig(target_modules={"b", "a"}).target_modules == ["a", "b"]
+
+
+def test_what_is_not_saved_cannot_come_from_a_file(tmp_path):
+    SurgicalConfig(target="block1").save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    plain = json.loads(path.read_text())
+    assert not {"strict_base", "held", "measured_fingerprint"} & set(plain)
+    path.write_text(json.dumps({**plain, "held": {}, "measured_fingerprint": {"a": "b"}}))
+    with pytest.warns(UserWarning, match="'held', 'measured_fingerprint'"):
+        config = SurgicalConfig.from_pretrained(tmp_path)
+    assert (config.held, config.measured_fingerprint) == (None, None)
+
+
+def test_a_config_carries_nothing_but_its_fields():
+    """No function leaves a private attribute on a config for another function to read."""
+    network = tiny.vit()
+    model = get_peft_model(network, SurgicalConfig(target="block1"))
+    get_peft_model_state_dict(model)
+    fields = {field.name for field in dataclasses.fields(SurgicalConfig)}
+    assert set(vars(model.peft_config["default"])) <= fields

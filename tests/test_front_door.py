@@ -22,9 +22,16 @@ from peft.utils.save_and_load import get_base_model_state_dict, set_base_model_s
 from safetensors.torch import load_file
 from tiny import CASES, Tied, bits, disturb, images, llama, outputs, same, snapshot, train, vit
 from torch import nn
+from transformers import DynamicCache
 
 from peft_surgical import SurgicalConfig
-from peft_surgical.errors import AdapterError, UnknownTargetError, UnresolvedTargetError, UnsupportedModelError
+from peft_surgical.errors import (
+    AdapterError,
+    ConfigError,
+    UnknownTargetError,
+    UnresolvedTargetError,
+    UnsupportedModelError,
+)
 from peft_surgical.tuner.layer import SurgicalLayer
 from peft_surgical.tuner.mixed import _routed, _Routing
 
@@ -360,6 +367,45 @@ def test_mixed_batches_generate_as_one_adapter_at_a_time():
     assert len({tuple(found.sequences[0].tolist()) for found in alone.values()}) == 3  # or this test could not fail
 
 
+@pytest.mark.parametrize("passed", ["under another name", "by position", "inside a container"])
+def test_mixed_batches_share_one_cache_however_it_is_passed(passed):
+    class Remembers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.project, self.head = nn.Embedding(8, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, tokens, memory=None, extras=()):
+            cache = extras[0]["memory"] if memory is None else memory
+            states = self.project(self.embed(tokens))[:, None]
+            return self.head(cache.update(states, states, 0)[0].sum((1, 2)))
+
+    def twice(**keywords):  # two steps of a generation: the second one reads what the first has left
+        cache = DynamicCache()
+        given = {
+            "under another name": ((), {"memory": cache}),
+            "by position": ((cache,), {}),
+            "inside a container": ((), {"extras": ({"memory": cache},)}),
+        }
+        arguments, named = given[passed]
+        with torch.no_grad():
+            return [model(tokens, *arguments, **named, **keywords) for tokens in (torch.arange(6).view(3, 2), first)]
+
+    first = torch.tensor([[1], [2], [3]])
+    model = get_peft_model(Remembers(), SurgicalConfig(target=["project"])).eval()
+    model.add_adapter("other", SurgicalConfig(target=["embed", "head"]))
+    disturb(model, 0.5)
+    alone = {}
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        alone[name] = twice()
+    with model.disable_adapter():
+        alone["__base__"] = twice()
+    names = ["other", "__base__", "default"]
+    for step, mixed in enumerate(twice(adapter_names=names)):
+        assert all(close(mixed[row], alone[name][step][row]) for row, name in enumerate(names))
+    assert not close(alone["default"][1], alone["__base__"][1])
+
+
 @pytest.mark.parametrize("target", ["re:.*self_attn.*", "re:.*out_proj.*", "re:.*linear1.*", "all"])
 def test_mixed_batches_through_the_fast_path_of_torchs_encoder(target):
     layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
@@ -373,6 +419,37 @@ def test_mixed_batches_through_the_fast_path_of_torchs_encoder(target):
     assert not close(tuned, base)
     assert close(mixed[::2], tuned[::2])
     assert close(mixed[1::2], base[1::2])
+
+
+def test_one_match_among_target_modules_is_enough_and_the_others_are_named():
+    with pytest.warns(UserWarning, match=r"not in the base model: nothing matches 'blok1', 'out'\. Its modules"):
+        _, model = adapted(None, target_modules=["blok1", "q_proj", "out"])
+    _, plain = adapted(None, target_modules=["q_proj"])
+    assert model.peft_config["default"].tensor_names == plain.peft_config["default"].tensor_names
+
+
+@pytest.mark.parametrize("nothing", [{}, {"target_modules": []}, {"modules_to_save": ["classifier"]}])
+def test_a_config_that_does_not_say_what_to_tune_is_refused_by_the_model(nothing):
+    network = vit()
+    before = snapshot(network)
+    for inject in (get_peft_model, lambda model, config: inject_adapter_in_model(config, model)):
+        with pytest.raises(ConfigError, match=r"Please specify `target_modules`, or a target such as target='block1'"):
+            inject(network, SurgicalConfig(**nothing))
+    assert same(snapshot(network), before)
+    assert all(parameter.requires_grad for parameter in network.parameters())
+
+
+def test_pefts_conversion_for_changed_architectures_sees_the_config(monkeypatch):
+    from peft.utils import transformers_weight_conversion
+
+    def renamed(config, model, conversions):  # as PEFT does for LoRA on models that transformers 5 laid out anew
+        config.target_modules = ["q_proj" if name == "query" else name for name in config.target_modules]
+
+    monkeypatch.setattr(transformers_weight_conversion, "convert_peft_config_for_transformers", renamed)
+    _, model = adapted(None, target_modules=["query"])
+    names = model.peft_config["default"].tensor_names
+    assert names
+    assert all(".q_proj." in name for name in names)
 
 
 def test_injection_without_a_peft_model():
@@ -451,8 +528,10 @@ def test_target_modules_peft_way():
     }
     _, model = adapted(None, target_modules="all-linear")
     assert len(model.peft_config["default"].tensor_names) > 10
-    with pytest.raises(UnknownTargetError, match="nothing matches 'blok1'"):
-        adapted(None, target_modules=["q_proj", "blok1"])  # PEFT's own methods take this without a word
+    with pytest.raises(UnknownTargetError, match="nothing matches 'blok1', 'blok2'"):
+        adapted(None, target_modules=["blok1", "blok2"])
+    with pytest.raises(UnknownTargetError, match=r"nothing matches 'blok\\\\d'"):
+        adapted(None, target_modules=r"blok\d")
     with pytest.warns(UserWarning, match="no modules were excluded"):
         adapted(None, target_modules=["q_proj"], exclude_modules=["nope"])
 

@@ -4,9 +4,11 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import FunctionType
 
 import peft
 import pytest
+import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 
@@ -23,7 +25,7 @@ diff load_adapted pull push_adapter read_adapter resolve_target score_blocks set
 
 IMPORTED = """
 anatomy anatomy.blocks anatomy.inventory anatomy.layouts anatomy.sources anatomy.spec config delta errors fields norm
-specialise targets targets.parsing targets.resolving tuner tuner.attach tuner.combine tuner.expected tuner.layer
+specialise targets targets.parsing targets.resolving tuner tuner.attach tuner.card tuner.combine tuner.expected tuner.layer
 tuner.mixed tuner.model tuner.plan tuner.reading tuner.register tuner.saving tuner.support
 """
 
@@ -101,3 +103,33 @@ def test_other_methods_save_as_ever(tmp_path):
     model = peft.get_peft_model(vit(), peft.LoraConfig(target_modules=["q_proj"]))
     model.save_pretrained(tmp_path, safe_serialization=False)
     assert (tmp_path / "adapter_model.bin").is_file()
+
+
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [('{"peft_type": "LO', "JSONDecodeError"), ("{}", "KeyError"), ('{"peft_type": "NEW"}', "KeyError")],
+)
+def test_configs_of_other_methods_fail_in_pefts_own_words(tmp_path, content, error):
+    (tmp_path / "adapter_config.json").write_text(content)
+    with pytest.raises((ValueError, KeyError), match=r"Unterminated|'peft_type'|'NEW'") as caught:
+        peft.PeftModel.from_pretrained(torch.nn.Linear(2, 2), tmp_path)
+    assert type(caught.value).__name__ == error
+
+
+def test_nothing_but_what_docs_tuner_lists_is_changed_in_other_packages():
+    """Functions of this package that other packages' classes and modules have as attributes."""
+    own = str(Path(peft_surgical.__file__).parent)
+    changed = set()
+    for module in [
+        m for n, m in sys.modules.items() if n.partition(".")[0] in ("peft", "transformers", "timm", "torch")
+    ]:
+        for holder in (module, *(value for value in vars(module).values() if isinstance(value, type))):
+            for name, value in vars(holder).items():
+                function = value.__func__ if isinstance(value, (classmethod, staticmethod)) else value
+                if isinstance(function, FunctionType) and function.__code__.co_filename.startswith(own):
+                    changed.add(f"{holder.__name__}.{name}")
+    assert changed == {
+        f"PeftModel.{name}" for name in ("save_pretrained", "push_to_hub", "create_or_update_model_card")
+    }
+    page = (Path(__file__).parents[1] / "docs" / "tuner.md").read_text(encoding="utf-8")
+    assert all(f"`{name}`" in page for name in changed)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from peft_surgical import SurgicalConfig
@@ -98,13 +98,13 @@ def is_clear(error: BaseException) -> bool:
     """Whether an error is of this package, or one of those that a library raises clearly."""
     if isinstance(error, SurgicalError):
         return bool(str(error).strip())
-    if not hasattr(PeftConfig._get_peft_type, "__wrapped__") and _asks_for_the_type(error):
-        return True  # PEFT's own words; with `clear_about_types` in their place, ours
+    if _asks_for_the_type(error):
+        return True  # PEFT's own words
     return any(isinstance(error, kind) and words in str(error) for kind, words in LIBRARY_ERRORS)
 
 
 def _asks_for_the_type(error: BaseException) -> bool:
-    """Whether PEFT raised it while it looked up the method of an adapter, before this package has a say."""
+    """Whether PEFT raised it while it looked up the method of an adapter, before it asked this package anything."""
     frames = traceback.extract_tb(error.__traceback__)
     lookup = frames[-1].filename.endswith("peft_model.py") and isinstance(error, (KeyError, TypeError))
     return lookup or any(frame.name == "_get_peft_type" for frame in frames)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from .targets import parse
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 CONFIG = "adapter_config.json"
+_UNSAVED = ("strict_base", "held", "measured_fingerprint")
 DELTA_DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -40,7 +41,8 @@ class SurgicalConfig(PeftConfig):
     """Configuration of a surgical adapter.
 
     Say what to tune either by ``target`` (blocks, paths, globs, regexes: see `parse`) or in PEFT's own way by
-    ``target_modules``; the other arguments have defaults. Validated without a model.
+    ``target_modules``; the other arguments have defaults. Validated without a model. A config that does not say what to
+    tune can be made, as with PEFT's other methods; ``get_peft_model`` refuses it.
 
     Args:
         target: For example ``"block1"``, ``"block2-4 + head"``, ``"all - head"``, ``"*.norm*"``, or a list of such
@@ -52,7 +54,8 @@ class SurgicalConfig(PeftConfig):
         blocks: An explicit cut of the network, block name -> module or tensor paths, for networks whose blocks cannot
             be derived. Kept in the adapter's config.
         target_modules: PEFT's: a list of module names (exact or as a suffix) or a regex; all tensors of a matched
-            module are tuned.
+            module are tuned. Names that match nothing are named in a warning, and are an error if none matches; every
+            term of ``target`` has to match.
         exclude_modules: PEFT's: modules, matched the same way, whose tensors are not tuned.
         modules_to_save: PEFT's: modules to train and save whole, such as a new head.
         scale: Factor of the deltas (WiSE-FT, Wortsman et al. 2022): 0 is the base, 1 the tuned model. Saved, so that
@@ -62,6 +65,16 @@ class SurgicalConfig(PeftConfig):
         tensor_names: Filled in: the resolved names of the tuned tensors, so that loading re-derives nothing.
         base_fingerprint: Filled in on saving: tensor name -> hash of the base's value; see `fingerprint`.
         weights_sha256: Filled in on saving: SHA-256 of the adapter file.
+
+    Attributes:
+        held: What the adapter file that `from_pretrained` verified holds: key -> shape, and whether it is floating
+            point. None for a config that was not read with a file. Not saved.
+        measured_fingerprint: `fingerprint` of the base under the adapter whose tensors were last gathered for saving;
+            it is saved as ``base_fingerprint``. That field itself says what base an adapter expects, and stays as it
+            is, since the same config may serve for a fresh adapter on another base.
+
+    The two attributes are here because PEFT and transformers pass nothing but the config from reading a file to the
+    tuner, and from the tuner to writing a file.
 
     Raises:
         ConfigError: For arguments that contradict each other or have unknown values.
@@ -85,6 +98,8 @@ class SurgicalConfig(PeftConfig):
     tensor_names: list[str] | None = field(default=None, metadata={"help": "Resolved; filled in."})
     base_fingerprint: dict[str, str] | None = field(default=None, metadata={"help": "Filled in on saving."})
     weights_sha256: str | None = field(default=None, metadata={"help": "Filled in on saving."})
+    held: Mapping[str, tuple[tuple[int, ...], bool]] | None = field(default=None, init=False, repr=False, compare=False)
+    measured_fingerprint: dict[str, str] | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_fields(vars(self))
@@ -108,8 +123,6 @@ class SurgicalConfig(PeftConfig):
                 f"Both target={self.target!r} and target_modules={self.target_modules!r} say what to tune. Give one: "
                 "target knows blocks, and takes module paths too."
             )
-        if self.target is None and self.target_modules is None and self.tensor_names is None:
-            raise ConfigError("Nothing says what to tune: give target='block1' (or 'head', 'all', a path, a glob).")
         if self.target is not None:
             if not isinstance(self.target, str):
                 self.target = list(self.target)
@@ -118,9 +131,8 @@ class SurgicalConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """The config as plain data. ``strict_base`` is a decision of whoever loads, so it is left out."""
         plain = super().to_dict()
-        plain.pop("strict_base")
-        plain["base_fingerprint"] = getattr(self, "_fingerprint", None) or plain["base_fingerprint"]
-        return plain
+        plain["base_fingerprint"] = self.measured_fingerprint or plain["base_fingerprint"]
+        return {name: value for name, value in plain.items() if name not in _UNSAVED}
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write ``adapter_config.json`` in one step, with the hash of the adapter file that lies beside it."""
@@ -165,7 +177,7 @@ class SurgicalConfig(PeftConfig):
             raise AdapterFileError(f"The config of {source} does not hold what a config holds: {error}") from error
         config.strict_base = strict
         if weights is not None:
-            config._verify(source, weights)
+            config.held = config._verified(source, weights)
         elif config.weights_sha256 is not None or config.base_fingerprint is not None:
             # PEFT would look for the file once the adapter is on the model.
             raise AdapterFileError(
@@ -173,8 +185,8 @@ class SurgicalConfig(PeftConfig):
             )
         return config
 
-    def _verify(self, source: str, weights: Path) -> None:
-        """Check the adapter file that belongs to this config, and keep what it holds for the plan to compare."""
+    def _verified(self, source: str, weights: Path) -> dict[str, tuple[tuple[int, ...], bool]]:
+        """Check the adapter file that belongs to this config; what it holds, see `verify_file`."""
         if self.tensor_names is None:
             # The target would be resolved anew, by patterns from a file, and perhaps to other tensors.
             raise AdapterFileError(
@@ -187,7 +199,7 @@ class SurgicalConfig(PeftConfig):
                 "say strict_base=False."
             )
         keys = {file_key(name) for name in self.tensor_names}
-        self._held = verify_file(weights, self.weights_sha256, keys, others=bool(self.modules_to_save))
+        return verify_file(weights, self.weights_sha256, keys, others=bool(self.modules_to_save))
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
@@ -251,7 +263,8 @@ def _superseded(weights: Path) -> SurgicalConfig | None:
         raise ConfigError("superseded is not the config of an older adapter.")
     if old.get("weights_sha256") != file_sha256(weights):
         return None
-    return SurgicalConfig(**{key: value for key, value in old.items() if key in SurgicalConfig.__dataclass_fields__})
+    arguments = {field.name for field in fields(SurgicalConfig) if field.init}
+    return SurgicalConfig(**{key: value for key, value in old.items() if key in arguments})
 
 
 def write_atomically(path: Path, text: str) -> None:

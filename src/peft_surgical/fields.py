@@ -5,7 +5,6 @@ A value of the wrong type would fail later and elsewhere, as an AttributeError d
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -127,40 +126,14 @@ def read_object(file: str | os.PathLike[str]) -> dict[str, Any]:
         raise AdapterFileError(f"{place} holds {_short(plain)}, not the fields of an adapter's config.")
     if "self" in plain:  # a name that no field can have, and that every method has an argument of
         raise AdapterFileError(f"{place} has a field 'self', which no config has.")
-    _check_type(plain.get("peft_type"), str(place))
+    found = plain.get("peft_type")
+    if not isinstance(found, str) or found not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise AdapterFileError(
+            f"{place}: peft_type={_short(found)} is no method that PEFT knows here; a surgical adapter's is "
+            "'SURGICAL'. Save or download it again, or install what it was made with."
+        )
     return plain
 
 
 def _reason(error: Exception) -> str:
     return "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())[:200]
-
-
-def _check_type(found: Any, where: str) -> None:
-    if not isinstance(found, str) or found not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        raise AdapterFileError(
-            f"{where}: peft_type={_short(found)} is no method that PEFT knows here; a surgical adapter's is "
-            "'SURGICAL'. Save or download it again, or install what it was made with."
-        )
-
-
-def clear_about_types(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap ``PeftConfig._get_peft_type``, by which PEFT asks a config file for its method before that has a say.
-
-    PEFT raises what JSON and dicts raise (JSONDecodeError, KeyError, TypeError, RecursionError), without the file.
-    """
-
-    @functools.wraps(original)
-    def _get_peft_type(model_id: str | os.PathLike[str], **kwargs: Any) -> Any:
-        try:
-            found = original(model_id, **kwargs)
-        except (KeyError, TypeError, RecursionError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            reason = "has no peft_type" if isinstance(error, KeyError) else f"cannot be read: {_reason(error)}"
-            raise AdapterFileError(f"The config of {model_id} {reason}. Save or download it again.") from error
-        except ValueError as error:
-            if "integer string conversion" not in str(error):  # there is no config: PEFT says so
-                raise
-            raise AdapterFileError(f"The config of {model_id} cannot be read: {_reason(error)}.") from error
-        _check_type(found, f"The config of {model_id}")
-        return found
-
-    return _get_peft_type

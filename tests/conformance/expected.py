@@ -67,7 +67,6 @@ READ = "asks for a tuned tensor as a Parameter: reading it gives base + delta"
 STRICT = "a base with other values, shapes or dtype is refused by its fingerprint"
 TIED = "PEFT's test writes a state dict with shared tensors, which safetensors refuse: the tie outlives merging"
 TUNED = "wants an embedding without gradient, while the embedding is what is tuned"
-UNEVEN = "one of the targets matches nothing in this network; each has to"
 REPEATS = "a tied embedding with ten times the noise repeats its input, so PEFT's two adapters generate the same"
 BEAMS = "beam search of an encoder-decoder: refused, the encoder sees its samples unrepeated"
 WHOLE = "modules_to_save are no deltas and are not combined"
@@ -105,7 +104,6 @@ EXPECTED = [
     Row("test_decoder_models", "mixed_adapter_batches.*config_kwargs[02].*OPT", FLAT),
     Row("test_decoder_models", "generate_with_mixed_adapter_batches.*config_kwargs1.*(Gemma3|GPT2)", REPEATS),
     Row("test_decoder_models", "test_lora_embed_scale_is_applied_mixed_batch", IN_PLACE),
-    Row("test_decoder_models", r"lora_to_embedding_layer\[peft_config0", UNEVEN),
     Row("test_decoder_models", r"lora_to_embedding_layer\[peft_config1-(True|auto)", EMBEDDING),
     Row("test_encoder_decoder_models", "pickle", PICKLE),
     Row("test_encoder_decoder_models", "test_prepare_for_training.*config_kwargs2", TUNED),
@@ -118,7 +116,6 @@ EXPECTED = [
     Row("test_low_level_api", "test_inject_from_state_dict_(extra|missing)_keys_warning", WORDING),
     Row("test_tuners_utils", "test_warn_for_tied_embeddings_merge", WORDING),
     Row("test_tuners_utils", "second_adapter_only_modules_to_save", WORDING),
-    Row("test_tuners_utils", "test_some_modules_excluded_some_unmatched", WORDING),
     Row("test_tuners_utils", "test_get_peft_model_applies_find_target_modules", GIVEN),
     Row("test_tuners_utils", "test_mixed_model_raises", MIXED_MODEL),
     Row("test_tuners_utils", "test_add_second_adapter_with_all_linear_works", IN_PLACE),

@@ -19,7 +19,7 @@ REPLACED = {
     ("test_custom_models", "ALL_PEFT_CONFIG_CLASSES"): "[cases.LoraStandIn]",
     ("test_custom_models", "MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES"): "cases.MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES",
     ("test_custom_models", "MockTransformerWrapper"): "cases.with_networks(MockTransformerWrapper)",
-    ("test_config", "ALL_CONFIG_CLASSES"): '[(cases.SurgicalConfig, {"target_modules": ["lin0"]})]',
+    ("test_config", "ALL_CONFIG_CLASSES"): "[(cases.SurgicalConfig, {})]",
     ("test_tuners_utils", "LoraLayer"): "cases.SurgicalLayer",
     ("test_vision_models", "CONFIGS"): "cases.VISION_CONFIGS",
     ("*", "ALL_CONFIGS"): "cases.configs_for(__name__)",

@@ -179,8 +179,8 @@ def _warn_of_gaps(about: About) -> None:
     if missing and not about.complete:
         warnings.warn(
             f"the card of {about.repo} says nothing of {' and '.join(missing)}: pass them to push_to_hub or "
-            "push_adapter, such as license='apache-2.0' and datasets=['uoft-cs/cifar10'] (datasets=[] if they are not on "
-            "the Hub)",
+            "push_adapter, such as license='apache-2.0' and datasets=['uoft-cs/cifar10'] (datasets=[] if they are not "
+            "on the Hub)",
             stacklevel=4,
         )
 

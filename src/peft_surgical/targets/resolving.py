@@ -60,7 +60,7 @@ def resolve(spec: TargetSpec, anatomy: Anatomy) -> tuple[str, ...]:
 def paths_matched(patterns: str | Collection[str], paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """Match module paths as PEFT's ``target_modules`` and ``exclude_modules`` do, pattern by pattern.
 
-    PEFT asks only whether anything matched at all; answering for each pattern lets the caller refuse one that is dead.
+    PEFT asks only whether anything matched at all; answering for each pattern lets the caller name those in vain.
 
     Args:
         patterns: A string is a regex for the whole path; a collection holds names that are a path or the end of one,

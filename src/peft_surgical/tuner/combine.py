@@ -176,7 +176,7 @@ def combined_config(
     """
     default = SurgicalConfig(tensor_names=[])
     fields: dict[str, Any] = {}
-    for entry in dataclasses.fields(SurgicalConfig):
+    for entry in (entry for entry in dataclasses.fields(SurgicalConfig) if entry.init):
         found = [getattr(config, entry.name) for config in configs]
         agreed = all(value == found[0] for value in found)
         fields[entry.name] = found[0] if agreed else getattr(default, entry.name)

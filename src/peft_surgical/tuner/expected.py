@@ -35,8 +35,7 @@ def check_held(modules: Mapping[str, nn.Module], entries: Sequence[ModulePlan], 
         AdapterError: Shapes or kinds differ in a module that the adapter holds whole.
         BaseMismatchError: The config's task is one that this base has no methods for.
     """
-    held: Mapping[str, tuple[tuple[int, ...], bool]] | None = getattr(config, "_held", None)
-    if held is None:
+    if (held := config.held) is None:
         return
     root = modules[""]
     if config.task_type in _GENERATES and not hasattr(root, "prepare_inputs_for_generation"):

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from transformers import Cache
 from transformers.utils import ModelOutput
 
 from ..errors import AdapterError
@@ -125,13 +126,22 @@ def _at_root(model: nn.Module, layers: list[SurgicalLayer], routing: _Routing) -
     @functools.wraps(inside)  # generate() asks the signature whether to pass position_ids
     def split(*args: Any, **kwargs: Any) -> Any:
         names = routing.names
-        if kwargs.get("past_key_values") is not None or len(set(names)) == 1:
+        if _holds_cache((args, kwargs)) or len(set(names)) == 1:
             return inside(*args, **kwargs)
         if _rows(args, kwargs) != len(names):
             raise AdapterError(f"adapter_names has {len(names)} entries, the batch {_rows(args, kwargs)} rows.")
         return _by_rows(names, routing, layers, inside, args, kwargs)
 
     return split
+
+
+def _holds_cache(value: Any) -> bool:
+    """Whether a cache of the whole batch is among the arguments, whatever the network calls the argument."""
+    if isinstance(value, dict):
+        return any(map(_holds_cache, value.values()))
+    if isinstance(value, (list, tuple)):
+        return any(map(_holds_cache, value))
+    return isinstance(value, Cache)
 
 
 def _by_rows(

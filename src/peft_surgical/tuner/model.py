@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import transformers_weight_conversion
 from peft.utils.integrations import init_empty_weights
 from peft.utils.other import set_additional_trainable_modules
 from torch import nn
@@ -56,6 +57,11 @@ class SurgicalModel(BaseTuner):
         """Adapter -> fingerprint of its base, taken while that was whole; of several processes' adapters only."""
         return self.__dict__.setdefault("_fingerprints_taken", {})
 
+    @property
+    def _awaiting(self) -> set[str]:
+        """Adapters whose config was read from disk and whose weights come next: refused weights take them along."""
+        return self.__dict__.setdefault("_awaiting_weights", set())
+
     # --- adding an adapter ---
 
     def inject_adapter(
@@ -66,8 +72,25 @@ class SurgicalModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
-        """Plan, check, then attach; see BaseTuner. A refused adapter leaves the model as it was."""
+        """Plan, check, then attach; see BaseTuner. A refused adapter leaves the model as it was.
+
+        Takes the place of PEFT's method, whose loop replaces modules by their paths: it passes over the root, whose
+        tensors can be tuned too, and changes the model before all of it has been checked. The rest of what PEFT's
+        method does (0.21.2) is done here or needs nothing:
+
+        - Converting the config of a model whose architecture changed in transformers 5: by PEFT's own function.
+        - `_check_new_adapter_config`, and trainability kept where other adapters exist: the same.
+        - `_check_tied_modules`: one delta serves all modules that share a tensor.
+        - `_prepare_adapter_config`: this method has no default targets for an architecture.
+        - `target_parameters`, `rank_pattern`, `alpha_pattern`, placeholder targets: LoRA's fields.
+        - Condensing long lists of ``target_modules``: the plan looks each name up once.
+        - Warnings and errors about what matched: the plan's.
+        - Activating, freezing, ``modules_to_save``: the same calls, in `_attach`.
+        """
         config = self.peft_config[adapter_name]
+        if hasattr(getattr(model, "config", None), "model_type"):
+            conversions = transformers_weight_conversion.get_model_conversion_mapping(model)
+            transformers_weight_conversion.convert_peft_config_for_transformers(config, model, conversions)
         self._check_new_adapter_config(config)
         names = _names_in(state_dict) if state_dict is not None else self._given_names.pop(adapter_name, None)
         plan = make_plan(model, config, names)
@@ -77,8 +100,9 @@ class SurgicalModel(BaseTuner):
             _warn_about_other_targets(model, config, plan)
 
         known = dict(_trainability(model)) if any(True for _ in surgical_layers(model)) else {}
-        # A config that was read from disk names its base; its weights come next, and if they are refused it goes.
-        config._awaits_weights = config.base_fingerprint is not None
+        self._awaiting.discard(adapter_name)
+        if config.base_fingerprint is not None:  # as in a config that was read from disk
+            self._awaiting.add(adapter_name)
         config.tensor_names = list(plan.names)
         self._attach(model, adapter_name, plan, config, low_cpu_mem_usage)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not low_cpu_mem_usage:
@@ -286,11 +310,9 @@ class SurgicalModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         inner = getattr(getattr(model, "base_model", None), "model", model)
-        # Kept apart from the config's own field, which says what base an adapter *expects*: the same config may be
-        # used for a fresh adapter on another base.
         taken = getattr(getattr(model, "base_model", None), "_fingerprints", {}).get(adapter_name)
         sharded = any(hasattr(value, "full_tensor") for value in inner.parameters())
-        config._fingerprint = taken if sharded and taken else fingerprint_of(inner, config)
+        config.measured_fingerprint = taken if sharded and taken else fingerprint_of(inner, config)
         found = {key: value.full_tensor() if hasattr(value, "full_tensor") else value for key, value in found.items()}
         broken = [key for key, value in found.items() if not value.is_meta and not bool(torch.isfinite(value).all())]
         if broken:
@@ -315,14 +337,15 @@ class SurgicalModel(BaseTuner):
         expected = {key: tuple(value.shape) for key, value in own.items() if any(mark in key for mark in marks)}
         # What belongs to modules_to_save has been given its place by PEFT already; it may be called anything.
         deltas = {key: value for key, value in remapped.items() if key not in own or key in expected}
+        tuner = getattr(model, "base_model", None)
         try:
             check_tensors(deltas, expected, f"adapter {adapter_name!r}")
         except AdapterFileError:
-            tuner = getattr(model, "base_model", None)
-            if getattr(config, "_awaits_weights", False) and isinstance(tuner, SurgicalModel):
+            if isinstance(tuner, SurgicalModel) and adapter_name in tuner._awaiting:
                 tuner._remove(tuner.model, adapter_name)
             raise
-        config._awaits_weights = False
+        if isinstance(tuner, SurgicalModel):
+            tuner._awaiting.discard(adapter_name)
         return remapped
 
 

@@ -19,7 +19,7 @@ from torch import nn
 from ..anatomy import Anatomy, Block, anatomy_of
 from ..config import SurgicalConfig
 from ..delta import check_base, fingerprint, shown
-from ..errors import AnatomyError, BaseMismatchError, UnknownTargetError
+from ..errors import AnatomyError, BaseMismatchError, ConfigError, UnknownTargetError
 from ..norm import moving_statistics, statistics_of
 from ..targets import parse, paths_matched, resolve
 from .attach import bare, join
@@ -67,6 +67,7 @@ def make_plan(model: nn.Module, config: SurgicalConfig, names: Sequence[str] | N
         names: Full names of tensors, instead of the config's target.
 
     Raises:
+        ConfigError: The config does not say what to tune.
         UnknownTargetError: Nothing matches, or everything that does is excluded.
         UnsupportedModelError: The tensors cannot be read through deltas: quantized, offloaded, in a container.
         AdapterError: The model already carries another PEFT method.
@@ -93,7 +94,7 @@ def is_resolved(config: SurgicalConfig) -> bool:
     """
     if config.tensor_names is None:
         return False
-    from_disk = config.base_fingerprint is not None or hasattr(config, "_held")
+    from_disk = config.base_fingerprint is not None or config.held is not None
     return from_disk or (config.target is None and not config.target_modules)
 
 
@@ -114,8 +115,13 @@ def _wanted(
         return list(names)
     if config.target is not None:
         wanted = _by_target(model, modules, config)
-    else:
+    elif config.target_modules:
         wanted = _by_modules(model, modules, config)
+    else:
+        raise ConfigError(
+            "Nothing in the config says what to tune. Please specify `target_modules`, or a target such as "
+            "target='block1' ('head', 'all', a path, a glob)."
+        )
     return _without_excluded(wanted, modules, config)
 
 
@@ -140,12 +146,15 @@ def _by_modules(model: nn.Module, modules: Mapping[str, nn.Module], config: Surg
         patterns = sorted(_maybe_include_all_linear_layers(copy.copy(config), model).target_modules or ())
     paths = [path for path in modules if path]
     matched = paths_matched(patterns or [], paths)
-    empty = [pattern for pattern, found in matched.items() if not found]
-    if empty or not matched:
-        raise UnknownTargetError(
-            f"Target modules {patterns} not found in the base model: nothing matches {shown(map(repr, empty))}. Its "
-            f"modules are {shown(paths)}. target='block1' names a block instead."
+    if empty := [pattern for pattern, found in matched.items() if not found]:
+        problem = (
+            f"nothing matches {shown(map(repr, empty))}. Its modules are {shown(paths)}. target='block1' names a block "
+            "instead."
         )
+        if len(empty) == len(matched):
+            raise UnknownTargetError(f"Target modules {patterns} not found in the base model: {problem}")
+        # PEFT's field follows PEFT: one match is enough. The other methods do not say which names were in vain.
+        warnings.warn(f"Some of target_modules={patterns} are not in the base model: {problem}", stacklevel=2)
     roots = {path for found in matched.values() for path in found}
     return [join(path, name) for path, module in modules.items() if _is_under(path, roots) for name in _tensors(module)]
 

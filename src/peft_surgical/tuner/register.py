@@ -7,13 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import peft
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 
 from ..config import SurgicalConfig, SurgicalType
 from ..errors import SurgicalError
-from ..fields import clear_about_types
 from .model import PREFIX, SurgicalModel
 from .saving import saving_atomically
 
@@ -30,8 +29,6 @@ _HOOKS = {
 
 def register(push_to_hub: Callable[..., Any] | None = None, card: Callable[..., Any] | None = None) -> None:
     """Enter the method into PEFT's mappings and make ``PeftModel.save_pretrained`` atomic for it. Idempotent.
-
-    Reading the type of an adapter from a config that is damaged becomes an error that names the file.
 
     PEFT's ``register_peft_method`` takes only names from its own enum, so the mappings are written directly. The
     prefix entry is needed by injection from a state dict; its value must be the lower-case type and an underscore,
@@ -59,8 +56,6 @@ def register(push_to_hub: Callable[..., Any] | None = None, card: Callable[..., 
     PEFT_TYPE_TO_PREFIX_MAPPING[key] = PREFIX
     if not hasattr(PeftModel.save_pretrained, "__wrapped__"):
         PeftModel.save_pretrained = saving_atomically(PeftModel.save_pretrained)
-    if not hasattr(PeftConfig._get_peft_type, "__wrapped__"):
-        PeftConfig._get_peft_type = staticmethod(clear_about_types(PeftConfig._get_peft_type))
     if push_to_hub is not None and not hasattr(PeftModel.push_to_hub, "__wrapped__"):
         PeftModel.push_to_hub = push_to_hub(PeftModel.push_to_hub)
     if card is not None and not hasattr(PeftModel.create_or_update_model_card, "__wrapped__"):
