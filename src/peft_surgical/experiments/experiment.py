@@ -60,7 +60,7 @@ class Experiment(Subject):
         engine: What runs the runs; see `engines.workers` and `engines.Together`.
         watch: Receives the progress of runs.
         started: When it was made, by `time.monotonic`.
-        found: How many finished runs were read from the ledger so far, rather than done.
+        found: The runs so far that were read from the ledger and not done by this process, by their digests.
     """
 
     folder: Path
@@ -85,7 +85,8 @@ class Experiment(Subject):
             self.fitting = replace(self.fitting, use_cpu=True)  # Trainer refuses bfloat16 if it is not told
         self.ledger = Ledger(self.folder / "ledger.jsonl")
         self.started = time.monotonic()
-        self.found = 0
+        self.done: set[str] = set()
+        self.found: set[str] = set()
 
     @property
     def device(self) -> torch.device:
@@ -124,7 +125,7 @@ class Experiment(Subject):
         known = {_digest(key): result for key in keys if (result := ledger.find(key)) is not None}
         for digest, result in known.items():  # before anything is trained, so that a resumed search says so at once
             self.watch.finished(requests[digest], result, known=True)
-        self.found += len(known)
+        self.found |= set(known) - self.done
         if missing := [one for digest, one in requests.items() if digest not in known]:
             self.watch.planned(missing, self.fitting.epochs)
         reported = set(known)
@@ -132,6 +133,7 @@ class Experiment(Subject):
         def watched(key: dict[str, Any]) -> Mapping[str, Any]:
             result = train(key)
             reported.add(_digest(key))
+            self.done.add(_digest(key))
             self.watch.finished(request_of(key), result, known=False)
             return result
 

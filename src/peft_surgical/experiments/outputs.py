@@ -155,7 +155,7 @@ def _made(experiment: Experiment) -> dict[str, Any]:
     return found | {
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "seconds": round(time.monotonic() - experiment.started, 1),
-        "runs_from_ledger": experiment.found,
+        "runs_from_ledger": len(experiment.found),
         "versions": versions(),
     }
 
