@@ -413,7 +413,7 @@ def test_balanced_takes_as_many_of_every_class_as_the_rarest_has():
     ("given", "message"),
     [
         ({"optimizer": "lamb"}, r"optimizer='lamb': choose one of adam, adamw, sgd"),
-        ({"precision": "int8"}, r"precision='int8': choose None, 'bf16' or 'fp16'"),
+        ({"precision": "int8"}, r"precision='int8': choose bf16 or fp16, or leave it out"),
         ({"lr": 0.0}, r"lr=0.0, epochs=15, batch_size=64, accumulation=1: all must be positive"),
         ({"lr": float("nan")}, r"lr=nan, .*all must be positive"),
         ({"epochs": 0}, r"epochs=0, .*all must be positive"),
