@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCardData
 
@@ -45,8 +46,8 @@ from peft import PeftModel
 model = PeftModel.from_pretrained(base, folder).eval()  # base: the network above; folder: where this page lies
 ```
 
-For a base of timm or transformers, `peft_surgical.load_adapted(folder)` opens that, too. `peft-surgical show` lists what
-was tuned and how far it moved.
+For a base of timm or transformers, `peft_surgical.load_adapted(folder)` opens that, too. `peft-surgical show` lists
+what was tuned and how far it moved.
 
 ## Results
 
@@ -95,7 +96,7 @@ def target_of(config: SurgicalConfig) -> str:
 def _page(config: SurgicalConfig, report: Report | None) -> str:
     base = config.base_model_name_or_path
     on_hub = is_repository(base)
-    more = {LOAD_WITH: IMPORT}
+    more: dict[str, Any] = {LOAD_WITH: IMPORT}
     data = ModelCardData(base_model=base if on_hub else None, library_name="peft", tags=list(TAGS), **more)
     named = f"[`{base}`](https://huggingface.co/{base})" if on_hub else f"`{Path(base).name}`" if base else "its base"
     none = "Nothing was measured when this adapter was saved.\n"
