@@ -179,8 +179,8 @@ def _warn_of_gaps(about: About) -> None:
     if missing and not about.complete:
         warnings.warn(
             f"the card of {about.repo} says nothing of {' and '.join(missing)}: pass them to push_to_hub or "
-            "push_adapter, such as license='apache-2.0' and datasets=['uoft-cs/cifar10'], or datasets=[] where these are "
-            "not on the Hub",
+            "push_adapter, such as license='apache-2.0' and datasets=['uoft-cs/cifar10'], or datasets=[] where they "
+            "are not on the Hub",
             stacklevel=4,
         )
 
@@ -291,10 +291,11 @@ def carded(original: Callable[..., None]) -> Callable[..., None]:
 def _publish(model: PeftModel, place: Path, text: str) -> None:
     """Make a folder that Trainer is about to push say what `push_adapter` says, with how it was trained."""
     known = ModelCard(text, ignore_metadata_errors=True).data  # what push_to_hub(license=, dataset_tags=) was given
-    datasets = [known.datasets] if isinstance(known.datasets, str) else known.datasets
+    named = known.get("datasets")
+    datasets = [named] if isinstance(named, str) else named
     about = About(
         f"owner/{place.resolve().name}",
-        known.license,
+        known.get("license"),
         None if datasets is None else tuple(datasets),
         complete=False,
         page=True,
