@@ -385,7 +385,15 @@ class _Handler(BaseHTTPRequestHandler):
             content, oid = found
             siblings = [{"rfilename": path} for path in content.commits[oid]]
             self._answer(
-                200, {"id": repo, "sha": oid, "private": content.private, "gated": content.gated, "siblings": siblings}
+                200,
+                {
+                    "id": repo,
+                    "sha": oid,
+                    "private": content.private,
+                    "gated": content.gated,
+                    "siblings": siblings,
+                    "tags": [],
+                },
             )
 
     def _tree(self, body: bytes, repo: str, revision: str) -> None:

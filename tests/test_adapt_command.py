@@ -15,7 +15,6 @@ pytest.importorskip("datasets")
 
 from peft import PeftModel  # noqa: E402
 
-import peft_surgical_cli.adapt as commands  # noqa: E402
 from peft_surgical.bases import load_base  # noqa: E402
 from peft_surgical.data.incoming import read_incoming  # noqa: E402
 from peft_surgical.errors import ConfigError, DataError  # noqa: E402
@@ -189,7 +188,7 @@ def test_worse_predictions_are_warned_of_and_another_exit_code(run, photos, tmp_
         return dataclasses.replace(adapted, before=right, after=1 - right)
 
     adapt = module.adapt
-    monkeypatch.setattr(commands, "adapt", spoilt)
+    monkeypatch.setattr(module, "adapt", spoilt)
     with pytest.warns(UserWarning, match=r"made it worse: 0.0% of the stream is predicted right, without it 100"):
         run(*arguments)
     assert run.code == 3

@@ -401,6 +401,9 @@ def test_trainers_own_push_has_our_card_and_the_record_of_the_base(hub, checkpoi
     assert "ore information needed" not in card.text
     assert json.loads(there["base.json"])["id"] == BASE
     assert torch.equal(logits(load_adapted("me/frost")), logits(model))
+    trainer.push_to_hub(blocking=True, license="mit", dataset="Mine", dataset_tags="me/photos")
+    card = ModelCard(hub.repos["me/frost"].files()["README.md"].decode())
+    assert (card.data.license, card.data.datasets) == ("mit", ["me/photos"])
     model.save_pretrained(tmp_path / "out")  # the page of an older adapter does not outlive it
     assert "weights_sha256" not in (tmp_path / "out/README.md").read_text()
 
@@ -587,7 +590,7 @@ def test_another_base_is_not_pushed_as_this_ones(hub, base, checkpoints):  # noq
 
 def test_a_head_that_nobody_can_draw_again(hub, base):  # noqa: F811
     model = tuned(opening={"num_classes": 7}, target="head")
-    with pytest.raises(ConfigError, match="comes without a head for 7 classes"):
+    with pytest.raises(ConfigError, match="has 4 classes, and the data 7"):
         push_adapter(model, "me/frost", **GIVEN)
 
 

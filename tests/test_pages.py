@@ -14,6 +14,7 @@ PIL = pytest.importorskip("PIL.Image")
 
 import tiny  # noqa: E402
 import typer  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 from timm.models import save_for_hf  # noqa: E402
 
 from peft_surgical.bases import load_base  # noqa: E402
@@ -93,6 +94,7 @@ def test_the_page_on_the_command_line_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     tune = "tune test_resnet flowers --output tuned --target block1 --lr 1e-3 --epochs 1 --random --cpu"
     assert cli.run(tune.split()) == 0, capsys.readouterr().err
+    save_file(timm.create_model("tf_efficientnet_lite0").state_dict(), tmp_path / "model.safetensors")
     assert run_page("docs/cli.md", tmp_path, monkeypatch)["logits"].shape == (1, 2)
 
 

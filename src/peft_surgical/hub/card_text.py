@@ -10,10 +10,10 @@ from typing import Any
 from ..anatomy.spec import NUMBERED
 from ..config import SurgicalConfig
 from ..evaluation import ORACLE, Measurement, Report
+from ..tuner.card import is_repository
 
 _BEFORE = ", before tuning"
 _CHOOSING = ("tuning", "training", "validation")
-_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 _INTERVALS = {"t": "Student's t over the seeds", "wilson": "Wilson's, over the images"}
 _SETTINGS = {
     "recipe": "recipe",
@@ -141,11 +141,6 @@ def _parent(row: Mapping[str, Any]) -> str:
     facts = [f"{what} {row[what]:g}" for what in ("weight", "scale") if row.get(what) is not None]
     facts += [f"SHA-256 `{row['sha256'][:12]}...`"] if row.get("sha256") else []
     return f"{name} ({', '.join(facts)})" if facts else name
-
-
-def is_repository(name: str) -> bool:
-    """Whether this is the form of a repository's id on the Hub."""
-    return _REPOSITORY.fullmatch(name) is not None
 
 
 def linked(name: str) -> str:
