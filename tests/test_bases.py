@@ -21,7 +21,7 @@ from timm.models import save_for_hf  # noqa: E402
 from peft_surgical import SurgicalConfig  # noqa: E402
 from peft_surgical.bases import load as bases  # noqa: E402
 from peft_surgical.bases import load_base, load_model, save_checkpoint  # noqa: E402
-from peft_surgical.bases.classes import Fit, fit  # noqa: E402
+from peft_surgical.bases.classes import HeadFit, fit_head  # noqa: E402
 from peft_surgical.errors import ConfigError, DataError  # noqa: E402
 
 NAMES = ("cat", "dog", "owl", "rat")
@@ -197,32 +197,32 @@ def test_other_classes_get_a_new_head(folder):
 
 def test_words_may_be_joined_in_other_ways_but_nothing_is_guessed():
     known = ("red cell", "White_Cell", "owl", "OWL")
-    found = fit(4, known, ("white-cell", "Red_Cell"), None, False, "m")
+    found = fit_head(4, known, ("white-cell", "Red_Cell"), None, False, "m")
     assert found.outputs == (1, 0)
     assert found.note.endswith("; spelled differently, 'white-cell' is 'White_Cell', 'Red_Cell' is 'red cell'")
-    assert fit(4, known, ("owl", "OWL"), None, False, "m").outputs == (2, 3)
-    ambiguous = fit(4, known, ("red cell", "Owl"), None, False, "m")
+    assert fit_head(4, known, ("owl", "OWL"), None, False, "m").outputs == (2, 3)
+    ambiguous = fit_head(4, known, ("red cell", "Owl"), None, False, "m")
     assert (ambiguous.outputs, ambiguous.warning) == (None, True)
     assert "'Owl' (which could be more than one of them)" in ambiguous.note
-    assert "'Red Cell' (as another class)" in fit(4, known, ("red cell", "Red Cell"), None, False, "m").note
+    assert "'Red Cell' (as another class)" in fit_head(4, known, ("red cell", "Red Cell"), None, False, "m").note
     # Twice the same name, as ImageNet's lists have "crane".
-    assert fit(3, ("crane", "crane", "owl"), ("crane", "owl"), None, False, "m").outputs is None
+    assert fit_head(3, ("crane", "crane", "owl"), ("crane", "owl"), None, False, "m").outputs is None
 
 
 def test_heads_whose_classes_have_no_names():
-    assert fit(1000, None, ("a", "b"), None, False, "m") == Fit(
+    assert fit_head(1000, None, ("a", "b"), None, False, "m") == HeadFit(
         2, None, "new: m has 1000 classes, whose names it does not say, and the data 2"
     )
-    assert fit(2, None, ("a", "b"), None, False, "m").outputs == (0, 1)
-    assert fit(3, NAMES[:3], ("0", "1"), None, False, "m").outputs is None
-    numbered = fit(4, NAMES, ("3", "1"), None, True, "m")
+    assert fit_head(2, None, ("a", "b"), None, False, "m").outputs == (0, 1)
+    assert fit_head(3, NAMES[:3], ("0", "1"), None, False, "m").outputs is None
+    numbered = fit_head(4, NAMES, ("3", "1"), None, True, "m")
     assert (numbered.outputs, numbered.note) == ((3, 1), "kept: the classes of the data are numbers of m's")
     for given, wanted in ((("a", "b"), None), (("7", "9"), None), (None, 2)):
         with pytest.raises(
             ConfigError, match='head="keep": m has 4 classes, whose names it does not say, and the data 2'
         ):
-            fit(4, None, given, wanted, True, "m")
-    assert fit(4, None, None, None, True, "m").outputs == (0, 1, 2, 3)
+            fit_head(4, None, given, wanted, True, "m")
+    assert fit_head(4, None, None, None, True, "m").outputs == (0, 1, 2, 3)
 
 
 def test_names_of_a_transformers_config(transformers_folder, tmp_path):

@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from peft_surgical import SurgicalConfig
 from peft_surgical.evaluation import Report, measure
-from peft_surgical.tuner.card import MARK, write_card
+from peft_surgical.tuner.card import PAGE_MARK, write_card
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_ones_own_page_stays(model, tmp_path):
     model.add_adapter("second", SurgicalConfig(target="head"))
     model.save_pretrained(tmp_path)
     assert [(folder / "README.md").read_text() for folder in (tmp_path, tmp_path / "second")] == ["Ours.", "Ours."]
-    (tmp_path / "README.md").write_text(f"{MARK}\nNot ours.")
+    (tmp_path / "README.md").write_text(f"{PAGE_MARK}\nNot ours.")
     (tmp_path / "second/README.md").unlink()
     model.save_pretrained(tmp_path)
     assert "# Surgical adapter: block1" in (tmp_path / "README.md").read_text()

@@ -59,7 +59,9 @@ Few = Annotated[Any, typer.Option("--images", parser=count, metavar="N", help="T
 Validation = Annotated[
     Any, typer.Option(parser=count, metavar="N", help="So many to choose with, drawn where not given.")
 ]
-Test = Annotated[Any, typer.Option(parser=count, metavar="N", help="So many to report on, drawn where not given.")]
+TestOption = Annotated[
+    Any, typer.Option(parser=count, metavar="N", help="So many to report on, drawn where not given.")
+]
 OnBroken = Annotated[str, typer.Option(help="Images that cannot be decoded: raise or skip; later does not look.")]
 Head = Annotated[
     str, typer.Option(help="auto keeps MODEL's head where it has DATA's classes; keep asks for it; new draws another.")

@@ -13,7 +13,7 @@ _SHOWN = 5  # classes that a message names before it counts the rest
 
 
 @dataclass(frozen=True)
-class Fit:
+class HeadFit:
     """What becomes of a checkpoint's head.
 
     Attributes:
@@ -29,13 +29,13 @@ class Fit:
     warning: bool = False
 
 
-FitHead = Callable[[int, "tuple[str, ...] | None"], Fit]
+FitHead = Callable[[int, "tuple[str, ...] | None"], HeadFit]
 """Number of a checkpoint's classes, and their names or None -> what becomes of its head."""
 
 
-def fit(
+def fit_head(
     classes: int, known: Sequence[str] | None, given: Sequence[str] | None, wanted: int | None, keep: bool, name: str
-) -> Fit:
+) -> HeadFit:
     """Decide whether a checkpoint's head serves the data.
 
     Names are the same if they differ only in case, and in whether words are joined by spaces, ``_`` or ``-``.
@@ -54,20 +54,22 @@ def fit(
     """
     number = len(given) if given is not None else wanted
     if number is None:
-        return Fit(classes, tuple(range(classes)), "kept")
+        return HeadFit(classes, tuple(range(classes)), "kept")
     if given is not None and known is not None and not (_numbers(known) or _numbers(given)):
         return _by_name(known, given, keep, name)
     if number == classes:
-        return Fit(classes, tuple(range(classes)), "kept")
+        return HeadFit(classes, tuple(range(classes)), "kept")
     if keep and given is not None and _numbers(given) and all(int(one) < classes for one in given):
-        return Fit(classes, tuple(int(one) for one in given), f"kept: the classes of the data are numbers of {name}'s")
+        return HeadFit(
+            classes, tuple(int(one) for one in given), f"kept: the classes of the data are numbers of {name}'s"
+        )
     has = f"{classes} classes, whose names it does not say" if known is None else f"{classes} classes"
     if keep:
         raise ConfigError(f'head="keep": {name} has {has}, and the data {number}: head="new" gives it a new head')
-    return Fit(number, None, f"new: {name} has {has}, and the data {number}")
+    return HeadFit(number, None, f"new: {name} has {has}, and the data {number}")
 
 
-def _by_name(known: Sequence[str], given: Sequence[str], keep: bool, name: str) -> Fit:
+def _by_name(known: Sequence[str], given: Sequence[str], keep: bool, name: str) -> HeadFit:
     outputs, unknown = _find(known, given)
     if not unknown:
         note = "kept"
@@ -82,10 +84,12 @@ def _by_name(known: Sequence[str], given: Sequence[str], keep: bool, name: str) 
         ]
         if respelled:
             note += f"{';' if ':' in note else ':'} spelled differently, {_listed(respelled)}"
-        return Fit(len(known), outputs, note, note != "kept")
+        return HeadFit(len(known), outputs, note, note != "kept")
     found = len(given) - len(unknown)
     if keep and not found and len(known) == len(given):
-        return Fit(len(known), tuple(range(len(known))), f"kept: class n of the data is taken for class n of {name}")
+        return HeadFit(
+            len(known), tuple(range(len(known))), f"kept: class n of the data is taken for class n of {name}"
+        )
     there = _listed([f"{one!r}{reason}" for one, reason in unknown.items()])
     has = f"the data has {len(unknown)} of {len(given)} classes that {name} does not know: {there}. It knows "
     has += _listed([repr(one) for one in known])
@@ -95,8 +99,8 @@ def _by_name(known: Sequence[str], given: Sequence[str], keep: bool, name: str) 
     if found or len(known) == len(given):  # so much in common that another head may surprise
         alike = '; or say head="keep" to take class n of the data for class n of the model' if not found else ""
         note += f'. To keep the head, rename the classes of the data{alike}. head="new" agrees'
-        return Fit(len(given), None, note, True)
-    return Fit(len(given), None, note)
+        return HeadFit(len(given), None, note, True)
+    return HeadFit(len(given), None, note)
 
 
 def _find(known: Sequence[str], given: Sequence[str]) -> tuple[tuple[int, ...], Mapping[str, str]]:

@@ -22,7 +22,7 @@ from transformers.utils import logging
 from ..anatomy import anatomy_of
 from ..errors import ConfigError, DataError, SurgicalError
 from ..extras import require
-from .classes import Fit, fit
+from .classes import HeadFit, fit_head
 from .timm_bases import TimmBase
 from .transformers_bases import TransformersBase
 from .transforms import AUGMENTS
@@ -153,7 +153,7 @@ def _load(
             if pretrained and base.head_is_new and base.fit.outputs is not None:  # the checkpoint had none
                 if head == "keep":
                     raise ConfigError(f'head="keep": {name} comes without a head; head="new" gives it one')
-                base.fit = Fit(base.classes, None, f"new: {name} comes without a head")
+                base.fit = HeadFit(base.classes, None, f"new: {name} comes without a head")
             if not base.head_is_new and base.fit.outputs is None:
                 base.new_head(base.classes)
             if head == "zero":
@@ -249,13 +249,13 @@ def _fit(
     pretrained: bool,
     classes: int,
     known: tuple[str, ...] | None,
-) -> Fit:
+) -> HeadFit:
     """What becomes of a head with so many classes of these names."""
     if not pretrained:
-        return Fit(wanted or classes, None, "new: all weights are random")
+        return HeadFit(wanted or classes, None, "new: all weights are random")
     if head in ("new", "zero"):
-        return Fit(wanted or classes, None, "new, as asked for")
-    return fit(classes, known, given, wanted, head == "keep", name)
+        return HeadFit(wanted or classes, None, "new, as asked for")
+    return fit_head(classes, known, given, wanted, head == "keep", name)
 
 
 def _check_size(model: nn.Module, size: int) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..bases.classes import fit
+from ..bases.classes import fit_head
 from ..data.labelled import read_data
 from ..errors import DataError, reason_of
 from ..evaluation import Measurement, Report, TextTable, accuracy, measure, wilson_interval
@@ -76,7 +76,7 @@ def _outputs_of(experiment: Experiment, source: Any, names: tuple[str, ...]) -> 
     if names == own:
         return base.outputs
     known = base.label_names or own
-    found = fit(len(known), known, names, None, False, experiment.model)
+    found = fit_head(len(known), known, names, None, False, experiment.model)
     if found.outputs is None:
         raise DataError(
             f"{source} has the classes {', '.join(names[:8])}, the network {', '.join(known[:8])}: what was forgotten "

@@ -21,7 +21,7 @@ from ..training.search import NONE
 from .newhead import modules_of_head, with_new_head
 from .rows import Rows
 
-HEADS = ("auto", "keep", "new")
+KEPT_OR_NEW = ("auto", "keep", "new")
 SEARCHES = ("auto", "race", "cross-val", "greedy")
 """What can be asked for beside a target or a method: training candidates, see `choosing`."""
 
@@ -59,8 +59,8 @@ class Subject:
     opener: Callable[..., Base] = load_base
 
     def __post_init__(self) -> None:
-        if self.head not in HEADS:
-            raise ConfigError(f"head={self.head!r}: choose one of {', '.join(HEADS)}")
+        if self.head not in KEPT_OR_NEW:
+            raise ConfigError(f"head={self.head!r}: choose one of {', '.join(KEPT_OR_NEW)}")
         self._data: dict[int, Data | Published] = {}
         self._bases: dict[tuple[int, bool], Base] = {}
         self._rows: dict[str, Any] = {}

@@ -18,7 +18,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..config import SurgicalConfig
 from ..errors import ConfigError
 from ..evaluation import Report
-from ..tuner.card import IMPORT, LOAD_WITH, MARK, TAGS, is_repository, target_of
+from ..tuner.card import IMPORT, LOAD_WITH, PAGE_MARK, TAGS, is_repository, target_of
 from . import card_text
 from .card_text import Row, card_rows, choices, limits_of, linked, parents_of, protocol_of, why
 
@@ -141,7 +141,7 @@ def card_of(config: SurgicalConfig, report: Report | None, weights: Weights, abo
             base=linked(str(about.base)) if is_repository(str(about.base)) else about.base,
             norm=card_text.NORMS[config.norm_stats],
             target=target_of(config),
-            mark=MARK,
+            mark=PAGE_MARK,
             parents=parents_of(config),
             why=why(config),
             choices=choices(config),

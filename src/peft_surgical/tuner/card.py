@@ -21,7 +21,9 @@ TAGS = ("peft", "surgical-fine-tuning")
 IMPORT = "import peft_surgical"
 """What has to run before PEFT knows the method; cards have it in their metadata, under the key `LOAD_WITH`."""
 LOAD_WITH = "load_with"
-MARK = "<!-- peft-surgical writes this page anew when the adapter is saved. Delete this line to keep your changes. -->"
+PAGE_MARK = (
+    "<!-- peft-surgical writes this page anew when the adapter is saved. Delete this line to keep your changes. -->"
+)
 """On every page that may be written anew."""
 _EMPTY = "[More Information Needed]"
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
@@ -82,7 +84,7 @@ def may_replace(page: Path) -> bool:
     if not page.is_file():
         return True
     text = page.read_text(encoding="utf-8")
-    return MARK in text or _EMPTY in text
+    return PAGE_MARK in text or _EMPTY in text
 
 
 def target_of(config: SurgicalConfig) -> str:
@@ -102,7 +104,7 @@ def _page(config: SurgicalConfig, report: Report | None) -> str:
     none = "Nothing was measured when this adapter was saved.\n"
     return _PAGE.format(
         metadata=data.to_yaml(),
-        mark=MARK,
+        mark=PAGE_MARK,
         target=target_of(config),
         base=named,
         results=report.to_markdown() if report is not None and report.measurements else none,
