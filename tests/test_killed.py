@@ -201,7 +201,10 @@ def test_a_checkpoint_of_other_processes_is_refused(tmp_path):
     mark = tmp_path / "checkpoints" / f"checkpoint-{STEPS}" / MARK
     assert json.loads(mark.read_text()) == {"processes": 1}
     mark.write_text('{"processes": 4}')
-    with pytest.raises(ConfigError, match=r"checkpoint-3 was written by 4 process\(es\) .* by 1, .*or delete .*"):
+    with pytest.raises(
+        ConfigError,
+        match=r"checkpoint-3 was written by 4 process\(es\) .* by 1, .*or delete .*checkpoints to start again",
+    ):
         train("full", tmp_path)
 
 
