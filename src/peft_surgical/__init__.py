@@ -12,6 +12,11 @@ Importing this package registers the method; then PEFT's own front door works wi
     'base_model.model.0.surgery.surgical_delta.default.bias'
 """
 
+# Before anything below looks for something that another PEFT does not have.
+from .peft_api import check_peft
+
+check_peft()
+
 from .adapters.adapter import read_adapter
 from .adapters.combination import combine_adapters
 from .adapters.difference import diff

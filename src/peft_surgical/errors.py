@@ -13,6 +13,8 @@
     │   ├── AdapterFileError              a file that is truncated, altered, or does not hold what its config says
     │   └── BaseMismatchError             the base is not the one that the adapter was trained on
     └── DataError           (ValueError)  data on disk that is not in the layout that the reader expects
+
+A PEFT that this package does not work with is an ``ImportError``, raised by `peft_api` before there is anything else.
 """
 
 from peft.utils.error import NoMatchingPeftModuleError
