@@ -2,20 +2,18 @@
 
 import ast
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 
-typer = pytest.importorskip("typer")
 timm = pytest.importorskip("timm")
 
 import tiny  # noqa: E402
 from peft import LoraConfig, get_peft_model  # noqa: E402
 
 from peft_surgical import SurgicalConfig, cli  # noqa: E402
-from peft_surgical import __main__ as module  # noqa: E402
 from peft_surgical.errors import AdapterFileError  # noqa: E402
 from peft_surgical.hub.contents import contents_of  # noqa: E402
 from peft_surgical.selection import BlockScores  # noqa: E402
@@ -295,13 +293,6 @@ def test_warnings_are_one_line(run, monkeypatch):
     assert run("x") == (0, "", "peft-surgical: warning: mind the gap\n")
 
 
-def test_without_typer(monkeypatch, capsys):
-    monkeypatch.delitem(sys.modules, "peft_surgical.cli")
-    monkeypatch.setitem(sys.modules, "typer", None)
-    assert module.main() == 2
-    assert 'the command line needs typer: pip install "peft-surgical[cli]"' in capsys.readouterr().err
-
-
 def test_only_the_commands_import_extras_where_they_start():
     folder = Path(cli.__file__).parent
     for file in folder.glob("*.py"):
@@ -311,7 +302,7 @@ def test_only_the_commands_import_extras_where_they_start():
                 imported |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 imported.add(node.module.split(".")[0])
-        extras = imported & {"typer", "rich", "timm", "datasets", "PIL", "matplotlib", "torchvision"}
+        extras = imported & {"timm", "datasets", "PIL", "matplotlib", "torchvision"}
         # `metrics` holds subclasses of evaluate.Metric, so there is no later time: it says what to install
-        allowed = {"cli.py": {"typer"}, "metrics.py": {"datasets"}}.get(file.name, set())
+        allowed = {"metrics.py": {"datasets"}}.get(file.name, set())
         assert extras <= allowed, file.name
