@@ -104,3 +104,12 @@ def test_importing_the_package_says_which_peft_to_install_before_an_import_fails
 
 def test_the_versions_named_are_those_of_the_package():
     assert f'    "{SUPPORTED}",\n' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+
+def test_the_table_of_supported_versions_says_what_pyproject_says():
+    bounds = re.findall(r'"(torch|transformers|peft)([><=][^"]+)"', (ROOT / "pyproject.toml").read_text("utf-8"))
+    assert len(bounds) == 3
+    lines = [line for line in (ROOT / "SECURITY.md").read_text("utf-8").splitlines() if line.startswith("|")]
+    names, latest = ([cell.strip() for cell in line.split("|")] for line in (lines[0], lines[2]))
+    for name, bound in bounds:
+        assert latest[names.index(name)] == bound.replace(">=", "from ").replace(",<", ", below ")
