@@ -1,22 +1,27 @@
 # The whole door: make install | quality | style | test | test-all | demo | bench
-# Every target sets up what it needs in .venv, through uv (which pip brings once).
+# For versions: make lock | test-lowest | test-newest | test-extras
+# Every target sets up what it needs in an environment of its own, through uv (which pip brings once into .venv).
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 UV     := $(BIN)/uv
 STAMP  := $(VENV)/.installed
 
+# The oldest and the newest Python that are supported; uv finds or fetches them.
+OLDEST_PYTHON ?= 3.10
+NEWEST_PYTHON ?= 3.13
+
 # One BLAS thread per test process: pytest-xdist already uses the cores.
 XDIST  ?= auto
 
-.PHONY: install quality style test test-all demo bench clean
+.PHONY: install quality style test test-all test-lowest test-newest test-extras lock demo bench clean
 
 $(UV):
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 
-$(STAMP): $(UV) pyproject.toml
-	$(UV) pip install --quiet --python $(BIN)/python -e ".[dev]"
+$(STAMP): $(UV) pyproject.toml constraints.txt
+	$(UV) pip install --quiet --python $(BIN)/python --constraints constraints.txt -e ".[dev]"
 	@touch $@
 
 install: $(STAMP)
@@ -36,6 +41,28 @@ test: $(STAMP)
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -n $(XDIST) -m ""
 
+# The lowest versions that pyproject.toml allows of what it names, on the oldest Python.
+test-lowest: $(UV)
+	$(UV) venv --quiet --clear --python $(OLDEST_PYTHON) .venv-lowest
+	$(UV) pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct -e ".[dev]"
+	.venv-lowest/bin/python -m pytest -n $(XDIST)
+
+# The newest versions that pyproject.toml allows, without the lock, on the newest Python; first what it does not allow.
+test-newest: $(UV)
+	$(UV) venv --quiet --clear --python $(NEWEST_PYTHON) .venv-newest
+	$(UV) pip install --quiet --python .venv-newest/bin/python -e ".[dev]"
+	$(UV) pip list --python .venv-newest/bin/python --outdated
+	.venv-newest/bin/python -m pytest -n $(XDIST)
+
+# The wheel and the source distribution, and every extra alone, each in an empty environment.
+test-extras: $(UV)
+	$(PYTHON) tests/try_extras.py --uv $(UV)
+
+# New versions in the lock: the newest that pyproject.toml allows today, for every supported Python and system.
+lock: $(UV)
+	$(UV) pip compile --quiet --upgrade --universal --python-version $(OLDEST_PYTHON) --all-extras \
+		--no-header --no-annotate --output-file constraints.txt pyproject.toml
+
 demo: $(STAMP)
 	$(BIN)/python recipes/digits.py --output demo-output
 
@@ -43,4 +70,4 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/step.py
 
 clean:
-	rm -rf $(VENV) demo-output dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-lowest .venv-newest demo-output dist .pytest_cache .mypy_cache .ruff_cache

@@ -13,8 +13,8 @@ from typing import get_args
 
 import pytest
 import torch
+import typer
 
-typer = pytest.importorskip("typer")
 timm = pytest.importorskip("timm")
 
 import tiny  # noqa: E402
@@ -39,7 +39,6 @@ from peft_surgical.selection.criteria import CRITERIA  # noqa: E402
 from peft_surgical.training.fitting import OPTIMIZERS  # noqa: E402
 from peft_surgical.training.search import NOMINATED  # noqa: E402
 from peft_surgical_cli import app as cli  # noqa: E402
-from peft_surgical_cli import main  # noqa: E402
 from peft_surgical_cli.options import SCHEDULERS  # noqa: E402
 
 
@@ -505,13 +504,6 @@ def test_warnings_are_one_line(run, monkeypatch):
     assert run("x") == (0, "", "peft-surgical: warning: mind the gap\n")
 
 
-def test_without_typer(monkeypatch, capsys):
-    monkeypatch.delitem(sys.modules, "peft_surgical_cli.app")
-    monkeypatch.setitem(sys.modules, "typer", None)
-    assert main() == 2
-    assert 'the command line needs typer: pip install "peft-surgical[cli]"' in capsys.readouterr().err
-
-
 def test_only_the_commands_import_extras_where_they_start():
     folder = Path(peft_surgical.__file__).parent
     for file in folder.glob("*.py"):
@@ -521,7 +513,7 @@ def test_only_the_commands_import_extras_where_they_start():
                 imported |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 imported.add(node.module.split(".")[0])
-        extras = imported & {"typer", "rich", "timm", "datasets", "PIL", "matplotlib", "torchvision"}
+        extras = imported & {"timm", "datasets", "PIL", "matplotlib", "torchvision"}
         # `metrics` holds subclasses of evaluate.Metric, so there is no later time: it says what to install
         allowed = {"metrics.py": {"datasets"}}.get(file.name, set())
         assert extras <= allowed, file.name

@@ -20,7 +20,7 @@ from peft import (
 )
 from peft.utils.save_and_load import get_base_model_state_dict, set_base_model_state_dict
 from safetensors.torch import load_file
-from tiny import CASES, Tied, bits, disturb, images, llama, outputs, same, snapshot, train, vit
+from tiny import CASES, Tied, bits, disturb, images, llama, native_adapters, outputs, same, snapshot, train, vit
 from torch import nn
 from transformers import DynamicCache
 
@@ -661,14 +661,22 @@ def test_transformers_tied_embeddings(tmp_path):
         warnings.simplefilter("error")
         model.save_pretrained(tmp_path)
     assert len(load_file(tmp_path / "adapter_model.safetensors")) == 1
-    native = copy.deepcopy(base)
-    native.load_adapter(str(tmp_path))
-    assert torch.equal(outputs(native, TOKENS), tuned)
-    assert native.lm_head._parameters["weight"] is native.model.embed_tokens._parameters["weight"]
     merged = model.merge_and_unload()
     assert merged.lm_head.weight is merged.model.embed_tokens.weight
     assert merged.config.tie_word_embeddings
     assert torch.equal(outputs(merged, TOKENS), tuned)
+
+
+@native_adapters
+def test_transformers_own_loading_keeps_embeddings_tied(tmp_path):
+    base = llama().eval()
+    model = get_peft_model(copy.deepcopy(base), SurgicalConfig(target="embedding"))
+    disturb(model)
+    model.save_pretrained(tmp_path)
+    native = copy.deepcopy(base)
+    native.load_adapter(str(tmp_path))
+    assert torch.equal(outputs(native, TOKENS), outputs(model, TOKENS))
+    assert native.lm_head._parameters["weight"] is native.model.embed_tokens._parameters["weight"]
 
 
 # --- other modules that read their tensors in their own way ---
@@ -702,6 +710,7 @@ def test_a_read_that_fails_does_not_fall_back_to_the_base_in_silence():
 # --- transformers and Trainer ---
 
 
+@native_adapters
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`", "ignore:Adapter default was active")  # PEFT's
 def test_transformers_own_adapters(tmp_path):
     torch.manual_seed(0)
@@ -731,6 +740,7 @@ def test_transformers_own_adapters(tmp_path):
     assert torch.equal(outputs(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path), INPUTS), tuned)
 
 
+@native_adapters
 def test_the_norm_policy_holds_without_a_tuner():
     config = transformers.ResNetConfig(
         embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", num_labels=5

@@ -10,10 +10,9 @@ import peft
 import pytest
 import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTuner
 
 import peft_surgical
-from peft_surgical import SurgicalConfig, SurgicalError
+from peft_surgical import SurgicalConfig
 from peft_surgical.config import SurgicalType
 from peft_surgical.tuner.model import SurgicalModel
 from peft_surgical.tuner.register import register
@@ -27,7 +26,7 @@ IMPORTED = """
 anatomy anatomy.blocks anatomy.inventory anatomy.layouts anatomy.sources anatomy.spec config delta errors evaluation
 evaluation.intervals evaluation.metrics evaluation.predicting evaluation.report evaluation.tables extras fields norm
 specialise targets targets.parsing targets.resolving tuner tuner.attach tuner.card tuner.combine tuner.expected
-tuner.layer tuner.mixed tuner.model tuner.plan tuner.reading tuner.register tuner.saving tuner.support
+peft_api tuner.layer tuner.mixed tuner.model tuner.plan tuner.reading tuner.register tuner.saving tuner.support
 """
 
 
@@ -61,7 +60,7 @@ def test_importing_the_package_imports_what_registering_needs_and_no_further_lib
         print(*sorted(set(sys.modules) - before))
     """)
     assert found.pop(0) == "peft.utils.transformers_weight_conversion"  # of PEFT itself, for injection
-    assert found == ["peft_surgical", *(f"peft_surgical.{name}" for name in IMPORTED.split())]
+    assert found == ["peft_surgical", *(f"peft_surgical.{name}" for name in sorted(IMPORTED.split()))]
 
 
 @pytest.mark.slow
@@ -91,12 +90,6 @@ def test_registering_twice_changes_nothing():
     saving = peft.PeftModel.save_pretrained
     register()
     assert peft.PeftModel.save_pretrained is saving
-
-
-def test_a_peft_with_other_hooks_is_refused(monkeypatch):
-    monkeypatch.setattr(BaseTuner, "inject_adapter", lambda self, model: None)
-    with pytest.raises(SurgicalError, match=r"peft .* is not supported: BaseTuner.inject_adapter"):
-        register()
 
 
 def test_other_methods_save_as_ever(tmp_path):

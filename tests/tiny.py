@@ -6,10 +6,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import peft
+import pytest
 import torch
 import transformers
+from packaging.version import Version
 from torch import nn
 from torch.utils.data import Dataset
+from transformers.integrations.peft import MIN_PEFT_VERSION
+
+native_adapters = pytest.mark.skipif(
+    Version(peft.__version__) < Version(MIN_PEFT_VERSION),
+    reason=f"add_adapter and load_adapter of transformers {transformers.__version__} ask for peft {MIN_PEFT_VERSION}, "
+    f"and peft {peft.__version__} is installed",
+)
+"""For tests that call transformers' own adapter methods, which refuse to run with a PEFT that they find too old."""
 
 
 class Rows(Dataset):

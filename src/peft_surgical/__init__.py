@@ -19,6 +19,11 @@ import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+# Before anything below looks for something that another PEFT does not have.
+from .peft_api import check_peft
+
+check_peft()
+
 from .anatomy import Anatomy, anatomy_of
 from .config import SurgicalConfig
 from .errors import SurgicalError

@@ -14,6 +14,8 @@
     │   └── BaseMismatchError             the base is not the one that the adapter was trained on
     ├── DataError           (ValueError)  data on disk that is not in the layout that the reader expects
     └── RowsFailedError     (RuntimeError) rows of a comparison that failed, while others are done
+
+A PEFT that this package does not work with is an ``ImportError``, raised by `peft_api` before there is anything else.
 """
 
 from collections.abc import Mapping

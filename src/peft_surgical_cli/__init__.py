@@ -7,16 +7,9 @@ command, ``--version`` and ``list`` need neither.
 
 from __future__ import annotations
 
-import sys
-
 
 def main() -> int:
-    """Run the command line, or say what to install for it."""
-    try:
-        from .app import run
-    except ImportError as error:
-        if error.name not in ("typer", "rich"):
-            raise
-        print(f'peft-surgical: the command line needs {error.name}: pip install "peft-surgical[cli]"', file=sys.stderr)
-        return 2
+    """Run the command line and return its exit code."""
+    from .app import run
+
     return run()
