@@ -31,7 +31,7 @@ def core() -> None:
     """Tune, save, load and look, with nothing but the core; what needs an extra says which one."""
     import torch
     from peft import PeftModel, get_peft_model
-    from transformers import ViTConfig, ViTForImageClassification
+    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
     from peft_surgical import SurgicalConfig, load_adapted
 
@@ -40,6 +40,7 @@ def core() -> None:
     size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     torch.manual_seed(0)
     ViTForImageClassification(ViTConfig(**size, image_size=32, patch_size=16, num_labels=3)).save_pretrained("vit")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained("vit")
     base = ViTForImageClassification.from_pretrained("vit")
     images = torch.randn(2, 3, 32, 32)
     untouched = base(images).logits
