@@ -440,12 +440,10 @@ def test_a_config_that_does_not_say_what_to_tune_is_refused_by_the_model(nothing
 
 
 def test_pefts_conversion_for_changed_architectures_sees_the_config(monkeypatch):
-    from peft.utils import transformers_weight_conversion
-
     def renamed(config, model, conversions):  # as PEFT does for LoRA on models that transformers 5 laid out anew
         config.target_modules = ["q_proj" if name == "query" else name for name in config.target_modules]
 
-    monkeypatch.setattr(transformers_weight_conversion, "convert_peft_config_for_transformers", renamed)
+    monkeypatch.setattr("peft_surgical.tuner.model.convert_peft_config_for_transformers", renamed)
     _, model = adapted(None, target_modules=["query"])
     names = model.peft_config["default"].tensor_names
     assert names

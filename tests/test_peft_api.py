@@ -12,8 +12,10 @@ import pytest
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
-from peft_surgical import SurgicalConfig, SurgicalLayer, SurgicalModel
+from peft_surgical import SurgicalConfig
 from peft_surgical.peft_api import RELIED_ON, SUPPORTED, check_peft
+from peft_surgical.tuner.layer import SurgicalLayer
+from peft_surgical.tuner.model import SurgicalModel
 
 ROOT = Path(__file__).parents[1]
 BASES = [(SurgicalModel, BaseTuner), (SurgicalLayer, BaseTunerLayer), (SurgicalConfig, peft.PeftConfig)]

@@ -352,7 +352,8 @@ def test_a_wrong_target_is_refused_before_the_source_is_trained(place, tmp_path)
 
 
 def test_runs_are_not_spread_before_the_source_is_there(place, tmp_path, monkeypatch):
-    monkeypatch.setattr("peft_surgical.studies.study.workers", lambda: mock.Mock(world=2, rank=0))
+    two = contextlib.nullcontext(mock.Mock(world=2, rank=0))
+    monkeypatch.setattr("peft_surgical.studies.study.separated", lambda: two)
     with no_training(), pytest.raises(ConfigError, match=r"every process would train the source .* --source-only"):
         load("camelyon17").main(words(place, "camelyon17", tmp_path, "--spread", "runs"))
 

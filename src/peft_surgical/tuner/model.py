@@ -10,9 +10,12 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import transformers_weight_conversion
 from peft.utils.integrations import init_empty_weights
 from peft.utils.other import set_additional_trainable_modules
+from peft.utils.transformers_weight_conversion import (
+    convert_peft_config_for_transformers,
+    get_model_conversion_mapping,
+)
 from torch import nn
 
 from ..config import SurgicalConfig
@@ -89,8 +92,7 @@ class SurgicalModel(BaseTuner):
         """
         config = self.peft_config[adapter_name]
         if hasattr(getattr(model, "config", None), "model_type"):
-            conversions = transformers_weight_conversion.get_model_conversion_mapping(model)
-            transformers_weight_conversion.convert_peft_config_for_transformers(config, model, conversions)
+            convert_peft_config_for_transformers(config, model, get_model_conversion_mapping(model))
         self._check_new_adapter_config(config)
         names = _names_in(state_dict) if state_dict is not None else self._given_names.pop(adapter_name, None)
         plan = make_plan(model, config, names)
