@@ -23,8 +23,10 @@ import argparse
 import copy
 import os
 import random
+import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -36,7 +38,10 @@ from peft_surgical import SurgicalConfig, anatomy_of
 from peft_surgical.adaptation.objectives import Memo, marginal_entropy
 from peft_surgical.adaptation.views import AugMix, generator_at
 from peft_surgical.evaluation import TextTable
-from peft_surgical.shifts.cifar_networks import ResNet26
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+
+from paper.cifar_networks import ResNet26
 from peft_surgical.targets import parse, resolve
 
 LR = 1e-5

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
@@ -30,8 +31,11 @@ from peft_surgical.delta import file_sha256
 from peft_surgical.errors import DataError
 from peft_surgical.evaluation import Report, TextTable, accuracy, mean_interval, predict_logits
 from peft_surgical.evaluation.ledger import Ledger, Run
-from peft_surgical.shifts.cifar import read_images, split
-from peft_surgical.shifts.cifar_networks import load_network, normalise
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+
+from paper.cifar import read_images, split
+from paper.cifar_networks import load_network, normalise
 
 WEIGHTS = "adapter_model.safetensors"
 # Between two machines, kernels differ in the last bits, which may move an image or two; not more.

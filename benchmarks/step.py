@@ -32,6 +32,7 @@ import math
 import os
 import platform
 import re
+import sys
 import tempfile
 import time
 import warnings
@@ -54,7 +55,10 @@ from torch.profiler import ProfilerActivity, profile
 from peft_surgical import SurgicalConfig, anatomy_of
 from peft_surgical.evaluation import Interval, TextTable
 from peft_surgical.evaluation.ledger import Ledger, Run
-from peft_surgical.shifts.cifar_networks import ResNet26
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+
+from paper.cifar_networks import ResNet26
 from peft_surgical.targets import parse, resolve
 
 WEIGHTS = "adapter_model.safetensors"

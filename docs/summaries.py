@@ -24,7 +24,6 @@ sys.path.insert(0, str(ROOT / "recipes"))
 
 import cifar10c  # noqa: E402
 import compare  # noqa: E402
-
 from peft_surgical.evaluation import TextTable, plus_minus  # noqa: E402
 from peft_surgical.evaluation.ledger import Ledger, Run  # noqa: E402
 

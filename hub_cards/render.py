@@ -34,7 +34,10 @@ from peft_surgical.hub.card_figure import draw_figure
 from peft_surgical.hub.card_text import card_rows, moved_of
 from peft_surgical.hub.cards import About, Weights, card_of
 from peft_surgical.hub.staging import Staged, weights_of
-from peft_surgical.shifts.cifar_networks import NETWORKS
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+
+from paper.cifar_networks import NETWORKS
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -54,8 +57,13 @@ source = digits.make_shifts("dim", seed=0)["input"].source
 model = PeftModel.from_pretrained(digits.pretrain(source, 12, seed=0), "me/digits-dim-camera").eval()"""
 
 LOAD_CIFAR10C = """\
+import sys
+
 from peft import PeftModel
-from peft_surgical.shifts.cifar_networks import load_network, normalise
+
+sys.path.insert(0, "recipes")  # in a clone of the package: the recipes hold the network
+import peft_surgical
+from paper.cifar_networks import load_network, normalise
 
 base = load_network("resnet32", "models")  # models/cifar10_resnet32_bn/model.safetensors
 model = PeftModel.from_pretrained(base, "me/cifar10-gaussian-noise").eval()
@@ -117,7 +125,7 @@ def cifar10c() -> tuple[Report, list[Report], About]:
         "me/cifar10-gaussian-noise",
         "apache-2.0",
         (),
-        "the ResNet-32 of peft_surgical.shifts.cifar_networks, pretrained on CIFAR-10",
+        "the ResNet-32 of paper.cifar_networks, pretrained on CIFAR-10",
         LOAD_CIFAR10C,
         opens=False,
     )

@@ -40,18 +40,18 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from peft import PeftModel
 from torch import Tensor
 
+from accelerate import PartialState
+from paper.cifar import Images, corruptions_in, read_once, split
+from paper.cifar_networks import load_network, normalise
+from paper.grids import grid_parser, parse_grid
 from peft_surgical.entry import run_in_words
 from peft_surgical.errors import DataError
 from peft_surgical.evaluation import Report, TextTable, accuracy, interval_of_runs, measure, plus_minus, predict_logits
 from peft_surgical.evaluation.grid import Cell, shard
 from peft_surgical.evaluation.ledger import Ledger, Run
-from peft_surgical.shifts.cifar import Images, corruptions_in, read_once, split
-from peft_surgical.shifts.cifar_networks import load_network, normalise
-from peft_surgical.studies.grids import grid_parser, parse_grid
 from peft_surgical.training.fitting import FitSettings, fit
 from peft_surgical.watch import file_name
 

@@ -38,13 +38,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from paper.cifar_networks import NETWORKS, load_network, normalise
+from paper.flipped import CLASSES, HUB_ID, read_cifar_flip
+from paper.protocol import Protocol, parser_of
+from paper.study import run_study
 from peft_surgical.bases import Base, load_base
 from peft_surgical.entry import run_in_words
 from peft_surgical.errors import ConfigError
-from peft_surgical.shifts.cifar_networks import NETWORKS, load_network, normalise
-from peft_surgical.shifts.flipped import CLASSES, HUB_ID, read_cifar_flip
-from peft_surgical.studies.protocol import Protocol, parser_of
-from peft_surgical.studies.study import run_study
 from peft_surgical.training.fitting import FitSettings
 
 PROTOCOL = Protocol(
@@ -76,7 +76,7 @@ def to_input(network: str, image: Any) -> torch.Tensor:
 
 
 def open_network(models: str | None, name: str, *, weights: str = "pretrained", **how: Any) -> Base:
-    """A network of `peft_surgical.shifts.cifar_networks`, or any other, which `load_base` opens."""
+    """A network of `paper.cifar_networks`, or any other, which `load_base` opens."""
     if name not in NETWORKS:
         return load_base(name, weights=weights, **how)
     if how.get("augment", "none") != "none":

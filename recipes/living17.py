@@ -27,11 +27,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from paper.pretraining import SourceTraining
+from paper.protocol import Protocol, parser_of
+from paper.study import run_study
+from paper.subpopulations import imagenet_parts, read_breeds
 from peft_surgical.entry import run_in_words
-from peft_surgical.shifts.subpopulations import imagenet_parts, read_breeds
-from peft_surgical.studies.pretraining import SourceTraining
-from peft_surgical.studies.protocol import Protocol, parser_of
-from peft_surgical.studies.study import run_study
 from peft_surgical.training.fitting import FitSettings
 
 PROTOCOL = Protocol(

@@ -12,8 +12,8 @@ import pytest
 import torch
 import transformers
 
+from paper.wilds_folders import FMOW_CATEGORIES
 from peft_surgical.evaluation.ledger import Ledger
-from peft_surgical.shifts.wilds_folders import FMOW_CATEGORIES
 
 
 def results_in(file):

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from scripts import script
 from torch import nn
 
+from paper import cifar_networks
 from peft_surgical.evaluation.ledger import Ledger, Run
-from peft_surgical.shifts import cifar_networks
 
 pytest.importorskip("timm")
 pytest.importorskip("rich")

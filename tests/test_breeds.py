@@ -5,8 +5,7 @@ from collections import Counter
 
 import pytest
 
-from peft_surgical.errors import DataError
-from peft_surgical.shifts.breeds import (
+from paper.breeds import (
     BENCHMARKS,
     ROOT,
     Breeds,
@@ -17,7 +16,8 @@ from peft_surgical.shifts.breeds import (
     draw_superclasses,
     read_hierarchy,
 )
-from peft_surgical.shifts.imagenet_files import imagenet_files
+from paper.imagenet_files import imagenet_files
+from peft_surgical.errors import DataError
 
 CLASSES = [[number, f"n0000010{number}", f"class {number}, alias"] for number in range(9)]
 

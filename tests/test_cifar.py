@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from paper import cifar, cifar_networks
 from peft_surgical import extras
 from peft_surgical.errors import DataError
-from peft_surgical.shifts import cifar, cifar_networks
 
 SHARED = Path(os.environ.get("PEFT_SURGICAL_SHARED", Path(__file__).parents[2] / "shared"))
 

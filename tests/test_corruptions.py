@@ -12,9 +12,9 @@ import torch
 datasets = pytest.importorskip("datasets")
 PIL = pytest.importorskip("PIL.Image")
 
+from paper.corruptions import CORRUPTIONS, check_cells, open_classifier, read_imagenet_c  # noqa: E402
 from peft_surgical.data.labelled import items  # noqa: E402
 from peft_surgical.errors import DataError  # noqa: E402
-from peft_surgical.shifts.corruptions import CORRUPTIONS, check_cells, open_classifier, read_imagenet_c  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("own_datasets_cache")
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from peft_surgical.studies.grids import grid_parser, parse_grid
+from paper.grids import grid_parser, parse_grid
 
 
 @pytest.fixture

@@ -5,10 +5,10 @@ from statistics import fmean
 import numpy as np
 import pytest
 
+from paper.corruptions import CORRUPTIONS
+from paper.over_corruptions import MOST, summary_of, table_of, why_no_mce
 from peft_surgical.errors import DataError
 from peft_surgical.evaluation import ALEXNET_ERRORS, Report, measure, wilson_interval
-from peft_surgical.shifts.corruptions import CORRUPTIONS
-from peft_surgical.shifts.over_corruptions import MOST, summary_of, table_of, why_no_mce
 
 N = 200
 

@@ -8,12 +8,12 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from peft import get_peft_model
 from tiny import ConvNet
 from torch import nn
 from torch.utils.data import DataLoader
 
+from accelerate import Accelerator
 from peft_surgical import Pace, Penalty, SurgicalConfig, anatomy_of, score_blocks
 from peft_surgical.errors import AdapterError, ConfigError
 from peft_surgical.selection.tensors import trained_tensors

@@ -14,12 +14,12 @@ PIL = pytest.importorskip("PIL.Image")
 timm = pytest.importorskip("timm")
 transformers = pytest.importorskip("transformers")
 
+from paper import pretraining  # noqa: E402
+from paper.parts import Published  # noqa: E402
+from paper.pretraining import SourceTraining, train_source  # noqa: E402
 from peft_surgical.bases import load_base, save_checkpoint  # noqa: E402
 from peft_surgical.errors import ConfigError, DataError  # noqa: E402
 from peft_surgical.evaluation import Report  # noqa: E402
-from peft_surgical.shifts.parts import Published  # noqa: E402
-from peft_surgical.studies import pretraining  # noqa: E402
-from peft_surgical.studies.pretraining import SourceTraining, train_source  # noqa: E402
 from peft_surgical.training.fitting import FitSettings  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("own_datasets_cache")

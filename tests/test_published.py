@@ -25,13 +25,13 @@ from miniatures import (  # noqa: E402
     write,
 )
 
+from paper.cuts import RECIPES  # noqa: E402
+from paper.parts import Published  # noqa: E402
+from paper.published import read_published  # noqa: E402
+from paper.wilds_folders import FMOW_CATEGORIES, REGIONS  # noqa: E402
+from paper.wilds_layouts import read_rows  # noqa: E402
 from peft_surgical.data.labelled import items  # noqa: E402
 from peft_surgical.errors import DataError  # noqa: E402
-from peft_surgical.shifts.cuts import RECIPES  # noqa: E402
-from peft_surgical.shifts.parts import Published  # noqa: E402
-from peft_surgical.shifts.published import read_published  # noqa: E402
-from peft_surgical.shifts.wilds_folders import FMOW_CATEGORIES, REGIONS  # noqa: E402
-from peft_surgical.shifts.wilds_layouts import read_rows  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("own_datasets_cache")
 

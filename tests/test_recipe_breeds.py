@@ -18,12 +18,12 @@ from scripts import script  # noqa: E402
 from test_corruptions import write_model  # noqa: E402
 from test_subpopulations import write_hierarchy, write_imagenet  # noqa: E402
 
+from paper.breeds import BENCHMARKS  # noqa: E402
+from paper.subpopulations import EACH, read_breeds  # noqa: E402
 from peft_surgical.bases import load_base  # noqa: E402
 from peft_surgical.data.labelled import collate, items  # noqa: E402
 from peft_surgical.errors import DataError  # noqa: E402
 from peft_surgical.evaluation import Report, accuracy, predict_logits  # noqa: E402
-from peft_surgical.shifts.breeds import BENCHMARKS  # noqa: E402
-from peft_surgical.shifts.subpopulations import EACH, read_breeds  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("own_datasets_cache")
 

@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from scripts import script
 
+from paper import cifar, cifar_networks
 from peft_surgical.errors import DataError
 from peft_surgical.evaluation import Report, accuracy, predict_logits
 from peft_surgical.evaluation.ledger import Ledger
-from peft_surgical.shifts import cifar, cifar_networks
 
 datasets = pytest.importorskip("datasets")
 pillow = pytest.importorskip("PIL.Image")

@@ -26,12 +26,12 @@ from peft import PeftModel  # noqa: E402
 from scripts import script  # noqa: E402
 from transformers import Trainer  # noqa: E402
 
+from paper import cifar, cifar_networks  # noqa: E402
+from paper.flipped import CLASSES, read_cifar_flip  # noqa: E402
 from peft_surgical.data.labelled import items  # noqa: E402
 from peft_surgical.errors import ConfigError, DataError  # noqa: E402
 from peft_surgical.evaluation import Report, accuracy  # noqa: E402
 from peft_surgical.evaluation.ledger import Ledger  # noqa: E402
-from peft_surgical.shifts import cifar, cifar_networks  # noqa: E402
-from peft_surgical.shifts.flipped import CLASSES, read_cifar_flip  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "cifar_flip.py"

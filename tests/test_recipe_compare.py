@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 from scripts import script
 
+from paper import cifar, cifar_networks
 from peft_surgical.evaluation.ledger import Ledger
-from peft_surgical.shifts import cifar, cifar_networks
 
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")

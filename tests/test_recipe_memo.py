@@ -9,10 +9,10 @@ from PIL import Image
 from safetensors.torch import save_file
 from scripts import script
 
+from paper import cifar, cifar_networks
 from peft_surgical.errors import DataError
 from peft_surgical.evaluation import wilson_interval
 from peft_surgical.evaluation.ledger import Ledger
-from peft_surgical.shifts import cifar, cifar_networks
 
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")

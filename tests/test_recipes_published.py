@@ -41,14 +41,14 @@ from scripts import script  # noqa: E402
 from sklearn.metrics import accuracy_score, recall_score  # noqa: E402
 from transformers import CLIPForImageClassification, CLIPModel, Trainer  # noqa: E402
 
+from paper.published import read_published  # noqa: E402
+from paper.wilds_folders import FMOW_CATEGORIES, REGIONS  # noqa: E402
 from peft_surgical import anatomy_of  # noqa: E402
 from peft_surgical.bases import load_base  # noqa: E402
 from peft_surgical.errors import ConfigError, DataError, UnknownTargetError  # noqa: E402
 from peft_surgical.evaluation import Report  # noqa: E402
 from peft_surgical.evaluation.ledger import Ledger  # noqa: E402
 from peft_surgical.selection.forward import logits_of  # noqa: E402
-from peft_surgical.shifts.published import read_published  # noqa: E402
-from peft_surgical.shifts.wilds_folders import FMOW_CATEGORIES, REGIONS  # noqa: E402
 from peft_surgical.targets import parse, resolve  # noqa: E402
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -353,7 +353,7 @@ def test_a_wrong_target_is_refused_before_the_source_is_trained(place, tmp_path)
 
 def test_runs_are_not_spread_before_the_source_is_there(place, tmp_path, monkeypatch):
     two = contextlib.nullcontext(mock.Mock(world=2, rank=0))
-    monkeypatch.setattr("peft_surgical.studies.study.separated", lambda: two)
+    monkeypatch.setattr("paper.study.separated", lambda: two)
     with no_training(), pytest.raises(ConfigError, match=r"every process would train the source .* --source-only"):
         load("camelyon17").main(words(place, "camelyon17", tmp_path, "--spread", "runs"))
 

@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from launching import run
 from peft import get_peft_model
 from tiny import ConvNet
@@ -11,6 +10,7 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from accelerate import Accelerator
 from peft_surgical import Pace, SurgicalCallback, SurgicalConfig, anatomy_of, score_blocks
 from peft_surgical.selection import CRITERIA
 from peft_surgical.selection.tensors import trained_tensors, unwrapped

@@ -17,14 +17,14 @@ pytest.importorskip("rich")
 import tiny  # noqa: E402
 from peft import PeftModel  # noqa: E402
 
+from paper.parts import Published  # noqa: E402
+from paper.protocol import Protocol, parser_of, rows_of  # noqa: E402
+from paper.study import run_study  # noqa: E402
 from peft_surgical.bases import Base  # noqa: E402
 from peft_surgical.errors import ConfigError  # noqa: E402
 from peft_surgical.evaluation import Report, accuracy, wilson_interval, worst_group_accuracy  # noqa: E402
 from peft_surgical.evaluation.ledger import Ledger  # noqa: E402
 from peft_surgical.experiments import experiment as experiment_module  # noqa: E402
-from peft_surgical.shifts.parts import Published  # noqa: E402
-from peft_surgical.studies.protocol import Protocol, parser_of, rows_of  # noqa: E402
-from peft_surgical.studies.study import run_study  # noqa: E402
 from peft_surgical.training.fitting import FitSettings  # noqa: E402
 from peft_surgical.watch import DivergedError  # noqa: E402
 
@@ -316,7 +316,7 @@ def test_two_processes_give_what_one_gives(tmp_path):
 
 
 def test_what_is_pushed_has_a_base_to_be_found(tmp_path):
-    from peft_surgical.studies.pretraining import SourceTraining
+    from paper.pretraining import SourceTraining
 
     protocol = dataclasses.replace(PROTOCOL, source=SourceTraining(PROTOCOL.fitting))
     args = parser_of(protocol, "").parse_args(["--data", "x", "--cpu", "--push-to-hub", "me/birds", "--license", "mit"])

@@ -13,10 +13,10 @@ import pytest
 datasets = pytest.importorskip("datasets")
 PIL = pytest.importorskip("PIL.Image")
 
+from paper.breeds import BENCHMARKS, ROOT, breeds  # noqa: E402
+from paper.subpopulations import imagenet_parts, read_breeds  # noqa: E402
 from peft_surgical.data.labelled import items  # noqa: E402
 from peft_surgical.errors import DataError  # noqa: E402
-from peft_surgical.shifts.breeds import BENCHMARKS, ROOT, breeds  # noqa: E402
-from peft_surgical.shifts.subpopulations import imagenet_parts, read_breeds  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("own_datasets_cache")
 

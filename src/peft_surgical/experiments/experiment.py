@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+
+from accelerate import PartialState
 
 from ..config import SurgicalConfig
 from ..data.labelled import collate

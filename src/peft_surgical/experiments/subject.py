@@ -14,7 +14,6 @@ from ..anatomy import Anatomy, anatomy_of
 from ..bases.load import Base, load_base
 from ..data.labelled import Data, read_data
 from ..errors import ConfigError, UnknownTargetError
-from ..shifts.parts import Published
 from ..targets import DATA_TARGETS, parse, resolve
 from ..training.methods import METHODS, Method, method_of
 from ..training.search import NONE
@@ -32,8 +31,8 @@ class Subject:
 
     Attributes:
         model: As for `load_base`.
-        source: As for `read_data`; or a function from a seed to `Data`, or to a `Published` data set, which then
-            decides everything about the images.
+        source: As for `read_data`; or a function from a seed to `Data`, or to an object with the same attributes,
+            which then decides everything about the images.
         lrs: Learning rates to try.
         head_lrs: The same where the head alone is tuned.
         reading: Further arguments of `read_data`: sizes and columns.
@@ -61,11 +60,11 @@ class Subject:
     def __post_init__(self) -> None:
         if self.head not in KEPT_OR_NEW:
             raise ConfigError(f"head={self.head!r}: choose one of {', '.join(KEPT_OR_NEW)}")
-        self._data: dict[int, Data | Published] = {}
+        self._data: dict[int, Data] = {}
         self._bases: dict[tuple[int, bool], Base] = {}
         self._rows: dict[str, Any] = {}
 
-    def data(self, seed: int) -> Data | Published:
+    def data(self, seed: int) -> Data:
         """The images of a seed: others only where a part is drawn."""
         first = self._read(self.seed)
         return self._read(seed) if self.draws else first
@@ -75,7 +74,7 @@ class Subject:
         """Whether seeds change who tunes, validates and tests."""
         return any("seed" in how for how in self._read(self.seed).origin.values())
 
-    def _read(self, seed: int) -> Data | Published:
+    def _read(self, seed: int) -> Data:
         if seed not in self._data:
             read = self.source if callable(self.source) else functools.partial(_read_data, self.source, self.reading)
             self._data[seed] = read(seed)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import DataError
+from peft_surgical.errors import DataError
+
 from .wilds_folders import FMOW_CATEGORIES, REGIONS, Rows
 
 HOSPITALS = (0, 1, 2, 3, 4)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..errors import DataError
+from peft_surgical.errors import DataError
 
 SHARED_VARIABLE = "PEFT_SURGICAL_SHARED"
 """Environment variable that points at the folder holding ``models/`` and ``data/``."""

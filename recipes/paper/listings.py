@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ..extras import require
+from peft_surgical.extras import require
+
 from .parts import PARTS, Published
 
 

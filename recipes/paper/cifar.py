@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import DataError
-from ..extras import require
+from peft_surgical.errors import DataError
+from peft_surgical.extras import require
 
 PUBLISHED_ROWS = 10_000
 """Rows of one severity in a published CIFAR-10-C ``.npy`` file, which stacks severities 1 to 5."""

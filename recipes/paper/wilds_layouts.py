@@ -28,10 +28,11 @@ from typing import Any
 
 import numpy as np
 
-from ..data import tables
-from ..data.folders import SPLITS, split_of
-from ..errors import DataError
-from ..extras import require
+from peft_surgical.data import tables
+from peft_surgical.data.folders import SPLITS, split_of
+from peft_surgical.errors import DataError
+from peft_surgical.extras import require
+
 from .wilds_folders import FOLDERS, INDEX, READERS, Rows, checked, integers
 
 HUB_IDS = {

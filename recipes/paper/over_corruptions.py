@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
-from ..errors import DataError
-from ..evaluation import (
+from peft_surgical.errors import DataError
+from peft_surgical.evaluation import (
     ALEXNET_ERRORS,
     SEVERITIES,
     Measurement,
@@ -16,6 +16,7 @@ from ..evaluation import (
     mean_interval,
     wilson_interval,
 )
+
 from .corruptions import CORRUPTIONS
 
 Cells = Mapping[tuple[str, int], Report]

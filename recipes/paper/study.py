@@ -15,28 +15,29 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate import PartialState
 from huggingface_hub import constants
 
-from ..anatomy import anatomy_of
-from ..bases.load import Base, load_base
-from ..data.tables import is_hub_id
-from ..errors import ConfigError, DataError
-from ..evaluation import Report
-from ..experiments.choosing import compare
-from ..experiments.experiment import Experiment
-from ..experiments.progress import watched
-from ..experiments.subject import SEARCHES
-from ..shifts.corruptions import open_classifier
-from ..shifts.parts import Published
-from ..targets import parse, resolve
-from ..training.engines import Engine, Together, separated
-from ..training.fitting import FitSettings
-from ..training.methods import method_of
-from ..training.search import NONE
-from ..watch import Watch, logging_to
+from accelerate import PartialState
+from peft_surgical.anatomy import anatomy_of
+from peft_surgical.bases.load import Base, load_base
+from peft_surgical.data.tables import is_hub_id
+from peft_surgical.errors import ConfigError, DataError
+from peft_surgical.evaluation import Report
+from peft_surgical.experiments.choosing import compare
+from peft_surgical.experiments.experiment import Experiment
+from peft_surgical.experiments.progress import watched
+from peft_surgical.experiments.subject import SEARCHES
+from peft_surgical.targets import parse, resolve
+from peft_surgical.training.engines import Engine, Together, separated
+from peft_surgical.training.fitting import FitSettings
+from peft_surgical.training.methods import method_of
+from peft_surgical.training.search import NONE
+from peft_surgical.watch import Watch, logging_to
+
+from .corruptions import open_classifier
 from .findings import held_out, write_study
 from .handover import check_handover, hand_over
+from .parts import Published
 from .pretraining import REPORT as SOURCE_REPORT
 from .pretraining import SourceTraining, train_source
 from .protocol import Protocol, rows_of

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..bases.transforms import AUGMENTS
-from ..evaluation.judging import check_metrics
-from ..training.fitting import OPTIMIZERS, FitSettings
-from ..training.methods import METHODS
-from ..training.search import NONE
+from peft_surgical.bases.transforms import AUGMENTS
+from peft_surgical.evaluation.judging import check_metrics
+from peft_surgical.training.fitting import OPTIMIZERS, FitSettings
+from peft_surgical.training.methods import METHODS
+from peft_surgical.training.search import NONE
+
 from .pretraining import SourceTraining
 
 

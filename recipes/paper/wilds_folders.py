@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from ..data import tables
-from ..errors import DataError
-from ..extras import require
+from peft_surgical.data import tables
+from peft_surgical.errors import DataError
+from peft_surgical.extras import require
 
 REGIONS = ("Asia", "Europe", "Africa", "Americas", "Oceania", "Other")
 """The regions of FMoW, in the order of their numbers; ``Other`` are countries that the mapping does not know."""

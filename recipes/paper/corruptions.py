@@ -13,14 +13,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..bases.load import Base, load_base
-from ..data import tables
-from ..data.folders import visible
-from ..data.images import IMAGE_SUFFIXES
-from ..data.splits import draw, per_class
-from ..errors import DataError
-from ..evaluation import ALEXNET_ERRORS, SEVERITIES
-from ..extras import require
+from peft_surgical.bases.load import Base, load_base
+from peft_surgical.data import tables
+from peft_surgical.data.folders import visible
+from peft_surgical.data.images import IMAGE_SUFFIXES
+from peft_surgical.data.splits import draw, per_class
+from peft_surgical.errors import DataError
+from peft_surgical.evaluation import ALEXNET_ERRORS, SEVERITIES
+from peft_surgical.extras import require
+
 from .listings import cut, images_of
 from .parts import Published
 

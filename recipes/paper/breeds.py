@@ -32,7 +32,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import DataError
+from peft_surgical.errors import DataError
 
 ROOT = "n00001740"
 """The id of "entity", the root of the hierarchy."""

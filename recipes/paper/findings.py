@@ -8,14 +8,15 @@ from importlib.metadata import version
 from statistics import fmean
 from typing import Any
 
-from ..errors import ConfigError
-from ..evaluation import Measurement, Report, TextTable, accuracy, measure
-from ..evaluation.ledger import Run
-from ..experiments.experiment import Experiment
-from ..experiments.keeping import REPORT, Kept, keep_adapter
-from ..experiments.outputs import FIGURE, TABLE, bars, chosen_of, draw_or_warn, rule_of
-from ..experiments.rows import Rows
-from ..training.search import NONE
+from peft_surgical.errors import ConfigError
+from peft_surgical.evaluation import Measurement, Report, TextTable, accuracy, measure
+from peft_surgical.evaluation.ledger import Run
+from peft_surgical.experiments.experiment import Experiment
+from peft_surgical.experiments.keeping import REPORT, Kept, keep_adapter
+from peft_surgical.experiments.outputs import FIGURE, TABLE, bars, chosen_of, draw_or_warn, rule_of
+from peft_surgical.experiments.rows import Rows
+from peft_surgical.training.search import NONE
+
 from .protocol import Protocol
 
 ADAPTER = "adapter"

@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from ..data.splits import draw
-from ..errors import DataError
-from ..extras import require
+from peft_surgical.data.splits import draw
+from peft_surgical.errors import DataError
+from peft_surgical.extras import require
+
 from .cuts import RECIPES, Cut, Recipe
 from .parts import PARTS, Published
 from .wilds_folders import Rows

@@ -17,8 +17,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..data.splits import draw, per_class
-from ..errors import DataError
+from peft_surgical.data.splits import draw, per_class
+from peft_surgical.errors import DataError
+
 from .breeds import Breeds, Subclass, breeds
 from .imagenet_files import imagenet_files
 from .listings import cut, images_of

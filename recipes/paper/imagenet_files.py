@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..data.folders import visible
-from ..data.images import IMAGE_SUFFIXES
-from ..data.splits import draw
-from ..errors import DataError
+from peft_surgical.data.folders import visible
+from peft_surgical.data.images import IMAGE_SUFFIXES
+from peft_surgical.data.splits import draw
+from peft_surgical.errors import DataError
+
 from .breeds import Breeds
 
 

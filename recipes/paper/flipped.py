@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..data.folders import split_of
-from ..data.tables import parquet_files
-from ..errors import DataError
-from ..extras import require
+from peft_surgical.data.folders import split_of
+from peft_surgical.data.tables import parquet_files
+from peft_surgical.errors import DataError
+from peft_surgical.extras import require
+
 from .cifar import Images, read_images, split
 from .listings import cut
 from .parts import Published

@@ -15,20 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ..bases.load import Base, load_base
-from ..bases.plain import save_checkpoint
-from ..data.labelled import collate
-from ..errors import AdapterError, ConfigError, DataError
-from ..evaluation import Report, accuracy, measure, predict_logits
-from ..experiments.rows import Rows
-from ..extras import require
-from ..shifts.parts import Published
-from ..training.fitting import FitSettings, fit, forget_checkpoints
-from ..training.methods import METHODS
+from accelerate import PartialState
+from peft_surgical.bases.load import Base, load_base
+from peft_surgical.bases.plain import save_checkpoint
+from peft_surgical.data.labelled import collate
+from peft_surgical.errors import AdapterError, ConfigError, DataError
+from peft_surgical.evaluation import Report, accuracy, measure, predict_logits
+from peft_surgical.experiments.rows import Rows
+from peft_surgical.extras import require
+from peft_surgical.training.fitting import FitSettings, fit, forget_checkpoints
+from peft_surgical.training.methods import METHODS
+
+from .parts import Published
 
 REPORT = "source.json"
 HELD_OUT = 0.1

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from ..shifts.cifar_networks import NETWORKS
+from .cifar_networks import NETWORKS
 
 
 def grid_parser(description: str | None, *, output: str, data: str, seeds: Sequence[int]) -> argparse.ArgumentParser:

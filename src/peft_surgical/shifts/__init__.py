@@ -1,1 +1,0 @@
-"""The shifts that the paper measures: its datasets as they are published, cut into source and target."""
