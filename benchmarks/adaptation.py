@@ -42,7 +42,7 @@ from peft_surgical.evaluation import TextTable
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
 from paper.cifar_networks import ResNet26
-from peft_surgical.targets import parse, resolve
+from peft_surgical.blocks import parse, resolve
 
 LR = 1e-5
 """So small that the network stays what it is from round to round."""

@@ -30,7 +30,7 @@ from torch import Tensor
 from peft_surgical.delta import file_sha256
 from peft_surgical.errors import DataError
 from peft_surgical.evaluation import Report, TextTable, accuracy, mean_interval, predict_logits
-from peft_surgical.evaluation.ledger import Ledger, Run
+from peft_surgical.training.ledger import Ledger, Run
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 

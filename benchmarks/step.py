@@ -54,12 +54,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from peft_surgical import SurgicalConfig, anatomy_of
 from peft_surgical.evaluation import Interval, TextTable
-from peft_surgical.evaluation.ledger import Ledger, Run
+from peft_surgical.training.ledger import Ledger, Run
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
 from paper.cifar_networks import ResNet26
-from peft_surgical.targets import parse, resolve
+from peft_surgical.blocks import parse, resolve
 
 WEIGHTS = "adapter_model.safetensors"
 CHECKED_STEPS = 3

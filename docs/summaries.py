@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT / "recipes"))
 import cifar10c  # noqa: E402
 import compare  # noqa: E402
 from peft_surgical.evaluation import TextTable, plus_minus  # noqa: E402
-from peft_surgical.evaluation.ledger import Ledger, Run  # noqa: E402
+from peft_surgical.training.ledger import Ledger, Run  # noqa: E402
 
 RESULTS = ROOT / "docs" / "results"
 NETWORKS = {"resnet26": "ResNet-26", "resnet32": "ResNet-32"}

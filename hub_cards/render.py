@@ -29,11 +29,11 @@ from typing import Any
 
 from peft_surgical import SurgicalConfig
 from peft_surgical.evaluation import ORACLE, Report
-from peft_surgical.evaluation.ledger import Ledger
 from peft_surgical.hub.card_figure import draw_figure
 from peft_surgical.hub.card_text import card_rows, moved_of
 from peft_surgical.hub.cards import About, Weights, card_of
 from peft_surgical.hub.staging import Staged, weights_of
+from peft_surgical.training.ledger import Ledger
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 

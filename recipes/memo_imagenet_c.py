@@ -38,10 +38,10 @@ from peft_surgical.devices import accelerator_or_cpu
 from peft_surgical.entry import run_in_words
 from peft_surgical.errors import DataError
 from peft_surgical.evaluation import TextTable, accuracy, plus_minus
-from peft_surgical.evaluation.grid import SELECTION_SEED
-from peft_surgical.evaluation.ledger import Ledger, Run
-from peft_surgical.experiments.adapting import AdaptSettings, adapt
+from peft_surgical.experiment.adapting import AdaptSettings, adapt
 from peft_surgical.extras import require
+from peft_surgical.training.grid import SELECTION_SEED
+from peft_surgical.training.ledger import Ledger, Run
 
 
 @functools.lru_cache(maxsize=1)

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from paper.wilds_folders import FMOW_CATEGORIES
-from peft_surgical.evaluation.ledger import Ledger
+from peft_surgical.training.ledger import Ledger
 
 
 def results_in(file):

@@ -19,8 +19,8 @@ from peft_surgical.bases import load_base  # noqa: E402
 from peft_surgical.data.incoming import read_incoming  # noqa: E402
 from peft_surgical.errors import ConfigError, DataError  # noqa: E402
 from peft_surgical.evaluation import Report  # noqa: E402
-from peft_surgical.experiments import adapting as module  # noqa: E402
-from peft_surgical.experiments.adapting import AdaptSettings, numbered_as, open_base  # noqa: E402
+from peft_surgical.experiment import adapting as module  # noqa: E402
+from peft_surgical.experiment.adapting import AdaptSettings, numbered_as, open_base  # noqa: E402
 from peft_surgical_cli.adapt import adapt_command  # noqa: E402
 
 MODEL = "test_resnet"

@@ -14,7 +14,7 @@ import torchvision
 import transformers
 from torch import nn
 
-from peft_surgical.anatomy import Anatomy, Block, anatomy_of
+from peft_surgical.blocks import Anatomy, Block, anatomy_of
 from peft_surgical.errors import AnatomyError, UnknownTargetError
 
 # Small values for language models, whose configs put special tokens beyond a small vocabulary otherwise.

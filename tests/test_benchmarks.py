@@ -16,7 +16,7 @@ from scripts import script
 from torch import nn
 
 from paper import cifar_networks
-from peft_surgical.evaluation.ledger import Ledger, Run
+from peft_surgical.training.ledger import Ledger, Run
 
 pytest.importorskip("timm")
 pytest.importorskip("rich")

@@ -15,12 +15,12 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.trainer_callback import PrinterCallback
 
-import peft_surgical.training.pace
+import peft_surgical.choosing.pace
 from peft_surgical import SurgicalCallback, SurgicalConfig, anatomy_of
+from peft_surgical.choosing.callback import RECORD, scoring_loader
+from peft_surgical.choosing.penalties import Penalty
+from peft_surgical.choosing.schedules import AutoRGN, AutoSNR, gradual_unfreezing
 from peft_surgical.errors import AnatomyError, ConfigError
-from peft_surgical.training.callback import RECORD, scoring_loader
-from peft_surgical.training.penalties import Penalty
-from peft_surgical.training.schedules import AutoRGN, AutoSNR, gradual_unfreezing
 
 pytestmark = pytest.mark.usefixtures("quick_collections", "own_accelerate_state")
 
@@ -262,13 +262,13 @@ class Kill(TrainerCallback):
 @pytest.fixture
 def scored(monkeypatch):
     calls = []
-    real = peft_surgical.training.pace.score_blocks
+    real = peft_surgical.choosing.pace.score_blocks
 
     def counting(*args, **kwargs):
         calls.append(1)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(peft_surgical.training.pace, "score_blocks", counting)
+    monkeypatch.setattr(peft_surgical.choosing.pace, "score_blocks", counting)
     return calls
 
 
@@ -587,9 +587,9 @@ def test_auto_rgn_leaves_the_order_of_the_images_alone(tmp_path):
 
 def test_scores_are_taken_in_the_precision_of_training(tmp_path, monkeypatch):
     asked = []
-    real = peft_surgical.training.pace.score_blocks
+    real = peft_surgical.choosing.pace.score_blocks
     monkeypatch.setattr(
-        peft_surgical.training.pace,
+        peft_surgical.choosing.pace,
         "score_blocks",
         lambda *args, **how: asked.append(how["autocast"]) or real(*args, **how),
     )

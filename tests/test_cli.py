@@ -24,18 +24,18 @@ from rich.console import Console  # noqa: E402
 import peft_surgical  # noqa: E402
 from peft_surgical import SurgicalConfig  # noqa: E402
 from peft_surgical.adaptation.objectives import COLLAPSE_WINDOW  # noqa: E402
+from peft_surgical.adapters.contents import contents_of  # noqa: E402
 from peft_surgical.bases.transforms import AUGMENTS  # noqa: E402
+from peft_surgical.choosing import BlockScores  # noqa: E402
+from peft_surgical.choosing.criteria import CRITERIA  # noqa: E402
 from peft_surgical.config import DELTA_DTYPES  # noqa: E402
 from peft_surgical.errors import AdapterFileError, ConfigError  # noqa: E402
-from peft_surgical.experiments.choosing import SCORED  # noqa: E402
-from peft_surgical.experiments.planning import BATCH_SIZES, STEPS_PER_EPOCH  # noqa: E402
-from peft_surgical.experiments.progress import Bar  # noqa: E402
-from peft_surgical.experiments.requests import Train  # noqa: E402
-from peft_surgical.experiments.subject import SEARCHES  # noqa: E402
-from peft_surgical.hub.contents import contents_of  # noqa: E402
+from peft_surgical.experiment.choosing import SCORED  # noqa: E402
+from peft_surgical.experiment.planning import BATCH_SIZES, STEPS_PER_EPOCH  # noqa: E402
+from peft_surgical.experiment.progress import Bar  # noqa: E402
+from peft_surgical.experiment.requests import Train  # noqa: E402
+from peft_surgical.experiment.subject import SEARCHES  # noqa: E402
 from peft_surgical.norm import NormPolicy  # noqa: E402
-from peft_surgical.selection import BlockScores  # noqa: E402
-from peft_surgical.selection.criteria import CRITERIA  # noqa: E402
 from peft_surgical.training.fitting import OPTIMIZERS  # noqa: E402
 from peft_surgical.training.search import NOMINATED  # noqa: E402
 from peft_surgical_cli import app as cli  # noqa: E402
@@ -257,7 +257,7 @@ def test_rates_that_are_given_are_used_or_refused(run, data, tmp_path):
 
 
 def test_compare_writes_the_rows_that_are_done(run, data, tmp_path, monkeypatch):
-    from peft_surgical.experiments import experiment
+    from peft_surgical.experiment import experiment
 
     def breaking(network, method, *args, **how):
         if method.name == "block1":
@@ -326,7 +326,7 @@ def test_ctrl_c_says_how_to_go_on(run, data, tmp_path, monkeypatch):
     def stopped(*args, **how):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("peft_surgical.experiments.experiment.fit", stopped)
+    monkeypatch.setattr("peft_surgical.experiment.experiment.fit", stopped)
     line = ("tune", "test_resnet", data, "--output", tmp_path / "a", "--target", "block1", "--random", "--epochs", 1)
     code, out, err = run(*line)
     assert (code, out) == (130, "")

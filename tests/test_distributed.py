@@ -19,10 +19,10 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from peft_surgical import SurgicalCallback, SurgicalConfig, score_blocks
-from peft_surgical.training.callback import RECORD
+from peft_surgical.choosing.callback import RECORD
+from peft_surgical.choosing.schedules import AutoRGN, normalised
 from peft_surgical.training.checkpoints import MARK
 from peft_surgical.training.fitting import FitSettings, fit
-from peft_surgical.training.schedules import AutoRGN, normalised
 from peft_surgical.training.trainer import ClassifierTrainer
 
 pytestmark = pytest.mark.usefixtures("quick_collections", "own_accelerate_state")

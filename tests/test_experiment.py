@@ -25,22 +25,22 @@ from timm.models import save_for_hf  # noqa: E402
 
 from peft_surgical import SurgicalConfig, anatomy_of  # noqa: E402
 from peft_surgical.bases import load_base  # noqa: E402
+from peft_surgical.choosing import BlockScores  # noqa: E402
+from peft_surgical.choosing.methods import METHODS, method_of  # noqa: E402
+from peft_surgical.choosing.schedules import HeadFirst, Progress  # noqa: E402
 from peft_surgical.errors import AdapterError, ConfigError, DataError, RowsFailedError  # noqa: E402
 from peft_surgical.evaluation import Report, accuracy  # noqa: E402
-from peft_surgical.evaluation.ledger import Ledger  # noqa: E402
-from peft_surgical.experiments import experiment  # noqa: E402
-from peft_surgical.experiments.choosing import choose, compare, search  # noqa: E402
-from peft_surgical.experiments.experiment import Experiment  # noqa: E402
-from peft_surgical.experiments.newhead import NewHeadFirst, modules_of_head, with_new_head  # noqa: E402
-from peft_surgical.experiments.outputs import read_source, write_compared, write_tuned  # noqa: E402
-from peft_surgical.experiments.planning import batch_size_for, plan_of, uses_rates  # noqa: E402
-from peft_surgical.experiments.requests import Score, Test, Train, key_of, request_of  # noqa: E402
-from peft_surgical.selection import BlockScores  # noqa: E402
+from peft_surgical.experiment import experiment  # noqa: E402
+from peft_surgical.experiment.choosing import choose, compare, search  # noqa: E402
+from peft_surgical.experiment.experiment import Experiment  # noqa: E402
+from peft_surgical.experiment.newhead import NewHeadFirst, modules_of_head, with_new_head  # noqa: E402
+from peft_surgical.experiment.outputs import read_source, write_compared, write_tuned  # noqa: E402
+from peft_surgical.experiment.planning import batch_size_for, plan_of, uses_rates  # noqa: E402
+from peft_surgical.experiment.requests import Score, Test, Train, key_of, request_of  # noqa: E402
 from peft_surgical.training.fitting import FitSettings, fit  # noqa: E402
-from peft_surgical.training.methods import METHODS, method_of  # noqa: E402
-from peft_surgical.training.schedules import HeadFirst, Progress  # noqa: E402
+from peft_surgical.training.ledger import Ledger  # noqa: E402
 from peft_surgical.training.search import candidates_of  # noqa: E402
-from peft_surgical.watch import Watch  # noqa: E402
+from peft_surgical.training.watch import Watch  # noqa: E402
 
 NAMES = ("ant", "bee", "cow")
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
@@ -353,7 +353,7 @@ def test_a_transformers_model(place, tmp_path):
 
 
 def test_a_new_head_that_cannot_be_saved_whole_becomes_deltas_on_zeros(place, tmp_path, monkeypatch):
-    monkeypatch.setattr("peft_surgical.experiments.subject.modules_of_head", lambda *args: [])
+    monkeypatch.setattr("peft_surgical.experiment.subject.modules_of_head", lambda *args: [])
     run = of(place, tmp_path, model="other", epochs=3)
     report = write_tuned(run, choose(run, "block1", 0), 0)
     assert "tuned as deltas" in report.settings["head"]
@@ -366,7 +366,7 @@ def test_a_race_looks_only_after_a_new_head_has_trained_alone(place, tmp_path, m
     run = of(place, tmp_path, model="other", epochs=15)
     seen = []
     monkeypatch.setattr(
-        "peft_surgical.experiments.choosing.race",
+        "peft_surgical.experiment.choosing.race",
         lambda candidates, *args, rungs, keep: seen.append((candidates, rungs)),
     )
     search(run, "race", 0)
@@ -495,7 +495,7 @@ def test_compare_over_drawn_splits(place, tmp_path, monkeypatch):
     def few(*args, **how):
         return [one for one in candidates_of(*args, **how) if one.method in {"none", "block1", "head"}]
 
-    monkeypatch.setattr("peft_surgical.experiments.choosing.candidates_of", few)
+    monkeypatch.setattr("peft_surgical.experiment.choosing.candidates_of", few)
     run = of(place, tmp_path, data="flat", lrs=(1e-2, 1e-4), reading={"test": 9, "validation": 9})
     rows = compare(run, ["none", "block1", "cross-val"], [0, 1])
     assert list(rows) == ["none", "block1", "cross-val"]
@@ -569,7 +569,7 @@ def few_candidates(monkeypatch):
     def few(*args, **how):
         return [one for one in candidates_of(*args, **how) if one.method in {"none", "block1", "head"}]
 
-    monkeypatch.setattr("peft_surgical.experiments.choosing.candidates_of", few)
+    monkeypatch.setattr("peft_surgical.experiment.choosing.candidates_of", few)
 
 
 @pytest.mark.parametrize("rows", [["auto", "race"], ["race", "auto"], ["block1", "race", "auto"]])
@@ -577,7 +577,7 @@ def test_searches_with_other_rungs_share_their_runs(place, tmp_path, monkeypatch
     few_candidates(monkeypatch)
     settings = {"data": "flat", "epochs": 5, "lrs": (1e-2, 1e-4), "reading": {"test": 9, "validation": 9}}
     for name, value in (("RUNGS", (0.2, 0.6, 1.0)), ("AUTO_RUNGS", (0.4, 0.8, 1.0))):
-        monkeypatch.setattr(f"peft_surgical.experiments.choosing.{name}", value)
+        monkeypatch.setattr(f"peft_surgical.experiment.choosing.{name}", value)
     shared = of(place, tmp_path / "shared", **settings)
     found = compare(shared, rows, [0])
     for name in rows:
@@ -593,7 +593,7 @@ def test_a_killed_run_goes_on_whether_a_search_or_a_row_asks_for_it(place, tmp_p
     with pytest.raises(KeyboardInterrupt):
         compare(run, ["block1"], [0])  # leaves a checkpoint of one epoch
     monkeypatch.setattr(experiment, "fit", fit)
-    monkeypatch.setattr("peft_surgical.experiments.choosing.RUNGS", (2 / 3, 1.0))
+    monkeypatch.setattr("peft_surgical.experiment.choosing.RUNGS", (2 / 3, 1.0))
     run.watch = Counted()
     compare(run, ["race"], [0])
     assert ("seed 0, block1 at 0.01", 1.0) in run.watch.begins
@@ -779,7 +779,7 @@ def test_images_stay_in_memory_unless_they_are_augmented(place, tmp_path, monkey
     assert rows[0] is rows[0]
     assert run.rows("tuning", 0) is rows
     assert of(place, tmp_path, augment="flip").rows("tuning", 0).keep is False
-    monkeypatch.setattr("peft_surgical.experiments.rows._KEPT_BYTES", 10)
+    monkeypatch.setattr("peft_surgical.experiment.rows._KEPT_BYTES", 10)
     assert rows[1] is not rows[1]
 
 

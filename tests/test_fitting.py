@@ -16,9 +16,9 @@ from torch.func import functional_call
 from transformers import TrainerCallback
 from transformers.modeling_outputs import ImageClassifierOutput
 
+from peft_surgical.choosing.forward import forward_loss
+from peft_surgical.choosing.tensors import trained_tensors
 from peft_surgical.errors import ConfigError
-from peft_surgical.selection.forward import forward_loss
-from peft_surgical.selection.tensors import trained_tensors
 from peft_surgical.training.fitting import (
     SELECTED_BY,
     FitSettings,

@@ -3,8 +3,8 @@
 import pytest
 
 from peft_surgical.errors import DataError
-from peft_surgical.evaluation.grid import Cell, export, shard
-from peft_surgical.evaluation.ledger import Ledger
+from peft_surgical.training.grid import Cell, export, shard
+from peft_surgical.training.ledger import Ledger
 
 
 def run_grid(cell, ledger, validation):

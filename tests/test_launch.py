@@ -23,7 +23,7 @@ from tiny import ConvNet
 from torch import nn
 
 from peft_surgical import anatomy_of
-from peft_surgical.training.methods import METHODS
+from peft_surgical.choosing.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = Path(__file__).parent / "launched" / "tune.py"

@@ -8,7 +8,7 @@ import textwrap
 import pytest
 
 from peft_surgical.errors import DataError
-from peft_surgical.evaluation.ledger import Ledger
+from peft_surgical.training.ledger import Ledger
 
 
 def test_append_and_find(tmp_path):
@@ -77,7 +77,7 @@ def test_processes_appending_at_once_lose_nothing(tmp_path):
         package = types.ModuleType("peft_surgical"); package.__path__ = [sys.argv[1]]
         errors = types.ModuleType("peft_surgical.errors"); errors.DataError = ValueError
         sys.modules |= {"peft_surgical": package, "peft_surgical.errors": errors}
-        from peft_surgical.evaluation.ledger import Ledger
+        from peft_surgical.training.ledger import Ledger
         ledger = Ledger(sys.argv[2])
         for i in range(60):
             ledger.append({"writer": int(sys.argv[3]), "i": i}, {"text": "x" * (i * 37)})

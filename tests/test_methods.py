@@ -8,11 +8,11 @@ from tiny import ConvNet
 from torch import nn
 
 from peft_surgical import Pace, SurgicalConfig, anatomy_of
+from peft_surgical.choosing.methods import METHODS, method_of
+from peft_surgical.choosing.schedules import AutoSNR
+from peft_surgical.choosing.tensors import trained_tensors
 from peft_surgical.errors import ConfigError
-from peft_surgical.selection.tensors import trained_tensors
 from peft_surgical.training.fitting import OPTIMIZERS
-from peft_surgical.training.methods import METHODS, method_of
-from peft_surgical.training.schedules import AutoSNR
 
 LABELS = torch.tensor([0, 1, 2, 4])
 IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))

@@ -15,11 +15,11 @@ from torch.utils.data import DataLoader
 
 from accelerate import Accelerator
 from peft_surgical import Pace, Penalty, SurgicalConfig, anatomy_of, score_blocks
+from peft_surgical.choosing.pace import plot_record
+from peft_surgical.choosing.penalties import PenaltyKind
+from peft_surgical.choosing.schedules import AutoRGN, AutoSNR, Progress, gradual_unfreezing
+from peft_surgical.choosing.tensors import trained_tensors
 from peft_surgical.errors import AdapterError, ConfigError
-from peft_surgical.selection.tensors import trained_tensors
-from peft_surgical.training.pace import plot_record
-from peft_surgical.training.penalties import PenaltyKind
-from peft_surgical.training.schedules import AutoRGN, AutoSNR, Progress, gradual_unfreezing
 
 X, Y = torch.randn(20, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(20) % 5
 OPTIMIZERS = {

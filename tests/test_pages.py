@@ -18,7 +18,7 @@ from safetensors.torch import save_file  # noqa: E402
 from timm.models import save_for_hf  # noqa: E402
 
 from peft_surgical.bases import load_base  # noqa: E402
-from peft_surgical.evaluation.ledger import Ledger  # noqa: E402
+from peft_surgical.training.ledger import Ledger  # noqa: E402
 from peft_surgical_cli import app as cli  # noqa: E402
 
 ROOT = Path(__file__).parents[1]

@@ -18,7 +18,7 @@ from scripts import script
 from paper import cifar, cifar_networks
 from peft_surgical.errors import DataError
 from peft_surgical.evaluation import Report, accuracy, predict_logits
-from peft_surgical.evaluation.ledger import Ledger
+from peft_surgical.training.ledger import Ledger
 
 datasets = pytest.importorskip("datasets")
 pillow = pytest.importorskip("PIL.Image")

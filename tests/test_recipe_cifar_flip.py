@@ -31,7 +31,7 @@ from paper.flipped import CLASSES, read_cifar_flip  # noqa: E402
 from peft_surgical.data.labelled import items  # noqa: E402
 from peft_surgical.errors import ConfigError, DataError  # noqa: E402
 from peft_surgical.evaluation import Report, accuracy  # noqa: E402
-from peft_surgical.evaluation.ledger import Ledger  # noqa: E402
+from peft_surgical.training.ledger import Ledger  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "cifar_flip.py"

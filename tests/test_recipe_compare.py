@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from scripts import script
 
 from paper import cifar, cifar_networks
-from peft_surgical.evaluation.ledger import Ledger
+from peft_surgical.training.ledger import Ledger
 
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")

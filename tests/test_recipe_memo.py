@@ -12,7 +12,7 @@ from scripts import script
 from paper import cifar, cifar_networks
 from peft_surgical.errors import DataError
 from peft_surgical.evaluation import wilson_interval
-from peft_surgical.evaluation.ledger import Ledger
+from peft_surgical.training.ledger import Ledger
 
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")

@@ -45,11 +45,11 @@ from paper.published import read_published  # noqa: E402
 from paper.wilds_folders import FMOW_CATEGORIES, REGIONS  # noqa: E402
 from peft_surgical import anatomy_of  # noqa: E402
 from peft_surgical.bases import load_base  # noqa: E402
+from peft_surgical.blocks import parse, resolve  # noqa: E402
+from peft_surgical.choosing.forward import logits_of  # noqa: E402
 from peft_surgical.errors import ConfigError, DataError, UnknownTargetError  # noqa: E402
 from peft_surgical.evaluation import Report  # noqa: E402
-from peft_surgical.evaluation.ledger import Ledger  # noqa: E402
-from peft_surgical.selection.forward import logits_of  # noqa: E402
-from peft_surgical.targets import parse, resolve  # noqa: E402
+from peft_surgical.training.ledger import Ledger  # noqa: E402
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 ADAPTER = "adapter/adapter_model.safetensors"
@@ -214,7 +214,7 @@ def predicted(model, transform, files):
 
 @pytest.mark.parametrize("name", CASES)
 def test_from_end_to_end(name, place, tmp_path, monkeypatch):
-    monkeypatch.setattr("peft_surgical.experiments.rows._KEPT_BYTES", 0)  # as if there were more images than memory
+    monkeypatch.setattr("peft_surgical.experiment.rows._KEPT_BYTES", 0)  # as if there were more images than memory
     recipe, case = load(name), CASES[name]
     without = pytest.warns(UserWarning, match=r"no image of 1 of the 62 classes \(zoo\)")
     with without if name == "fmow" else contextlib.nullcontext(), openings() as counted:

@@ -5,8 +5,7 @@ from tiny import ConvNet
 from torch import nn
 
 from peft_surgical import BlockScores, anatomy_of
-from peft_surgical.errors import ConfigError, UnknownTargetError
-from peft_surgical.training.schedules import (
+from peft_surgical.choosing.schedules import (
     AutoRGN,
     AutoSNR,
     Progress,
@@ -16,6 +15,7 @@ from peft_surgical.training.schedules import (
     normalised,
     sequence,
 )
+from peft_surgical.errors import ConfigError, UnknownTargetError
 
 ANATOMY = anatomy_of(ConvNet(nn.BatchNorm2d))  # block1, block2, head
 

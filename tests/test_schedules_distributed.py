@@ -12,10 +12,10 @@ from transformers.trainer_callback import PrinterCallback
 
 from accelerate import Accelerator
 from peft_surgical import Pace, SurgicalCallback, SurgicalConfig, anatomy_of, score_blocks
-from peft_surgical.selection import CRITERIA
-from peft_surgical.selection.tensors import trained_tensors, unwrapped
-from peft_surgical.training.callback import RECORD
-from peft_surgical.training.schedules import AutoRGN, gradual_unfreezing
+from peft_surgical.choosing import CRITERIA
+from peft_surgical.choosing.callback import RECORD
+from peft_surgical.choosing.schedules import AutoRGN, gradual_unfreezing
+from peft_surgical.choosing.tensors import trained_tensors, unwrapped
 from peft_surgical.training.trainer import ClassifierTrainer
 
 pytestmark = pytest.mark.slow

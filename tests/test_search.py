@@ -12,10 +12,10 @@ import pytest
 
 import peft_surgical
 from peft_surgical import Anatomy
-from peft_surgical.anatomy import Block
+from peft_surgical.blocks import Block
 from peft_surgical.errors import ConfigError
-from peft_surgical.evaluation.ledger import Ledger
 from peft_surgical.training.engines import Workers, on_ray, separated, workers
+from peft_surgical.training.ledger import Ledger
 from peft_surgical.training.search import Candidate, auto, candidates_of, cross_val, greedy, nominated, race
 
 EPOCHS = 15
@@ -312,12 +312,12 @@ import sys, time, types
 package = types.ModuleType("peft_surgical"); package.__path__ = [sys.argv[1]]
 sys.modules["peft_surgical"] = package
 sys.modules["accelerate"] = types.SimpleNamespace(PartialState=object)
-sys.modules["peft_surgical.anatomy"] = types.SimpleNamespace(Anatomy=object)
+sys.modules["peft_surgical.blocks"] = types.SimpleNamespace(Anatomy=object)
 for name in ("evaluation", "training"):
     folder = sys.modules[f"peft_surgical.{name}"] = types.ModuleType(name); folder.__path__ = [f"{sys.argv[1]}/{name}"]
-sys.modules["peft_surgical.processes"] = types.SimpleNamespace(told=None)
+sys.modules["peft_surgical.training.processes"] = types.SimpleNamespace(told=None)
 sys.modules["peft_surgical.errors"] = types.SimpleNamespace(ConfigError=ValueError, DataError=ValueError)
-from peft_surgical.evaluation.ledger import Ledger
+from peft_surgical.training.ledger import Ledger
 from peft_surgical.training.search import Candidate, race
 
 def fit(key):

@@ -14,11 +14,11 @@ from transformers import BatchFeature, ViTConfig, ViTForImageClassification
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from peft_surgical import SurgicalConfig, anatomy_of, resolve_target, score_blocks
+from peft_surgical.choosing import CRITERIA
+from peft_surgical.choosing.forward import forward_loss
+from peft_surgical.choosing.gradients import is_looking
+from peft_surgical.choosing.tensors import trained_tensors
 from peft_surgical.errors import AdapterError, ConfigError, DataError, UnresolvedTargetError, UnsupportedModelError
-from peft_surgical.selection import CRITERIA
-from peft_surgical.selection.forward import forward_loss
-from peft_surgical.selection.gradients import is_looking
-from peft_surgical.selection.tensors import trained_tensors
 
 
 @pytest.fixture
@@ -151,7 +151,7 @@ def test_a_network_that_vmap_refuses_is_taken_one_input_at_a_time(net, batches, 
 
     fussy = Fussy(nn.BatchNorm2d)
     fussy.load_state_dict(net.state_dict())
-    with caplog.at_level("INFO", "peft_surgical.selection.gradients"):
+    with caplog.at_level("INFO", "peft_surgical.choosing.gradients"):
         found = score_blocks(fussy, batches, "snr")
     assert "vmap" in caplog.text
     assert found.tensor_scores == pytest.approx(score_blocks(net, batches, "snr").tensor_scores, rel=1e-3)
@@ -462,7 +462,7 @@ def test_errors_name_the_way_out(net, batches):
 
 def test_parameters_that_are_cut_up_are_refused_before_anything_runs(net, monkeypatch):
     # Of a single process there is no DTensor; what is asked is the class.
-    monkeypatch.setattr("peft_surgical.selection.tensors.DTensor", nn.Parameter)
+    monkeypatch.setattr("peft_surgical.choosing.tensors.DTensor", nn.Parameter)
     with pytest.raises(UnsupportedModelError, match=r"conv1\.weight is sharded \(FSDP\): score the network before"):
         score_blocks(net, [])
 

@@ -23,10 +23,10 @@ from paper.study import run_study  # noqa: E402
 from peft_surgical.bases import Base  # noqa: E402
 from peft_surgical.errors import ConfigError  # noqa: E402
 from peft_surgical.evaluation import Report, accuracy, wilson_interval, worst_group_accuracy  # noqa: E402
-from peft_surgical.evaluation.ledger import Ledger  # noqa: E402
-from peft_surgical.experiments import experiment as experiment_module  # noqa: E402
+from peft_surgical.experiment import experiment as experiment_module  # noqa: E402
 from peft_surgical.training.fitting import FitSettings  # noqa: E402
-from peft_surgical.watch import DivergedError  # noqa: E402
+from peft_surgical.training.ledger import Ledger  # noqa: E402
+from peft_surgical.training.watch import DivergedError  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*no accelerator is found.*"),

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import match_target_against_key
 
-from peft_surgical.anatomy import Anatomy, Block
-from peft_surgical.errors import TargetError, UnknownTargetError, UnresolvedTargetError
-from peft_surgical.targets import (
+from peft_surgical.blocks import (
     DATA_TARGETS,
+    Anatomy,
+    Block,
     Count,
     FromData,
     Name,
@@ -27,6 +27,7 @@ from peft_surgical.targets import (
     resolve,
     resolving,
 )
+from peft_surgical.errors import TargetError, UnknownTargetError, UnresolvedTargetError
 
 fast = settings(derandomize=True, deadline=None, max_examples=150)
 

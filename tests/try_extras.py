@@ -118,8 +118,8 @@ def with_ray() -> None:
     """A search whose runs are tasks of a Ray cluster on this machine."""
     import ray
 
-    from peft_surgical.evaluation.ledger import Ledger
     from peft_surgical.training.engines import on_ray
+    from peft_surgical.training.ledger import Ledger
     from peft_surgical.training.search import Candidate, cross_val
 
     worth = {"block1": 0.5, "head": 0.3}

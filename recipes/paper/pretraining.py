@@ -21,13 +21,13 @@ from torch.utils.data import DataLoader
 from accelerate import PartialState
 from peft_surgical.bases.load import Base, load_base
 from peft_surgical.bases.plain import save_checkpoint
+from peft_surgical.choosing.methods import METHODS
 from peft_surgical.data.labelled import collate
 from peft_surgical.errors import AdapterError, ConfigError, DataError
 from peft_surgical.evaluation import Report, accuracy, measure, predict_logits
-from peft_surgical.experiments.rows import Rows
+from peft_surgical.experiment.rows import Rows
 from peft_surgical.extras import require
 from peft_surgical.training.fitting import FitSettings, fit, forget_checkpoints
-from peft_surgical.training.methods import METHODS
 
 from .parts import Published
 

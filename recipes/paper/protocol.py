@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from peft_surgical.bases.transforms import AUGMENTS
+from peft_surgical.choosing.methods import METHODS
 from peft_surgical.evaluation.judging import check_metrics
 from peft_surgical.training.fitting import OPTIMIZERS, FitSettings
-from peft_surgical.training.methods import METHODS
 from peft_surgical.training.search import NONE
 
 from .pretraining import SourceTraining

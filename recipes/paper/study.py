@@ -18,21 +18,20 @@ import transformers
 from huggingface_hub import constants
 
 from accelerate import PartialState
-from peft_surgical.anatomy import anatomy_of
 from peft_surgical.bases.load import Base, load_base
+from peft_surgical.blocks import anatomy_of, parse, resolve
+from peft_surgical.choosing.methods import method_of
 from peft_surgical.data.tables import is_hub_id
 from peft_surgical.errors import ConfigError, DataError
 from peft_surgical.evaluation import Report
-from peft_surgical.experiments.choosing import compare
-from peft_surgical.experiments.experiment import Experiment
-from peft_surgical.experiments.progress import watched
-from peft_surgical.experiments.subject import SEARCHES
-from peft_surgical.targets import parse, resolve
+from peft_surgical.experiment.choosing import compare
+from peft_surgical.experiment.experiment import Experiment
+from peft_surgical.experiment.progress import watched
+from peft_surgical.experiment.subject import SEARCHES
 from peft_surgical.training.engines import Engine, Together, separated
 from peft_surgical.training.fitting import FitSettings
-from peft_surgical.training.methods import method_of
 from peft_surgical.training.search import NONE
-from peft_surgical.watch import Watch, logging_to
+from peft_surgical.training.watch import Watch, logging_to
 
 from .corruptions import open_classifier
 from .findings import held_out, write_study

@@ -24,7 +24,7 @@ from .peft_api import check_peft
 
 check_peft()
 
-from .anatomy import Anatomy, anatomy_of
+from .blocks import Anatomy, anatomy_of
 from .config import SurgicalConfig
 from .errors import SurgicalError
 from .tuner.model import set_scale
@@ -36,14 +36,14 @@ if TYPE_CHECKING:
     from .adapters.difference import diff
     from .adapters.lora import to_lora
     from .adapters.pool import AdapterPool
+    from .choosing.callback import SurgicalCallback
+    from .choosing.pace import Pace
+    from .choosing.penalties import Penalty
+    from .choosing.resolve import resolve_target, score_blocks
+    from .choosing.scores import BlockScores
     from .hub.opening import load_adapted
     from .hub.pulling import pull
     from .hub.pushing import push_adapter
-    from .selection.resolve import resolve_target, score_blocks
-    from .selection.scores import BlockScores
-    from .training.callback import SurgicalCallback
-    from .training.pace import Pace
-    from .training.penalties import Penalty
 
 __all__ = [
     "AdapterPool",
@@ -70,18 +70,18 @@ __all__ = [
 # Name -> the module that it is imported from when it is first used.
 _MODULES = {
     "AdapterPool": "adapters.pool",
-    "BlockScores": "selection.scores",
-    "Pace": "training.pace",
-    "Penalty": "training.penalties",
-    "SurgicalCallback": "training.callback",
+    "BlockScores": "choosing.scores",
+    "Pace": "choosing.pace",
+    "Penalty": "choosing.penalties",
+    "SurgicalCallback": "choosing.callback",
     "combine_adapters": "adapters.combination",
     "diff": "adapters.difference",
     "load_adapted": "hub.opening",
     "pull": "hub.pulling",
     "push_adapter": "hub.pushing",
     "read_adapter": "adapters.adapter",
-    "resolve_target": "selection.resolve",
-    "score_blocks": "selection.resolve",
+    "resolve_target": "choosing.resolve",
+    "score_blocks": "choosing.resolve",
     "to_lora": "adapters.lora",
 }
 

@@ -13,11 +13,11 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import PeftConfig
 
+from .blocks import parse
 from .delta import canonical_json, file_key, file_sha256, verify_file
 from .errors import AdapterFileError, BaseMismatchError, ConfigError, TargetError
 from .fields import check_fields, read_object
 from .norm import check_policy
-from .targets import parse
 
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"

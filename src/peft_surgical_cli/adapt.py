@@ -13,7 +13,7 @@ from .terminal import console, table
 
 if TYPE_CHECKING:
     from peft_surgical.evaluation import Report
-    from peft_surgical.experiments.adapting import Adapted
+    from peft_surgical.experiment.adapting import Adapted
 
 StreamArgument = Annotated[
     str,
@@ -86,7 +86,7 @@ def adapt_command(
     from peft_surgical.data.incoming import read_incoming
     from peft_surgical.devices import accelerator_or_cpu
     from peft_surgical.entry import HARMED
-    from peft_surgical.experiments.adapting import AdaptSettings, adapt, numbered_as, open_base, write_adapted
+    from peft_surgical.experiment.adapting import AdaptSettings, adapt, numbered_as, open_base, write_adapted
 
     settings = AdaptSettings(
         method=method,
@@ -127,7 +127,7 @@ def adapt_command(
 
 
 def _print(report: Report, adapted: Adapted, output: object) -> None:
-    from peft_surgical.experiments.adapting import FIGURE, PREDICTIONS, REPORT, STREAM
+    from peft_surgical.experiment.adapting import FIGURE, PREDICTIONS, REPORT, STREAM
 
     out, settings, record = console(), report.settings, adapted.record
     title = f"{report.model}: {settings['method']}, {settings['mode']}, {report.target}, lr {settings['lr']:g}"

@@ -82,9 +82,9 @@ def compare_command(
     `accelerate launch --num_processes N -m peft_surgical compare ...` processes share the runs.
     """
     from peft_surgical.errors import RowsFailedError
-    from peft_surgical.experiments.choosing import compare
-    from peft_surgical.experiments.outputs import COMPARED, FIGURE, REPORT, TABLE, compared, write_compared
-    from peft_surgical.experiments.progress import watched
+    from peft_surgical.experiment.choosing import compare
+    from peft_surgical.experiment.outputs import COMPARED, FIGURE, REPORT, TABLE, compared, write_compared
+    from peft_surgical.experiment.progress import watched
     from peft_surgical.training.engines import separated
 
     methods, seeds = methods or list(COMPARED_METHODS), seeds or [0, 1, 2]

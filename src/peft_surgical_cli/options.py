@@ -12,8 +12,8 @@ import typer
 from typer.core import TyperCommand
 
 if TYPE_CHECKING:
-    from peft_surgical.experiments.experiment import Experiment
-    from peft_surgical.experiments.progress import Bar
+    from peft_surgical.experiment.experiment import Experiment
+    from peft_surgical.experiment.progress import Bar
     from peft_surgical.training.engines import Workers
 
 SCHEDULERS = ("constant", "cosine")
@@ -144,8 +144,8 @@ def experiment_of(
     import transformers
 
     from peft_surgical.errors import ConfigError
-    from peft_surgical.experiments.experiment import Experiment
-    from peft_surgical.experiments.planning import BATCH_SIZES, batch_size_for, plan_of
+    from peft_surgical.experiment.experiment import Experiment
+    from peft_surgical.experiment.planning import BATCH_SIZES, batch_size_for, plan_of
     from peft_surgical.training.fitting import FitSettings
 
     if scheduler not in SCHEDULERS:
@@ -185,7 +185,7 @@ def _refuse_unused_rates(
     experiment: Experiment, asked: Sequence[str], is_method: bool, lr: list[float] | None, head_lr: list[float] | None
 ) -> None:
     from peft_surgical.errors import ConfigError
-    from peft_surgical.experiments.planning import uses_rates
+    from peft_surgical.experiment.planning import uses_rates
 
     if lr is None and head_lr is None:
         return

@@ -13,7 +13,7 @@ from .pull import Revision
 from .terminal import console, table
 
 if TYPE_CHECKING:
-    from peft_surgical.hub.contents import Contents
+    from peft_surgical.adapters.contents import Contents
 
 
 def show_command(
@@ -23,7 +23,7 @@ def show_command(
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Verify an adapter's file and print what was tuned, and how far it moved."""
-    from peft_surgical.hub.contents import contents_of
+    from peft_surgical.adapters.contents import contents_of
     from peft_surgical.hub.pulling import locate
 
     folder, is_remote = locate(adapter, revision=revision)

@@ -39,7 +39,7 @@ from .terminal import console, table
 
 if TYPE_CHECKING:
     from peft_surgical.evaluation import Report
-    from peft_surgical.experiments.experiment import Experiment
+    from peft_surgical.experiment.experiment import Experiment
 
 
 def tune_command(
@@ -91,9 +91,9 @@ def tune_command(
     Run again after Ctrl-C, the same command goes on from where it was.
     """
     from peft_surgical.errors import ConfigError
-    from peft_surgical.experiments.choosing import choose
-    from peft_surgical.experiments.outputs import read_source, write_tuned
-    from peft_surgical.experiments.progress import watched
+    from peft_surgical.experiment.choosing import choose
+    from peft_surgical.experiment.outputs import read_source, write_tuned
+    from peft_surgical.experiment.progress import watched
     from peft_surgical.training.engines import separated
 
     if target is not None and method is not None:
@@ -143,7 +143,7 @@ def tune_command(
 
 
 def _print(experiment: Experiment, report: Report) -> None:
-    from peft_surgical.experiments.outputs import FIGURE, LOADING, REPORT
+    from peft_surgical.experiment.outputs import FIGURE, LOADING, REPORT
     from peft_surgical.training.search import NONE
 
     out = console()

@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from ..config import WEIGHTS, SurgicalConfig
 from ..delta import HOLDER
 from ..errors import AdapterError
-from ..hub.contents import read_config
 from ..hub.pulling import locate
 from ..tuner.saving import commit
+from .contents import read_config
 
 _PEFT_PREFIX = "base_model.model."
 _OWN = f"{HOLDER}.surgical_"

@@ -19,7 +19,7 @@ from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from ..anatomy import anatomy_of
+from ..blocks import anatomy_of
 from ..errors import ConfigError, DataError, SurgicalError
 from ..extras import require
 from .classes import HeadFit, fit_head

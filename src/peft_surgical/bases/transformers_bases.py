@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
-from ..anatomy import anatomy_of
+from ..blocks import anatomy_of
 from ..delta import shown
 from ..errors import AnatomyError, DataError
 from .classes import FitHead

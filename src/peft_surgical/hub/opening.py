@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from peft import PeftModel
 
+from ..adapters.contents import read_config
 from ..bases.transforms import Transform
 from ..errors import AdapterFileError
 from ..evaluation import Report
 from .commits import REPORT
-from .contents import read_config
 from .pulling import locate
 from .rebuilding import BaseName, attached, completed, rebuild, recorded
 from .records import BaseRecord

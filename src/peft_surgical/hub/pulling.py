@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from ..adapters.contents import read_config
 from ..config import CONFIG, PICKLE, WEIGHTS
 from ..delta import file_sha256
 from ..errors import AdapterFileError
@@ -19,7 +20,6 @@ from ..tuner.card import CARD
 from ..tuner.saving import commit
 from .cards import SHA256
 from .commits import OWN, hub
-from .contents import read_config
 from .remote import explained, patiently
 
 FILES = tuple(name for name in OWN if name != PICKLE)

@@ -19,8 +19,8 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..anatomy import anatomy_of
 from ..bases.load import Base, load_base
+from ..blocks import anatomy_of
 from ..config import SurgicalConfig
 from ..delta import fingerprint, shown
 from ..errors import AdapterError, AdapterFileError, AnatomyError, BaseMismatchError, ConfigError, DataError

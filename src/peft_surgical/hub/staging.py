@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 
+from ..adapters.contents import contents_of, read_config
 from ..config import CONFIG, WEIGHTS, SurgicalConfig, write_atomically
 from ..delta import canonical_json, shown
 from ..errors import AdapterError, ConfigError, DataError
 from ..evaluation import Report
 from .cards import Weights
 from .commits import FIGURE, REPORT
-from .contents import contents_of, read_config
 from .rebuilding import BaseName, attached, completed, fingerprint_without_whole, rebuild, record_of, recorded
 from .records import BaseRecord, write_record
 

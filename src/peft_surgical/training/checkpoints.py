@@ -18,7 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..config import write_atomically
 from ..errors import ConfigError
-from ..processes import wait
+from .processes import wait
 
 MARK = "complete.json"
 """Name of the mark in a checkpoint's folder."""

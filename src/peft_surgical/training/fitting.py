@@ -27,17 +27,17 @@ from torch.utils.data import Dataset, Subset
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from ..choosing.callback import RECORD, SurgicalCallback
+from ..choosing.methods import Method, method_of
+from ..choosing.tensors import anatomy_under
 from ..config import SurgicalConfig
 from ..errors import ConfigError
-from ..processes import SameStatistics, check_launch, check_sharding, settle, told
-from ..selection.tensors import anatomy_under
-from ..watch import SELECTED_BY as SELECTED_BY
-from .callback import RECORD, SurgicalCallback
 from .checkpoints import Mark, drop_scratch, last_checkpoint, log_of
 from .checkpoints import forget_checkpoints as forget_checkpoints
-from .methods import Method, method_of
+from .processes import SameStatistics, check_launch, check_sharding, settle, told
 from .trainer import ClassifierTrainer as ClassifierTrainer
 from .trainer import StopAt
+from .watch import SELECTED_BY as SELECTED_BY
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,

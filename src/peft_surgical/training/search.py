@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..anatomy import Anatomy
+from ..blocks import Anatomy
 from ..errors import ConfigError
-from ..evaluation.ledger import Ledger, Run
 from .engines import Engine, Fit, workers
+from .ledger import Ledger, Run
 
 NONE = "none"
 """The method that leaves the network as it is."""

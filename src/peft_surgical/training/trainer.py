@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from transformers import Trainer, TrainerCallback
 
-from ..selection.forward import forward_loss, logits_of
+from ..choosing.forward import forward_loss, logits_of
 
 
 class ClassifierTrainer(Trainer):

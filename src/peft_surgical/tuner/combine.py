@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from peft.utils import merge_utils
 
+from ..blocks import parse
 from ..config import SurgicalConfig
 from ..delta import shown
 from ..errors import AdapterError
-from ..targets import parse
 
 COMBINATIONS = ("linear", "disjoint", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 MAJORITY_SIGNS = ("total", "frequency")

@@ -16,12 +16,11 @@ from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..anatomy import Anatomy, Block, anatomy_of
+from ..blocks import Anatomy, Block, anatomy_of, parse, paths_matched, resolve
 from ..config import SurgicalConfig
 from ..delta import check_base, fingerprint, shown
 from ..errors import AnatomyError, BaseMismatchError, ConfigError, UnknownTargetError
 from ..norm import moving_statistics, statistics_of
-from ..targets import parse, paths_matched, resolve
 from .attach import bare, join
 from .expected import check_held
 from .reading import base_value

@@ -25,6 +25,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from accelerate import PartialState
 
+from ..choosing.resolve import score_blocks
+from ..choosing.scores import BlockScores
 from ..config import SurgicalConfig
 from ..data.labelled import collate
 from ..delta import fingerprint
@@ -32,14 +34,12 @@ from ..devices import accelerator_or_cpu
 from ..errors import AdapterError, ConfigError
 from ..evaluation import predict_logits, predicted_classes
 from ..evaluation.judging import check_metrics, interval_of, judge, tolerant
-from ..evaluation.ledger import Ledger, Run
-from ..processes import told
-from ..selection.resolve import score_blocks
-from ..selection.scores import BlockScores
 from ..training.engines import Engine, Workers
 from ..training.fitting import FitSettings, fit, forget_checkpoints
+from ..training.ledger import Ledger, Run
+from ..training.processes import told
 from ..training.search import NONE
-from ..watch import DivergedError, Epochs, Watch, file_name, logging_to
+from ..training.watch import DivergedError, Epochs, Watch, file_name, logging_to
 from .requests import Score, Test, Train, key_of, request_of
 from .subject import Subject
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..config import CONFIG, WEIGHTS
 from ..evaluation import Report
-from ..evaluation.ledger import Run
+from ..training.ledger import Run
 from ..training.search import NONE
 from .experiment import Experiment
 

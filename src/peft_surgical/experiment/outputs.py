@@ -21,9 +21,9 @@ from ..bases.classes import fit_head
 from ..data.labelled import read_data
 from ..errors import DataError, reason_of
 from ..evaluation import Measurement, Report, TextTable, accuracy, measure, wilson_interval
-from ..evaluation.grid import SELECTION_SEED
-from ..evaluation.ledger import Run
 from ..extras import require
+from ..training.grid import SELECTION_SEED
+from ..training.ledger import Run
 from ..training.search import NONE, Candidate
 from ..tuner.card import write_card
 from .choosing import Choice

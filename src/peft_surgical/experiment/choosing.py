@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..blocks import DATA_TARGETS
+from ..choosing.methods import METHODS
+from ..choosing.resolve import selection_record
+from ..choosing.scores import BlockScores
 from ..errors import ConfigError, RowsFailedError
-from ..evaluation.grid import SELECTION_SEED, Cell, best_of
-from ..evaluation.ledger import Run
-from ..selection.resolve import selection_record
-from ..selection.scores import BlockScores
-from ..targets import DATA_TARGETS
 from ..training.engines import Workers
-from ..training.methods import METHODS
+from ..training.grid import SELECTION_SEED, Cell, best_of
+from ..training.ledger import Run
 from ..training.search import (
     AUTO_KEEP,
     AUTO_RUNGS,

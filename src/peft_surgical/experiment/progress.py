@@ -13,9 +13,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..errors import SurgicalError, reason_of
-from ..experiments.requests import Request, Test, Train
 from ..training.search import NONE
-from ..watch import Watch
+from ..training.watch import Watch
+from .requests import Request, Test, Train
 
 
 class Bar(Watch):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 
 if TYPE_CHECKING:
-    from .experiments.requests import Request
+    from ..experiment.requests import Request
 
 SELECTED_BY = "selected_by"
 """What Trainer logs the metric as that chooses the epoch; ``accuracy`` is logged beside it."""

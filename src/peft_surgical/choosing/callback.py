@@ -10,9 +10,9 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..anatomy import Anatomy
+from ..blocks import Anatomy
 from ..errors import ConfigError
-from ..selection.forward import LossFunction
+from .forward import LossFunction
 from .pace import Pace
 from .penalties import Penalty
 from .schedules import Schedule

@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainingArguments
 
-from .errors import ConfigError
+from ..errors import ConfigError
 
 _T = TypeVar("_T")
 

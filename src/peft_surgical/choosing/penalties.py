@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..errors import AdapterError, ConfigError
-from ..selection.tensors import TrainedTensor, trained_tensors
+from .tensors import TrainedTensor, trained_tensors
 
 PenaltyKind = Literal["l1-sp", "l2-sp", "l2"]
 

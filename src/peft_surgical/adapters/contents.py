@@ -10,11 +10,11 @@ from typing import Any
 
 from safetensors import safe_open
 
-from ..anatomy.spec import NUMBERED
+from ..blocks import Name, parse
+from ..blocks.spec import NUMBERED
 from ..config import CONFIG, PICKLE, WEIGHTS, SurgicalConfig
 from ..delta import HOLDER, file_key, file_sha256
 from ..errors import AdapterFileError
-from ..targets import Name, parse
 
 _PEFT_PREFIX = "base_model.model."
 _DELTA = f"{HOLDER}.surgical_delta."

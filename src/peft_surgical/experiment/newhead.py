@@ -13,10 +13,10 @@ from typing import Any
 
 from torch import nn
 
-from ..anatomy import Anatomy
-from ..selection.scores import BlockScores
-from ..training.methods import Method
-from ..training.schedules import HeadFirst, Progress, Schedule
+from ..blocks import Anatomy
+from ..choosing.methods import Method
+from ..choosing.schedules import HeadFirst, Progress, Schedule
+from ..choosing.scores import BlockScores
 
 SHARE = 1 / 3
 """Share of a run during which a new head trains alone."""

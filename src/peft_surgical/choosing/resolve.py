@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..anatomy import Anatomy
+from ..blocks import Anatomy, parse
 from ..config import SurgicalConfig
 from ..errors import ConfigError
-from ..targets import parse
 from .criteria import CRITERIA, criterion_of
 from .forward import LossFunction
 from .gradients import collect

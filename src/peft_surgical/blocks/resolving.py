@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Iterable, Sequence
 
-from ..anatomy import Anatomy, Block
 from ..errors import UnknownTargetError, UnresolvedTargetError
+from .anatomy import Anatomy, Block
 from .parsing import NUMBERED_BLOCK, Count, Name, Pattern, Range, TargetSpec, Term, compiled, dotted
 
 _BY_SCORES = "call config = peft_surgical.resolve_target(config, model, dataloader) before get_peft_model"
@@ -31,7 +31,7 @@ def resolve(spec: TargetSpec, anatomy: Anatomy) -> tuple[str, ...]:
         UnknownTargetError: A term matches nothing in this network or takes nothing away, or nothing is left at the end.
 
     Example:
-        >>> from peft_surgical.targets import parse
+        >>> from peft_surgical.blocks import parse
         >>> anatomy = Anatomy((Block("block1", ("conv1.weight", "bn1.weight"), 9), Block("head", ("fc.weight",), 4)))
         >>> resolve(parse("all - head"), anatomy)
         ('conv1.weight', 'bn1.weight')

@@ -11,14 +11,14 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..anatomy import Anatomy
+from ..blocks import Anatomy
 from ..errors import AdapterError, ConfigError
-from ..selection.forward import LossFunction
-from ..selection.gradients import is_looking
-from ..selection.resolve import score_blocks
-from ..selection.tensors import anatomy_under, trained_tensors
+from .forward import LossFunction
+from .gradients import is_looking
 from .penalties import Penalty
+from .resolve import score_blocks
 from .schedules import Progress, Schedule, block_means
+from .tensors import anatomy_under, trained_tensors
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -18,7 +18,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ..anatomy import Anatomy, anatomy_of
+from ..blocks import Anatomy, anatomy_of
 from ..delta import HOLDER
 from ..errors import AdapterError, UnsupportedModelError
 from ..tuner.attach import bare, join, surgical_layers

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ..targets import DATA_TARGETS
+from ..blocks import DATA_TARGETS
 from ..training.search import NONE
 from .experiment import Experiment
 from .subject import SEARCHES

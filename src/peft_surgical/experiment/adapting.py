@@ -19,13 +19,13 @@ from ..adaptation.pixels import halves
 from ..adaptation.streams import STREAM_OPTIMIZERS, Record
 from ..adaptation.views import AugMix
 from ..bases.load import Base, load_base
+from ..blocks import parse
+from ..choosing.forward import logits_of
 from ..config import CONFIG, WEIGHTS, SurgicalConfig
 from ..data.incoming import Incoming
 from ..errors import AdapterError, ConfigError, DataError
 from ..evaluation import Measurement, Report, accuracy, measure, predict_logits, wilson_interval
 from ..extras import require
-from ..selection.forward import logits_of
-from ..targets import parse
 from ..tuner.card import write_card
 
 METHODS, MODES = ("memo", "tent"), ("online", "episodic")

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from ..anatomy import Anatomy
+from ..blocks import Anatomy
 from ..errors import ConfigError
-from ..selection.scores import BlockScores
+from .scores import BlockScores
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..anatomy import Anatomy
+from ..blocks import Anatomy, parse
 from ..errors import ConfigError, TargetError
-from ..targets import parse
 from .penalties import Penalty
 from .schedules import AutoRGN, AutoSNR, Schedule, gradual_unfreezing, lp_ft
 

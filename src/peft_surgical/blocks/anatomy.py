@@ -1,7 +1,7 @@
 """The ordered blocks of any network: `embedding` or stem, `block1` to `blockN`, `head`.
 
 `anatomy_of` cuts a network into blocks that are total and disjoint over its parameters and persistent buffers, either
-by an explicit spec or by what `peft_surgical.anatomy.sources` can tell from the structure of the network. It never
+by an explicit spec or by what `peft_surgical.blocks.sources` can tell from the structure of the network. It never
 guesses: a network that no source knows is an error that shows the spec to fill in.
 """
 

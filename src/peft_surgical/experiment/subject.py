@@ -10,12 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ..anatomy import Anatomy, anatomy_of
 from ..bases.load import Base, load_base
+from ..blocks import DATA_TARGETS, Anatomy, anatomy_of, parse, resolve
+from ..choosing.methods import METHODS, Method, method_of
 from ..data.labelled import Data, read_data
 from ..errors import ConfigError, UnknownTargetError
-from ..targets import DATA_TARGETS, parse, resolve
-from ..training.methods import METHODS, Method, method_of
 from ..training.search import NONE
 from .newhead import modules_of_head, with_new_head
 from .rows import Rows

@@ -1,0 +1,26 @@
+"""The ordered blocks of any network, and the target language that names them.
+
+``anatomy_of(network)`` finds the blocks; ``parse(text)`` gives a plan of what to tune, ``resolve(plan, anatomy)`` its
+tensors in one network. The grammar of targets stands in `peft_surgical.blocks.parsing`.
+"""
+
+from .anatomy import Anatomy, Block, anatomy_of
+from .parsing import DATA_TARGETS, Count, FromData, Name, Pattern, Range, Step, TargetSpec, parse
+from .resolving import paths_matched, resolve
+
+__all__ = [
+    "DATA_TARGETS",
+    "Anatomy",
+    "Block",
+    "Count",
+    "FromData",
+    "Name",
+    "Pattern",
+    "Range",
+    "Step",
+    "TargetSpec",
+    "anatomy_of",
+    "parse",
+    "paths_matched",
+    "resolve",
+]
