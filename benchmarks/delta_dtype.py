@@ -27,9 +27,9 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from peft_surgical.delta import file_sha256
 from peft_surgical.errors import DataError
 from peft_surgical.evaluation import Report, TextTable, accuracy, mean_interval, predict_logits
+from peft_surgical.files import file_sha256
 from peft_surgical.training.ledger import Ledger, Run
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))

@@ -4,8 +4,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from peft_surgical.delta import check_base, check_tensors, file_key, file_sha256, fingerprint, summarise, verify_file
 from peft_surgical.errors import AdapterFileError, BaseMismatchError
+from peft_surgical.files import check_base, check_tensors, file_sha256, fingerprint, summarise, verify_file
+from peft_surgical.keys import file_key
 
 
 def test_a_fingerprint_depends_on_name_shape_dtype_and_every_byte():

@@ -23,10 +23,10 @@ diff load_adapted pull push_adapter read_adapter resolve_target score_blocks set
 """
 
 IMPORTED = """
-anatomy anatomy.blocks anatomy.inventory anatomy.layouts anatomy.sources anatomy.spec config delta errors evaluation
-evaluation.intervals evaluation.metrics evaluation.predicting evaluation.report evaluation.tables extras fields norm
-specialise targets targets.parsing targets.resolving tuner tuner.attach tuner.card tuner.combine tuner.expected
-peft_api tuner.layer tuner.mixed tuner.model tuner.plan tuner.reading tuner.register tuner.saving tuner.support
+blocks blocks.anatomy blocks.inventory blocks.layouts blocks.parsing blocks.resolving blocks.sources blocks.spec config
+errors evaluation evaluation.intervals evaluation.metrics evaluation.predicting evaluation.report evaluation.tables
+extras fields files keys norm peft_api specialise tuner tuner.attach tuner.card tuner.combine tuner.expected
+tuner.layer tuner.mixed tuner.model tuner.plan tuner.reading tuner.register tuner.saving tuner.support
 """
 
 

@@ -11,9 +11,10 @@ from typing import Any
 from peft_surgical.errors import ConfigError
 from peft_surgical.evaluation import Measurement, Report, TextTable, accuracy, measure
 from peft_surgical.experiment.experiment import Experiment
-from peft_surgical.experiment.keeping import REPORT, Kept, keep_adapter
-from peft_surgical.experiment.outputs import FIGURE, TABLE, bars, chosen_of, draw_or_warn, rule_of
+from peft_surgical.experiment.keeping import Kept, keep_adapter
+from peft_surgical.experiment.outputs import TABLE, bars, chosen_of, draw_or_warn, rule_of
 from peft_surgical.experiment.rows import Rows
+from peft_surgical.keys import FIGURE, REPORT
 from peft_surgical.training.ledger import Run
 from peft_surgical.training.search import NONE
 

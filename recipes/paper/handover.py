@@ -9,12 +9,11 @@ from peft_surgical.adapters.contents import read_config
 from peft_surgical.data.tables import is_hub_id
 from peft_surgical.errors import ConfigError
 from peft_surgical.evaluation import Report
-from peft_surgical.experiment.keeping import REPORT
 from peft_surgical.experiment.outputs import LOADING
 from peft_surgical.hub.cards import About, card_of
 from peft_surgical.hub.pushing import push_adapter
 from peft_surgical.hub.staging import Staged, weights_of
-from peft_surgical.tuner.card import CARD
+from peft_surgical.keys import CARD, REPORT
 
 from .findings import ADAPTER
 

@@ -14,14 +14,12 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import PeftConfig
 
 from .blocks import parse
-from .delta import canonical_json, file_key, file_sha256, verify_file
 from .errors import AdapterFileError, BaseMismatchError, ConfigError, TargetError
 from .fields import check_fields, read_object
+from .files import canonical_json, file_sha256, verify_file, write_atomically
+from .keys import CONFIG, PICKLE, WEIGHTS, file_key
 from .norm import check_policy
 
-WEIGHTS = "adapter_model.safetensors"
-PICKLE = "adapter_model.bin"
-CONFIG = "adapter_config.json"
 _UNSAVED = ("strict_base", "held", "measured_fingerprint")
 DELTA_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -265,13 +263,3 @@ def _superseded(weights: Path) -> SurgicalConfig | None:
         return None
     arguments = {field.name for field in fields(SurgicalConfig) if field.init}
     return SurgicalConfig(**{key: value for key, value in old.items() if key in arguments})
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write ``text`` beside ``path`` and rename it into place: a reader sees the old file or the new one."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        scratch.write_text(text, encoding="utf-8")
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)

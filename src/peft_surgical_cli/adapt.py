@@ -127,7 +127,8 @@ def adapt_command(
 
 
 def _print(report: Report, adapted: Adapted, output: object) -> None:
-    from peft_surgical.experiment.adapting import FIGURE, PREDICTIONS, REPORT, STREAM
+    from peft_surgical.experiment.adapting import PREDICTIONS, STREAM
+    from peft_surgical.keys import FIGURE, REPORT
 
     out, settings, record = console(), report.settings, adapted.record
     title = f"{report.model}: {settings['method']}, {settings['mode']}, {report.target}, lr {settings['lr']:g}"

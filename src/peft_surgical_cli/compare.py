@@ -83,8 +83,9 @@ def compare_command(
     """
     from peft_surgical.errors import RowsFailedError
     from peft_surgical.experiment.choosing import compare
-    from peft_surgical.experiment.outputs import COMPARED, FIGURE, REPORT, TABLE, compared, write_compared
+    from peft_surgical.experiment.outputs import COMPARED, TABLE, compared, write_compared
     from peft_surgical.experiment.progress import watched
+    from peft_surgical.keys import FIGURE, REPORT
     from peft_surgical.training.engines import separated
 
     methods, seeds = methods or list(COMPARED_METHODS), seeds or [0, 1, 2]

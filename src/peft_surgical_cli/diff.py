@@ -34,7 +34,7 @@ def diff_command(
 
 
 def _print(found: Difference) -> None:
-    from peft_surgical.delta import shown
+    from peft_surgical.files import shown
 
     out = console()
     out.print(found)

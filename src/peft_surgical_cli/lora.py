@@ -49,7 +49,7 @@ def to_lora_command(
 
 
 def _print(found: LoraConversion, output: Path) -> None:
-    from peft_surgical.delta import shown
+    from peft_surgical.files import shown
 
     out = console()
     numbers = ("rank", "of", "L2 norm", "relative error")

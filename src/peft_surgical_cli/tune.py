@@ -143,7 +143,8 @@ def tune_command(
 
 
 def _print(experiment: Experiment, report: Report) -> None:
-    from peft_surgical.experiment.outputs import FIGURE, LOADING, REPORT
+    from peft_surgical.experiment.outputs import LOADING
+    from peft_surgical.keys import FIGURE, REPORT
     from peft_surgical.training.search import NONE
 
     out = console()

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..delta import HOLDER
 from ..errors import ConfigError
+from ..keys import HOLDER
 
 
 class _ReadsBatch:

@@ -16,14 +16,13 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from ..config import WEIGHTS, SurgicalConfig
-from ..delta import HOLDER
+from ..config import SurgicalConfig
 from ..errors import AdapterError
+from ..files import commit
 from ..hub.pulling import locate
-from ..tuner.saving import commit
+from ..keys import HOLDER, PEFT_PREFIX, WEIGHTS
 from .contents import read_config
 
-_PEFT_PREFIX = "base_model.model."
 _OWN = f"{HOLDER}.surgical_"
 
 
@@ -60,7 +59,7 @@ class Adapter:
         """Its tensors by the keys of an adapter file."""
         found = {_key(name, "delta"): delta for name, delta in self.deltas.items()}
         found |= {_key(name, "stats"): value for name, value in self.statistics.items()}
-        found |= {_PEFT_PREFIX + name: value for name, value in self.whole.items()}
+        found |= {PEFT_PREFIX + name: value for name, value in self.whole.items()}
         return {key: value.detach().cpu().contiguous() for key, value in found.items()}
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -136,7 +135,7 @@ def _live(model: PeftModel, name: str | None) -> Adapter:
 def _adapter(name: str, config: SurgicalConfig, tensors: Mapping[str, torch.Tensor]) -> Adapter:
     parts: dict[str, dict[str, torch.Tensor]] = {"delta": {}, "stats": {}, "whole": {}}
     for key, tensor in tensors.items():
-        plain = key.removeprefix(_PEFT_PREFIX)
+        plain = key.removeprefix(PEFT_PREFIX)
         path, own, rest = plain.rpartition(_OWN)
         kind, _, leaf = rest.partition(".")
         parts[kind if own else "whole"][path + leaf if own else plain] = tensor
@@ -149,4 +148,4 @@ def _adapter(name: str, config: SurgicalConfig, tensors: Mapping[str, torch.Tens
 
 def _key(name: str, kind: str) -> str:
     path, dot, leaf = name.rpartition(".")
-    return f"{_PEFT_PREFIX}{path}{dot}{_OWN}{kind}.{leaf}"
+    return f"{PEFT_PREFIX}{path}{dot}{_OWN}{kind}.{leaf}"

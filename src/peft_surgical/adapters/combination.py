@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..delta import shown
 from ..errors import AdapterError, BaseMismatchError
+from ..files import shown
 from ..tuner.combine import Combination, check_weights, combine_deltas, combined_config
 from .adapter import Adapter, AdapterSource, read_adapter
 

@@ -12,11 +12,11 @@ from safetensors import safe_open
 
 from ..blocks import Name, parse
 from ..blocks.spec import NUMBERED
-from ..config import CONFIG, PICKLE, WEIGHTS, SurgicalConfig
-from ..delta import HOLDER, file_key, file_sha256
+from ..config import SurgicalConfig
 from ..errors import AdapterFileError
+from ..files import file_sha256
+from ..keys import CONFIG, HOLDER, PEFT_PREFIX, PICKLE, WEIGHTS, file_key
 
-_PEFT_PREFIX = "base_model.model."
 _DELTA = f"{HOLDER}.surgical_delta."
 
 
@@ -145,7 +145,7 @@ def contents_of(folder: str | os.PathLike[str]) -> Contents:
     with safe_open(place / WEIGHTS, framework="pt") as file:
         by_key = {file_key(name): name for name in names}
         for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-            plain = key.removeprefix(_PEFT_PREFIX)
+            plain = key.removeprefix(PEFT_PREFIX)
             name = by_key.get(plain.replace(_DELTA, f"{HOLDER}.", 1)) if _DELTA in plain else None
             if name is not None:
                 tensor = file.get_tensor(key)

@@ -11,8 +11,8 @@ from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
 from ..blocks import anatomy_of
-from ..delta import shown
 from ..errors import AnatomyError, DataError
+from ..files import shown
 from .classes import FitHead
 from .timm_bases import transforms_of
 from .transforms import Transform, of_processor

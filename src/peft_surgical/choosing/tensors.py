@@ -19,8 +19,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..blocks import Anatomy, anatomy_of
-from ..delta import HOLDER
 from ..errors import AdapterError, UnsupportedModelError
+from ..keys import HOLDER
 from ..tuner.attach import bare, join, surgical_layers
 from ..tuner.plan import is_wrapper
 

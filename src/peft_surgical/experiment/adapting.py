@@ -21,17 +21,18 @@ from ..adaptation.views import AugMix
 from ..bases.load import Base, load_base
 from ..blocks import parse
 from ..choosing.forward import logits_of
-from ..config import CONFIG, WEIGHTS, SurgicalConfig
+from ..config import SurgicalConfig
 from ..data.incoming import Incoming
 from ..errors import AdapterError, ConfigError, DataError
 from ..evaluation import Measurement, Report, accuracy, measure, predict_logits, wilson_interval
 from ..extras import require
+from ..keys import CONFIG, FIGURE, REPORT, WEIGHTS
 from ..tuner.card import write_card
 
 METHODS, MODES = ("memo", "tent"), ("online", "episodic")
 NORM = "norm"
 """The target that stands for `norm_target`."""
-REPORT, FIGURE, PREDICTIONS = "report.json", "figure.png", "predictions.csv"
+PREDICTIONS = "predictions.csv"
 STREAM = "stream"
 SAVED = "stream, with the saved adapter"
 """The data set of an accuracy that was measured after the stream, with the adapter loaded again."""

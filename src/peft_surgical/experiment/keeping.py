@@ -9,13 +9,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..config import CONFIG, WEIGHTS
 from ..evaluation import Report
+from ..keys import CONFIG, REPORT, WEIGHTS
 from ..training.ledger import Run
 from ..training.search import NONE
 from .experiment import Experiment
-
-REPORT = "report.json"
 
 
 @dataclass(frozen=True)

@@ -22,17 +22,18 @@ from ..data.labelled import read_data
 from ..errors import DataError, reason_of
 from ..evaluation import Measurement, Report, TextTable, accuracy, measure, wilson_interval
 from ..extras import require
+from ..keys import FIGURE, REPORT
 from ..training.grid import SELECTION_SEED
 from ..training.ledger import Run
 from ..training.search import NONE, Candidate
 from ..tuner.card import write_card
 from .choosing import Choice
 from .experiment import Experiment
-from .keeping import REPORT, keep_adapter
+from .keeping import keep_adapter
 from .rows import Rows
 from .subject import SEARCHES
 
-FIGURE, TABLE = "figure.png", "table.md"
+TABLE = "table.md"
 LOADING = """\
 from peft import PeftModel
 from peft_surgical.bases import load_base

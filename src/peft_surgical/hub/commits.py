@@ -13,14 +13,11 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import RevisionNotFoundError
 
-from ..config import CONFIG, PICKLE, WEIGHTS
-from ..delta import file_sha256, shown
 from ..errors import AdapterError
-from ..tuner.card import CARD
-from .records import RECORD_FILE
+from ..files import file_sha256, shown
+from ..keys import CARD, CONFIG, FIGURE, PICKLE, RECORD_FILE, REPORT, WEIGHTS
 from .remote import HUB_ERRORS, TRIES, patiently, status_of, waits
 
-REPORT, FIGURE = "report.json", "figure.png"
 OWN = (CARD, CONFIG, WEIGHTS, PICKLE, RECORD_FILE, REPORT, FIGURE)
 """Files that belong to an adapter: those that a push does not bring are an older adapter's, and go."""
 _CONFLICTS = frozenset({409, 412})

@@ -14,7 +14,7 @@ from ..adapters.contents import read_config
 from ..bases.transforms import Transform
 from ..errors import AdapterFileError
 from ..evaluation import Report
-from .commits import REPORT
+from ..keys import REPORT
 from .pulling import locate
 from .rebuilding import BaseName, attached, completed, rebuild, recorded
 from .records import BaseRecord

@@ -13,11 +13,9 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..adapters.contents import read_config
-from ..config import CONFIG, PICKLE, WEIGHTS
-from ..delta import file_sha256
 from ..errors import AdapterFileError
-from ..tuner.card import CARD
-from ..tuner.saving import commit
+from ..files import commit, file_sha256
+from ..keys import CARD, CONFIG, PICKLE, WEIGHTS
 from .cards import SHA256
 from .commits import OWN, hub
 from .remote import explained, patiently

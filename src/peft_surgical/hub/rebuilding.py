@@ -22,10 +22,10 @@ from transformers import PreTrainedModel
 from ..bases.load import Base, load_base
 from ..blocks import anatomy_of
 from ..config import SurgicalConfig
-from ..delta import fingerprint, shown
 from ..errors import AdapterError, AdapterFileError, AnatomyError, BaseMismatchError, ConfigError, DataError
 from ..evaluation import Report
 from ..extras import require
+from ..files import fingerprint, shown
 from .records import BaseRecord, read_record
 from .remote import explained
 

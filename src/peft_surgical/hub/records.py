@@ -18,11 +18,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from ..config import write_atomically
-from ..delta import canonical_json
 from ..errors import AdapterFileError
+from ..files import canonical_json, write_atomically
+from ..keys import RECORD_FILE
 
-RECORD_FILE = "base.json"
 LIBRARIES = ("timm", "transformers")
 RECORDED_HEADS = ("keep", "new", "zero")
 DTYPES = ("float64", "float32", "bfloat16", "float16")

@@ -20,12 +20,12 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 
 from ..adapters.contents import contents_of, read_config
-from ..config import CONFIG, WEIGHTS, SurgicalConfig, write_atomically
-from ..delta import canonical_json, shown
+from ..config import SurgicalConfig
 from ..errors import AdapterError, ConfigError, DataError
 from ..evaluation import Report
+from ..files import canonical_json, shown, write_atomically
+from ..keys import CONFIG, FIGURE, REPORT, WEIGHTS
 from .cards import Weights
-from .commits import FIGURE, REPORT
 from .rebuilding import BaseName, attached, completed, fingerprint_without_whole, rebuild, record_of, recorded
 from .records import BaseRecord, write_record
 

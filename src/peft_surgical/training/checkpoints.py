@@ -16,8 +16,8 @@ from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..config import write_atomically
 from ..errors import ConfigError
+from ..files import write_atomically
 from .processes import wait
 
 MARK = "complete.json"

@@ -8,7 +8,7 @@ from typing import cast
 
 from torch import nn
 
-from ..delta import HOLDER
+from ..keys import HOLDER
 from ..specialise import Special, restore, specialise
 from .layer import SurgicalLayer
 from .reading import ReadsDeltas, ReadsRecurrentDeltas

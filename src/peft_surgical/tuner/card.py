@@ -13,10 +13,10 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from ..config import CONFIG, SurgicalConfig, SurgicalType
+from ..config import SurgicalConfig, SurgicalType
 from ..evaluation import Report
+from ..keys import CARD, CONFIG
 
-CARD = "README.md"
 TAGS = ("peft", "surgical-fine-tuning")
 IMPORT = "import peft_surgical"
 """What has to run before PEFT knows the method; cards have it in their metadata, under the key `LOAD_WITH`."""

@@ -16,8 +16,8 @@ from peft.utils import merge_utils
 
 from ..blocks import parse
 from ..config import SurgicalConfig
-from ..delta import shown
 from ..errors import AdapterError
+from ..files import shown
 
 COMBINATIONS = ("linear", "disjoint", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 MAJORITY_SIGNS = ("total", "frequency")

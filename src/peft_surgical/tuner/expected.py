@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from ..config import SurgicalConfig
-from ..delta import HOLDER, shown
 from ..errors import AdapterError, AdapterFileError, BaseMismatchError
+from ..files import shown
+from ..keys import HOLDER, PEFT_PREFIX
 from .attach import join
 from .support import ModulePlan
 
-_PEFT_PREFIX = "base_model.model."
 _HOLDERS = (HOLDER, "surgical_delta", "surgical_stats", "default")  # the last: PEFT's name of an adapter without one
 _NO_FORWARD = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)  # PEFT's own list
 _GENERATES = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
@@ -45,12 +45,12 @@ def check_held(modules: Mapping[str, nn.Module], entries: Sequence[ModulePlan], 
         )
     expected: dict[str, torch.Tensor] = {}
     for entry in entries:
-        place = f"{_PEFT_PREFIX}{join(entry.path, HOLDER)}"
+        place = f"{PEFT_PREFIX}{join(entry.path, HOLDER)}"
         expected |= {f"{place}.surgical_delta.{name}": getattr(entry.module, name) for name in entry.parameters}
         expected |= {f"{place}.surgical_stats.{name}": getattr(entry.module, name) for name in entry.statistics}
     whole: dict[str, torch.Tensor] = {}
     for path in _saved_whole(modules, entries, config.modules_to_save or ()):
-        whole |= {f"{_PEFT_PREFIX}{path}.{key}": value for key, value in modules[path].state_dict().items()}
+        whole |= {f"{PEFT_PREFIX}{path}.{key}": value for key, value in modules[path].state_dict().items()}
     _check_names(held, {**expected, **whole})
     _check_kinds(held, expected, AdapterFileError, "The adapter belongs to another architecture or head")
     # The file is right and so is the base, but for a module that the adapter brings.

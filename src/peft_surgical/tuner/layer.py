@@ -24,8 +24,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from torch import nn
 
-from ..delta import HOLDER
 from ..errors import AdapterError
+from ..keys import HOLDER
 from .reading import stored
 
 

@@ -19,8 +19,9 @@ from peft.utils.transformers_weight_conversion import (
 from torch import nn
 
 from ..config import SurgicalConfig
-from ..delta import HOLDER, check_tensors
 from ..errors import AdapterError, AdapterFileError
+from ..files import check_tensors
+from ..keys import HOLDER
 from ..norm import hold_statistics
 from .attach import attach, detach, join, surgical_layers
 from .combine import Combination, check_combination, check_disjoint, combine_tensor, combined_config

@@ -18,8 +18,8 @@ from torch import nn
 
 from ..blocks import Anatomy, Block, anatomy_of, parse, paths_matched, resolve
 from ..config import SurgicalConfig
-from ..delta import check_base, fingerprint, shown
 from ..errors import AnatomyError, BaseMismatchError, ConfigError, UnknownTargetError
+from ..files import check_base, fingerprint, shown
 from ..norm import moving_statistics, statistics_of
 from .attach import bare, join
 from .expected import check_held

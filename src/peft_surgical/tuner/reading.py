@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ..delta import HOLDER
+from ..keys import HOLDER
 from ..specialise import Special, base_class
 
 if TYPE_CHECKING:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
 import os
 import shutil
 import tempfile
@@ -23,10 +22,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..config import CONFIG, WEIGHTS, SurgicalConfig, write_atomically
-from ..delta import canonical_json, file_sha256
+from ..config import SurgicalConfig
 from ..errors import AdapterError
-from .card import CARD, write_card
+from ..files import commit
+from ..keys import CARD, CONFIG
+from .card import write_card
 
 
 def saving_atomically(original: Callable[..., None]) -> Callable[..., None]:
@@ -70,34 +70,3 @@ def saving_atomically(original: Callable[..., None]) -> Callable[..., None]:
             commit(stage, target)
 
     return save_pretrained
-
-
-def commit(stage: Path, target: Path) -> None:
-    """Move the adapters in ``stage`` (and in its folders, one per further adapter) to ``target``."""
-    for source in sorted({path.parent for path in stage.rglob(CONFIG)}):
-        goal = target / source.relative_to(stage)
-        goal.mkdir(parents=True, exist_ok=True)
-        _replace(source, goal)
-    for path in sorted(path for path in stage.rglob("*") if path.is_file()):
-        os.replace(path, target / path.relative_to(stage))
-
-
-def _replace(source: Path, goal: Path) -> None:
-    config = json.loads((source / CONFIG).read_text(encoding="utf-8"))
-    old = _whole(goal)
-    if old is not None:
-        write_atomically(goal / CONFIG, canonical_json({**config, "superseded": old}))
-    os.replace(source / WEIGHTS, goal / WEIGHTS)
-    os.replace(source / CONFIG, goal / CONFIG)
-
-
-def _whole(folder: Path) -> dict[str, Any] | None:
-    """The config that belongs to the weights in ``folder`` now; None where there is no adapter."""
-    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
-        return None
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    previous = config.pop("superseded", None)
-    # An earlier save was killed before its weights were in place.
-    if previous is not None and previous.get("weights_sha256") == file_sha256(folder / WEIGHTS):
-        return previous
-    return config

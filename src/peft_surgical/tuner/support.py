@@ -9,8 +9,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..delta import HOLDER
 from ..errors import AdapterError, UnsupportedModelError
+from ..keys import HOLDER
 from ..specialise import base_class
 from .layer import SurgicalLayer
 from .reading import base_value

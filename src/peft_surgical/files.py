@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,14 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .errors import AdapterFileError, BaseMismatchError
-
-HOLDER = "surgery"
-"""Name of the child module that holds a module's deltas, and so a part of the keys in an adapter file. It must not
-contain the prefix "surgical_": PEFT's ``delete_adapter`` skips modules whose path does."""
+from .keys import CONFIG, WEIGHTS, neutral_key
 
 _HASH_DIGITS = 16  # 64 bits a tensor: a guard against the wrong base, not against an attacker who forges one
-_PEFT_PREFIX = "base_model.model."
-_KINDS = ("surgical_delta", "surgical_stats")
 _SHOWN = 3  # how many tensors an error names before it counts the rest
 
 
@@ -107,23 +103,6 @@ def _check_finite(tensors: Mapping[str, torch.Tensor], where: str) -> None:
             )
 
 
-def file_key(name: str) -> str:
-    """The key in an adapter file of the tensor ``name``, without what tells deltas from statistics.
-
-    Example:
-        >>> file_key("layer1.0.conv1.weight"), file_key("cls_token")
-        ('layer1.0.conv1.surgery.weight', 'surgery.cls_token')
-    """
-    path, _, leaf = name.rpartition(".")
-    return f"{path}.{HOLDER}.{leaf}" if path else f"{HOLDER}.{leaf}"
-
-
-def _neutral_key(key: str) -> str | None:
-    path, holder, rest = key.removeprefix(_PEFT_PREFIX).rpartition(f"{HOLDER}.")
-    kind, _, leaf = rest.partition(".")
-    return f"{path}{holder}{leaf}" if holder and kind in _KINDS and leaf else None
-
-
 def verify_file(
     path: str | Path, sha256: str | None, keys: Iterable[str] | None, others: bool = False
 ) -> dict[str, tuple[tuple[int, ...], bool]]:
@@ -150,10 +129,10 @@ def verify_file(
             f"{where} cannot be read as safetensors ({error}). It is truncated or damaged: save or download it again."
         ) from error
     if keys is not None:
-        found = {_neutral_key(key) or key for key in tensors if not others or _neutral_key(key)}
+        found = {neutral_key(key) or key for key in tensors if not others or neutral_key(key)}
         _check_names(found, keys, where)
     for key, tensor in tensors.items():
-        delta = not others or _neutral_key(key) is not None
+        delta = not others or neutral_key(key) is not None
         if delta and not tensor.is_floating_point() and not key.endswith("num_batches_tracked"):
             raise AdapterFileError(f"{where}: {key} has dtype {tensor.dtype}; deltas are floating point.")
     _check_finite(tensors, where)
@@ -196,3 +175,44 @@ def summarise(deltas: Mapping[str, torch.Tensor], base: Mapping[str, torch.Tenso
 def canonical_json(value: Any) -> str:
     """JSON with sorted keys, as written beside the weights."""
     return json.dumps(value, indent=2, sort_keys=True)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write ``text`` beside ``path`` and rename it into place: a reader sees the old file or the new one."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        scratch.write_text(text, encoding="utf-8")
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def commit(stage: Path, target: Path) -> None:
+    """Move the adapters in ``stage`` (and in its folders, one per further adapter) to ``target``."""
+    for source in sorted({path.parent for path in stage.rglob(CONFIG)}):
+        goal = target / source.relative_to(stage)
+        goal.mkdir(parents=True, exist_ok=True)
+        _replace(source, goal)
+    for path in sorted(path for path in stage.rglob("*") if path.is_file()):
+        os.replace(path, target / path.relative_to(stage))
+
+
+def _replace(source: Path, goal: Path) -> None:
+    config = json.loads((source / CONFIG).read_text(encoding="utf-8"))
+    old = _whole(goal)
+    if old is not None:
+        write_atomically(goal / CONFIG, canonical_json({**config, "superseded": old}))
+    os.replace(source / WEIGHTS, goal / WEIGHTS)
+    os.replace(source / CONFIG, goal / CONFIG)
+
+
+def _whole(folder: Path) -> dict[str, Any] | None:
+    """The config that belongs to the weights in ``folder`` now; None where there is no adapter."""
+    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
+        return None
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    previous = config.pop("superseded", None)
+    # An earlier save was killed before its weights were in place.
+    if previous is not None and previous.get("weights_sha256") == file_sha256(folder / WEIGHTS):
+        return previous
+    return config

@@ -1,0 +1,38 @@
+"""Names in files: the files of an adapter's folder, and the keys of its tensors. Knows nothing of PEFT or torch."""
+
+from __future__ import annotations
+
+WEIGHTS = "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"
+"""PEFT's other file of weights, which this package neither reads nor writes."""
+CONFIG = "adapter_config.json"
+CARD = "README.md"
+RECORD_FILE = "base.json"
+"""What is known of the base, beside an adapter on the Hub."""
+REPORT = "report.json"
+FIGURE = "figure.png"
+
+HOLDER = "surgery"
+"""Name of the child module that holds a module's deltas, and so a part of the keys in an adapter file. It must not
+contain the prefix "surgical_": PEFT's ``delete_adapter`` skips modules whose path does."""
+PEFT_PREFIX = "base_model.model."
+"""What PEFT puts before every key of an adapter file."""
+_KINDS = ("surgical_delta", "surgical_stats")
+
+
+def file_key(name: str) -> str:
+    """The key in an adapter file of the tensor ``name``, without what tells deltas from statistics.
+
+    Example:
+        >>> file_key("layer1.0.conv1.weight"), file_key("cls_token")
+        ('layer1.0.conv1.surgery.weight', 'surgery.cls_token')
+    """
+    path, _, leaf = name.rpartition(".")
+    return f"{path}.{HOLDER}.{leaf}" if path else f"{HOLDER}.{leaf}"
+
+
+def neutral_key(key: str) -> str | None:
+    """The `file_key` of a key as PEFT writes it; None for a key that belongs to no delta and no statistic."""
+    path, holder, rest = key.removeprefix(PEFT_PREFIX).rpartition(f"{HOLDER}.")
+    kind, _, leaf = rest.partition(".")
+    return f"{path}{holder}{leaf}" if holder and kind in _KINDS and leaf else None
