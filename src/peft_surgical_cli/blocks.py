@@ -18,7 +18,7 @@ def blocks_command(
     """Print the blocks of a network, in the order in which data flows."""
     from peft_surgical.bases.load import load_model
     from peft_surgical.blocks import anatomy_of
-    from peft_surgical.blocks.spec import shortened
+    from peft_surgical.blocks.inventory import shortened
 
     anatomy = anatomy_of(load_model(model, num_classes, weights="random" if random else "pretrained"))
     total = sum(block.num_parameters for block in anatomy)

@@ -4,9 +4,9 @@
 tensors in one network. The grammar of targets stands in `peft_surgical.blocks.parsing`.
 """
 
-from .anatomy import Anatomy, Block, anatomy_of
+from .anatomy import Anatomy, Block, paths_matched, resolve
 from .parsing import DATA_TARGETS, Count, FromData, Name, Pattern, Range, Step, TargetSpec, parse
-from .resolving import paths_matched, resolve
+from .sources import anatomy_of
 
 __all__ = [
     "DATA_TARGETS",

@@ -7,16 +7,20 @@ guesses: a network that no source knows is an error that shows the spec to fill 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import difflib
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from torch import nn
-
-from ..errors import AnatomyError, UnknownTargetError
-from .inventory import Cut, Inventory, highest_modules, module_sizes
-from .sources import find_cut
-from .spec import NUMBERED, cut_by_spec, near_misses, shortened, skeleton
+from ..errors import AnatomyError, UnknownTargetError, UnresolvedTargetError
+from .inventory import (
+    NUMBERED,
+    highest_modules,
+    module_sizes,
+    near_misses,
+    shortened,
+)
+from .parsing import NUMBERED_BLOCK, Count, Name, Pattern, Range, TargetSpec, Term, compiled, dotted
 
 _ALIASES = {"first": "block1", "last": "head"}
 
@@ -168,76 +172,6 @@ class Anatomy:
         return "\n".join([*lines, f"source: {self.source}"])
 
 
-def anatomy_of(model: nn.Module, blocks: Mapping[str, str | Sequence[str]] | None = None) -> Anatomy:
-    """Cuts a network into ordered blocks.
-
-    Args:
-        model: Any network, on any device (also ``meta``); nothing is run and nothing is changed.
-        blocks: An explicit spec, block name -> one or more module or tensor paths, in the order in which data flows.
-            It must name every parameter and persistent buffer exactly once. Without it the blocks come from timm's
-            group matcher, the structure of a transformers model, or a known layout (torchvision's, CIFAR ResNets').
-
-    Returns:
-        The blocks. Every parameter and persistent buffer is in exactly one of them, non-persistent buffers in none.
-
-    Raises:
-        AnatomyError: If no source knows the network (the message shows a spec to fill in), or if the spec is not total
-            and disjoint, names an unknown path, or uses a name that means something else in a target.
-
-    Example:
-        >>> from torch import nn
-        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 2))
-        >>> anatomy = anatomy_of(net, blocks={"block1": ["0", "1"], "head": "3"})
-        >>> anatomy.names
-        ('block1', 'head')
-        >>> anatomy.block_of("1.running_mean").name
-        'block1'
-        >>> anatomy["last"].num_parameters
-        18
-    """
-    inventory = Inventory(model)
-    if not inventory.tensors:
-        raise AnatomyError(
-            f"{type(model).__name__} has no parameters and no buffers: there is nothing to cut into blocks."
-        )
-    if blocks is not None:
-        cut = cut_by_spec(inventory, blocks)
-    else:
-        found = find_cut(model, inventory)
-        if not isinstance(found, Cut):
-            raise AnatomyError(
-                f"Cannot tell the blocks of {type(model).__name__}. Tried:\n"
-                + "".join(f"  {source}: {reason}\n" for source, reason in found.items())
-                + "Name them yourself, in the order in which data flows, for example (edit as needed):\n"
-                + skeleton(inventory)
-            )
-        cut = found
-    return _assemble(inventory, cut)
-
-
-def _assemble(inventory: Inventory, cut: Cut) -> Anatomy:
-    """Turns a cut into an anatomy, in the model's tensor order; refuses one that is not total."""
-    placed = {name for names in cut.blocks.values() for name in names}
-    if missing := [name for name in inventory.tensors if name not in placed]:
-        raise AnatomyError(
-            f"{len(missing)} of {len(inventory.tensors)} tensors are in no block: {shortened(missing, 200)}. "
-            "Name all blocks yourself with blocks={...}:\n" + skeleton(inventory)
-        )
-    sizes = {name: inventory.tensors[name].numel() for name in inventory.parameters}
-
-    def ordered(names: Iterable[str]) -> tuple[str, ...]:
-        return tuple(sorted(names, key=inventory.position.__getitem__))
-
-    found = []
-    below = module_sizes(inventory.tensors)
-    for block, names in cut.blocks.items():
-        tensors = ordered(names)
-        size = sum(sizes.get(name, 0) for name in tensors)
-        found.append(Block(block, tensors, size, highest_modules(tensors, below)))
-    parts = {part: ordered(names) for part, names in cut.parts.items()}
-    return Anatomy(tuple(found), parts, dict(inventory.aliases), cut.source, sizes)
-
-
 def _raw_tensors(block: Block) -> list[str]:
     return [name for name in block.tensors if not any(name.startswith(f"{path}.") for path in block.modules)]
 
@@ -253,3 +187,179 @@ def _listed(names: Sequence[str]) -> str:
         else:
             shown.append(name)
     return ", ".join(shown)
+
+
+# --- What a target means in one network: ``resolve(spec, anatomy)`` names its tensors. ---
+
+
+_BY_SCORES = "call config = peft_surgical.resolve_target(config, model, dataloader) before get_peft_model"
+_BY_RUNS = "call peft_surgical.training.search.{}, which trains candidates, or run `peft-surgical tune --target {}`"
+_SEARCHES = {"auto": "auto", "race": "race", "cross-val": "cross_val", "greedy": "greedy"}
+_DECIDED_BY = {name: _BY_RUNS.format(function, name) for name, function in _SEARCHES.items()}
+_OTHER_NAMES = {"first": "block1", "last": "head", "stem": "embedding"}
+
+
+def resolve(spec: TargetSpec, anatomy: Anatomy) -> tuple[str, ...]:
+    """Name the tensors that a target means in one network.
+
+    Args:
+        spec: What `parse` returned.
+        anatomy: The blocks of the network. The other names of tied tensors count as names of the tensor itself.
+
+    Returns:
+        Canonical names of parameters and persistent buffers, each once, in the order of the anatomy. Never empty.
+
+    Raises:
+        UnresolvedTargetError: Data has to decide first.
+        UnknownTargetError: A term matches nothing in this network or takes nothing away, or nothing is left at the end.
+
+    Example:
+        >>> from peft_surgical.blocks import parse
+        >>> anatomy = Anatomy((Block("block1", ("conv1.weight", "bn1.weight"), 9), Block("head", ("fc.weight",), 4)))
+        >>> resolve(parse("all - head"), anatomy)
+        ('conv1.weight', 'bn1.weight')
+        >>> resolve(parse("*.weight - bn1"), anatomy)
+        ('conv1.weight', 'fc.weight')
+    """
+    if spec.needs_data:
+        raise UnresolvedTargetError(
+            f"{spec} names no tensors until it has seen data: {_DECIDED_BY.get(str(spec), _BY_SCORES)}, or name a "
+            "block, e.g. target='block1'."
+        )
+    network = _Network(anatomy)
+    chosen: set[str] = set()
+    for step in spec.steps:
+        found = network.select(step.term)
+        if step.minus and not found & chosen:
+            raise network.unknown(
+                step.term, f"takes nothing away in {str(spec)!r}: what stands before it holds none of it"
+            )
+        chosen = chosen - found if step.minus else chosen | found
+    if not chosen:
+        raise network.unknown(spec, "takes away everything that it names, so nothing is left to tune")
+    return tuple(name for name in network.tensors if name in chosen)
+
+
+def paths_matched(patterns: str | Collection[str], paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Match module paths as PEFT's ``target_modules`` and ``exclude_modules`` do, pattern by pattern.
+
+    PEFT asks only whether anything matched at all; answering for each pattern lets the caller name those in vain.
+
+    Args:
+        patterns: A string is a regex for the whole path; a collection holds names that are a path or the end of one,
+            in whole components. Unlike in a target, an exact path does not keep its name from matching others.
+        paths: Module paths, as ``named_modules()`` gives them.
+
+    Returns:
+        For each pattern the paths that it matches, in the order given; an empty tuple where there are none.
+
+    Raises:
+        TargetError: The regex does not compile.
+
+    Example:
+        >>> paths_matched(["conv1", "fc"], ["conv1", "layer1.0.conv1"])
+        {'conv1': ('conv1', 'layer1.0.conv1'), 'fc': ()}
+    """
+    paths = tuple(paths)
+    if isinstance(patterns, str):
+        regex = compiled(patterns, patterns)
+        return {patterns: tuple(path for path in paths if regex.fullmatch(path))}
+    return {name: tuple(path for path in paths if path == name or path.endswith(f".{name}")) for name in patterns}
+
+
+class _Network:
+    """The names of one network, and what they stand for."""
+
+    def __init__(self, anatomy: Anatomy) -> None:
+        self.anatomy = anatomy
+        self.tensors = tuple(name for block in anatomy for name in block.tensors)
+        self.named = {**anatomy.parts, **{block.name: block.tensors for block in anatomy}}
+        self.paths: dict[str, set[str]] = {}
+        for name, tensor in [*((name, name) for name in self.tensors), *anatomy.aliases.items()]:
+            components = name.split(".")
+            for depth in range(1, len(components) + 1):
+                self.paths.setdefault(".".join(components[:depth]), set()).add(tensor)
+
+    def select(self, term: Term) -> set[str]:
+        text = str(term)
+        if text in self.named:
+            found = set(self.named[text])
+        elif isinstance(term, Range | Count):
+            found = self._numbered(term)
+        elif isinstance(term, Pattern):
+            regex = compiled(term.regex, text)
+            found = self._under(path for path in self.paths if regex.fullmatch(path))
+        else:
+            found = self._by_name(text)
+        found = found.intersection(self.tensors)
+        if not found:
+            reason = "holds no tensors" if text in self.named else "matches nothing"
+            raise self.unknown(term, f"{reason} in this model", near=text not in self.named)
+        return found
+
+    def _under(self, paths: Iterable[str]) -> set[str]:
+        return set().union(*(self.paths[path] for path in paths))
+
+    def _by_name(self, text: str) -> set[str]:
+        tower, dot, word = text.rpartition(".")
+        other = tower + dot + _OTHER_NAMES.get(word, word)
+        if other in self.named:
+            return set(self.named[other])
+        if text == "all":
+            return set(self.tensors)
+        if text in self.paths:
+            return self.paths[text]
+        # Before the ends of paths: 'head' must not mean some inner module while 'vision.head' is a block.
+        if inner := [name for name in self.named if name.endswith((f".{text}", f".{other}"))]:
+            raise self.unknown(text, f"does not say which tower of this model it means: write {_either(inner)}")
+        return self._under(path for path in self.paths if path.endswith(f".{text}"))
+
+    def _numbered(self, term: Range | Count) -> set[str]:
+        towers: dict[str, dict[int, Block]] = {}
+        for block in self.anatomy:
+            if match := NUMBERED_BLOCK.fullmatch(block.name):
+                towers.setdefault(match[1] or "", {})[int(match[2])] = block
+        numbered = towers.get(term.tower)
+        if numbered is None:
+            if str(term) in self.paths:
+                return self.paths[str(term)]
+            if towers:
+                plain = str(term).removeprefix(dotted(term.tower))
+                choice = _either([dotted(tower) + plain for tower in towers])
+                raise self.unknown(term, f"does not say which tower of this model it means: write {choice}")
+            raise self.unknown(term, "counts numbered blocks, of which this model has none")
+        if isinstance(term, Range):
+            blocks = [block for number, block in numbered.items() if term.first <= number <= term.last]
+            asked = term.last - term.first + 1
+        else:
+            blocks = list(numbered.values())
+            blocks = blocks[: term.number] if term.end == "first" else blocks[-term.number :]
+            asked = term.number
+        if len(blocks) < asked:
+            raise self.unknown(term, f"asks for more than the {len(numbered)} numbered blocks that there are")
+        return {name for block in blocks for name in block.tensors}
+
+    def unknown(self, term: Term | TargetSpec | str, reason: str, *, near: bool = False) -> UnknownTargetError:
+        """The error for a term, with what may have been meant and what there is to choose from."""
+        text = str(term)
+        says = [f"target {text!r} {reason}."]
+        if near:
+            plain = text.removeprefix("re:").replace("\\", "").strip("*.")
+            # A name may also be the end of a path, so ends of the same depth are candidates as well.
+            depth = plain.count(".") + 1
+            ends = (".".join(path.split(".")[-depth:]) for path in self.paths)
+            names = ["all", "first", "last", *self.named, *self.paths, *ends]
+            known = {name.lower(): name for name in reversed(names)}
+            if close := difflib.get_close_matches(plain.lower(), known, n=4):
+                says.append(f"Near misses: {', '.join(known[name] for name in close)}.")
+            if isinstance(term, Name) and "-" in text:
+                says.append("To take away, put spaces around the minus ('all - head'); a range is written 'block2-4'.")
+        sizes = ", ".join(f"{block.name} ({block.num_parameters:,})" for block in self.anatomy)
+        says.append(f"Blocks of this model, with their parameters: {sizes}.")
+        if parts := [name for name in self.anatomy.parts if self.named[name]]:
+            says.append(f"Parts of them: {', '.join(parts)}.")
+        return UnknownTargetError(" ".join(says))
+
+
+def _either(names: Sequence[str]) -> str:
+    return " or ".join(repr(name) for name in names)

@@ -8,22 +8,28 @@ names, never at the name of a model.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..errors import AnatomyError
 from .inventory import (
     Cut,
     Inventory,
     all_composite,
     arrange,
     attends,
+    cut_by_spec,
     final_linear,
+    highest_modules,
     merge_by_width,
+    module_sizes,
     name_blocks,
     owner,
+    shortened,
+    skeleton,
     unclear_parameters,
     width,
 )
@@ -228,3 +234,73 @@ def find_cut(model: nn.Module, inventory: Inventory) -> Cut | dict[str, str]:
             return result
         tried[source] = result
     return tried
+
+
+def anatomy_of(model: nn.Module, blocks: Mapping[str, str | Sequence[str]] | None = None) -> Anatomy:
+    """Cuts a network into ordered blocks.
+
+    Args:
+        model: Any network, on any device (also ``meta``); nothing is run and nothing is changed.
+        blocks: An explicit spec, block name -> one or more module or tensor paths, in the order in which data flows.
+            It must name every parameter and persistent buffer exactly once. Without it the blocks come from timm's
+            group matcher, the structure of a transformers model, or a known layout (torchvision's, CIFAR ResNets').
+
+    Returns:
+        The blocks. Every parameter and persistent buffer is in exactly one of them, non-persistent buffers in none.
+
+    Raises:
+        AnatomyError: If no source knows the network (the message shows a spec to fill in), or if the spec is not total
+            and disjoint, names an unknown path, or uses a name that means something else in a target.
+
+    Example:
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 2))
+        >>> anatomy = anatomy_of(net, blocks={"block1": ["0", "1"], "head": "3"})
+        >>> anatomy.names
+        ('block1', 'head')
+        >>> anatomy.block_of("1.running_mean").name
+        'block1'
+        >>> anatomy["last"].num_parameters
+        18
+    """
+    inventory = Inventory(model)
+    if not inventory.tensors:
+        raise AnatomyError(
+            f"{type(model).__name__} has no parameters and no buffers: there is nothing to cut into blocks."
+        )
+    if blocks is not None:
+        cut = cut_by_spec(inventory, blocks)
+    else:
+        found = find_cut(model, inventory)
+        if not isinstance(found, Cut):
+            raise AnatomyError(
+                f"Cannot tell the blocks of {type(model).__name__}. Tried:\n"
+                + "".join(f"  {source}: {reason}\n" for source, reason in found.items())
+                + "Name them yourself, in the order in which data flows, for example (edit as needed):\n"
+                + skeleton(inventory)
+            )
+        cut = found
+    return _assemble(inventory, cut)
+
+
+def _assemble(inventory: Inventory, cut: Cut) -> Anatomy:
+    """Turns a cut into an anatomy, in the model's tensor order; refuses one that is not total."""
+    placed = {name for names in cut.blocks.values() for name in names}
+    if missing := [name for name in inventory.tensors if name not in placed]:
+        raise AnatomyError(
+            f"{len(missing)} of {len(inventory.tensors)} tensors are in no block: {shortened(missing, 200)}. "
+            "Name all blocks yourself with blocks={...}:\n" + skeleton(inventory)
+        )
+    sizes = {name: inventory.tensors[name].numel() for name in inventory.parameters}
+
+    def ordered(names: Iterable[str]) -> tuple[str, ...]:
+        return tuple(sorted(names, key=inventory.position.__getitem__))
+
+    found = []
+    below = module_sizes(inventory.tensors)
+    for block, names in cut.blocks.items():
+        tensors = ordered(names)
+        size = sum(sizes.get(name, 0) for name in tensors)
+        found.append(Block(block, tensors, size, highest_modules(tensors, below)))
+    parts = {part: ordered(names) for part, names in cut.parts.items()}
+    return Anatomy(tuple(found), parts, dict(inventory.aliases), cut.source, sizes)
