@@ -117,7 +117,7 @@ def test_worst_group_by_hand_and_against_sklearn(make, scored):
 
 
 def test_judging_with_evaluate_is_judging(scored, tmp_path, monkeypatch):
-    """Whatever metrics, logits or classes, groups or none: the same numbers, to the last bit, and nothing left behind."""
+    """The same numbers, to the last bit, and nothing left on disk."""
     monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", str(tmp_path / "cache"))
     logits, labels, groups = (torch.from_numpy(values) for values in scored)
     for scores in (logits, logits.argmax(1), evaluation.tolerant(logits)):

@@ -21,11 +21,12 @@ from peft_surgical.blocks import (
     Name,
     Pattern,
     Range,
+    anatomy,
     parse,
     parsing,
     paths_matched,
     resolve,
-    resolving,
+    sources,
 )
 from peft_surgical.errors import TargetError, UnknownTargetError, UnresolvedTargetError
 
@@ -222,7 +223,7 @@ def test_spec_is_frozen_and_hashable():
         spec.terms[0].text = "block1"
 
 
-@pytest.mark.parametrize("module", [parsing, resolving])
+@pytest.mark.parametrize("module", [parsing, anatomy, sources])
 def test_examples_in_docstrings(module):
     results = doctest.testmod(module, raise_on_error=False)
     assert results.attempted > 1

@@ -4,8 +4,8 @@
 tensors in one network. The grammar of targets stands in `peft_surgical.blocks.parsing`.
 """
 
-from .anatomy import Anatomy, Block, paths_matched, resolve
-from .parsing import DATA_TARGETS, Count, FromData, Name, Pattern, Range, Step, TargetSpec, parse
+from .anatomy import Anatomy, Block, resolve
+from .parsing import DATA_TARGETS, Count, FromData, Name, Pattern, Range, Step, TargetSpec, parse, paths_matched
 from .sources import anatomy_of
 
 __all__ = [

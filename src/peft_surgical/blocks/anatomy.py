@@ -1,28 +1,25 @@
-"""The ordered blocks of any network: `embedding` or stem, `block1` to `blockN`, `head`.
+"""The ordered blocks of any network (`embedding` or stem, `block1` to `blockN`, `head`), and what a target means there.
 
-`anatomy_of` cuts a network into blocks that are total and disjoint over its parameters and persistent buffers, either
-by an explicit spec or by what `peft_surgical.blocks.sources` can tell from the structure of the network. It never
-guesses: a network that no source knows is an error that shows the spec to fill in.
+`peft_surgical.blocks.sources.anatomy_of` makes an `Anatomy` of a network; `resolve` gives the tensors that a parsed
+target names in it. Whatever matches nothing is an error that lists what there is to choose from.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from ..errors import AnatomyError, UnknownTargetError, UnresolvedTargetError
-from .inventory import (
-    NUMBERED,
-    highest_modules,
-    module_sizes,
-    near_misses,
-    shortened,
-)
-from .parsing import NUMBERED_BLOCK, Count, Name, Pattern, Range, TargetSpec, Term, compiled, dotted
+from .inventory import highest_modules, module_sizes, near_misses, shortened
+from .parsing import NUMBERED, Count, Name, Pattern, Range, TargetSpec, Term, compiled, dotted
 
-_ALIASES = {"first": "block1", "last": "head"}
+_ALIASES = {"first": "block1", "last": "head", "stem": "embedding"}
+_BY_SCORES = "call config = peft_surgical.resolve_target(config, model, dataloader) before get_peft_model"
+_BY_RUNS = "call peft_surgical.training.search.{}, which trains candidates, or run `peft-surgical tune --target {}`"
+_SEARCHES = {"auto": "auto", "race": "race", "cross-val": "cross_val", "greedy": "greedy"}
 
 
 @dataclass(frozen=True)
@@ -41,6 +38,12 @@ class Block:
     tensors: tuple[str, ...]
     num_parameters: int
     modules: tuple[str, ...] = ()
+
+    @property
+    def outline(self) -> str:
+        """The tensors that are in none of its modules, and its modules, in one line."""
+        inside = tuple(f"{path}." for path in self.modules)
+        return shortened([*(name for name in self.tensors if not name.startswith(inside)), *self.modules])
 
 
 @dataclass(frozen=True)
@@ -67,16 +70,11 @@ class Anatomy:
     _sizes: Mapping[str, int] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        names = [block.name for block in self.blocks]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
+        if twice := sorted(name for name, count in Counter(self.names).items() if count > 1):
             raise AnatomyError(f"Block names must be unique; given twice: {', '.join(twice)}.")
-        if len(self._block_of) != sum(len(block.tensors) for block in self.blocks):
-            holders: dict[str, list[str]] = {}
-            for block in self.blocks:
-                for tensor in block.tensors:
-                    holders.setdefault(tensor, []).append(block.name)
-            shared = {tensor: found for tensor, found in holders.items() if len(found) > 1}
-            listed = "; ".join(f"{tensor} in {' and '.join(found)}" for tensor, found in list(shared.items())[:8])
+        if shared := [tensor for tensor, count in Counter(self.tensors).items() if count > 1]:
+            holders = {one: [block.name for block in self if one in block.tensors] for one in shared[:8]}
+            listed = "; ".join(f"{one} in {' and '.join(names)}" for one, names in holders.items())
             raise AnatomyError(f"{len(shared)} tensors are in more than one block: {listed}.")
 
     def __iter__(self) -> Iterator[Block]:
@@ -87,7 +85,7 @@ class Anatomy:
 
     def __contains__(self, name: object) -> bool:
         """Whether this is one of the blocks, or a name that ``anatomy[name]`` knows."""
-        return name in self.blocks if isinstance(name, Block) else self._find(name) is not None
+        return name in self.blocks if isinstance(name, Block) else self._find(str(name)) is not None
 
     def __getitem__(self, name: str) -> Block:
         """The block of this name or alias.
@@ -96,7 +94,7 @@ class Anatomy:
             UnknownTargetError: If the network has no such block; the message lists the ones it has.
         """
         if (block := self._find(name)) is None:
-            raise UnknownTargetError(self._why_missing(name))
+            raise UnknownTargetError(f"This network has no block {name!r}{self._hint(name)}.{_choices(self)}")
         return block
 
     @property
@@ -127,76 +125,55 @@ class Anatomy:
     def _block_of(self) -> dict[str, Block]:
         return {tensor: block for block in self.blocks for tensor in block.tensors}
 
-    def _find(self, name: object) -> Block | None:
-        by_name = {block.name: block for block in self.blocks}
-        for candidate in (name, _ALIASES.get(str(name))):
-            if candidate in by_name:
-                return by_name[str(candidate)]
-        if name not in self.parts:
-            return None
-        tensors = self.parts[str(name)]
-        same = [block for block in self.blocks if block.tensors == tensors]
-        modules = highest_modules(tensors, module_sizes(self.tensors))
-        return same[0] if same else Block(str(name), tensors, sum(self._sizes.get(t, 0) for t in tensors), modules)
+    @cached_property
+    def _named(self) -> dict[str, tuple[str, ...]]:
+        """Block or part -> its tensors; a block wins over a part of the same name."""
+        return {**self.parts, **{block.name: block.tensors for block in self.blocks}}
 
-    def _why_missing(self, name: str) -> str:
+    @cached_property
+    def _paths(self) -> dict[str, set[str]]:
+        """Path of a module or tensor, by any of its names -> the canonical names of the tensors there."""
+        paths: dict[str, set[str]] = {}
+        for name, tensor in [*((name, name) for name in self.tensors), *self.aliases.items()]:
+            components = name.split(".")
+            for depth in range(1, len(components) + 1):
+                paths.setdefault(".".join(components[:depth]), set()).add(tensor)
+        return paths
+
+    def _find(self, name: str) -> Block | None:
+        by_name = {block.name: block for block in self.blocks}
+        if (block := by_name.get(name) or by_name.get(_ALIASES.get(name, name))) or name not in self.parts:
+            return block
+        tensors = self.parts[name]
+        modules = highest_modules(tensors, module_sizes(self.tensors))
+        return Block(name, tensors, sum(self._sizes.get(tensor, 0) for tensor in tensors), modules)
+
+    def _hint(self, name: str) -> str:
+        """What a name that no block has may have meant."""
         wanted = _ALIASES.get(name, name)
-        towers = [other for other in self.names if other.endswith(f".{wanted}")]
-        message = f"This network has no block {name!r}"
         if wanted == "head":
-            tied = [f"{alias} is {self.aliases[alias]}" for alias in self.aliases][:3]
-            message += ": it has no classifier of its own"
-            message += f" (shared tensors belong to the block that holds them first: {'; '.join(tied)})" if tied else ""
-        elif towers:
-            message += f"; it has {' and '.join(map(repr, towers))}"
-        elif name == "embedding" and "stem" in self:
-            message += "; what comes before its first stage is 'stem'"
-        else:
-            message += near_misses(name, [*self.names, *self.parts, *_ALIASES]).removesuffix("?")
-        return f"{message}. Its blocks: {_listed(self.names)}."
+            tied = "; ".join([f"{alias} is {tensor}" for alias, tensor in self.aliases.items()][:3])
+            why = f" (shared tensors belong to the block that holds them first: {tied})" if tied else ""
+            return f": it has no classifier of its own{why}"
+        if towers := [repr(other) for other in self.names if other.endswith(f".{wanted}")]:
+            return f"; it has {' and '.join(towers)}"
+        if name == "embedding" and "stem" in self:
+            return "; what comes before its first stage is 'stem'"
+        return near_misses(name, [*self._named, "first", "last"]).removesuffix("?")
 
     def __str__(self) -> str:
         total = sum(block.num_parameters for block in self.blocks)
         rows = [("block", "modules", "tensors", "parameters", "share")]
         for block in self.blocks:
             share = f"{block.num_parameters / max(total, 1):.1%}"
-            shown = shortened([*_raw_tensors(block), *block.modules])
-            rows.append((block.name, shown, str(len(block.tensors)), f"{block.num_parameters:,}", share))
+            rows.append((block.name, block.outline, str(len(block.tensors)), f"{block.num_parameters:,}", share))
         rows.append(("total", "", str(len(self.tensors)), f"{total:,}", "100.0%"))
-        widths = [max(len(row[column]) for row in rows) for column in range(5)]
-        lines = []
-        for row in rows:
-            left = [cell.ljust(width) for cell, width in zip(row[:2], widths[:2], strict=True)]
-            right = [cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)]
-            lines.append("  ".join(left + right))
-        return "\n".join([*lines, f"source: {self.source}"])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        line = "  ".join(f"{{:{side}{width}}}" for side, width in zip("<<>>>", widths, strict=True))
+        return "\n".join([*(line.format(*row) for row in rows), f"source: {self.source}"])
 
 
-def _raw_tensors(block: Block) -> list[str]:
-    return [name for name in block.tensors if not any(name.startswith(f"{path}.") for path in block.modules)]
-
-
-def _listed(names: Sequence[str]) -> str:
-    """Block names in one line, runs of numbered blocks shortened: embedding, block1 to block12, head."""
-    shown: list[str] = []
-    for name in names:
-        match = NUMBERED.fullmatch(name)
-        previous = NUMBERED.fullmatch(shown[-1].split(" to ")[-1]) if shown else None
-        if match and previous and match[1] == previous[1]:
-            shown[-1] = f"{shown[-1].split(' to ')[0]} to {name}"
-        else:
-            shown.append(name)
-    return ", ".join(shown)
-
-
-# --- What a target means in one network: ``resolve(spec, anatomy)`` names its tensors. ---
-
-
-_BY_SCORES = "call config = peft_surgical.resolve_target(config, model, dataloader) before get_peft_model"
-_BY_RUNS = "call peft_surgical.training.search.{}, which trains candidates, or run `peft-surgical tune --target {}`"
-_SEARCHES = {"auto": "auto", "race": "race", "cross-val": "cross_val", "greedy": "greedy"}
-_DECIDED_BY = {name: _BY_RUNS.format(function, name) for name, function in _SEARCHES.items()}
-_OTHER_NAMES = {"first": "block1", "last": "head", "stem": "embedding"}
+# --- targets ---
 
 
 def resolve(spec: TargetSpec, anatomy: Anatomy) -> tuple[str, ...]:
@@ -221,145 +198,104 @@ def resolve(spec: TargetSpec, anatomy: Anatomy) -> tuple[str, ...]:
         >>> resolve(parse("*.weight - bn1"), anatomy)
         ('conv1.weight', 'fc.weight')
     """
+    text = str(spec)
     if spec.needs_data:
+        how = _BY_RUNS.format(_SEARCHES[text], text) if text in _SEARCHES else _BY_SCORES
         raise UnresolvedTargetError(
-            f"{spec} names no tensors until it has seen data: {_DECIDED_BY.get(str(spec), _BY_SCORES)}, or name a "
-            "block, e.g. target='block1'."
+            f"{text} names no tensors until it has seen data: {how}, or name a block, e.g. target='block1'."
         )
-    network = _Network(anatomy)
     chosen: set[str] = set()
     for step in spec.steps:
-        found = network.select(step.term)
+        found = _select(anatomy, step.term)
         if step.minus and not found & chosen:
-            raise network.unknown(
-                step.term, f"takes nothing away in {str(spec)!r}: what stands before it holds none of it"
+            raise _unknown(
+                anatomy, step.term, f"takes nothing away in {text!r}: what stands before it holds none of it"
             )
         chosen = chosen - found if step.minus else chosen | found
     if not chosen:
-        raise network.unknown(spec, "takes away everything that it names, so nothing is left to tune")
-    return tuple(name for name in network.tensors if name in chosen)
+        raise _unknown(anatomy, spec, "takes away everything that it names, so nothing is left to tune")
+    return tuple(name for name in anatomy.tensors if name in chosen)
 
 
-def paths_matched(patterns: str | Collection[str], paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Match module paths as PEFT's ``target_modules`` and ``exclude_modules`` do, pattern by pattern.
-
-    PEFT asks only whether anything matched at all; answering for each pattern lets the caller name those in vain.
-
-    Args:
-        patterns: A string is a regex for the whole path; a collection holds names that are a path or the end of one,
-            in whole components. Unlike in a target, an exact path does not keep its name from matching others.
-        paths: Module paths, as ``named_modules()`` gives them.
-
-    Returns:
-        For each pattern the paths that it matches, in the order given; an empty tuple where there are none.
-
-    Raises:
-        TargetError: The regex does not compile.
-
-    Example:
-        >>> paths_matched(["conv1", "fc"], ["conv1", "layer1.0.conv1"])
-        {'conv1': ('conv1', 'layer1.0.conv1'), 'fc': ()}
-    """
-    paths = tuple(paths)
-    if isinstance(patterns, str):
-        regex = compiled(patterns, patterns)
-        return {patterns: tuple(path for path in paths if regex.fullmatch(path))}
-    return {name: tuple(path for path in paths if path == name or path.endswith(f".{name}")) for name in patterns}
+def _select(anatomy: Anatomy, term: Term) -> set[str]:
+    """The tensors of one term."""
+    text = str(term)
+    if text in anatomy._named:
+        found = set(anatomy._named[text])
+    elif isinstance(term, Range | Count):
+        found = _numbered(anatomy, term)
+    elif isinstance(term, Pattern):
+        regex = compiled(term.regex, text)
+        found = set().union(*(tensors for path, tensors in anatomy._paths.items() if regex.fullmatch(path)))
+    else:
+        found = _by_name(anatomy, text)
+    found = found.intersection(anatomy.tensors)
+    if not found:
+        reason = "holds no tensors" if text in anatomy._named else "matches nothing"
+        raise _unknown(anatomy, term, f"{reason} in this model", near=text not in anatomy._named)
+    return found
 
 
-class _Network:
-    """The names of one network, and what they stand for."""
-
-    def __init__(self, anatomy: Anatomy) -> None:
-        self.anatomy = anatomy
-        self.tensors = tuple(name for block in anatomy for name in block.tensors)
-        self.named = {**anatomy.parts, **{block.name: block.tensors for block in anatomy}}
-        self.paths: dict[str, set[str]] = {}
-        for name, tensor in [*((name, name) for name in self.tensors), *anatomy.aliases.items()]:
-            components = name.split(".")
-            for depth in range(1, len(components) + 1):
-                self.paths.setdefault(".".join(components[:depth]), set()).add(tensor)
-
-    def select(self, term: Term) -> set[str]:
-        text = str(term)
-        if text in self.named:
-            found = set(self.named[text])
-        elif isinstance(term, Range | Count):
-            found = self._numbered(term)
-        elif isinstance(term, Pattern):
-            regex = compiled(term.regex, text)
-            found = self._under(path for path in self.paths if regex.fullmatch(path))
-        else:
-            found = self._by_name(text)
-        found = found.intersection(self.tensors)
-        if not found:
-            reason = "holds no tensors" if text in self.named else "matches nothing"
-            raise self.unknown(term, f"{reason} in this model", near=text not in self.named)
-        return found
-
-    def _under(self, paths: Iterable[str]) -> set[str]:
-        return set().union(*(self.paths[path] for path in paths))
-
-    def _by_name(self, text: str) -> set[str]:
-        tower, dot, word = text.rpartition(".")
-        other = tower + dot + _OTHER_NAMES.get(word, word)
-        if other in self.named:
-            return set(self.named[other])
-        if text == "all":
-            return set(self.tensors)
-        if text in self.paths:
-            return self.paths[text]
-        # Before the ends of paths: 'head' must not mean some inner module while 'vision.head' is a block.
-        if inner := [name for name in self.named if name.endswith((f".{text}", f".{other}"))]:
-            raise self.unknown(text, f"does not say which tower of this model it means: write {_either(inner)}")
-        return self._under(path for path in self.paths if path.endswith(f".{text}"))
-
-    def _numbered(self, term: Range | Count) -> set[str]:
-        towers: dict[str, dict[int, Block]] = {}
-        for block in self.anatomy:
-            if match := NUMBERED_BLOCK.fullmatch(block.name):
-                towers.setdefault(match[1] or "", {})[int(match[2])] = block
-        numbered = towers.get(term.tower)
-        if numbered is None:
-            if str(term) in self.paths:
-                return self.paths[str(term)]
-            if towers:
-                plain = str(term).removeprefix(dotted(term.tower))
-                choice = _either([dotted(tower) + plain for tower in towers])
-                raise self.unknown(term, f"does not say which tower of this model it means: write {choice}")
-            raise self.unknown(term, "counts numbered blocks, of which this model has none")
-        if isinstance(term, Range):
-            blocks = [block for number, block in numbered.items() if term.first <= number <= term.last]
-            asked = term.last - term.first + 1
-        else:
-            blocks = list(numbered.values())
-            blocks = blocks[: term.number] if term.end == "first" else blocks[-term.number :]
-            asked = term.number
-        if len(blocks) < asked:
-            raise self.unknown(term, f"asks for more than the {len(numbered)} numbered blocks that there are")
-        return {name for block in blocks for name in block.tensors}
-
-    def unknown(self, term: Term | TargetSpec | str, reason: str, *, near: bool = False) -> UnknownTargetError:
-        """The error for a term, with what may have been meant and what there is to choose from."""
-        text = str(term)
-        says = [f"target {text!r} {reason}."]
-        if near:
-            plain = text.removeprefix("re:").replace("\\", "").strip("*.")
-            # A name may also be the end of a path, so ends of the same depth are candidates as well.
-            depth = plain.count(".") + 1
-            ends = (".".join(path.split(".")[-depth:]) for path in self.paths)
-            names = ["all", "first", "last", *self.named, *self.paths, *ends]
-            known = {name.lower(): name for name in reversed(names)}
-            if close := difflib.get_close_matches(plain.lower(), known, n=4):
-                says.append(f"Near misses: {', '.join(known[name] for name in close)}.")
-            if isinstance(term, Name) and "-" in text:
-                says.append("To take away, put spaces around the minus ('all - head'); a range is written 'block2-4'.")
-        sizes = ", ".join(f"{block.name} ({block.num_parameters:,})" for block in self.anatomy)
-        says.append(f"Blocks of this model, with their parameters: {sizes}.")
-        if parts := [name for name in self.anatomy.parts if self.named[name]]:
-            says.append(f"Parts of them: {', '.join(parts)}.")
-        return UnknownTargetError(" ".join(says))
+def _by_name(anatomy: Anatomy, text: str) -> set[str]:
+    tower, dot, word = text.rpartition(".")
+    other = tower + dot + _ALIASES.get(word, word)
+    if other in anatomy._named:
+        return set(anatomy._named[other])
+    if text == "all":
+        return set(anatomy.tensors)
+    if text in anatomy._paths:
+        return anatomy._paths[text]
+    # Before the ends of paths: 'head' must not mean some inner module while 'vision.head' is a block.
+    if inner := [name for name in anatomy._named if name.endswith((f".{text}", f".{other}"))]:
+        raise _unknown(anatomy, text, _which_tower(inner))
+    return set().union(*(tensors for path, tensors in anatomy._paths.items() if path.endswith(f".{text}")))
 
 
-def _either(names: Sequence[str]) -> str:
-    return " or ".join(repr(name) for name in names)
+def _numbered(anatomy: Anatomy, term: Range | Count) -> set[str]:
+    towers: dict[str, list[Block]] = {}
+    for block in anatomy:
+        if match := NUMBERED.fullmatch(block.name):
+            towers.setdefault(match[1] or "", []).append(block)
+    numbered = towers.get(term.tower)
+    if numbered is None:
+        if str(term) in anatomy._paths:
+            return anatomy._paths[str(term)]
+        plain = str(term).removeprefix(dotted(term.tower))
+        which = _which_tower([dotted(tower) + plain for tower in towers])
+        raise _unknown(anatomy, term, which if towers else "counts numbered blocks, of which this model has none")
+    if isinstance(term, Range):  # blocks are numbered 1, 2, ... without a gap
+        asked, blocks = term.last, numbered[term.first - 1 : term.last]
+    else:
+        asked, blocks = term.number, numbered[: term.number] if term.end == "first" else numbered[-term.number :]
+    if len(numbered) < asked:
+        raise _unknown(anatomy, term, f"asks for more than the {len(numbered)} numbered blocks that there are")
+    return {name for block in blocks for name in block.tensors}
+
+
+def _which_tower(names: Iterable[str]) -> str:
+    return f"does not say which tower of this model it means: write {' or '.join(map(repr, names))}"
+
+
+def _unknown(anatomy: Anatomy, term: Term | TargetSpec | str, reason: str, *, near: bool = False) -> UnknownTargetError:
+    """The error for a term, with what may have been meant and what there is to choose from."""
+    text = str(term)
+    message = f"target {text!r} {reason}."
+    if near:
+        plain = text.removeprefix("re:").replace("\\", "").strip("*.")
+        # A name may also be the end of a path, so ends of the same depth are candidates as well.
+        depth = plain.count(".") + 1
+        ends = (".".join(path.split(".")[-depth:]) for path in anatomy._paths)
+        names = ["all", "first", "last", *anatomy._named, *anatomy._paths, *ends]
+        known = {name.lower(): name for name in reversed(names)}
+        if close := difflib.get_close_matches(plain.lower(), known, n=4):
+            message += f" Near misses: {', '.join(known[name] for name in close)}."
+        if isinstance(term, Name) and "-" in text:
+            message += " To take away, put spaces around the minus ('all - head'); a range is written 'block2-4'."
+    return UnknownTargetError(message + _choices(anatomy))
+
+
+def _choices(anatomy: Anatomy) -> str:
+    """The blocks and parts of a network, as the last sentences of an error."""
+    sizes = ", ".join(f"{block.name} ({block.num_parameters:,})" for block in anatomy)
+    parts = ", ".join(name for name in anatomy.parts if anatomy._named[name])
+    return f" Blocks of this model, with their parameters: {sizes}." + (f" Parts of them: {parts}." if parts else "")

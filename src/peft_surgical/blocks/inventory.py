@@ -1,4 +1,4 @@
-"""What every source of blocks shares: the tensors of a network, and how they become named blocks.
+"""What every source of blocks shares: the tensors of a network, and how they become named blocks; blocks by a spec.
 
 A source finds the *units* (stages or transformer layers) and the head; `arrange` places what lies around the units by
 the order in which the network registers it, and `name_blocks` names the result.
@@ -7,18 +7,19 @@ the order in which the network registers it, and `name_blocks` names the result.
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 
 from torch import Tensor, nn
 
 from ..errors import AnatomyError
+from .parsing import NUMBERED
 
 # ConvNd has no public base class.
-_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TOKEN = re.compile(r"tok|pos|embed")
 
 
@@ -77,10 +78,7 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 @dataclass(frozen=True)
 class Cut:
-    """What a source says: tensor names per block, in the order in which data flows, and finer names.
-
-    Blocks may be unsorted inside; the caller sorts them and checks that they are total and disjoint.
-    """
+    """What a source finds: block -> tensor names in any order, blocks in the order in which data flows; finer names."""
 
     source: str
     blocks: dict[str, list[str]]
@@ -109,7 +107,7 @@ def arrange(
         scope: The tensor names to place; all by default.
 
     Returns:
-        Names of the stem, of each unit (empty ones left out), of the head.
+        Names in the stem, in each unit (empty ones left out), in the head.
     """
     head, stem = set(head), set(stem)
     held = {name: index for index, unit in enumerate(units) for name in unit if name not in head and name not in stem}
@@ -162,25 +160,7 @@ def _works_on_tokens(inventory: Inventory, stem: list[str], unit: list[str]) -> 
     held = set(unit)
     paths = {name.rsplit(".", end)[0] for name in unit for end in range(1, name.count(".") + 1)}
     inside = [inventory.modules[path] for path in paths if held.issuperset(inventory.below(path))]
-    return attends(inside) or not any(isinstance(module, _CONVS) for module in inside)
-
-
-def final_linear(path: str, module: nn.Module) -> list[str]:
-    """Paths of a classifier's own linear maps: what precedes them inside it (a norm, a hidden map) is not head.
-
-    Usually one. A module that holds classifiers side by side (RepViT's two, CrossViT's one per branch) has several.
-    """
-    mapped = {name: child for name, child in module.named_modules() if isinstance(child, (nn.Linear, *_CONVS))}
-    if not mapped:
-        return [path]
-    *_, (last_name, last) = mapped.items()
-    serial = isinstance(module, nn.Sequential)
-    same = [name for name, child in mapped.items() if not serial and _shape(child) == _shape(last)]
-    return [".".join(filter(None, (path, name))) for name in same or [last_name]]
-
-
-def _shape(module: nn.Module) -> tuple[object, ...]:
-    return type(module), *(getattr(module, name, None) for name in ("in_features", "out_features", "out_channels"))
+    return attends(inside) or not any(isinstance(module, CONVS) for module in inside)
 
 
 def owner(name: str) -> str:
@@ -201,34 +181,6 @@ def attends(modules: Iterable[nn.Module]) -> bool:
 def is_token_name(name: str) -> bool:
     """Whether a tensor is a token or a position embedding by its own name (``cls_token``, ``pos_embed``)."""
     return bool(_TOKEN.search(name.rpartition(".")[2]))
-
-
-def width(module: nn.Module) -> int:
-    """Channels that the last convolution in a module gives; 0 without one."""
-    convs = [child for child in module.modules() if isinstance(child, _CONVS)]
-    return convs[-1].out_channels if convs else 0
-
-
-def is_composite(module: nn.Module) -> bool:
-    """Whether a module has an inner structure of its own: a residual unit, not conv-norm-activation in a row."""
-    return not isinstance(module, nn.Sequential) and any(True for _ in module.children())
-
-
-def all_composite(module: nn.Module) -> bool:
-    """Whether a container holds composite modules only."""
-    children = list(module.children())
-    return bool(children) and all(map(is_composite, children))
-
-
-def merge_by_width(units: list[list[str]], widths: list[int]) -> list[list[str]]:
-    """A stage of a MobileNet or EfficientNet is a run of residual units of one width, as in timm's groups."""
-    runs = groupby(zip(widths, units, strict=True), key=lambda pair: pair[0])
-    return [[name for _, unit in run for name in unit] for _, run in runs]
-
-
-def unclear_parameters(inventory: Inventory, roots: set[str]) -> list[str]:
-    """Raw parameters of a root module, neither tokens nor positions: registered first, but used who knows where."""
-    return [name for name in inventory.parameters if owner(name) in roots and not is_token_name(name)]
 
 
 def module_sizes(tensors: Iterable[str]) -> Counter[str]:
@@ -254,10 +206,8 @@ def _ancestors(name: str) -> list[str]:
     return [".".join(parts[:end]) for end in range(1, len(parts))]
 
 
-# --- Blocks that the user names: the ``blocks=`` spec, its checks, and the spec that an error proposes. ---
+# --- blocks that the user names: the ``blocks=`` spec, its checks, and the spec that an error proposes ---
 
-
-NUMBERED = re.compile(r"((?:.*\.)?block)(\d+)")
 _BLOCK_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*")
 # Words with a meaning of their own in a target.
 _RESERVED = re.compile(r"all|none|first\d*|last\d*|stage1|race.*|re|auto")
@@ -296,10 +246,8 @@ def cut_by_spec(inventory: Inventory, spec: Mapping[str, str | Sequence[str]]) -
     for name, (block, _) in holder.items():
         cut[block].append(name)
     if empty := [block for block, names in cut.items() if not names]:
-        paths = paths_of[empty[0]]
-        tied = [
-            f"{a} is {name}" for a, name in inventory.aliases.items() if any(f"{a}.".startswith(f"{p}.") for p in paths)
-        ]
+        below = tuple(f"{path}." for path in paths_of[empty[0]])
+        tied = [f"{alias} is {name}" for alias, name in inventory.aliases.items() if f"{alias}.".startswith(below)]
         why = f" of its own ({'; '.join(tied[:3])})" if tied else ""
         raise AnatomyError(f"The block {empty[0]!r} holds no parameter and no persistent buffer{why}: leave it out.")
     if missing := [name for name in inventory.tensors if name not in holder]:
@@ -308,7 +256,7 @@ def cut_by_spec(inventory: Inventory, spec: Mapping[str, str | Sequence[str]]) -
 
 
 def _check_names(names: list[str]) -> None:
-    counted: dict[str, int] = {}
+    counted: Counter[str] = Counter()
     for index, name in enumerate(names):
         if not isinstance(name, str) or not _BLOCK_NAME.fullmatch(name):
             raise AnatomyError(
@@ -325,11 +273,12 @@ def _check_names(names: list[str]) -> None:
         if name == "head" and index < len(names) - 1:
             raise AnatomyError(f"'head' is the classifier: name it last, after {names[-1]!r}.")
         if match := NUMBERED.fullmatch(name):
-            expected = counted[match[1]] = counted.get(match[1], 0) + 1
-            if match[2] != str(expected):
+            tower = name.removesuffix(match[2])
+            counted[tower] += 1
+            if match[2] != str(counted[tower]):
                 raise AnatomyError(
-                    f"{name!r} comes where '{match[1]}{expected}' is expected: number blocks 1, 2, ... in the order in "
-                    "which data flows."
+                    f"{name!r} comes where '{tower}{counted[tower]}' is expected: number blocks 1, 2, ... in the order "
+                    "in which data flows."
                 )
 
 
@@ -350,27 +299,17 @@ def _where_missing_go(inventory: Inventory, missing: list[str], block_of: dict[s
 
 def skeleton(inventory: Inventory) -> str:
     """A spec from the top-level children that can be pasted, and is total and disjoint as it stands."""
-    root = inventory.modules[""]
-    raw = [name for name in inventory.tensors if "." not in name]
-    children = [name for name, _ in root.named_children() if inventory.below(name)]
+    children, raw = [""], []
     while len(children) == 1:
-        module = inventory.modules[children[0]]
-        inner = [
-            f"{children[0]}.{name}" for name, _ in module.named_children() if inventory.below(f"{children[0]}.{name}")
-        ]
-        own = [name for name in inventory.below(children[0]) if name.rpartition(".")[0] == children[0]]
-        if not inner:
-            break
-        children, raw = inner, raw + own
-    last_is_linear = len(children) > 1 and isinstance(inventory.modules[children[-1]], nn.Linear)
-    body = children[:-1] if last_is_linear else children
-    lines = [f'    "block{number}": ["{path}"],' for number, path in enumerate(body, start=1)]
-    if raw:
-        own_names = ", ".join(f'"{name}"' for name in raw)
-        lines = [f'    "stem": [{own_names}],', *lines] if body else [f'    "block1": [{own_names}],']
-    if last_is_linear:
-        lines.append(f'    "head": ["{children[-1]}"],')
-    return "\n".join(["blocks={", *lines, "}"])
+        (path,) = children
+        raw += [name for name in inventory.below(path) if owner(name) == path]
+        inside = (f"{path}.{name}".lstrip(".") for name, _ in inventory.modules[path].named_children())
+        children = [name for name in inside if inventory.below(name)]
+    head = children[-1:] if children and isinstance(inventory.modules[children[-1]], nn.Linear) else []
+    body = children[: len(children) - len(head)]
+    spec = {"stem" if body else "block1": raw} if raw else {}
+    spec |= {f"block{number}": [path] for number, path in enumerate(body, start=1)} | ({"head": head} if head else {})
+    return "\n".join(["blocks={", *(f'    "{name}": {json.dumps(paths)},' for name, paths in spec.items()), "}"])
 
 
 def near_misses(name: str, known: Sequence[str]) -> str:

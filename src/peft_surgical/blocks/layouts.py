@@ -4,28 +4,66 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from itertools import groupby
 
 from torch import nn
 
-from .inventory import (
-    Cut,
-    Inventory,
-    all_composite,
-    arrange,
-    final_linear,
-    is_composite,
-    is_token_name,
-    merge_by_width,
-    name_blocks,
-    owner,
-    unclear_parameters,
-    width,
-)
+from .inventory import CONVS, Cut, Inventory, arrange, is_token_name, name_blocks, owner
 
 _CLASSIFIERS = ("fc", "linear", "classifier", "head", "heads", "last_linear")
 _NUMBERED = re.compile(r"(layer|stage|block|denseblock|s)_?(\d+)")
 
-# ---------------------------------------------------------------------------------------------------------------- timm
+# --- what a module is ---
+
+
+def final_linear(path: str, module: nn.Module) -> list[str]:
+    """Paths of a classifier's own linear maps: what precedes them inside it (a norm, a hidden map) is not head.
+
+    Usually one. A module that holds classifiers side by side (RepViT's two, CrossViT's one per branch) has several.
+    """
+    mapped = {name: child for name, child in module.named_modules() if isinstance(child, (nn.Linear, *CONVS))}
+    if not mapped:
+        return [path]
+    *_, (last_name, last) = mapped.items()
+    serial = isinstance(module, nn.Sequential)
+    same = [name for name, child in mapped.items() if not serial and _shape(child) == _shape(last)]
+    return [".".join(filter(None, (path, name))) for name in same or [last_name]]
+
+
+def _shape(module: nn.Module) -> tuple[object, ...]:
+    return type(module), *(getattr(module, name, None) for name in ("in_features", "out_features", "out_channels"))
+
+
+def width(module: nn.Module) -> int:
+    """Channels that the last convolution in a module gives; 0 without one."""
+    convs = [child for child in module.modules() if isinstance(child, CONVS)]
+    return convs[-1].out_channels if convs else 0
+
+
+def is_composite(module: nn.Module) -> bool:
+    """Whether a module has an inner structure of its own: a residual unit, not conv-norm-activation in a row."""
+    return not isinstance(module, nn.Sequential) and any(True for _ in module.children())
+
+
+def all_composite(module: nn.Module) -> bool:
+    """Whether a container holds composite modules only."""
+    children = list(module.children())
+    return bool(children) and all(map(is_composite, children))
+
+
+def merge_by_width(units: list[list[str]], widths: list[int]) -> list[list[str]]:
+    """A stage of a MobileNet or EfficientNet is a run of residual units of one width, as in timm's groups."""
+    runs = groupby(zip(widths, units, strict=True), key=lambda pair: pair[0])
+    return [[name for _, unit in run for name in unit] for _, run in runs]
+
+
+def unclear_parameters(inventory: Inventory, roots: set[str]) -> list[str]:
+    """Raw parameters of a root module, neither tokens nor positions: registered first, but used who knows where."""
+    return [name for name in inventory.parameters if owner(name) in roots and not is_token_name(name)]
+
+
+# --- timm ---
+
 # A name that no matcher knows: it lands in the tail, where matchers put what they do not name (necks, norms, heads).
 _PROBE = "peft_surgical_probe.weight"
 
@@ -108,7 +146,9 @@ def _add_buffers(inventory: Inventory, groups: list[list[str]]) -> None:
                 groups[label[name]].append(name)
 
 
-# ------------------------------------------------------------------------------------------ torchvision, known layouts
+# --- torchvision, and networks laid out like its own ---
+
+
 def cut_layout(model: nn.Module, inventory: Inventory) -> Cut | str:
     """Cuts torchvision's families and networks laid out like them, with a classifier named fc, linear, head or so.
 

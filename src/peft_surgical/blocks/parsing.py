@@ -1,4 +1,4 @@
-r"""Reading a target: ``parse(text)`` gives a plan, which `resolving` turns into tensors of one network.
+r"""Reading a target: ``parse(text)`` gives a plan, which `anatomy.resolve` turns into tensors of one network.
 
 A target is a string, or a list of strings that are read one after the other. Terms contain no space::
 
@@ -27,7 +27,7 @@ import fnmatch
 import itertools
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,8 +40,8 @@ DATA_TARGETS = ("auto", "auto-rgn", "auto-snr", "auto-fisher", "race", "cross-va
 _TOKEN = re.compile(r"\s*(?:(?P<regex>re:\S*)|(?P<sign>[+-])|(?P<word>(?:[^\s+,-]|-(?=[^\s+,-]))+)|(?P<bad>\S))")
 _RANGE = re.compile(r"(?:(.+)\.)?block([0-9]{1,9})-([0-9]{1,9})")
 _COUNT = re.compile(r"(?:(.+)\.)?(first|last)([0-9]{1,9})")
-NUMBERED_BLOCK = re.compile(r"(?:(.+)\.)?block([1-9][0-9]*)")
-"""A numbered block: its tower, if the network has several, and its number."""
+NUMBERED = re.compile(r"(?:(.+)\.)?block([0-9]+)")
+"""The name of a numbered block: its tower, if the network has several, and its number."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def parse(text: str | Sequence[str]) -> TargetSpec:
         raise TargetError(f"'{alone}' stands alone, because data decides all of it; got {str(spec)!r}")
     for before, step in itertools.pairwise(steps):
         # Read literally this takes away every module called 4; far more often it is a range with spaces in it.
-        if step.minus and re.fullmatch(r"[0-9]+", str(step.term)) and NUMBERED_BLOCK.fullmatch(str(before.term)):
+        if step.minus and re.fullmatch(r"[0-9]+", str(step.term)) and NUMBERED.fullmatch(str(before.term)):
             raise TargetError(
                 f"'{before.term} - {step.term}' is ambiguous: write '{before.term}-{step.term}' for a range of blocks, "
                 rf"or 're:(.*\.)?{step.term}' for modules called {step.term}"
@@ -242,3 +242,30 @@ def compiled(regex: str, text: str) -> re.Pattern[str]:
 def dotted(tower: str) -> str:
     """What stands before a block's name in a network of several towers."""
     return f"{tower}." if tower else ""
+
+
+def paths_matched(patterns: str | Collection[str], paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Match module paths as PEFT's ``target_modules`` and ``exclude_modules`` do, pattern by pattern.
+
+    PEFT asks only whether anything matched at all; answering for each pattern lets the caller name those in vain.
+
+    Args:
+        patterns: A string is a regex for the whole path; a collection holds names that are a path or the end of one,
+            in whole components. Unlike in a target, an exact path does not keep its name from matching others.
+        paths: Module paths, as ``named_modules()`` gives them.
+
+    Returns:
+        For each pattern the paths that it matches, in the order given; an empty tuple where there are none.
+
+    Raises:
+        TargetError: The regex does not compile.
+
+    Example:
+        >>> paths_matched(["conv1", "fc"], ["conv1", "layer1.0.conv1"])
+        {'conv1': ('conv1', 'layer1.0.conv1'), 'fc': ()}
+    """
+    paths = tuple(paths)
+    if isinstance(patterns, str):
+        regex = compiled(patterns, patterns)
+        return {patterns: tuple(path for path in paths if regex.fullmatch(path))}
+    return {name: tuple(path for path in paths if path == name or path.endswith(f".{name}")) for name in patterns}

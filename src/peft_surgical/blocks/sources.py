@@ -15,25 +15,21 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import AnatomyError
+from .anatomy import Anatomy, Block
 from .inventory import (
     Cut,
     Inventory,
-    all_composite,
     arrange,
     attends,
     cut_by_spec,
-    final_linear,
     highest_modules,
-    merge_by_width,
     module_sizes,
     name_blocks,
     owner,
     shortened,
     skeleton,
-    unclear_parameters,
-    width,
 )
-from .layouts import cut_layout, cut_timm
+from .layouts import all_composite, cut_layout, cut_timm, final_linear, merge_by_width, unclear_parameters, width
 
 _CLASSIFIER = re.compile(r"classifier|lm_head|score|fc$|projection$")
 # Parts of a two-tower trunk that belong to neither tower and come after both.

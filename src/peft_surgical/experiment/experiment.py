@@ -54,8 +54,8 @@ class Experiment(Subject):
         folder: For the ledger, checkpoints and outputs.
         fitting: How to train; rate and seed are set for each run.
         config: Further fields of the `SurgicalConfig`: ``norm_stats``, ``delta_dtype``.
-        metrics: Names of `evaluation.metrics.JUDGES`. The first chooses epochs, rates and targets; of test images all are
-            reported.
+        metrics: Names of `evaluation.metrics.JUDGES`. The first chooses epochs, rates and targets; all are reported
+            on test images.
         arguments: As for `fit`.
         logs: Folder for TensorBoard's files, a folder for each run in it; None leaves them to Trainer.
         engine: What runs the runs; see `engines.workers` and `engines.Together`.
