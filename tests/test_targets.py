@@ -12,22 +12,8 @@ from hypothesis import strategies as st
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import match_target_against_key
 
-from peft_surgical.blocks import (
-    DATA_TARGETS,
-    Anatomy,
-    Block,
-    Count,
-    FromData,
-    Name,
-    Pattern,
-    Range,
-    anatomy,
-    parse,
-    parsing,
-    paths_matched,
-    resolve,
-    sources,
-)
+from peft_surgical.blocks import Anatomy, Block, Name, anatomy, parse, parsing, paths_matched, resolve, sources
+from peft_surgical.blocks.parsing import DATA_TARGETS, Count, FromData, Pattern, Range
 from peft_surgical.errors import TargetError, UnknownTargetError, UnresolvedTargetError
 
 fast = settings(derandomize=True, deadline=None, max_examples=150)

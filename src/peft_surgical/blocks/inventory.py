@@ -10,7 +10,7 @@ import difflib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -53,18 +53,22 @@ class Inventory:
                     self.parameters[name] = tensor
         self.position = {name: index for index, name in enumerate(self.tensors)}
         for name in self.tensors:
-            parts = name.split(".")
-            for end in range(len(parts) + 1):
-                self._below.setdefault(".".join(parts[:end]), []).append(name)
+            for path in ("", *_ancestors(name), name):
+                self._below.setdefault(path, []).append(name)
 
     def below(self, *paths: str) -> list[str]:
         """Canonical names of the tensors at or below module or tensor paths, in registration order."""
         found = {name for path in paths for name in self._below.get(path, ())}
         return sorted(found, key=self.position.__getitem__)
 
-    def has_matrix(self, path: str) -> bool:
-        """Whether a module maps features (a linear map, a convolution) rather than only scaling them (a norm)."""
-        return any(self.tensors[name].dim() > 1 for name in self.below(path))
+    def outermost(self, asked: Callable[[str, nn.Module], bool]) -> list[str]:
+        """Paths of the modules with tensors of which ``asked(path, module)`` holds, none of them inside another."""
+        found: list[str] = []
+        for path, module in self.modules.items():
+            inside = path.startswith(tuple(f"{other}." for other in found))
+            if not inside and self.below(path) and asked(path, module):
+                found.append(path)
+        return found
 
 
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -169,10 +173,7 @@ def owner(name: str) -> str:
 
 
 def attends(modules: Iterable[nn.Module]) -> bool:
-    """Whether one of the modules is an attention.
-
-    Squeeze-and-excitation is often *called* attn or attention, but its class is not, and it has no keys and values.
-    """
+    """Whether one is an attention: not squeeze-and-excitation, called attn in places, but without keys and values."""
     return any(
         "Attention" in type(module).__name__ or hasattr(module, "qkv") or hasattr(module, "kv") for module in modules
     )
@@ -189,12 +190,7 @@ def module_sizes(tensors: Iterable[str]) -> Counter[str]:
 
 
 def highest_modules(tensors: Sequence[str], sizes: Mapping[str, int]) -> tuple[str, ...]:
-    """Paths of the highest modules all of whose tensors are among these, in order.
-
-    Args:
-        tensors: Some tensors of a network.
-        sizes: `module_sizes` of all its tensors.
-    """
+    """Paths of the highest modules all of whose tensors are among these, in order; sizes are of all tensors."""
     inside = module_sizes(tensors)
     whole = (next((path for path in _ancestors(name) if inside[path] == sizes[path]), None) for name in tensors)
     return tuple(dict.fromkeys(path for path in whole if path))

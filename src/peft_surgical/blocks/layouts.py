@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
 from itertools import groupby
+from types import SimpleNamespace
 
 from torch import nn
 
@@ -68,14 +68,6 @@ def unclear_parameters(inventory: Inventory, roots: set[str]) -> list[str]:
 _PROBE = "peft_surgical_probe.weight"
 
 
-class _WithProbe:
-    def __init__(self, names: Iterable[str]) -> None:
-        self._names = [*names, _PROBE]
-
-    def named_parameters(self) -> Iterator[tuple[str, None]]:
-        return ((name, None) for name in self._names)
-
-
 def cut_timm(model: nn.Module, inventory: Inventory) -> Cut | str:
     """Cuts by timm's ``group_matcher(coarse=True)``: the stem, one group per stage or transformer layer, a tail.
 
@@ -90,8 +82,9 @@ def cut_timm(model: nn.Module, inventory: Inventory) -> Cut | str:
     except ImportError:
         return "the model has a group_matcher(), but timm is not installed"
     parameters = list(inventory.parameters)
+    probed = SimpleNamespace(named_parameters=lambda: dict.fromkeys([*parameters, _PROBE]).items())
     try:
-        group_of = group_parameters(_WithProbe(parameters), matcher(coarse=True), reverse=True)
+        group_of = group_parameters(probed, matcher(coarse=True), reverse=True)
     except Exception as error:  # a matcher is code of the model's own; RDNet's asserts that it is not asked for coarse
         return f"group_matcher(coarse=True) raised {type(error).__name__}: {error}"
     tail = group_of.pop(_PROBE)
@@ -214,18 +207,13 @@ def _features(inventory: Inventory, body: dict[str, nn.Module]) -> list[list[str
 
 def _equal_modules(inventory: Inventory, body: dict[str, nn.Module]) -> list[list[str]]:
     """Units from the only outermost container with two or more composite modules of one class."""
-    found: list[str] = []
-    for path, module in inventory.modules.items():
-        if path.split(".")[0] not in body or any(path.startswith(f"{other}.") for other in found):
-            continue
-        if type(module) not in (nn.ModuleList, nn.Sequential) or not inventory.below(path):
-            continue
-        if (
-            len(list(module.children())) > 1
-            and all_composite(module)
-            and len({type(child) for child in module.children()}) == 1
-        ):
-            found.append(path)
+
+    def holds_equals(path: str, module: nn.Module) -> bool:
+        classes = [type(child) for child in module.children()]
+        container = type(module) in (nn.ModuleList, nn.Sequential) and path.split(".")[0] in body
+        return container and len(classes) > 1 and len(set(classes)) == 1 and all_composite(module)
+
+    found = inventory.outermost(holds_equals)
     if len(found) != 1:
         return []
     return [inventory.below(f"{found[0]}.{name}") for name, _ in inventory.modules[found[0]].named_children()]

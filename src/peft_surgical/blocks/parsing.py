@@ -33,8 +33,8 @@ from typing import Literal
 
 from ..errors import TargetError
 
-#: Targets that data decides. They name no tensors by themselves.
 DATA_TARGETS = ("auto", "auto-rgn", "auto-snr", "auto-fisher", "race", "cross-val", "greedy")
+"""Targets that data decides. They name no tensors by themselves."""
 
 # A minus is a sign at the start of a token, and part of a word where the word goes on right behind it.
 _TOKEN = re.compile(r"\s*(?:(?P<regex>re:\S*)|(?P<sign>[+-])|(?P<word>(?:[^\s+,-]|-(?=[^\s+,-]))+)|(?P<bad>\S))")
@@ -225,11 +225,7 @@ def _term(word: str) -> Term:
 
 
 def compiled(regex: str, text: str) -> re.Pattern[str]:
-    """The regex that a term holds.
-
-    Raises:
-        TargetError: It does not compile, or Python is about to change its meaning.
-    """
+    """The regex that a term holds; a `TargetError` if it does not compile, or Python is about to change its meaning."""
     try:
         with warnings.catch_warnings():
             # Python warns where a regex is about to change its meaning; an adapter outlives the Python that wrote it.
@@ -245,9 +241,7 @@ def dotted(tower: str) -> str:
 
 
 def paths_matched(patterns: str | Collection[str], paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Match module paths as PEFT's ``target_modules`` and ``exclude_modules`` do, pattern by pattern.
-
-    PEFT asks only whether anything matched at all; answering for each pattern lets the caller name those in vain.
+    """Match module paths as PEFT's ``target_modules`` and ``exclude_modules`` do, but answer for each pattern.
 
     Args:
         patterns: A string is a regex for the whole path; a collection holds names that are a path or the end of one,
@@ -259,10 +253,6 @@ def paths_matched(patterns: str | Collection[str], paths: Iterable[str]) -> dict
 
     Raises:
         TargetError: The regex does not compile.
-
-    Example:
-        >>> paths_matched(["conv1", "fc"], ["conv1", "layer1.0.conv1"])
-        {'conv1': ('conv1', 'layer1.0.conv1'), 'fc': ()}
     """
     paths = tuple(paths)
     if isinstance(patterns, str):

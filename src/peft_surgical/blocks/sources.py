@@ -1,6 +1,6 @@
-"""Where the blocks of a network come from: timm's group matcher, the structure of a transformers model, known layouts.
+"""`anatomy_of` and where it finds blocks: timm's group matcher, the structure of a transformers model, known layouts.
 
-Each source is one function ``(model, inventory) -> Cut | str`` and one row of `SOURCES`; a string says why the source
+It never guesses: a network that no source knows is an error that shows the spec to fill in. Each source is one function ``(model, inventory) -> Cut | str`` and one row of `SOURCES`; a string says why the source
 does not apply, so that the caller can list what was tried. A source looks at module classes, containers and attribute
 names, never at the name of a model.
 """
@@ -8,7 +8,7 @@ names, never at the name of a model.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -48,10 +48,14 @@ def cut_transformers(model: nn.Module, inventory: Inventory) -> Cut | str:
         inner = find_cut(wrapped, Inventory(wrapped))
         if not isinstance(inner, Cut):
             return "; ".join(f"wrapped model, {source}: {reason}" for source, reason in inner.items())
-        return _prefix_tensors(inner, "timm_model.")
+        blocks, parts = (
+            {block: [f"timm_model.{name}" for name in names] for block, names in named.items()}
+            for named in (inner.blocks, inner.parts)
+        )
+        return Cut(inner.source, blocks, parts)
     trunk = model.base_model_prefix if model.base_model is not model else ""
     dot = f"{trunk}." if trunk else ""
-    lists = _outermost_lists(inventory)
+    lists = inventory.outermost(lambda path, module: isinstance(module, nn.ModuleList))
     outside = [
         name
         for name, _ in model.named_children()
@@ -78,15 +82,6 @@ def cut_transformers(model: nn.Module, inventory: Inventory) -> Cut | str:
     stem = _beside(inventory, stacks[0], "embed") or _embedding_inside(inventory, stacks, units, head)
     stem, units, head = arrange(inventory, units, head, stem)
     return name_blocks("transformers", inventory, stem, units, head)
-
-
-def _outermost_lists(inventory: Inventory) -> list[str]:
-    found: list[str] = []
-    for path, module in inventory.modules.items():
-        inside_other = any(path.startswith(f"{other}.") for other in found)
-        if isinstance(module, nn.ModuleList) and inventory.below(path) and not inside_other:
-            found.append(path)
-    return found
 
 
 def _stacks(model: PreTrainedModel, inventory: Inventory, lists: list[str]) -> list[str]:
@@ -154,7 +149,10 @@ def _embedding_inside(inventory: Inventory, stacks: list[str], units: list[list[
 def _transformers_classifiers(inventory: Inventory, outside: list[str]) -> list[str]:
     """The last linear map outside the trunk, and those beside it that give as many outputs (DeiT's two classifiers)."""
     mapped = [
-        path for name in outside if inventory.has_matrix(name) for path in final_linear(name, inventory.modules[name])
+        path
+        for name in outside
+        if any(inventory.tensors[tensor].dim() > 1 for tensor in inventory.below(name))  # more than a norm
+        for path in final_linear(name, inventory.modules[name])
     ]
     widths = [getattr(inventory.modules[path], "out_features", None) for path in mapped]
     final = [path for path, width in zip(mapped, widths, strict=True) if path == mapped[-1] or width == widths[-1]]
@@ -182,25 +180,18 @@ def _cut_towers(inventory: Inventory, dot: str, stacks: list[str]) -> Cut | str:
     embedding: list[str] = []
     head: list[str] = []
     for name in inventory.tensors:
-        top = name.removeprefix(dot)
         if name in placed:
             continue
         if isinstance(inventory.modules[owner(name)], nn.Embedding):
             embedding.append(name)
-            continue
-        if name.startswith(dot) and not _AFTER_TOWERS.match(top):
+        elif name.startswith(dot) and not _AFTER_TOWERS.match(name.removeprefix(dot)):
             return f"cannot tell whether {name!r}, outside the towers {', '.join(roots)}, is head or block"
-        head.append(name)
-    first = {"embedding": embedding} if embedding else {}
-    last = {"head": head} if head else {}
-    return Cut("transformers", first | blocks | last, {"stem": embedding} if embedding else {})
-
-
-def _prefix_tensors(cut: Cut, prefix: str) -> Cut:
-    def prefixed(named: dict[str, list[str]]) -> dict[str, list[str]]:
-        return {block: [prefix + name for name in names] for block, names in named.items()}
-
-    return Cut(cut.source, prefixed(cut.blocks), prefixed(cut.parts))
+        else:
+            head.append(name)
+    cut = {"embedding": embedding} | blocks | {"head": head}
+    return Cut(
+        "transformers", {name: held for name, held in cut.items() if held}, {"stem": embedding} if embedding else {}
+    )
 
 
 def _are_residual_units(modules: list[nn.Module]) -> bool:
@@ -264,39 +255,26 @@ def anatomy_of(model: nn.Module, blocks: Mapping[str, str | Sequence[str]] | Non
         raise AnatomyError(
             f"{type(model).__name__} has no parameters and no buffers: there is nothing to cut into blocks."
         )
-    if blocks is not None:
-        cut = cut_by_spec(inventory, blocks)
-    else:
-        found = find_cut(model, inventory)
-        if not isinstance(found, Cut):
-            raise AnatomyError(
-                f"Cannot tell the blocks of {type(model).__name__}. Tried:\n"
-                + "".join(f"  {source}: {reason}\n" for source, reason in found.items())
-                + "Name them yourself, in the order in which data flows, for example (edit as needed):\n"
-                + skeleton(inventory)
-            )
-        cut = found
-    return _assemble(inventory, cut)
-
-
-def _assemble(inventory: Inventory, cut: Cut) -> Anatomy:
-    """Turns a cut into an anatomy, in the model's tensor order; refuses one that is not total."""
-    placed = {name for names in cut.blocks.values() for name in names}
+    cut = find_cut(model, inventory) if blocks is None else cut_by_spec(inventory, blocks)
+    if not isinstance(cut, Cut):
+        raise AnatomyError(
+            f"Cannot tell the blocks of {type(model).__name__}. Tried:\n"
+            + "".join(f"  {source}: {reason}\n" for source, reason in cut.items())
+            + "Name them yourself, in the order in which data flows, for example (edit as needed):\n"
+            + skeleton(inventory)
+        )
+    placed = set().union(*cut.blocks.values())
     if missing := [name for name in inventory.tensors if name not in placed]:
         raise AnatomyError(
             f"{len(missing)} of {len(inventory.tensors)} tensors are in no block: {shortened(missing, 200)}. "
             "Name all blocks yourself with blocks={...}:\n" + skeleton(inventory)
         )
-    sizes = {name: inventory.tensors[name].numel() for name in inventory.parameters}
-
-    def ordered(names: Iterable[str]) -> tuple[str, ...]:
-        return tuple(sorted(names, key=inventory.position.__getitem__))
-
-    found = []
-    below = module_sizes(inventory.tensors)
-    for block, names in cut.blocks.items():
-        tensors = ordered(names)
-        size = sum(sizes.get(name, 0) for name in tensors)
-        found.append(Block(block, tensors, size, highest_modules(tensors, below)))
-    parts = {part: ordered(names) for part, names in cut.parts.items()}
-    return Anatomy(tuple(found), parts, dict(inventory.aliases), cut.source, sizes)
+    sizes = {name: parameter.numel() for name, parameter in inventory.parameters.items()}
+    in_modules = module_sizes(inventory.tensors)
+    made = []
+    for name, held in cut.blocks.items():
+        tensors = tuple(inventory.below(*held))
+        size = sum(sizes.get(tensor, 0) for tensor in tensors)
+        made.append(Block(name, tensors, size, highest_modules(tensors, in_modules)))
+    parts = {name: tuple(inventory.below(*held)) for name, held in cut.parts.items()}
+    return Anatomy(tuple(made), parts, dict(inventory.aliases), cut.source, sizes)
