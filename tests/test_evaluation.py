@@ -15,7 +15,6 @@ from peft_surgical.evaluation import (
     Report,
     TextTable,
     accuracy,
-    group_accuracies,
     interval_of_runs,
     mean_interval,
     measure,
@@ -24,7 +23,7 @@ from peft_surgical.evaluation import (
     wilson_interval,
     worst_group_accuracy,
 )
-from peft_surgical.evaluation.metrics import JUDGES, check_metrics, interval_of, judge, tolerant
+from peft_surgical.evaluation.metrics import JUDGES, check_metrics, group_accuracies, interval_of, judge, tolerant
 
 
 @pytest.fixture

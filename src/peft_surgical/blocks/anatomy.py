@@ -184,7 +184,7 @@ def resolve(spec: TargetSpec, anatomy: Anatomy) -> tuple[str, ...]:
         anatomy: The blocks of the network. The other names of tied tensors count as names of the tensor itself.
 
     Returns:
-        Canonical names of parameters and persistent buffers, each once, in the order of the anatomy. Never empty.
+        Canonical names, each once and at least one, in the order of the anatomy.
 
     Raises:
         UnresolvedTargetError: Data has to decide first.

@@ -10,7 +10,7 @@ import difflib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -42,7 +42,9 @@ class Inventory:
         self._below: dict[str, list[str]] = {}
         first_name: dict[int, str] = {}
         for path, module in model.named_modules(remove_duplicate=False):
-            for own_name, tensor in _own_tensors(module):
+            for own_name, tensor in {**module._parameters, **module._buffers}.items():
+                if tensor is None or own_name in module._non_persistent_buffers_set:
+                    continue
                 name = f"{path}.{own_name}" if path else own_name
                 canonical = first_name.setdefault(id(tensor), name)
                 if canonical != name:
@@ -71,15 +73,6 @@ class Inventory:
         return found
 
 
-def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for name, parameter in module._parameters.items():
-        if parameter is not None:
-            yield name, parameter
-    for name, buffer in module._buffers.items():
-        if buffer is not None and name not in module._non_persistent_buffers_set:
-            yield name, buffer
-
-
 @dataclass(frozen=True)
 class Cut:
     """What a source finds: block -> tensor names in any order, blocks in the order in which data flows; finer names."""
@@ -96,43 +89,27 @@ def arrange(
     stem: Iterable[str] = (),
     scope: Iterable[str] | None = None,
 ) -> tuple[list[str], list[list[str]], list[str]]:
-    """Give every tensor of the scope to the stem, to one unit, or to the head.
+    """Give every tensor of the scope (all by default) to the stem, to one unit that is not empty, or to the head.
 
     What no unit and not the head holds is placed by registration order: before the first unit it is stem (patch
     embedding, positions, class token); between two units it opens the later one (a downsampling step, as in the
     papers of Swin and ConvNeXt); after the last unit it closes the last one (final norm, pooler, a convolution before
-    the classifier). The head wins over a unit that contains it.
-
-    Args:
-        inventory: The tensors of the network.
-        units: Tensor names of each stage or transformer layer.
-        head: Tensor names of the classifier.
-        stem: Tensor names that are stem wherever they are registered; they win over a unit.
-        scope: The tensor names to place; all by default.
-
-    Returns:
-        Names in the stem, in each unit (empty ones left out), in the head.
+    the classifier). Tensors of the given head and stem belong there even if a unit contains them.
     """
-    head, stem = set(head), set(stem)
-    held = {name: index for index, unit in enumerate(units) for name in unit if name not in head and name not in stem}
+    place = {name: number for number, unit in enumerate(units, start=1) for name in unit}
+    place |= dict.fromkeys(stem, 0) | dict.fromkeys(head, len(units) + 1)
     starts: dict[int, int] = {}
-    for name, index in held.items():
-        starts[index] = min(inventory.position[name], starts.get(index, len(inventory.position)))
-    stem_names: list[str] = []
-    unit_names: list[list[str]] = [[] for _ in units]
-    head_names: list[str] = []
+    for name, number in place.items():
+        if 0 < number <= len(units):
+            starts[number] = min(inventory.position[name], starts.get(number, len(inventory.position)))
+    groups: list[list[str]] = [[] for _ in range(len(units) + 2)]
     for name in inventory.tensors if scope is None else scope:
-        if name in head:
-            head_names.append(name)
-        elif name in held:
-            unit_names[held[name]].append(name)
-        else:
-            later = [index for index, start in starts.items() if start > inventory.position[name]]
-            if name in stem or len(later) == len(starts):
-                stem_names.append(name)
-            else:
-                unit_names[min(later) if later else max(starts)].append(name)
-    return stem_names, [names for names in unit_names if names], head_names
+        if name not in place:
+            later = [number for number, start in starts.items() if start > inventory.position[name]]
+            place[name] = 0 if len(later) == len(starts) else min(later, default=max(starts))
+        groups[place[name]].append(name)
+    first, *middle, last = groups
+    return first, [names for names in middle if names], last
 
 
 def name_blocks(
@@ -280,17 +257,17 @@ def _check_names(names: list[str]) -> None:
 
 def _where_missing_go(inventory: Inventory, missing: list[str], block_of: dict[str, str]) -> str:
     """Names tensors that a spec leaves out, as the highest modules, each with the block of its nearest neighbour."""
-    order = list(inventory.tensors)
     modules = highest_modules(missing, module_sizes(inventory.tensors))
     raw = [name for name in missing if not any(name.startswith(f"{module}.") for module in modules)]
     proposals = []
     for path in [*raw, *modules]:
         start = inventory.position[inventory.below(path)[0]]
-        before = [block_of[name] for name in order[:start] if name in block_of]
-        after = [block_of[name] for name in order[start:] if name in block_of]
-        proposals.append(f"  {path!r}: add it to {(before[-1:] or after[:1])[0]!r}, say")
+        nearest = min(block_of, key=lambda name: abs(inventory.position[name] - start))
+        proposals.append(f"  {path!r}: add it to {block_of[nearest]!r}, say")
     shown = "\n".join(proposals[:12] + (["  ..."] if len(proposals) > 12 else []))
-    return f"blocks= leaves out {len(missing)} of {len(order)} tensors ({shortened(missing, 120)}):\n{shown}"
+    return (
+        f"blocks= leaves out {len(missing)} of {len(inventory.tensors)} tensors ({shortened(missing, 120)}):\n{shown}"
+    )
 
 
 def skeleton(inventory: Inventory) -> str:

@@ -58,7 +58,7 @@ def merge_by_width(units: list[list[str]], widths: list[int]) -> list[list[str]]
 
 
 def unclear_parameters(inventory: Inventory, roots: set[str]) -> list[str]:
-    """Raw parameters of a root module, neither tokens nor positions: registered first, but used who knows where."""
+    """Raw parameters of a root, neither tokens nor positions: their place in the order says nothing about their use."""
     return [name for name in inventory.parameters if owner(name) in roots and not is_token_name(name)]
 
 

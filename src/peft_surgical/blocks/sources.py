@@ -1,8 +1,9 @@
 """`anatomy_of` and where it finds blocks: timm's group matcher, the structure of a transformers model, known layouts.
 
-It never guesses: a network that no source knows is an error that shows the spec to fill in. Each source is one function ``(model, inventory) -> Cut | str`` and one row of `SOURCES`; a string says why the source
-does not apply, so that the caller can list what was tried. A source looks at module classes, containers and attribute
-names, never at the name of a model.
+It never guesses: a network that no source knows is an error that shows the spec to fill in. Each source is one function
+``(model, inventory) -> Cut | str`` and one row of `SOURCES`; a string says why the source does not apply, so that the
+error can list what was tried. A source looks at module classes, containers and attribute names, never at the name of a
+model.
 """
 
 from __future__ import annotations

@@ -7,8 +7,6 @@ Metrics and intervals are pure functions. The metrics as ``evaluate.Metric`` are
 from .metrics import (
     Interval,
     accuracy,
-    average_group_accuracy,
-    group_accuracies,
     interval_of_runs,
     mean_interval,
     predict_logits,
@@ -25,8 +23,6 @@ __all__ = [
     "Report",
     "TextTable",
     "accuracy",
-    "average_group_accuracy",
-    "group_accuracies",
     "interval_of_runs",
     "mean_interval",
     "measure",

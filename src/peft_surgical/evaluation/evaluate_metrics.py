@@ -59,15 +59,12 @@ class _Metric(evaluate.Metric):
     """Columns of int64 beside predictions and references, one number for each example."""
 
     def _info(self) -> Any:
-        columns = "".join(f"    {name}: whole numbers (n,), one for each example.\n" for name in self.columns)
+        columns = ("predictions", "references", *self.columns)
         return evaluate.MetricInfo(
             description=type(self).__doc__ or "",
             citation="",
-            inputs_description=(
-                "\n\nArgs:\n    predictions: logits (n, classes) or classes (n,).\n    references: classes (n,).\n"
-                + columns
-            ),
-            features=Features({name: Value("int64") for name in ("predictions", "references", *self.columns)}),
+            inputs_description=f"\n\nArgs: {', '.join(columns)}; predictions may be logits (n, classes), all else (n,).",
+            features=Features({name: Value("int64") for name in columns}),
         )
 
     def add_batch(self, *, predictions: Any = None, references: Any = None, **columns: Any) -> None:

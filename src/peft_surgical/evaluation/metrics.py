@@ -162,11 +162,7 @@ def groups_or_zeros(names: Sequence[str], labels: Tensor, groups: Tensor | None)
 def judge(names: Sequence[str], scores: Tensor, labels: Tensor, groups: Tensor | None) -> dict[str, float]:
     """Name of a metric -> its value, a fraction.
 
-    Args:
-        names: Keys of `JUDGES`.
-        scores: Logits (n, classes) or predicted classes (n,).
-        labels: int64 (n,).
-        groups: int64 (n,), or None where there are none.
+    Names are keys of `JUDGES`; groups are None where there are none; arguments otherwise as for `group_accuracies`.
 
     Raises:
         DataError: If a metric needs groups and there are none, or for the reasons that `group_accuracies` gives.

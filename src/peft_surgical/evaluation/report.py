@@ -81,15 +81,8 @@ def measure(
 ) -> Measurement:
     """A `Measurement` from one proportion per seed: Wilson's interval for one seed, Student's t for more.
 
-    An interval ends at 0 and 1 at the latest.
-
-    Args:
-        name: The metric.
-        values: One fraction per seed.
-        dataset: What it was measured on.
-        n: Test examples per seed.
-        seeds: As many as values, each once.
-        selection: How the runs were chosen, in words.
+    Values are fractions, one for each of the seeds, and the interval is cut at 0 and 1. The other arguments are the
+    attributes of `Measurement`.
 
     Raises:
         DataError: If values and seeds do not pair up, or as `Measurement` says.
