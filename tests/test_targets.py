@@ -33,7 +33,7 @@ CONV = Anatomy(
         Block("block4", unit("layer4.0"), 400, ("layer4",)),
         Block("head", FC, 50, ("fc",)),
     ),
-    parts={"stem": STEM, "stage1": unit("layer1.0")},
+    parts=(Block("stem", STEM, 400), Block("stage1", unit("layer1.0"), 800)),
 )
 EMBEDDING = ("cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias")
 VIT = Anatomy(
@@ -132,9 +132,9 @@ def test_canonical_form(text, canonical):
         ("block01", Name("block01")),
         ("first", Name("first")),
         ("first3", Count("", "first", 3)),
-        ("text.tower.last2", Count("text.tower", "last", 2)),
+        ("text.tower.last2", Count("text.tower.", "last", 2)),
         ("block2-4", Range("", 2, 4)),
-        ("vision.block2-12", Range("vision", 2, 12)),
+        ("vision.block2-12", Range("vision.", 2, 12)),
         ("my-block2", Name("my-block2")),
         ("*.norm?", Pattern("*.norm?")),
         ("re:race", Pattern("re:race")),
@@ -291,14 +291,16 @@ def test_resolved_names(which, text, expected):
 
 def test_block_name_wins_over_every_other_reading():
     blocks_ = tuple(Block(name, (f"{name}.weight",), 1) for name in ("first", "last2", "head", "block1", "stem", "x"))
-    anatomy = Anatomy(blocks_, parts={"x": ("head.weight",), "stage1": ("x.weight",)})
+    anatomy = Anatomy(blocks_, parts=(Block("x", ("head.weight",), 1), Block("stage1", ("x.weight",), 1)))
     for name in ("first", "last2", "stem", "x"):
         assert resolve(parse(name), anatomy) == (f"{name}.weight",)
     assert resolve(parse("last"), anatomy) == ("head.weight",)
 
 
 def test_part_or_alias_without_its_tensor_is_an_error():
-    anatomy = Anatomy((Block("block1", ("a.weight",), 1),), parts={"stem": ("gone",)}, aliases={"b.weight": "gone"})
+    anatomy = Anatomy(
+        (Block("block1", ("a.weight",), 1),), parts=(Block("stem", ("gone",), 1),), aliases={"b.weight": "gone"}
+    )
     with pytest.raises(UnknownTargetError, match="'stem' holds no tensors"):
         resolve(parse("stem"), anatomy)
     with pytest.raises(UnknownTargetError, match="'b' matches nothing"):
@@ -443,7 +445,9 @@ def test_parse_raises_nothing_but_target_error(text):
 # Every name that means something in an anatomy: its blocks and parts, and all paths with their ends.
 def meanings(anatomy):
     paths = {".".join(n.split(".")[:k]) for n in tensors(anatomy) for k in range(1, n.count(".") + 2)}
-    words = [b.name for b in anatomy if b.tensors] + list(anatomy.parts) + sorted(paths) + ["all", "re:.*", "*"]
+    words = (
+        [b.name for b in anatomy if b.tensors] + [p.name for p in anatomy.parts] + sorted(paths) + ["all", "re:.*", "*"]
+    )
     words += ["re:.*weight", "*.bn*", "*bias", "first2", "last1", "block1-2", "vision.first1"]
     return [word for word in words if " " not in word and resolved(anatomy, word) is not None]
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from ..errors import AnatomyError, UnknownTargetError, UnresolvedTargetError
-from .inventory import highest_modules, module_sizes, near_misses, shortened
-from .parsing import NUMBERED, Count, Name, Pattern, Range, TargetSpec, Term, compiled, dotted
+from .inventory import near_misses, shortened
+from .parsing import NUMBERED, Count, Name, Pattern, Range, TargetSpec, Term, compiled
 
 _ALIASES = {"first": "block1", "last": "head", "stem": "embedding"}
 _BY_SCORES = "call config = peft_surgical.resolve_target(config, model, dataloader) before get_peft_model"
@@ -24,7 +24,7 @@ _SEARCHES = {"auto": "auto", "race": "race", "cross-val": "cross_val", "greedy":
 
 @dataclass(frozen=True)
 class Block:
-    """One block: a named part of a network.
+    """A block of a network, or a named part of a block.
 
     Attributes:
         name: For example ``"block1"``.
@@ -55,8 +55,8 @@ class Anatomy:
 
     Attributes:
         blocks: The blocks, in the order in which data flows.
-        parts: Finer names -> tensor names. Convolutional networks: ``stem`` (what comes before the first stage) and
-            ``stage1`` (the rest of block1). Transformers: ``stem``, the same tensors as the block ``embedding``.
+        parts: Of a convolutional network's block1, ``stem`` (what comes before the first stage) and ``stage1`` (the
+            rest). In a network with a block ``embedding``, ``stem`` is another name of that block.
         aliases: Every further name of a shared tensor (tied weights, a module used twice) -> its canonical name, the
             first one in ``named_parameters()``. Only canonical names are in blocks.
         source: What they come from: ``spec``, ``timm``, ``transformers``, ``torchvision`` or ``layout`` (a network
@@ -64,10 +64,9 @@ class Anatomy:
     """
 
     blocks: tuple[Block, ...]
-    parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    parts: tuple[Block, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=dict)
     source: str = "spec"
-    _sizes: Mapping[str, int] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if twice := sorted(name for name, count in Counter(self.names).items() if count > 1):
@@ -126,9 +125,9 @@ class Anatomy:
         return {tensor: block for block in self.blocks for tensor in block.tensors}
 
     @cached_property
-    def _named(self) -> dict[str, tuple[str, ...]]:
-        """Block or part -> its tensors; a block wins over a part of the same name."""
-        return {**self.parts, **{block.name: block.tensors for block in self.blocks}}
+    def _named(self) -> dict[str, Block]:
+        """Name -> block or part; a block wins over a part of the same name."""
+        return {block.name: block for block in (*self.parts, *self.blocks)}
 
     @cached_property
     def _paths(self) -> dict[str, set[str]]:
@@ -141,12 +140,7 @@ class Anatomy:
         return paths
 
     def _find(self, name: str) -> Block | None:
-        by_name = {block.name: block for block in self.blocks}
-        if (block := by_name.get(name) or by_name.get(_ALIASES.get(name, name))) or name not in self.parts:
-            return block
-        tensors = self.parts[name]
-        modules = highest_modules(tensors, module_sizes(self.tensors))
-        return Block(name, tensors, sum(self._sizes.get(tensor, 0) for tensor in tensors), modules)
+        return self._named.get(name) or self._named.get(_ALIASES.get(name, name))
 
     def _hint(self, name: str) -> str:
         """What a name that no block has may have meant."""
@@ -159,7 +153,7 @@ class Anatomy:
             return f"; it has {' and '.join(towers)}"
         if name == "embedding" and "stem" in self:
             return "; what comes before its first stage is 'stem'"
-        return near_misses(name, [*self._named, "first", "last"]).removesuffix("?")
+        return near_misses(name, [*self._named, *_ALIASES]).removesuffix("?")
 
     def __str__(self) -> str:
         total = sum(block.num_parameters for block in self.blocks)
@@ -221,7 +215,7 @@ def _select(anatomy: Anatomy, term: Term) -> set[str]:
     """The tensors of one term."""
     text = str(term)
     if text in anatomy._named:
-        found = set(anatomy._named[text])
+        found = set(anatomy._named[text].tensors)
     elif isinstance(term, Range | Count):
         found = _numbered(anatomy, term)
     elif isinstance(term, Pattern):
@@ -240,7 +234,7 @@ def _by_name(anatomy: Anatomy, text: str) -> set[str]:
     tower, dot, word = text.rpartition(".")
     other = tower + dot + _ALIASES.get(word, word)
     if other in anatomy._named:
-        return set(anatomy._named[other])
+        return set(anatomy._named[other].tensors)
     if text == "all":
         return set(anatomy.tensors)
     if text in anatomy._paths:
@@ -255,13 +249,13 @@ def _numbered(anatomy: Anatomy, term: Range | Count) -> set[str]:
     towers: dict[str, list[Block]] = {}
     for block in anatomy:
         if match := NUMBERED.fullmatch(block.name):
-            towers.setdefault(match[1] or "", []).append(block)
+            towers.setdefault(match[1], []).append(block)
     numbered = towers.get(term.tower)
     if numbered is None:
         if str(term) in anatomy._paths:
             return anatomy._paths[str(term)]
-        plain = str(term).removeprefix(dotted(term.tower))
-        which = _which_tower([dotted(tower) + plain for tower in towers])
+        plain = str(term).removeprefix(term.tower)
+        which = _which_tower([tower + plain for tower in towers])
         raise _unknown(anatomy, term, which if towers else "counts numbered blocks, of which this model has none")
     if isinstance(term, Range):  # blocks are numbered 1, 2, ... without a gap
         asked, blocks = term.last, numbered[term.first - 1 : term.last]
@@ -297,5 +291,5 @@ def _unknown(anatomy: Anatomy, term: Term | TargetSpec | str, reason: str, *, ne
 def _choices(anatomy: Anatomy) -> str:
     """The blocks and parts of a network, as the last sentences of an error."""
     sizes = ", ".join(f"{block.name} ({block.num_parameters:,})" for block in anatomy)
-    parts = ", ".join(name for name in anatomy.parts if anatomy._named[name])
+    parts = ", ".join(part.name for part in anatomy.parts)
     return f" Blocks of this model, with their parameters: {sizes}." + (f" Parts of them: {parts}." if parts else "")

@@ -63,6 +63,12 @@ class Inventory:
         found = {name for path in paths for name in self._below.get(path, ())}
         return sorted(found, key=self.position.__getitem__)
 
+    def highest(self, tensors: Sequence[str]) -> tuple[str, ...]:
+        """Paths of the highest modules all of whose tensors are among these, in order."""
+        held = Counter(path for name in tensors for path in _ancestors(name))
+        whole = ([p for p in _ancestors(name) if held[p] == len(self._below[p])][:1] for name in tensors)
+        return tuple(dict.fromkeys(path for paths in whole for path in paths))
+
     def outermost(self, asked: Callable[[str, nn.Module], bool]) -> list[str]:
         """Paths of the modules with tensors of which ``asked(path, module)`` holds, none of them inside another."""
         found: list[str] = []
@@ -75,7 +81,7 @@ class Inventory:
 
 @dataclass(frozen=True)
 class Cut:
-    """What a source finds: block -> tensor names in any order, blocks in the order in which data flows; finer names."""
+    """What a source finds: block -> tensor names in any order, blocks in the order in which data flows; their parts."""
 
     source: str
     blocks: dict[str, list[str]]
@@ -124,7 +130,6 @@ def name_blocks(
     parts: dict[str, list[str]] = {}
     if stem and _works_on_tokens(inventory, stem, units[0]):
         blocks[f"{prefix}embedding"] = stem
-        parts["stem"] = stem
     elif stem:
         parts = {"stem": stem, "stage1": units[0]}
         units = [stem + units[0], *units[1:]]
@@ -159,18 +164,6 @@ def attends(modules: Iterable[nn.Module]) -> bool:
 def is_token_name(name: str) -> bool:
     """Whether a tensor is a token or a position embedding by its own name (``cls_token``, ``pos_embed``)."""
     return bool(_TOKEN.search(name.rpartition(".")[2]))
-
-
-def module_sizes(tensors: Iterable[str]) -> Counter[str]:
-    """Module path -> how many of these tensors are below it."""
-    return Counter(path for name in tensors for path in _ancestors(name))
-
-
-def highest_modules(tensors: Sequence[str], sizes: Mapping[str, int]) -> tuple[str, ...]:
-    """Paths of the highest modules all of whose tensors are among these, in order; sizes are of all tensors."""
-    inside = module_sizes(tensors)
-    whole = (next((path for path in _ancestors(name) if inside[path] == sizes[path]), None) for name in tensors)
-    return tuple(dict.fromkeys(path for path in whole if path))
 
 
 def _ancestors(name: str) -> list[str]:
@@ -225,7 +218,7 @@ def cut_by_spec(inventory: Inventory, spec: Mapping[str, str | Sequence[str]]) -
         raise AnatomyError(f"The block {empty[0]!r} holds no parameter and no persistent buffer{why}: leave it out.")
     if missing := [name for name in inventory.tensors if name not in holder]:
         raise AnatomyError(_where_missing_go(inventory, missing, {name: block for name, (block, _) in holder.items()}))
-    return Cut("spec", cut, {"stem": cut["embedding"]} if "embedding" in cut else {})
+    return Cut("spec", cut)
 
 
 def _check_names(names: list[str]) -> None:
@@ -246,18 +239,17 @@ def _check_names(names: list[str]) -> None:
         if name == "head" and index < len(names) - 1:
             raise AnatomyError(f"'head' is the classifier: name it last, after {names[-1]!r}.")
         if match := NUMBERED.fullmatch(name):
-            tower = name.removesuffix(match[2])
-            counted[tower] += 1
-            if match[2] != str(counted[tower]):
+            counted[match[1]] += 1
+            if match[2] != str(counted[match[1]]):
                 raise AnatomyError(
-                    f"{name!r} comes where '{tower}{counted[tower]}' is expected: number blocks 1, 2, ... in the order "
-                    "in which data flows."
+                    f"{name!r} comes where '{match[1]}block{counted[match[1]]}' is expected: number blocks 1, 2, ... "
+                    "in the order in which data flows."
                 )
 
 
 def _where_missing_go(inventory: Inventory, missing: list[str], block_of: dict[str, str]) -> str:
     """Names tensors that a spec leaves out, as the highest modules, each with the block of its nearest neighbour."""
-    modules = highest_modules(missing, module_sizes(inventory.tensors))
+    modules = inventory.highest(missing)
     raw = [name for name in missing if not any(name.startswith(f"{module}.") for module in modules)]
     proposals = []
     for path in [*raw, *modules]:

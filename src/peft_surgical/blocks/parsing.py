@@ -38,10 +38,10 @@ DATA_TARGETS = ("auto", "auto-rgn", "auto-snr", "auto-fisher", "race", "cross-va
 
 # A minus is a sign at the start of a token, and part of a word where the word goes on right behind it.
 _TOKEN = re.compile(r"\s*(?:(?P<regex>re:\S*)|(?P<sign>[+-])|(?P<word>(?:[^\s+,-]|-(?=[^\s+,-]))+)|(?P<bad>\S))")
-_RANGE = re.compile(r"(?:(.+)\.)?block([0-9]{1,9})-([0-9]{1,9})")
-_COUNT = re.compile(r"(?:(.+)\.)?(first|last)([0-9]{1,9})")
-NUMBERED = re.compile(r"(?:(.+)\.)?block([0-9]+)")
-"""The name of a numbered block: its tower, if the network has several, and its number."""
+_RANGE = re.compile(r"(.+\.|)block([0-9]{1,9})-([0-9]{1,9})")
+_COUNT = re.compile(r"(.+\.|)(first|last)([0-9]{1,9})")
+NUMBERED = re.compile(r"(.+\.|)block([0-9]+)")
+"""The name of a numbered block: its tower, such as ``vision.``, empty in a network without; and its number."""
 
 
 @dataclass(frozen=True)
@@ -71,14 +71,14 @@ class Pattern(_Text):
 
 @dataclass(frozen=True)
 class Range:
-    """Numbered blocks from ``first`` to ``last``, both included; ``tower`` is empty in a network that has only one."""
+    """Numbered blocks from ``first`` to ``last``, both included; ``tower`` is such as ``vision.``, or empty."""
 
     tower: str
     first: int
     last: int
 
     def __str__(self) -> str:
-        return f"{dotted(self.tower)}block{self.first}-{self.last}"
+        return f"{self.tower}block{self.first}-{self.last}"
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Count:
     number: int
 
     def __str__(self) -> str:
-        return f"{dotted(self.tower)}{self.end}{self.number}"
+        return f"{self.tower}{self.end}{self.number}"
 
 
 Term = Name | Range | Count | Pattern | FromData
@@ -214,11 +214,11 @@ def _term(word: str) -> Term:
         first, last = int(match[2]), int(match[3])
         if not 1 <= first <= last:
             raise TargetError(f"{word!r} is not a range of blocks: they count from 1 and upwards, e.g. 'block2-4'")
-        return Range(match[1] or "", first, last)
+        return Range(match[1], first, last)
     if match := _COUNT.fullmatch(word):
         if int(match[3]) < 1:
             raise TargetError(f"{word!r} names no block; write e.g. '{match[2]}3', or '{match[2]}' alone")
-        return Count(match[1] or "", "first" if match[2] == "first" else "last", int(match[3]))
+        return Count(match[1], "first" if match[2] == "first" else "last", int(match[3]))
     if re.fullmatch("block0+", word):
         raise TargetError(f"{word!r} is no block: they count from 1; for a module of that name write 're:{word}'")
     return Name(word)
@@ -233,11 +233,6 @@ def compiled(regex: str, text: str) -> re.Pattern[str]:
             return re.compile(regex)
     except (re.error, ValueError, OverflowError, RecursionError, Warning) as error:
         raise TargetError(f"{text!r} holds a bad regex: {error}") from error
-
-
-def dotted(tower: str) -> str:
-    """What stands before a block's name in a network of several towers."""
-    return f"{tower}." if tower else ""
 
 
 def paths_matched(patterns: str | Collection[str], paths: Iterable[str]) -> dict[str, tuple[str, ...]]:

@@ -9,7 +9,7 @@ model.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -23,8 +23,6 @@ from .inventory import (
     arrange,
     attends,
     cut_by_spec,
-    highest_modules,
-    module_sizes,
     name_blocks,
     owner,
     shortened,
@@ -190,9 +188,7 @@ def _cut_towers(inventory: Inventory, dot: str, stacks: list[str]) -> Cut | str:
         else:
             head.append(name)
     cut = {"embedding": embedding} | blocks | {"head": head}
-    return Cut(
-        "transformers", {name: held for name, held in cut.items() if held}, {"stem": embedding} if embedding else {}
-    )
+    return Cut("transformers", {name: held for name, held in cut.items() if held})
 
 
 def _are_residual_units(modules: list[nn.Module]) -> bool:
@@ -271,11 +267,10 @@ def anatomy_of(model: nn.Module, blocks: Mapping[str, str | Sequence[str]] | Non
             "Name all blocks yourself with blocks={...}:\n" + skeleton(inventory)
         )
     sizes = {name: parameter.numel() for name, parameter in inventory.parameters.items()}
-    in_modules = module_sizes(inventory.tensors)
-    made = []
-    for name, held in cut.blocks.items():
-        tensors = tuple(inventory.below(*held))
-        size = sum(sizes.get(tensor, 0) for tensor in tensors)
-        made.append(Block(name, tensors, size, highest_modules(tensors, in_modules)))
-    parts = {name: tuple(inventory.below(*held)) for name, held in cut.parts.items()}
-    return Anatomy(tuple(made), parts, dict(inventory.aliases), cut.source, sizes)
+
+    def made(named: Mapping[str, list[str]]) -> Iterator[Block]:
+        for name, held in named.items():
+            tensors = tuple(inventory.below(*held))
+            yield Block(name, tensors, sum(sizes.get(tensor, 0) for tensor in tensors), inventory.highest(tensors))
+
+    return Anatomy(tuple(made(cut.blocks)), tuple(made(cut.parts)), dict(inventory.aliases), cut.source)

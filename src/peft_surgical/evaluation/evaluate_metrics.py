@@ -63,7 +63,7 @@ class _Metric(evaluate.Metric):
         return evaluate.MetricInfo(
             description=type(self).__doc__ or "",
             citation="",
-            inputs_description=f"\n\nArgs: {', '.join(columns)}; predictions may be logits (n, classes), all else (n,).",
+            inputs_description=f"\n\nArgs: {', '.join(columns)}; predictions (n,) or logits (n, classes), others (n,).",
             features=Features({name: Value("int64") for name in columns}),
         )
 

@@ -256,19 +256,16 @@ def _student_quantile(freedom: int, confidence: float) -> float:
 
     Abramowitz & Stegun 26.7.3-4, a finite series in the angle atan(t / sqrt(freedom)), bisected: the core has no scipy.
     """
+    odd = freedom % 2
 
     def within(angle: float) -> float:
-        cosine, term, total = math.cos(angle), 1.0, 0.0
-        if freedom % 2:
-            term = cosine
-            for k in range(3, freedom + 1, 2):
-                total += term
-                term *= cosine * cosine * (k - 1) / k
-            return 2 / math.pi * (angle + math.sin(angle) * total)
-        for k in range(2, freedom + 1, 2):
+        cosine, total = math.cos(angle), 0.0
+        term = cosine if odd else 1.0
+        for k in range(2 + odd, freedom + 1, 2):
             total += term
             term *= cosine * cosine * (k - 1) / k
-        return math.sin(angle) * total
+        total *= math.sin(angle)
+        return 2 / math.pi * (angle + total) if odd else total
 
     low, high = 0.0, math.pi / 2
     for _ in range(100):
