@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import match_target_against_key
 
-from peft_surgical.blocks import Anatomy, Block, Name, anatomy, parse, parsing, paths_matched, resolve, sources
+from peft_surgical.blocks import Anatomy, Block, Name, parse, parsing, paths_matched, resolve, sources
 from peft_surgical.blocks.parsing import DATA_TARGETS, Count, FromData, Pattern, Range
 from peft_surgical.errors import TargetError, UnknownTargetError, UnresolvedTargetError
 
@@ -209,10 +209,10 @@ def test_spec_is_frozen_and_hashable():
         spec.terms[0].text = "block1"
 
 
-@pytest.mark.parametrize("module", [parsing, anatomy, sources])
+@pytest.mark.parametrize("module", [parsing, sources])
 def test_examples_in_docstrings(module):
     results = doctest.testmod(module, raise_on_error=False)
-    assert results.attempted > 1
+    assert results.attempted
     assert results.failed == 0
 
 

@@ -183,14 +183,6 @@ def resolve(spec: TargetSpec, anatomy: Anatomy) -> tuple[str, ...]:
     Raises:
         UnresolvedTargetError: Data has to decide first.
         UnknownTargetError: A term matches nothing in this network or takes nothing away, or nothing is left at the end.
-
-    Example:
-        >>> from peft_surgical.blocks import parse
-        >>> anatomy = Anatomy((Block("block1", ("conv1.weight", "bn1.weight"), 9), Block("head", ("fc.weight",), 4)))
-        >>> resolve(parse("all - head"), anatomy)
-        ('conv1.weight', 'bn1.weight')
-        >>> resolve(parse("*.weight - bn1"), anatomy)
-        ('conv1.weight', 'fc.weight')
     """
     text = str(spec)
     if spec.needs_data:

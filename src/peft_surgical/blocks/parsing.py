@@ -140,13 +140,8 @@ def parse(text: str | Sequence[str]) -> TargetSpec:
         TargetError: The text is empty or does not follow the grammar in this module's docstring.
 
     Example:
-        >>> spec = parse(["all", "-head", "- *.bn*"])
-        >>> str(spec)
+        >>> str(parse(["all", "-head", "- *.bn*"]))
         'all - head - *.bn*'
-        >>> parse(str(spec)) == spec
-        True
-        >>> parse("auto-rgn").needs_data
-        True
     """
     members = [text] if isinstance(text, str) else text
     if not isinstance(members, Sequence) or not all(isinstance(member, str) for member in members):
@@ -238,13 +233,11 @@ def compiled(regex: str, text: str) -> re.Pattern[str]:
 def paths_matched(patterns: str | Collection[str], paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """Match module paths as PEFT's ``target_modules`` and ``exclude_modules`` do, but answer for each pattern.
 
-    Args:
-        patterns: A string is a regex for the whole path; a collection holds names that are a path or the end of one,
-            in whole components. Unlike in a target, an exact path does not keep its name from matching others.
-        paths: Module paths, as ``named_modules()`` gives them.
+    A string is a regex for the whole path; a collection holds names that are a path or the end of one, in whole
+    components. Unlike in a target, an exact path does not keep its name from matching others.
 
     Returns:
-        For each pattern the paths that it matches, in the order given; an empty tuple where there are none.
+        Pattern -> the paths that it matches, in the order given; an empty tuple where there are none.
 
     Raises:
         TargetError: The regex does not compile.

@@ -176,30 +176,22 @@ def _cut_towers(inventory: Inventory, dot: str, stacks: list[str]) -> Cut | str:
         prefix = re.sub(r"_(model|tower)$", "", name)
         blocks |= name_blocks("", inventory, stem, units, [], prefix=f"{prefix}.").blocks
     placed = {name for names in blocks.values() for name in names}
-    embedding: list[str] = []
-    head: list[str] = []
-    for name in inventory.tensors:
-        if name in placed:
-            continue
-        if isinstance(inventory.modules[owner(name)], nn.Embedding):
-            embedding.append(name)
-        elif name.startswith(dot) and not _AFTER_TOWERS.match(name.removeprefix(dot)):
+    left = [name for name in inventory.tensors if name not in placed]
+    embedding = [name for name in left if isinstance(inventory.modules[owner(name)], nn.Embedding)]
+    head = [name for name in left if name not in embedding]
+    for name in head:
+        if name.startswith(dot) and not _AFTER_TOWERS.match(name.removeprefix(dot)):
             return f"cannot tell whether {name!r}, outside the towers {', '.join(roots)}, is head or block"
-        else:
-            head.append(name)
     cut = {"embedding": embedding} | blocks | {"head": head}
     return Cut("transformers", {name: held for name, held in cut.items() if held})
 
 
 def _are_residual_units(modules: list[nn.Module]) -> bool:
     """Whether a convolutional network lists residual units rather than stages (no container of composites inside)."""
-    for module in modules:
-        inner = list(module.modules())
-        if attends(inner) or any(isinstance(child, nn.ModuleList) for child in inner):
-            return False
-        if any(isinstance(child, nn.Sequential) and all_composite(child) for child in inner):
-            return False
-    return all(width(module) for module in modules)
+    inner = [child for module in modules for child in module.modules()]
+    lists = any(isinstance(child, nn.ModuleList) for child in inner)
+    stages = any(isinstance(child, nn.Sequential) and all_composite(child) for child in inner)
+    return not (lists or stages or attends(inner)) and all(map(width, modules))
 
 
 SOURCES: dict[str, Callable[[nn.Module, Inventory], Cut | str]] = {

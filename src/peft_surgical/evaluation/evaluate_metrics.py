@@ -8,9 +8,9 @@ gives a ``Trainer`` its metric. `WorstGroupAccuracy` needs one column more, ``gr
 a ``Trainer`` evaluates in the order of its dataset, so the groups of the dataset fit. Accuracies are fractions.
 `judge_with_evaluate` is `metrics.judge` computed by these classes: what recipes report with.
 
-Predictions may be logits (n, classes) or classes (n,). Only the class is stored, so a set of any size fits on disk, and
-what does not fit fails with its batch. Like every ``evaluate.Metric``, these write to ``cache_dir``, or to evaluate's
-cache in the user's home; ``keep_in_memory=True`` stores no examples on disk.
+Predictions may be logits (n, classes) or classes (n,), of which only the class is stored. Like every
+``evaluate.Metric``, these write to ``cache_dir``, or to evaluate's cache in the user's home; ``keep_in_memory=True``
+stores no examples on disk.
 """
 
 from __future__ import annotations

@@ -30,8 +30,7 @@ class Measurement:
         name: The metric, such as ``accuracy`` or ``worst_group_accuracy``.
         dataset: What it was measured on, such as ``cifar10c/frost severity 5``.
         value: The number; accuracies and errors as fractions.
-        low: Lower end of the 95% interval.
-        high: Upper end of the 95% interval.
+        low, high: The ends of its 95% interval.
         interval: What the interval is: ``wilson`` (one run, over test examples) or ``t`` (over seeds).
         n: Test examples per seed.
         seeds: The seeds behind the number.
@@ -228,11 +227,7 @@ class Report:
 
     @classmethod
     def load(cls, file: str | Path) -> Report:
-        """Read a file that `save` wrote.
-
-        Raises:
-            DataError: As `from_json`, with the file's name.
-        """
+        """Read a file that `save` wrote; errors are those of `from_json` and name the file."""
         try:
             return cls.from_json(Path(file).read_text(encoding="utf-8"))
         except DataError as error:
