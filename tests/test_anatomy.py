@@ -672,7 +672,9 @@ def test_plain_block_of_two_towers_names_both() -> None:
 
 def test_unknown_names_come_with_near_misses() -> None:
     anatomy = anatomy_of(ResNet26())
-    with pytest.raises(UnknownTargetError, match=r"did you mean 'block1'.*Its blocks: block1 to block3, head\."):
+    with pytest.raises(
+        UnknownTargetError, match=r"did you mean 'block1'.*Blocks of this model.*: block1 \(.*block3 \(.*head \(650\)"
+    ):
         anatomy["blok1"]
     with pytest.raises(UnknownTargetError, match="what comes before its first stage is 'stem'"):
         anatomy["embedding"]

@@ -8,18 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from peft_surgical.errors import DataError
+from peft_surgical.errors import ConfigError, DataError
 from peft_surgical.evaluation import (
-    ALEXNET_ERRORS,
     ORACLE,
     Measurement,
     Report,
     TextTable,
     accuracy,
-    corruption_error,
-    group_accuracies,
     interval_of_runs,
-    mean_corruption_error,
     mean_interval,
     measure,
     plus_minus,
@@ -27,6 +23,7 @@ from peft_surgical.evaluation import (
     wilson_interval,
     worst_group_accuracy,
 )
+from peft_surgical.evaluation.metrics import JUDGES, check_metrics, group_accuracies, interval_of, judge, tolerant
 
 
 @pytest.fixture
@@ -75,21 +72,6 @@ def test_metrics_refuse_what_does_not_fit(scored):
         worst_group_accuracy(logits, labels, groups[1:])
 
 
-def test_corruption_errors_by_hand():
-    assert corruption_error([0.2, 0.4], [0.5, 0.7]) == pytest.approx(0.5)
-    assert mean_corruption_error({"a": 0.2, "b": 0.3}, {"a": 0.4, "b": 0.3}) == pytest.approx(0.75)
-    assert mean_corruption_error(ALEXNET_ERRORS) == pytest.approx(1)
-    assert len(ALEXNET_ERRORS) == 15
-    with pytest.raises(DataError, match="2 errors against 1 baseline errors"):
-        corruption_error([0.1, 0.2], [0.5])
-    with pytest.raises(DataError, match="the baseline makes no error"):
-        corruption_error([0.1], [0.0])
-    with pytest.raises(DataError, match="no baseline error for saturate: it has brightness"):
-        mean_corruption_error({"saturate": 0.1})
-    with pytest.raises(DataError, match="no corruption given"):
-        mean_corruption_error({})
-
-
 @pytest.mark.parametrize(("correct", "n"), [(0, 10), (10, 10), (1, 3), (425, 800), (799, 800)])
 def test_wilson_interval_against_scipy(correct, n):
     stats = pytest.importorskip("scipy.stats")
@@ -123,6 +105,63 @@ def test_mean_interval_by_hand():
     assert mean_interval([1, 2, 3]) == pytest.approx((2, 2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5), abs=1e-4)
     with pytest.raises(DataError, match=r"1 value\(s\) have no spread.*wilson_interval"):
         mean_interval([0.5])
+
+
+LABELS = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 1, 1])
+GROUPS = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 2, 2])
+PREDICTED = torch.tensor([0, 0, 0, 1, 1, 1, 0, 0, 1, 1])  # right: 3 of 4, 2 of 4, 2 of 2
+
+
+def test_metrics_by_name_by_hand():
+    found = judge(list(JUDGES), PREDICTED, LABELS, GROUPS)
+    assert found == {
+        "accuracy": 0.7,
+        "worst_group_accuracy": 0.5,
+        "average_group_accuracy": pytest.approx((0.75 + 0.5 + 1) / 3),
+    }
+
+
+def test_groups_are_needed_where_they_are():
+    assert judge(["accuracy"], PREDICTED, LABELS, None) == {"accuracy": 0.7}
+    with pytest.raises(DataError, match="worst_group_accuracy needs the group of every image"):
+        judge(["accuracy", "worst_group_accuracy"], PREDICTED, LABELS, None)
+
+
+@pytest.mark.parametrize("names", [(), ("accuracy", "f1")])
+def test_unknown_names_of_metrics(names):
+    with pytest.raises(ConfigError, match=r"name one or more of accuracy, worst_group_accuracy"):
+        check_metrics(names)
+
+
+def test_the_intervals_of_metrics():
+    assert interval_of("accuracy", PREDICTED, LABELS, GROUPS) == (wilson_interval(7, 10), 10)
+    assert interval_of("worst_group_accuracy", PREDICTED, LABELS, GROUPS) == (wilson_interval(2, 4), 4)
+    (value, low, high), n = interval_of("average_group_accuracy", PREDICTED, LABELS, GROUPS)
+    one, two, three = wilson_interval(3, 4), wilson_interval(2, 4), wilson_interval(2, 2)
+    assert n == 10
+    assert value == pytest.approx(0.75)
+    below = math.hypot(one.value - one.low, two.value - two.low, three.value - three.low) / 3
+    above = math.hypot(one.high - one.value, two.high - two.value, three.high - three.value) / 3
+    assert (low, high) == (pytest.approx(value - below), pytest.approx(value + above))
+
+
+def test_the_interval_of_a_mean_of_groups_covers():
+    """95% of the intervals should hold the truth; of 400 draws, 357 to 400 do unless the formula is wrong."""
+    generator = torch.Generator().manual_seed(0)
+    rates, groups = torch.tensor([0.9, 0.6, 0.75]), torch.arange(3).repeat_interleave(30)
+    hits = 0
+    for _ in range(400):
+        right = torch.rand(90, generator=generator) < rates[groups]
+        interval, _ = interval_of("average_group_accuracy", right.long(), torch.ones(90, dtype=torch.long), groups)
+        hits += interval.low <= 0.75 <= interval.high
+    assert 365 <= hits <= 396
+
+
+def test_what_diverged_is_no_class():
+    logits = torch.tensor([[1.0, 2.0], [float("nan"), 0.0], [3.0, 1.0]])
+    assert tolerant(logits).tolist() == [1, -1, 0]
+    with pytest.raises(DataError, match="the scores hold NaN"):
+        judge(["accuracy"], logits, torch.tensor([1, 0, 0]), None)
 
 
 def test_predict_logits_is_eval_and_restores_every_mode():

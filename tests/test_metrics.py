@@ -57,7 +57,7 @@ def test_registry(make):
         assert isinstance(one, evaluate.Metric)
         assert type(one) is cls
         assert one.name == name
-        assert set(cls.columns) <= set(one.features)
+        assert set(one.features) == {"predictions", "references", *cls.columns}
     with pytest.raises(DataError, match="unknown metric 'f1': choose one of accuracy, worst_group_accuracy"):
         metrics.metric("f1")
 
@@ -116,63 +116,22 @@ def test_worst_group_by_hand_and_against_sklearn(make, scored):
     assert found["average_group_accuracy"] == pytest.approx(sum(each) / 3)
 
 
-def test_worst_region_leaves_out_small_and_ignored_regions(make):
-    # Region 0: 1 of 2, region 1: 0 of 1, region 2: 2 of 3, region 5 ("Other"): 0 of 2.
-    one = make("worst_region_accuracy")
-    arguments = {
-        "predictions": [1, 0, 0, 1, 1, 0, 0, 0],
-        "references": [1, 1, 1, 1, 1, 1, 1, 1],
-        "regions": [0, 0, 1, 2, 2, 2, 5, 5],
-    }
-    every = one.compute(**arguments)
-    assert every["worst_region_accuracy"] == 0
-    found = one.compute(**arguments, minimum=2, ignore=[5])
-    assert found["worst_region_accuracy"] == 0.5
-    assert found["average_region_accuracy"] == pytest.approx((1 / 2 + 2 / 3) / 2)
-    assert found["accuracy_region_5"] == found["accuracy_region_1"] == 0
-    assert one.compute(**arguments, ignore=[5])["worst_region_accuracy"] == 0  # region 1 counts with one example
-    with pytest.raises(DataError, match=r"no group is left with minimum=4.*0 \(2\), 1 \(1\), 2 \(3\), 5 \(2\)"):
-        one.compute(**arguments, minimum=4)
-
-
-def test_corruption_error_by_hand(make):
-    one = make("corruption_error")
-    wrong = {("frost", 1): 1, ("frost", 2): 3, ("fog", 1): 0, ("fog", 2): 2}
-    for (corruption, severity), count in wrong.items():
-        one.add_batch(
-            predictions=[1] * count + [0] * (4 - count),
-            references=[0] * 4,
-            corruptions=corruption,
-            severities=severity,
-        )
-    # Frost: (1/4 + 3/4) / (0.5 + 0.75) = 0.8; fog: (0 + 2/4) / (0.5 + 0.5) = 0.5.
-    baseline = {"frost": {1: 0.5, 2: 0.75}, "fog": {1: 0.5, 2: 0.5}, "snow": {1: 1.0}}
-    assert one.compute(baseline=baseline) == pytest.approx(
-        {"mean_corruption_error": 0.65, "corruption_error_frost": 0.8, "corruption_error_fog": 0.5}
-    )
-
-
-def test_corruption_error_against_alexnet(make):
-    one = make("corruption_error")
-    for corruption in evaluation.ALEXNET_ERRORS:
-        one.add_batch(
-            predictions=[0, 1] * 5,
-            references=[0] * 10,
-            corruptions=[corruption] * 10,
-            severities=np.arange(10) // 2 + 1,
-        )
-    found = one.compute()
-    assert found["corruption_error_frost"] == pytest.approx(0.5 / 0.826572)
-    expected = evaluation.mean_corruption_error(dict.fromkeys(evaluation.ALEXNET_ERRORS, 0.5))
-    assert found["mean_corruption_error"] == pytest.approx(expected)
-    assert len(found) == 16
-    arguments = {"predictions": [0], "references": [1], "severities": [5]}
-    with pytest.raises(DataError, match=r"frost has errors for the severities \[5\], its baseline for \[1, 2,"):
-        one.compute(**arguments, corruptions=["frost"])
-    with pytest.raises(DataError, match="no baseline error for saturate: it has brightness"):
-        one.compute(**arguments, corruptions=["saturate"])
-    with pytest.raises(DataError, match="severity -1 does not exist"):
-        one.compute(**{**arguments, "severities": [-1]}, corruptions=["frost"])
+def test_judging_with_evaluate_is_judging(scored, tmp_path, monkeypatch):
+    """The same numbers, to the last bit, and nothing left on disk."""
+    monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", str(tmp_path / "cache"))
+    logits, labels, groups = (torch.from_numpy(values) for values in scored)
+    for scores in (logits, logits.argmax(1), evaluation.tolerant(logits)):
+        for names in (["accuracy"], ["average_group_accuracy"], list(evaluation.JUDGES), list(evaluation.JUDGES)[::-1]):
+            found = metrics.judge_with_evaluate(names, scores, labels, groups)
+            assert found == evaluation.judge(names, scores, labels, groups)
+            assert list(found) == names
+    found = metrics.judge_with_evaluate(["accuracy"], logits, labels, None)
+    assert found == evaluation.judge(["accuracy"], logits, labels, None)
+    with pytest.raises(DataError, match="worst_group_accuracy needs the group of every image"):
+        metrics.judge_with_evaluate(["worst_group_accuracy"], logits, labels, None)
+    with pytest.raises(DataError, match="the scores hold NaN"):
+        metrics.judge_with_evaluate(["accuracy"], logits * math.nan, labels, None)
+    assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize(
@@ -209,7 +168,7 @@ def test_no_examples_and_mistyped_arguments_are_refused(make):
     one.add_batch(predictions=[], references=[])
     with pytest.raises(DataError, match="no examples to evaluate on"):
         one.compute()
-    with pytest.raises(DataError, match="accuracy does not know minmum: these metrics take baseline, corruptions"):
+    with pytest.raises(DataError, match="accuracy does not know minmum: these metrics take groups"):
         one.compute(predictions=[1], references=[1], minmum=3)
     with pytest.raises(DataError, match="needs a prediction and a reference"):
         one.add(prediction=1)
@@ -219,20 +178,13 @@ def test_no_examples_and_mistyped_arguments_are_refused(make):
 
 def test_combine(make, scored):
     logits, labels, groups = scored
-    both = evaluate.combine([make("accuracy"), make("worst_group_accuracy"), make("worst_region_accuracy")])
+    both = evaluate.combine([make("accuracy"), make("worst_group_accuracy")])
     for rows in np.array_split(np.arange(97), 3):
-        both.add_batch(
-            predictions=logits[rows], references=labels[rows], groups=groups[rows], regions=groups[rows] + 10
-        )
+        both.add_batch(predictions=logits[rows], references=labels[rows], groups=groups[rows])
     found = both.compute()
     assert found["accuracy"] == pytest.approx((logits.argmax(1) == labels).mean())
-    assert (
-        found["worst_group_accuracy"]
-        == found["worst_region_accuracy"]
-        == found["average_group_accuracy"] * 0 + min(found[f"accuracy_group_{g}"] for g in range(3))
-    )
-    again = both.compute(predictions=logits, references=labels, groups=groups, regions=groups + 10, minimum=1)
-    assert again == found
+    assert found["worst_group_accuracy"] == min(found[f"accuracy_group_{g}"] for g in range(3))
+    assert both.compute(predictions=logits, references=labels, groups=groups) == found
 
 
 def test_two_processes_add_up(make, scored):

@@ -5,10 +5,10 @@ from statistics import fmean
 import numpy as np
 import pytest
 
-from paper.corruptions import CORRUPTIONS
-from paper.over_corruptions import MOST, summary_of, table_of, why_no_mce
+from paper.corruptions import ALEXNET_ERRORS, CORRUPTIONS
+from paper.over_corruptions import MOST, mean_corruption_error, summary_of, table_of, why_no_mce
 from peft_surgical.errors import DataError
-from peft_surgical.evaluation import ALEXNET_ERRORS, Report, measure, wilson_interval
+from peft_surgical.evaluation import Report, measure, wilson_interval
 
 N = 200
 
@@ -56,6 +56,16 @@ def test_one_seed_has_the_interval_of_its_photographs():
 
 def full(rows_of, severities=(1, 2, 3, 4, 5)):
     return {(c, s): cell(rows_of(c, s)) for c in CORRUPTIONS for s in severities}
+
+
+def test_mean_corruption_error_by_hand():
+    assert len(ALEXNET_ERRORS) == 15
+    assert mean_corruption_error(ALEXNET_ERRORS) == pytest.approx(1)
+    assert mean_corruption_error({"frost": 0.826572 / 2, "fog": 0.819324}) == pytest.approx(0.75)
+    with pytest.raises(DataError, match="no error of AlexNet for saturate: there are brightness"):
+        mean_corruption_error({"saturate": 0.1})
+    with pytest.raises(DataError, match="no corruption given"):
+        mean_corruption_error({})
 
 
 def test_mce_by_hand():

@@ -19,10 +19,11 @@ from scripts import script  # noqa: E402
 from test_corruptions import write_cell, write_model  # noqa: E402
 
 from paper.corruptions import CORRUPTIONS, read_imagenet_c  # noqa: E402
+from paper.over_corruptions import mean_corruption_error  # noqa: E402
 from peft_surgical.bases import load_base  # noqa: E402
 from peft_surgical.data.labelled import collate, items  # noqa: E402
 from peft_surgical.errors import ConfigError, DataError  # noqa: E402
-from peft_surgical.evaluation import Report, accuracy, mean_corruption_error, predict_logits  # noqa: E402
+from peft_surgical.evaluation import Report, accuracy, predict_logits  # noqa: E402
 from peft_surgical.training.ledger import Ledger  # noqa: E402
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "imagenet_c.py"

@@ -19,11 +19,32 @@ from peft_surgical.data.folders import visible
 from peft_surgical.data.images import IMAGE_SUFFIXES
 from peft_surgical.data.splits import draw, per_class
 from peft_surgical.errors import DataError
-from peft_surgical.evaluation import ALEXNET_ERRORS, SEVERITIES
 from peft_surgical.extras import require
 
 from .listings import cut, images_of
 from .parts import Published
+
+ALEXNET_ERRORS: dict[str, float] = {
+    "gaussian_noise": 0.886428,
+    "shot_noise": 0.894468,
+    "impulse_noise": 0.922640,
+    "defocus_blur": 0.819880,
+    "glass_blur": 0.826268,
+    "motion_blur": 0.785948,
+    "zoom_blur": 0.798360,
+    "snow": 0.866816,
+    "frost": 0.826572,
+    "fog": 0.819324,
+    "brightness": 0.564592,
+    "contrast": 0.853204,
+    "elastic_transform": 0.646056,
+    "pixelate": 0.717840,
+    "jpeg_compression": 0.606500,
+}
+"""AlexNet's error per ImageNet-C corruption, mean over severities (Hendrycks & Dietterich 2019): mCE divides by it."""
+
+SEVERITIES = (1, 2, 3, 4, 5)
+"""The severities of ImageNet-C."""
 
 CORRUPTIONS = tuple(ALEXNET_ERRORS)
 """The 15 corruptions that are reported; the four others of ImageNet-C are for validation (Hendrycks & Dietterich)."""

@@ -6,21 +6,31 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from peft_surgical.errors import DataError
-from peft_surgical.evaluation import (
-    ALEXNET_ERRORS,
-    SEVERITIES,
-    Measurement,
-    Report,
-    TextTable,
-    mean_corruption_error,
-    mean_interval,
-    wilson_interval,
-)
+from peft_surgical.evaluation import Measurement, Report, TextTable, mean_interval, wilson_interval
 
-from .corruptions import CORRUPTIONS
+from .corruptions import ALEXNET_ERRORS, CORRUPTIONS, SEVERITIES
 
 Cells = Mapping[tuple[str, int], Report]
 """(Corruption, severity) -> report of `findings.write_study`."""
+
+
+def mean_corruption_error(errors: Mapping[str, float]) -> float:
+    """mCE: mean over corruptions of the error over AlexNet's, a fraction; the literature prints it in percent.
+
+    Hendrycks & Dietterich 2019, Sec. 4, sum both errors over the severities, which gives the ratio of their means.
+
+    Args:
+        errors: Corruption -> the network's top-1 error, its mean over the severities, a fraction.
+
+    Raises:
+        DataError: If nothing is given, or AlexNet's error under a corruption is not known.
+    """
+    if unknown := sorted(set(errors) - set(ALEXNET_ERRORS)):
+        raise DataError(f"no error of AlexNet for {', '.join(unknown)}: there are {', '.join(sorted(ALEXNET_ERRORS))}")
+    if not errors:
+        raise DataError("no corruption given: pass the error of each corruption by name")
+    return fmean(error / ALEXNET_ERRORS[name] for name, error in errors.items())
+
 
 MOST = mean_corruption_error(dict.fromkeys(ALEXNET_ERRORS, 1.0))
 """mCE of a network that is always wrong, which AlexNet is not: more than 1."""
@@ -43,7 +53,7 @@ def summary_of(cells: Cells) -> Report:
 
     Every cell has a network of its own: mCE is that of a network which is tuned anew to each corruption and severity.
 
-    Intervals are Student's t over seeds. Of a single seed they are Wilson's, as if each photograph counted once: all
+    Intervals are Student's t over seeds. A single seed has Wilson's interval, as if each photograph counted once: all
     cells show the same photographs, and the mean of several answers to one varies no more than a single answer.
 
     Raises:
@@ -104,7 +114,7 @@ def _measured(
     else:
         value, kind = values[0], "wilson"
         _, low, high = (most * end for end in wilson_interval(round(value / most * n), n))
-        # Wilson's is of whole photographs, and the value is none.
+        # Wilson's interval is of a whole number of photographs, which the value need not be.
         low, high = min(low, value), max(high, value)
     return Measurement(name, dataset, value, low, high, kind, n, tuple(seeds), selection)
 
@@ -133,8 +143,8 @@ def table_of(summary: Report, published: Mapping[str, float], published_mce: Map
     caption = (
         f"ImageNet-C, {summary.model}: test accuracy, mean over {len(settings['corruptions'])} corruption(s), n = "
         f"{settings['test_images']} photographs, seeds {', '.join(map(str, settings['seeds']))}, 95% intervals "
-        f"({'over photographs' if one else 't over seeds'}). Every cell is tuned on its own; no test image had a say. "
-        f"mCE: {settings['mce']}. The paper drew other images."
+        f"({'over photographs' if one else 't over seeds'}). Every cell is tuned on its own; nothing was chosen on "
+        f"test images. mCE: {settings['mce']}. The paper drew other images."
     )
     return TextTable(header, lines, caption).markdown()
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from peft_surgical.bases.transforms import AUGMENTS
 from peft_surgical.choosing.methods import METHODS
-from peft_surgical.evaluation.judging import check_metrics
+from peft_surgical.evaluation.metrics import check_metrics
 from peft_surgical.training.fitting import OPTIMIZERS, FitSettings
 from peft_surgical.training.search import NONE
 
@@ -29,7 +29,7 @@ class Protocol:
         lrs: Learning rates to choose from.
         head_lrs: The same where the head alone is tuned.
         fitting: How a run is trained; rate and seed are set for each.
-        metrics: Names of `judging.JUDGES`; the first selects.
+        metrics: Names of `evaluation.metrics.JUDGES`; the first selects.
         source: How the network is first trained on the source domain; None where the pretrained one is used as it is.
         published: Row -> what the paper reports, in percent.
         reference: Where in the paper all this is.

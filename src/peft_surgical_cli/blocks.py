@@ -18,16 +18,13 @@ def blocks_command(
     """Print the blocks of a network, in the order in which data flows."""
     from peft_surgical.bases.load import load_model
     from peft_surgical.blocks import anatomy_of
-    from peft_surgical.blocks.spec import shortened
 
     anatomy = anatomy_of(load_model(model, num_classes, weights="random" if random else "pretrained"))
     total = sum(block.num_parameters for block in anatomy)
     rows = table("block", "modules", "tensors", "parameters", "share", numbers=("tensors", "parameters", "share"))
     for block in anatomy:
-        inside = [t for t in block.tensors if not any(t.startswith(f"{path}.") for path in block.modules)]
         share = f"{block.num_parameters / max(total, 1):.1%}"
-        modules = escape(shortened([*inside, *block.modules]))
-        rows.add_row(block.name, modules, str(len(block.tensors)), f"{block.num_parameters:,}", share)
+        rows.add_row(block.name, escape(block.outline), str(len(block.tensors)), f"{block.num_parameters:,}", share)
     rows.add_section()
     rows.add_row("total", "", str(len(anatomy.tensors)), f"{total:,}", "100.0%")
     out = console()

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import safe_open
 
 from ..blocks import Name, parse
-from ..blocks.spec import NUMBERED
+from ..blocks.parsing import NUMBERED
 from ..config import SurgicalConfig
 from ..errors import AdapterFileError
 from ..files import file_sha256

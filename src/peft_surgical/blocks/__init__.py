@@ -4,23 +4,8 @@
 tensors in one network. The grammar of targets stands in `peft_surgical.blocks.parsing`.
 """
 
-from .anatomy import Anatomy, Block, anatomy_of
-from .parsing import DATA_TARGETS, Count, FromData, Name, Pattern, Range, Step, TargetSpec, parse
-from .resolving import paths_matched, resolve
+from .anatomy import Anatomy, Block, resolve
+from .parsing import DATA_TARGETS, Name, parse, paths_matched
+from .sources import anatomy_of
 
-__all__ = [
-    "DATA_TARGETS",
-    "Anatomy",
-    "Block",
-    "Count",
-    "FromData",
-    "Name",
-    "Pattern",
-    "Range",
-    "Step",
-    "TargetSpec",
-    "anatomy_of",
-    "parse",
-    "paths_matched",
-    "resolve",
-]
+__all__ = ["DATA_TARGETS", "Anatomy", "Block", "Name", "anatomy_of", "parse", "paths_matched", "resolve"]

@@ -1,29 +1,30 @@
-"""The ordered blocks of any network: `embedding` or stem, `block1` to `blockN`, `head`.
+"""The ordered blocks of any network (`embedding` or stem, `block1` to `blockN`, `head`), and what a target means there.
 
-`anatomy_of` cuts a network into blocks that are total and disjoint over its parameters and persistent buffers, either
-by an explicit spec or by what `peft_surgical.blocks.sources` can tell from the structure of the network. It never
-guesses: a network that no source knows is an error that shows the spec to fill in.
+`peft_surgical.blocks.sources.anatomy_of` makes an `Anatomy` of a network; `resolve` gives the tensors that a parsed
+target names in it. Whatever matches nothing is an error that lists what there is to choose from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import difflib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from torch import nn
+from ..errors import AnatomyError, UnknownTargetError, UnresolvedTargetError
+from .inventory import near_misses, shortened
+from .parsing import NUMBERED, Count, Name, Pattern, Range, TargetSpec, Term, compiled
 
-from ..errors import AnatomyError, UnknownTargetError
-from .inventory import Cut, Inventory, highest_modules, module_sizes
-from .sources import find_cut
-from .spec import NUMBERED, cut_by_spec, near_misses, shortened, skeleton
-
-_ALIASES = {"first": "block1", "last": "head"}
+_ALIASES = {"first": "block1", "last": "head", "stem": "embedding"}
+_BY_SCORES = "call config = peft_surgical.resolve_target(config, model, dataloader) before get_peft_model"
+_BY_RUNS = "call peft_surgical.training.search.{}, which trains candidates, or run `peft-surgical tune --target {}`"
+_SEARCHES = {"auto": "auto", "race": "race", "cross-val": "cross_val", "greedy": "greedy"}
 
 
 @dataclass(frozen=True)
 class Block:
-    """One block: a named part of a network.
+    """A block of a network, or a named part of a block.
 
     Attributes:
         name: For example ``"block1"``.
@@ -38,6 +39,12 @@ class Block:
     num_parameters: int
     modules: tuple[str, ...] = ()
 
+    @property
+    def outline(self) -> str:
+        """The tensors that are in none of its modules, and its modules, in one line."""
+        inside = tuple(f"{path}." for path in self.modules)
+        return shortened([*(name for name in self.tensors if not name.startswith(inside)), *self.modules])
+
 
 @dataclass(frozen=True)
 class Anatomy:
@@ -48,8 +55,8 @@ class Anatomy:
 
     Attributes:
         blocks: The blocks, in the order in which data flows.
-        parts: Finer names -> tensor names. Convolutional networks: ``stem`` (what comes before the first stage) and
-            ``stage1`` (the rest of block1). Transformers: ``stem``, the same tensors as the block ``embedding``.
+        parts: Of a convolutional network's block1, ``stem`` (what comes before the first stage) and ``stage1`` (the
+            rest). In a network with a block ``embedding``, ``stem`` is another name of that block.
         aliases: Every further name of a shared tensor (tied weights, a module used twice) -> its canonical name, the
             first one in ``named_parameters()``. Only canonical names are in blocks.
         source: What they come from: ``spec``, ``timm``, ``transformers``, ``torchvision`` or ``layout`` (a network
@@ -57,22 +64,16 @@ class Anatomy:
     """
 
     blocks: tuple[Block, ...]
-    parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    parts: tuple[Block, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=dict)
     source: str = "spec"
-    _sizes: Mapping[str, int] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        names = [block.name for block in self.blocks]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
+        if twice := sorted(name for name, count in Counter(self.names).items() if count > 1):
             raise AnatomyError(f"Block names must be unique; given twice: {', '.join(twice)}.")
-        if len(self._block_of) != sum(len(block.tensors) for block in self.blocks):
-            holders: dict[str, list[str]] = {}
-            for block in self.blocks:
-                for tensor in block.tensors:
-                    holders.setdefault(tensor, []).append(block.name)
-            shared = {tensor: found for tensor, found in holders.items() if len(found) > 1}
-            listed = "; ".join(f"{tensor} in {' and '.join(found)}" for tensor, found in list(shared.items())[:8])
+        if shared := [tensor for tensor, count in Counter(self.tensors).items() if count > 1]:
+            holders = {one: [block.name for block in self if one in block.tensors] for one in shared[:8]}
+            listed = "; ".join(f"{one} in {' and '.join(names)}" for one, names in holders.items())
             raise AnatomyError(f"{len(shared)} tensors are in more than one block: {listed}.")
 
     def __iter__(self) -> Iterator[Block]:
@@ -83,7 +84,7 @@ class Anatomy:
 
     def __contains__(self, name: object) -> bool:
         """Whether this is one of the blocks, or a name that ``anatomy[name]`` knows."""
-        return name in self.blocks if isinstance(name, Block) else self._find(name) is not None
+        return name in self.blocks if isinstance(name, Block) else self._find(str(name)) is not None
 
     def __getitem__(self, name: str) -> Block:
         """The block of this name or alias.
@@ -92,7 +93,7 @@ class Anatomy:
             UnknownTargetError: If the network has no such block; the message lists the ones it has.
         """
         if (block := self._find(name)) is None:
-            raise UnknownTargetError(self._why_missing(name))
+            raise UnknownTargetError(f"This network has no block {name!r}{self._hint(name)}.{_choices(self)}")
         return block
 
     @property
@@ -123,133 +124,164 @@ class Anatomy:
     def _block_of(self) -> dict[str, Block]:
         return {tensor: block for block in self.blocks for tensor in block.tensors}
 
-    def _find(self, name: object) -> Block | None:
-        by_name = {block.name: block for block in self.blocks}
-        for candidate in (name, _ALIASES.get(str(name))):
-            if candidate in by_name:
-                return by_name[str(candidate)]
-        if name not in self.parts:
-            return None
-        tensors = self.parts[str(name)]
-        same = [block for block in self.blocks if block.tensors == tensors]
-        modules = highest_modules(tensors, module_sizes(self.tensors))
-        return same[0] if same else Block(str(name), tensors, sum(self._sizes.get(t, 0) for t in tensors), modules)
+    @cached_property
+    def _named(self) -> dict[str, Block]:
+        """Name -> block or part; a block wins over a part of the same name."""
+        return {block.name: block for block in (*self.parts, *self.blocks)}
 
-    def _why_missing(self, name: str) -> str:
+    @cached_property
+    def _paths(self) -> dict[str, set[str]]:
+        """Path of a module or tensor, by any of its names -> the canonical names of the tensors there."""
+        paths: dict[str, set[str]] = {}
+        for name, tensor in [*((name, name) for name in self.tensors), *self.aliases.items()]:
+            components = name.split(".")
+            for depth in range(1, len(components) + 1):
+                paths.setdefault(".".join(components[:depth]), set()).add(tensor)
+        return paths
+
+    def _find(self, name: str) -> Block | None:
+        return self._named.get(name) or self._named.get(_ALIASES.get(name, name))
+
+    def _hint(self, name: str) -> str:
+        """What a name that no block has may have meant."""
         wanted = _ALIASES.get(name, name)
-        towers = [other for other in self.names if other.endswith(f".{wanted}")]
-        message = f"This network has no block {name!r}"
         if wanted == "head":
-            tied = [f"{alias} is {self.aliases[alias]}" for alias in self.aliases][:3]
-            message += ": it has no classifier of its own"
-            message += f" (shared tensors belong to the block that holds them first: {'; '.join(tied)})" if tied else ""
-        elif towers:
-            message += f"; it has {' and '.join(map(repr, towers))}"
-        elif name == "embedding" and "stem" in self:
-            message += "; what comes before its first stage is 'stem'"
-        else:
-            message += near_misses(name, [*self.names, *self.parts, *_ALIASES]).removesuffix("?")
-        return f"{message}. Its blocks: {_listed(self.names)}."
+            tied = "; ".join([f"{alias} is {tensor}" for alias, tensor in self.aliases.items()][:3])
+            why = f" (shared tensors belong to the block that holds them first: {tied})" if tied else ""
+            return f": it has no classifier of its own{why}"
+        if towers := [repr(other) for other in self.names if other.endswith(f".{wanted}")]:
+            return f"; it has {' and '.join(towers)}"
+        if name == "embedding" and "stem" in self:
+            return "; what comes before its first stage is 'stem'"
+        return near_misses(name, [*self._named, *_ALIASES]).removesuffix("?")
 
     def __str__(self) -> str:
         total = sum(block.num_parameters for block in self.blocks)
         rows = [("block", "modules", "tensors", "parameters", "share")]
         for block in self.blocks:
             share = f"{block.num_parameters / max(total, 1):.1%}"
-            shown = shortened([*_raw_tensors(block), *block.modules])
-            rows.append((block.name, shown, str(len(block.tensors)), f"{block.num_parameters:,}", share))
+            rows.append((block.name, block.outline, str(len(block.tensors)), f"{block.num_parameters:,}", share))
         rows.append(("total", "", str(len(self.tensors)), f"{total:,}", "100.0%"))
-        widths = [max(len(row[column]) for row in rows) for column in range(5)]
-        lines = []
-        for row in rows:
-            left = [cell.ljust(width) for cell, width in zip(row[:2], widths[:2], strict=True)]
-            right = [cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)]
-            lines.append("  ".join(left + right))
-        return "\n".join([*lines, f"source: {self.source}"])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        line = "  ".join(f"{{:{side}{width}}}" for side, width in zip("<<>>>", widths, strict=True))
+        return "\n".join([*(line.format(*row) for row in rows), f"source: {self.source}"])
 
 
-def anatomy_of(model: nn.Module, blocks: Mapping[str, str | Sequence[str]] | None = None) -> Anatomy:
-    """Cuts a network into ordered blocks.
+# --- targets ---
+
+
+def resolve(spec: TargetSpec, anatomy: Anatomy) -> tuple[str, ...]:
+    """Name the tensors that a target means in one network.
 
     Args:
-        model: Any network, on any device (also ``meta``); nothing is run and nothing is changed.
-        blocks: An explicit spec, block name -> one or more module or tensor paths, in the order in which data flows.
-            It must name every parameter and persistent buffer exactly once. Without it the blocks come from timm's
-            group matcher, the structure of a transformers model, or a known layout (torchvision's, CIFAR ResNets').
+        spec: What `parse` returned.
+        anatomy: The blocks of the network. The other names of tied tensors count as names of the tensor itself.
 
     Returns:
-        The blocks. Every parameter and persistent buffer is in exactly one of them, non-persistent buffers in none.
+        Canonical names, each once and at least one, in the order of the anatomy.
 
     Raises:
-        AnatomyError: If no source knows the network (the message shows a spec to fill in), or if the spec is not total
-            and disjoint, names an unknown path, or uses a name that means something else in a target.
-
-    Example:
-        >>> from torch import nn
-        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 2))
-        >>> anatomy = anatomy_of(net, blocks={"block1": ["0", "1"], "head": "3"})
-        >>> anatomy.names
-        ('block1', 'head')
-        >>> anatomy.block_of("1.running_mean").name
-        'block1'
-        >>> anatomy["last"].num_parameters
-        18
+        UnresolvedTargetError: Data has to decide first.
+        UnknownTargetError: A term matches nothing in this network or takes nothing away, or nothing is left at the end.
     """
-    inventory = Inventory(model)
-    if not inventory.tensors:
-        raise AnatomyError(
-            f"{type(model).__name__} has no parameters and no buffers: there is nothing to cut into blocks."
+    text = str(spec)
+    if spec.needs_data:
+        how = _BY_RUNS.format(_SEARCHES[text], text) if text in _SEARCHES else _BY_SCORES
+        raise UnresolvedTargetError(
+            f"{text} names no tensors until it has seen data: {how}, or name a block, e.g. target='block1'."
         )
-    if blocks is not None:
-        cut = cut_by_spec(inventory, blocks)
-    else:
-        found = find_cut(model, inventory)
-        if not isinstance(found, Cut):
-            raise AnatomyError(
-                f"Cannot tell the blocks of {type(model).__name__}. Tried:\n"
-                + "".join(f"  {source}: {reason}\n" for source, reason in found.items())
-                + "Name them yourself, in the order in which data flows, for example (edit as needed):\n"
-                + skeleton(inventory)
+    chosen: set[str] = set()
+    for step in spec.steps:
+        found = _select(anatomy, step.term)
+        if step.minus and not found & chosen:
+            raise _unknown(
+                anatomy, step.term, f"takes nothing away in {text!r}: what stands before it holds none of it"
             )
-        cut = found
-    return _assemble(inventory, cut)
+        chosen = chosen - found if step.minus else chosen | found
+    if not chosen:
+        raise _unknown(anatomy, spec, "takes away everything that it names, so nothing is left to tune")
+    return tuple(name for name in anatomy.tensors if name in chosen)
 
 
-def _assemble(inventory: Inventory, cut: Cut) -> Anatomy:
-    """Turns a cut into an anatomy, in the model's tensor order; refuses one that is not total."""
-    placed = {name for names in cut.blocks.values() for name in names}
-    if missing := [name for name in inventory.tensors if name not in placed]:
-        raise AnatomyError(
-            f"{len(missing)} of {len(inventory.tensors)} tensors are in no block: {shortened(missing, 200)}. "
-            "Name all blocks yourself with blocks={...}:\n" + skeleton(inventory)
-        )
-    sizes = {name: inventory.tensors[name].numel() for name in inventory.parameters}
-
-    def ordered(names: Iterable[str]) -> tuple[str, ...]:
-        return tuple(sorted(names, key=inventory.position.__getitem__))
-
-    found = []
-    below = module_sizes(inventory.tensors)
-    for block, names in cut.blocks.items():
-        tensors = ordered(names)
-        size = sum(sizes.get(name, 0) for name in tensors)
-        found.append(Block(block, tensors, size, highest_modules(tensors, below)))
-    parts = {part: ordered(names) for part, names in cut.parts.items()}
-    return Anatomy(tuple(found), parts, dict(inventory.aliases), cut.source, sizes)
+def _select(anatomy: Anatomy, term: Term) -> set[str]:
+    """The tensors of one term."""
+    text = str(term)
+    if text in anatomy._named:
+        found = set(anatomy._named[text].tensors)
+    elif isinstance(term, Range | Count):
+        found = _numbered(anatomy, term)
+    elif isinstance(term, Pattern):
+        regex = compiled(term.regex, text)
+        found = set().union(*(tensors for path, tensors in anatomy._paths.items() if regex.fullmatch(path)))
+    else:
+        found = _by_name(anatomy, text)
+    found = found.intersection(anatomy.tensors)
+    if not found:
+        reason = "holds no tensors" if text in anatomy._named else "matches nothing"
+        raise _unknown(anatomy, term, f"{reason} in this model", near=text not in anatomy._named)
+    return found
 
 
-def _raw_tensors(block: Block) -> list[str]:
-    return [name for name in block.tensors if not any(name.startswith(f"{path}.") for path in block.modules)]
+def _by_name(anatomy: Anatomy, text: str) -> set[str]:
+    tower, dot, word = text.rpartition(".")
+    other = tower + dot + _ALIASES.get(word, word)
+    if other in anatomy._named:
+        return set(anatomy._named[other].tensors)
+    if text == "all":
+        return set(anatomy.tensors)
+    if text in anatomy._paths:
+        return anatomy._paths[text]
+    # Before the ends of paths: 'head' must not mean some inner module while 'vision.head' is a block.
+    if inner := [name for name in anatomy._named if name.endswith((f".{text}", f".{other}"))]:
+        raise _unknown(anatomy, text, _which_tower(inner))
+    return set().union(*(tensors for path, tensors in anatomy._paths.items() if path.endswith(f".{text}")))
 
 
-def _listed(names: Sequence[str]) -> str:
-    """Block names in one line, runs of numbered blocks shortened: embedding, block1 to block12, head."""
-    shown: list[str] = []
-    for name in names:
-        match = NUMBERED.fullmatch(name)
-        previous = NUMBERED.fullmatch(shown[-1].split(" to ")[-1]) if shown else None
-        if match and previous and match[1] == previous[1]:
-            shown[-1] = f"{shown[-1].split(' to ')[0]} to {name}"
-        else:
-            shown.append(name)
-    return ", ".join(shown)
+def _numbered(anatomy: Anatomy, term: Range | Count) -> set[str]:
+    towers: dict[str, list[Block]] = {}
+    for block in anatomy:
+        if match := NUMBERED.fullmatch(block.name):
+            towers.setdefault(match[1], []).append(block)
+    numbered = towers.get(term.tower)
+    if numbered is None:
+        if str(term) in anatomy._paths:
+            return anatomy._paths[str(term)]
+        plain = str(term).removeprefix(term.tower)
+        which = _which_tower([tower + plain for tower in towers])
+        raise _unknown(anatomy, term, which if towers else "counts numbered blocks, of which this model has none")
+    if isinstance(term, Range):  # blocks are numbered 1, 2, ... without a gap
+        asked, blocks = term.last, numbered[term.first - 1 : term.last]
+    else:
+        asked, blocks = term.number, numbered[: term.number] if term.end == "first" else numbered[-term.number :]
+    if len(numbered) < asked:
+        raise _unknown(anatomy, term, f"asks for more than the {len(numbered)} numbered blocks that there are")
+    return {name for block in blocks for name in block.tensors}
+
+
+def _which_tower(names: Iterable[str]) -> str:
+    return f"does not say which tower of this model it means: write {' or '.join(map(repr, names))}"
+
+
+def _unknown(anatomy: Anatomy, term: Term | TargetSpec | str, reason: str, *, near: bool = False) -> UnknownTargetError:
+    """The error for a term, with what may have been meant and what there is to choose from."""
+    text = str(term)
+    message = f"target {text!r} {reason}."
+    if near:
+        plain = text.removeprefix("re:").replace("\\", "").strip("*.")
+        # A name may also be the end of a path, so ends of the same depth are candidates as well.
+        depth = plain.count(".") + 1
+        ends = (".".join(path.split(".")[-depth:]) for path in anatomy._paths)
+        names = ["all", "first", "last", *anatomy._named, *anatomy._paths, *ends]
+        known = {name.lower(): name for name in reversed(names)}
+        if close := difflib.get_close_matches(plain.lower(), known, n=4):
+            message += f" Near misses: {', '.join(known[name] for name in close)}."
+        if isinstance(term, Name) and "-" in text:
+            message += " To take away, put spaces around the minus ('all - head'); a range is written 'block2-4'."
+    return UnknownTargetError(message + _choices(anatomy))
+
+
+def _choices(anatomy: Anatomy) -> str:
+    """The blocks and parts of a network, as the last sentences of an error."""
+    sizes = ", ".join(f"{block.name} ({block.num_parameters:,})" for block in anatomy)
+    parts = ", ".join(part.name for part in anatomy.parts)
+    return f" Blocks of this model, with their parameters: {sizes}." + (f" Parts of them: {parts}." if parts else "")

@@ -3,39 +3,69 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from itertools import groupby
+from types import SimpleNamespace
 
 from torch import nn
 
-from .inventory import (
-    Cut,
-    Inventory,
-    all_composite,
-    arrange,
-    final_linear,
-    is_composite,
-    is_token_name,
-    merge_by_width,
-    name_blocks,
-    owner,
-    unclear_parameters,
-    width,
-)
+from .inventory import CONVS, Cut, Inventory, arrange, is_token_name, name_blocks, owner
 
 _CLASSIFIERS = ("fc", "linear", "classifier", "head", "heads", "last_linear")
 _NUMBERED = re.compile(r"(layer|stage|block|denseblock|s)_?(\d+)")
 
-# ---------------------------------------------------------------------------------------------------------------- timm
+# --- what a module is ---
+
+
+def final_linear(path: str, module: nn.Module) -> list[str]:
+    """Paths of a classifier's own linear maps: what precedes them inside it (a norm, a hidden map) is not head.
+
+    Usually one. A module that holds classifiers side by side (RepViT's two, CrossViT's one per branch) has several.
+    """
+    mapped = {name: child for name, child in module.named_modules() if isinstance(child, (nn.Linear, *CONVS))}
+    if not mapped:
+        return [path]
+    *_, (last_name, last) = mapped.items()
+    serial = isinstance(module, nn.Sequential)
+    same = [name for name, child in mapped.items() if not serial and _shape(child) == _shape(last)]
+    return [".".join(filter(None, (path, name))) for name in same or [last_name]]
+
+
+def _shape(module: nn.Module) -> tuple[object, ...]:
+    return type(module), *(getattr(module, name, None) for name in ("in_features", "out_features", "out_channels"))
+
+
+def width(module: nn.Module) -> int:
+    """Channels that the last convolution in a module gives; 0 without one."""
+    convs = [child for child in module.modules() if isinstance(child, CONVS)]
+    return convs[-1].out_channels if convs else 0
+
+
+def is_composite(module: nn.Module) -> bool:
+    """Whether a module has an inner structure of its own: a residual unit, not conv-norm-activation in a row."""
+    return not isinstance(module, nn.Sequential) and any(True for _ in module.children())
+
+
+def all_composite(module: nn.Module) -> bool:
+    """Whether a container holds composite modules only."""
+    children = list(module.children())
+    return bool(children) and all(map(is_composite, children))
+
+
+def merge_by_width(units: list[list[str]], widths: list[int]) -> list[list[str]]:
+    """A stage of a MobileNet or EfficientNet is a run of residual units of one width, as in timm's groups."""
+    runs = groupby(zip(widths, units, strict=True), key=lambda pair: pair[0])
+    return [[name for _, unit in run for name in unit] for _, run in runs]
+
+
+def unclear_parameters(inventory: Inventory, roots: set[str]) -> list[str]:
+    """Raw parameters of a root, neither tokens nor positions: their place in the order says nothing about their use."""
+    return [name for name in inventory.parameters if owner(name) in roots and not is_token_name(name)]
+
+
+# --- timm ---
+
 # A name that no matcher knows: it lands in the tail, where matchers put what they do not name (necks, norms, heads).
 _PROBE = "peft_surgical_probe.weight"
-
-
-class _WithProbe:
-    def __init__(self, names: Iterable[str]) -> None:
-        self._names = [*names, _PROBE]
-
-    def named_parameters(self) -> Iterator[tuple[str, None]]:
-        return ((name, None) for name in self._names)
 
 
 def cut_timm(model: nn.Module, inventory: Inventory) -> Cut | str:
@@ -52,8 +82,9 @@ def cut_timm(model: nn.Module, inventory: Inventory) -> Cut | str:
     except ImportError:
         return "the model has a group_matcher(), but timm is not installed"
     parameters = list(inventory.parameters)
+    probed = SimpleNamespace(named_parameters=lambda: dict.fromkeys([*parameters, _PROBE]).items())
     try:
-        group_of = group_parameters(_WithProbe(parameters), matcher(coarse=True), reverse=True)
+        group_of = group_parameters(probed, matcher(coarse=True), reverse=True)
     except Exception as error:  # a matcher is code of the model's own; RDNet's asserts that it is not asked for coarse
         return f"group_matcher(coarse=True) raised {type(error).__name__}: {error}"
     tail = group_of.pop(_PROBE)
@@ -108,7 +139,9 @@ def _add_buffers(inventory: Inventory, groups: list[list[str]]) -> None:
                 groups[label[name]].append(name)
 
 
-# ------------------------------------------------------------------------------------------ torchvision, known layouts
+# --- torchvision, and networks laid out like its own ---
+
+
 def cut_layout(model: nn.Module, inventory: Inventory) -> Cut | str:
     """Cuts torchvision's families and networks laid out like them, with a classifier named fc, linear, head or so.
 
@@ -174,18 +207,13 @@ def _features(inventory: Inventory, body: dict[str, nn.Module]) -> list[list[str
 
 def _equal_modules(inventory: Inventory, body: dict[str, nn.Module]) -> list[list[str]]:
     """Units from the only outermost container with two or more composite modules of one class."""
-    found: list[str] = []
-    for path, module in inventory.modules.items():
-        if path.split(".")[0] not in body or any(path.startswith(f"{other}.") for other in found):
-            continue
-        if type(module) not in (nn.ModuleList, nn.Sequential) or not inventory.below(path):
-            continue
-        if (
-            len(list(module.children())) > 1
-            and all_composite(module)
-            and len({type(child) for child in module.children()}) == 1
-        ):
-            found.append(path)
+
+    def holds_equals(path: str, module: nn.Module) -> bool:
+        classes = [type(child) for child in module.children()]
+        container = type(module) in (nn.ModuleList, nn.Sequential) and path.split(".")[0] in body
+        return container and len(classes) > 1 and len(set(classes)) == 1 and all_composite(module)
+
+    found = inventory.outermost(holds_equals)
     if len(found) != 1:
         return []
     return [inventory.below(f"{found[0]}.{name}") for name, _ in inventory.modules[found[0]].named_children()]

@@ -1,33 +1,34 @@
-"""Where the blocks of a network come from: timm's group matcher, the structure of a transformers model, known layouts.
+"""`anatomy_of` and where it finds blocks: timm's group matcher, the structure of a transformers model, known layouts.
 
-Each source is one function ``(model, inventory) -> Cut | str`` and one row of `SOURCES`; a string says why the source
-does not apply, so that the caller can list what was tried. A source looks at module classes, containers and attribute
-names, never at the name of a model.
+It never guesses: a network that no source knows is an error that shows the spec to fill in. Each source is one function
+``(model, inventory) -> Cut | str`` and one row of `SOURCES`; a string says why the source does not apply, so that the
+error can list what was tried. A source looks at module classes, containers and attribute names, never at the name of a
+model.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..errors import AnatomyError
+from .anatomy import Anatomy, Block
 from .inventory import (
     Cut,
     Inventory,
-    all_composite,
     arrange,
     attends,
-    final_linear,
-    merge_by_width,
+    cut_by_spec,
     name_blocks,
     owner,
-    unclear_parameters,
-    width,
+    shortened,
+    skeleton,
 )
-from .layouts import cut_layout, cut_timm
+from .layouts import all_composite, cut_layout, cut_timm, final_linear, merge_by_width, unclear_parameters, width
 
 _CLASSIFIER = re.compile(r"classifier|lm_head|score|fc$|projection$")
 # Parts of a two-tower trunk that belong to neither tower and come after both.
@@ -46,10 +47,14 @@ def cut_transformers(model: nn.Module, inventory: Inventory) -> Cut | str:
         inner = find_cut(wrapped, Inventory(wrapped))
         if not isinstance(inner, Cut):
             return "; ".join(f"wrapped model, {source}: {reason}" for source, reason in inner.items())
-        return _prefix_tensors(inner, "timm_model.")
+        blocks, parts = (
+            {block: [f"timm_model.{name}" for name in names] for block, names in named.items()}
+            for named in (inner.blocks, inner.parts)
+        )
+        return Cut(inner.source, blocks, parts)
     trunk = model.base_model_prefix if model.base_model is not model else ""
     dot = f"{trunk}." if trunk else ""
-    lists = _outermost_lists(inventory)
+    lists = inventory.outermost(lambda path, module: isinstance(module, nn.ModuleList))
     outside = [
         name
         for name, _ in model.named_children()
@@ -76,15 +81,6 @@ def cut_transformers(model: nn.Module, inventory: Inventory) -> Cut | str:
     stem = _beside(inventory, stacks[0], "embed") or _embedding_inside(inventory, stacks, units, head)
     stem, units, head = arrange(inventory, units, head, stem)
     return name_blocks("transformers", inventory, stem, units, head)
-
-
-def _outermost_lists(inventory: Inventory) -> list[str]:
-    found: list[str] = []
-    for path, module in inventory.modules.items():
-        inside_other = any(path.startswith(f"{other}.") for other in found)
-        if isinstance(module, nn.ModuleList) and inventory.below(path) and not inside_other:
-            found.append(path)
-    return found
 
 
 def _stacks(model: PreTrainedModel, inventory: Inventory, lists: list[str]) -> list[str]:
@@ -152,7 +148,10 @@ def _embedding_inside(inventory: Inventory, stacks: list[str], units: list[list[
 def _transformers_classifiers(inventory: Inventory, outside: list[str]) -> list[str]:
     """The last linear map outside the trunk, and those beside it that give as many outputs (DeiT's two classifiers)."""
     mapped = [
-        path for name in outside if inventory.has_matrix(name) for path in final_linear(name, inventory.modules[name])
+        path
+        for name in outside
+        if any(inventory.tensors[tensor].dim() > 1 for tensor in inventory.below(name))  # more than a norm
+        for path in final_linear(name, inventory.modules[name])
     ]
     widths = [getattr(inventory.modules[path], "out_features", None) for path in mapped]
     final = [path for path, width in zip(mapped, widths, strict=True) if path == mapped[-1] or width == widths[-1]]
@@ -177,39 +176,22 @@ def _cut_towers(inventory: Inventory, dot: str, stacks: list[str]) -> Cut | str:
         prefix = re.sub(r"_(model|tower)$", "", name)
         blocks |= name_blocks("", inventory, stem, units, [], prefix=f"{prefix}.").blocks
     placed = {name for names in blocks.values() for name in names}
-    embedding: list[str] = []
-    head: list[str] = []
-    for name in inventory.tensors:
-        top = name.removeprefix(dot)
-        if name in placed:
-            continue
-        if isinstance(inventory.modules[owner(name)], nn.Embedding):
-            embedding.append(name)
-            continue
-        if name.startswith(dot) and not _AFTER_TOWERS.match(top):
+    left = [name for name in inventory.tensors if name not in placed]
+    embedding = [name for name in left if isinstance(inventory.modules[owner(name)], nn.Embedding)]
+    head = [name for name in left if name not in embedding]
+    for name in head:
+        if name.startswith(dot) and not _AFTER_TOWERS.match(name.removeprefix(dot)):
             return f"cannot tell whether {name!r}, outside the towers {', '.join(roots)}, is head or block"
-        head.append(name)
-    first = {"embedding": embedding} if embedding else {}
-    last = {"head": head} if head else {}
-    return Cut("transformers", first | blocks | last, {"stem": embedding} if embedding else {})
-
-
-def _prefix_tensors(cut: Cut, prefix: str) -> Cut:
-    def prefixed(named: dict[str, list[str]]) -> dict[str, list[str]]:
-        return {block: [prefix + name for name in names] for block, names in named.items()}
-
-    return Cut(cut.source, prefixed(cut.blocks), prefixed(cut.parts))
+    cut = {"embedding": embedding} | blocks | {"head": head}
+    return Cut("transformers", {name: held for name, held in cut.items() if held})
 
 
 def _are_residual_units(modules: list[nn.Module]) -> bool:
     """Whether a convolutional network lists residual units rather than stages (no container of composites inside)."""
-    for module in modules:
-        inner = list(module.modules())
-        if attends(inner) or any(isinstance(child, nn.ModuleList) for child in inner):
-            return False
-        if any(isinstance(child, nn.Sequential) and all_composite(child) for child in inner):
-            return False
-    return all(width(module) for module in modules)
+    inner = [child for module in modules for child in module.modules()]
+    lists = any(isinstance(child, nn.ModuleList) for child in inner)
+    stages = any(isinstance(child, nn.Sequential) and all_composite(child) for child in inner)
+    return not (lists or stages or attends(inner)) and all(map(width, modules))
 
 
 SOURCES: dict[str, Callable[[nn.Module, Inventory], Cut | str]] = {
@@ -228,3 +210,59 @@ def find_cut(model: nn.Module, inventory: Inventory) -> Cut | dict[str, str]:
             return result
         tried[source] = result
     return tried
+
+
+def anatomy_of(model: nn.Module, blocks: Mapping[str, str | Sequence[str]] | None = None) -> Anatomy:
+    """Cuts a network into ordered blocks.
+
+    Args:
+        model: Any network, on any device (also ``meta``); nothing is run and nothing is changed.
+        blocks: An explicit spec, block name -> one or more module or tensor paths, in the order in which data flows.
+            It must name every parameter and persistent buffer exactly once. Without it the blocks come from timm's
+            group matcher, the structure of a transformers model, or a known layout (torchvision's, CIFAR ResNets').
+
+    Returns:
+        The blocks. Every parameter and persistent buffer is in exactly one of them, non-persistent buffers in none.
+
+    Raises:
+        AnatomyError: If no source knows the network (the message shows a spec to fill in), or if the spec is not total
+            and disjoint, names an unknown path, or uses a name that means something else in a target.
+
+    Example:
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 2))
+        >>> anatomy = anatomy_of(net, blocks={"block1": ["0", "1"], "head": "3"})
+        >>> anatomy.names
+        ('block1', 'head')
+        >>> anatomy.block_of("1.running_mean").name
+        'block1'
+        >>> anatomy["last"].num_parameters
+        18
+    """
+    inventory = Inventory(model)
+    if not inventory.tensors:
+        raise AnatomyError(
+            f"{type(model).__name__} has no parameters and no buffers: there is nothing to cut into blocks."
+        )
+    cut = find_cut(model, inventory) if blocks is None else cut_by_spec(inventory, blocks)
+    if not isinstance(cut, Cut):
+        raise AnatomyError(
+            f"Cannot tell the blocks of {type(model).__name__}. Tried:\n"
+            + "".join(f"  {source}: {reason}\n" for source, reason in cut.items())
+            + "Name them yourself, in the order in which data flows, for example (edit as needed):\n"
+            + skeleton(inventory)
+        )
+    placed = set().union(*cut.blocks.values())
+    if missing := [name for name in inventory.tensors if name not in placed]:
+        raise AnatomyError(
+            f"{len(missing)} of {len(inventory.tensors)} tensors are in no block: {shortened(missing, 200)}. "
+            "Name all blocks yourself with blocks={...}:\n" + skeleton(inventory)
+        )
+    sizes = {name: parameter.numel() for name, parameter in inventory.parameters.items()}
+
+    def made(named: Mapping[str, list[str]]) -> Iterator[Block]:
+        for name, held in named.items():
+            tensors = tuple(inventory.below(*held))
+            yield Block(name, tensors, sum(sizes.get(tensor, 0) for tensor in tensors), inventory.highest(tensors))
+
+    return Anatomy(tuple(made(cut.blocks)), tuple(made(cut.parts)), dict(inventory.aliases), cut.source)

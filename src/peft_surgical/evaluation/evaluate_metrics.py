@@ -1,22 +1,22 @@
-"""The metrics of :mod:`peft_surgical.evaluation` as ``evaluate.Metric``: batches, processes, ``evaluate.combine``.
+"""The metrics of `peft_surgical.evaluation` as ``evaluate.Metric``: batches, processes, ``evaluate.combine``.
 
 ``evaluate.load`` fetches a script from the Hub; these are classes, so they work offline:
 
     compute_metrics = lambda p: metric("accuracy").compute(predictions=p.predictions, references=p.label_ids)
 
-gives a ``Trainer`` its metric. One that needs more than predictions and labels gets a column for it, such as
-``groups``, in ``add_batch`` or ``compute``; a ``Trainer`` evaluates in the order of its dataset, so the groups of the
-dataset fit. Every accuracy and error is a fraction.
+gives a ``Trainer`` its metric. `WorstGroupAccuracy` needs one column more, ``groups``, in ``add_batch`` or ``compute``;
+a ``Trainer`` evaluates in the order of its dataset, so the groups of the dataset fit. Accuracies are fractions.
+`judge_with_evaluate` is `metrics.judge` computed by these classes: what recipes report with.
 
-Predictions may be logits (n, classes) or classes (n,). Only the class is stored, so a set of any size fits on disk, and
-what does not fit fails with its batch. Like every ``evaluate.Metric``, these write to ``cache_dir``, or to evaluate's
-cache in the user's home; ``keep_in_memory=True`` stores no examples on disk.
+Predictions may be logits (n, classes) or classes (n,), of which only the class is stored. Like every
+``evaluate.Metric``, these write to ``cache_dir``, or to evaluate's cache in the user's home; ``keep_in_memory=True``
+stores no examples on disk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from statistics import fmean
+import tempfile
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -55,22 +55,16 @@ def _integers(values: Any, name: str) -> Tensor:
 class _Metric(evaluate.Metric):
     """What the metrics share: predictions are checked and reduced to classes before evaluate stores them."""
 
-    columns: ClassVar[Mapping[str, str]] = {}
-    """Columns beside predictions and references -> their type in datasets."""
+    columns: ClassVar[tuple[str, ...]] = ()
+    """Columns of int64 beside predictions and references, one number for each example."""
 
     def _info(self) -> Any:
-        columns = "".join(f"    {name} ({kind}): one for each example.\n" for name, kind in self.columns.items())
+        columns = ("predictions", "references", *self.columns)
         return evaluate.MetricInfo(
             description=type(self).__doc__ or "",
             citation="",
-            inputs_description=(
-                "\n\nArgs:\n    predictions: logits (n, classes) or classes (n,).\n    references: classes (n,).\n"
-                + columns
-            ),
-            features=Features(
-                {name: Value(kind) for name, kind in {"predictions": "int64", "references": "int64"}.items()}
-                | {name: Value(kind) for name, kind in self.columns.items()}
-            ),
+            inputs_description=f"\n\nArgs: {', '.join(columns)}; predictions (n,) or logits (n, classes), others (n,).",
+            features=Features({name: Value("int64") for name in columns}),
         )
 
     def add_batch(self, *, predictions: Any = None, references: Any = None, **columns: Any) -> None:
@@ -88,20 +82,15 @@ class _Metric(evaluate.Metric):
         labels = _integers(references, "references")
         classes = metrics.predicted_classes(_tensor(predictions, "predictions"), labels)
         batch = {"predictions": classes.to(torch.int64).tolist(), "references": labels.tolist()}
-        for name, kind in self.columns.items():
-            batch[name] = self._column(name, kind, columns[name], len(labels))
+        for name in self.columns:
+            column = _integers(columns[name], name)
+            if column.shape != labels.shape:
+                raise DataError(
+                    f"{name} of shape {tuple(column.shape)} do not fit {len(labels)} references: pass one for each "
+                    "example"
+                )
+            batch[name] = column.tolist()
         super().add_batch(**batch)
-
-    @staticmethod
-    def _column(name: str, kind: str, values: Any, n: int) -> list[Any]:
-        if isinstance(values, str) or np.ndim(values) == 0:  # one for the whole batch
-            values = [values] * n
-        column = [str(v) for v in values] if kind == "string" else _integers(values, name).tolist()
-        if len(column) != n or any(isinstance(value, list) for value in column):
-            raise DataError(
-                f"{name} of shape {tuple(np.shape(values))} do not fit {n} references: pass one for each example"
-            )
-        return column
 
     def add(self, *, prediction: Any = None, reference: Any = None, **columns: Any) -> None:
         """Store one example: its logits (classes,) or its class, its label, and its columns."""
@@ -113,9 +102,9 @@ class _Metric(evaluate.Metric):
             **{name: [value] for name, value in columns.items()},
         )
 
-    def _tolerate(self, others: Mapping[str, Any]) -> None:
-        # evaluate.combine hands every argument to every metric: those of the others pass, a mistyped one does not.
-        known = {"minimum", "ignore", "baseline", *(name for c in METRICS.values() for name in c.columns)}
+    def _ignore(self, others: Mapping[str, Any]) -> None:
+        """Accept the columns of other metrics, which ``evaluate.combine`` passes to all; refuse a mistyped name."""
+        known = {name for one in METRICS.values() for name in one.columns}
         if unknown := sorted(set(others) - known):
             raise DataError(
                 f"{self.name} does not know {', '.join(unknown)}: these metrics take {', '.join(sorted(known))}"
@@ -126,98 +115,32 @@ class Accuracy(_Metric):
     """Share of correct predictions."""
 
     def _compute(self, *, predictions: Sequence[int], references: Sequence[int], **others: Any) -> dict[str, float]:
-        self._tolerate(others)
+        self._ignore(others)
         return {"accuracy": metrics.accuracy(_integers(predictions, ""), _integers(references, ""))}
-
-
-def _by_group(
-    kind: str,
-    predictions: Sequence[int],
-    references: Sequence[int],
-    groups: Sequence[int],
-    minimum: int,
-    ignore: Collection[int],
-) -> dict[str, float]:
-    arrays = [_integers(values, kind) for values in (predictions, references, groups)]
-    worst = metrics.worst_group_accuracy(*arrays, minimum=minimum, ignore=ignore)
-    average = metrics.average_group_accuracy(*arrays, minimum=minimum, ignore=ignore)
-    each = {f"accuracy_{kind}_{number}": a for number, a in metrics.group_accuracies(*arrays).items()}
-    return {f"worst_{kind}_accuracy": worst, f"average_{kind}_accuracy": average, **each}
 
 
 class WorstGroupAccuracy(_Metric):
     """Accuracy of the worst group, the mean over groups, and each group's (``accuracy_group_3``).
 
-    A group without examples does not count. The mean weighs every group the same; :class:`Accuracy` weighs examples.
+    A group without examples does not count. The mean weighs every group the same; `Accuracy` weighs examples.
     """
 
-    columns: ClassVar[Mapping[str, str]] = {"groups": "int64"}
+    columns: ClassVar[tuple[str, ...]] = ("groups",)
 
     def _compute(
         self, *, predictions: Sequence[int], references: Sequence[int], groups: Sequence[int], **others: Any
     ) -> dict[str, float]:
-        self._tolerate(others)
-        return _by_group("group", predictions, references, groups, 1, ())
+        self._ignore(others)
+        arrays = [_integers(values, "groups") for values in (predictions, references, groups)]
+        each = {f"accuracy_group_{number}": share for number, share in metrics.group_accuracies(*arrays).items()}
+        return {
+            "worst_group_accuracy": metrics.worst_group_accuracy(*arrays),
+            "average_group_accuracy": metrics.average_group_accuracy(*arrays),
+            **each,
+        }
 
 
-class WorstRegionAccuracy(_Metric):
-    """The same over regions, as for FMoW, of which some may not count.
-
-    ``compute`` takes ``minimum``, the number of examples that a region needs to count (1), and ``ignore``, regions that
-    never count. WILDS leaves out the region "Other" and regions without examples, and has no other minimum: for its
-    number pass ``ignore=[the number of "Other"]``. Regions that do not count still have their own accuracy shown.
-    """
-
-    columns: ClassVar[Mapping[str, str]] = {"regions": "int64"}
-
-    def _compute(
-        self,
-        *,
-        predictions: Sequence[int],
-        references: Sequence[int],
-        regions: Sequence[int],
-        minimum: int = 1,
-        ignore: Collection[int] = (),
-        **others: Any,
-    ) -> dict[str, float]:
-        self._tolerate(others)
-        return _by_group("region", predictions, references, regions, minimum, ignore)
-
-
-class CorruptionError(_Metric):
-    """Corruption error of each corruption and their mean, mCE (Hendrycks & Dietterich 2019), as fractions.
-
-    ``corruptions`` and ``severities`` may be one value for a whole batch. ``compute`` takes ``baseline``, by default
-    AlexNet's errors on ImageNet-C, which need severities 1 to 5; see :func:`metrics.corruption_errors` for others.
-    """
-
-    columns: ClassVar[Mapping[str, str]] = {"corruptions": "string", "severities": "int64"}
-
-    def _compute(
-        self,
-        *,
-        predictions: Sequence[int],
-        references: Sequence[int],
-        corruptions: Sequence[str],
-        severities: Sequence[int],
-        baseline: Mapping[str, float | Mapping[int, float]] = metrics.ALEXNET_ERRORS,
-        **others: Any,
-    ) -> dict[str, float]:
-        self._tolerate(others)
-        errors = metrics.severity_errors(
-            _integers(predictions, ""), _integers(references, ""), list(corruptions), _integers(severities, "")
-        )
-        each = metrics.corruption_errors(errors, baseline)
-        # Nothing added raises above, where the examples are counted.
-        return {"mean_corruption_error": fmean(each.values())} | {f"corruption_error_{c}": e for c, e in each.items()}
-
-
-METRICS: dict[str, type[_Metric]] = {
-    "accuracy": Accuracy,
-    "worst_group_accuracy": WorstGroupAccuracy,
-    "worst_region_accuracy": WorstRegionAccuracy,
-    "corruption_error": CorruptionError,
-}
+METRICS: dict[str, type[_Metric]] = {"accuracy": Accuracy, "worst_group_accuracy": WorstGroupAccuracy}
 """Name -> class."""
 
 
@@ -225,8 +148,8 @@ def metric(name: str, **settings: Any) -> _Metric:
     """A new metric of this name.
 
     Args:
-        name: Key of :data:`METRICS`.
-        settings: Of ``evaluate.Metric``, such as ``cache_dir``, ``keep_in_memory``, ``num_process``, ``process_id``.
+        name: Key of `METRICS`.
+        settings: Arguments of ``evaluate.Metric``, such as ``cache_dir``, ``keep_in_memory``, ``num_process``.
 
     Raises:
         DataError: If the name is unknown.
@@ -234,3 +157,20 @@ def metric(name: str, **settings: Any) -> _Metric:
     if name not in METRICS:
         raise DataError(f"unknown metric {name!r}: choose one of {', '.join(METRICS)}")
     return METRICS[name](**settings)
+
+
+def judge_with_evaluate(
+    names: Sequence[str], scores: Tensor, labels: Tensor, groups: Tensor | None
+) -> dict[str, float]:
+    """`metrics.judge`, computed by the ``evaluate.Metric`` classes of this module; nothing stays on disk.
+
+    Arguments, return value and errors as for `metrics.judge`.
+    """
+    groups = metrics.groups_or_zeros(names, labels, groups)
+    found: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            if name not in found:  # one class computes both metrics of groups
+                one = metric(name if name in METRICS else "worst_group_accuracy", cache_dir=folder, keep_in_memory=True)
+                found |= one.compute(predictions=scores, references=labels, **dict.fromkeys(one.columns, groups))
+    return {name: found[name] for name in names}

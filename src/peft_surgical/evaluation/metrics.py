@@ -1,43 +1,47 @@
-"""Accuracy, accuracy by group, and corruption errors: pure functions of predictions and labels.
+"""Accuracy and accuracy by group, their confidence intervals, and the table of metrics by name: pure functions.
 
 Accuracies and errors are fractions in [0, 1]; percent appears only where text is printed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from statistics import fmean
+import math
+from collections.abc import Callable, Mapping, Sequence
+from statistics import NormalDist, fmean, stdev
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..errors import DataError
+from ..errors import ConfigError, DataError
 
-ALEXNET_ERRORS: dict[str, float] = {
-    "gaussian_noise": 0.886428,
-    "shot_noise": 0.894468,
-    "impulse_noise": 0.922640,
-    "defocus_blur": 0.819880,
-    "glass_blur": 0.826268,
-    "motion_blur": 0.785948,
-    "zoom_blur": 0.798360,
-    "snow": 0.866816,
-    "frost": 0.826572,
-    "fog": 0.819324,
-    "brightness": 0.564592,
-    "contrast": 0.853204,
-    "elastic_transform": 0.646056,
-    "pixelate": 0.717840,
-    "jpeg_compression": 0.606500,
-}
-"""AlexNet's error per ImageNet-C corruption, mean over severities (Hendrycks & Dietterich 2019): mCE divides by it."""
+# --- predictions ---
 
-SEVERITIES = (1, 2, 3, 4, 5)
-"""The severities of ImageNet-C and CIFAR-10-C."""
+
+def predict_logits(model: nn.Module, inputs: Tensor, batch_size: int = 500) -> Tensor:
+    """Logits (n, classes) on the CPU, computed in ``eval()`` without gradients; the modes are restored after.
+
+    Args:
+        model: Maps a batch of inputs to logits (n, classes), or returns them as ``.logits``.
+        inputs: (n, ...) on any device; moved to the model's, batch by batch.
+        batch_size: Part of the arithmetic: kernels may differ in the last bit between batch sizes, so compare logits
+            bit for bit only at the same one.
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            outputs = [model(batch.to(device)) for batch in inputs.split(batch_size)]
+    finally:
+        # Module by module: a single train() would also wake modules that their owner had put into eval.
+        for module, training in modes.items():
+            module.training = training
+    return torch.cat([getattr(output, "logits", output).cpu() for output in outputs])
 
 
 def predicted_classes(scores: Tensor, labels: Tensor) -> Tensor:
-    """The predicted classes (n,), of as many examples as there are labels; none is allowed.
+    """The predicted classes (n,) of as many examples as there are labels, which may be none.
 
     Args:
         scores: Logits (n, classes), of which the first largest counts, or predicted classes (n,).
@@ -59,11 +63,22 @@ def predicted_classes(scores: Tensor, labels: Tensor) -> Tensor:
     return predictions
 
 
-def _predictions(scores: Tensor, labels: Tensor) -> Tensor:
+def tolerant(logits: Tensor) -> Tensor:
+    """Predicted classes (n,); -1, which is no class, where a logit is NaN.
+
+    For choosing: a candidate that diverged has to lose to the others instead of ending the search.
+    """
+    return torch.where(logits.isnan().any(1), -1, logits.argmax(1))
+
+
+# --- metrics ---
+
+
+def _correct(scores: Tensor, labels: Tensor) -> Tensor:
     predictions = predicted_classes(scores, labels)
     if not len(labels):
         raise DataError("no examples to evaluate on: check the split or the filter that made this set")
-    return predictions
+    return predictions == labels
 
 
 def accuracy(scores: Tensor, labels: Tensor) -> float:
@@ -74,156 +89,186 @@ def accuracy(scores: Tensor, labels: Tensor) -> float:
         labels: int64 (n,).
 
     Raises:
-        DataError: If the shapes do not fit, nothing is there, or a score is NaN.
+        DataError: If the shapes do not fit, there are no examples, or a score is NaN.
     """
-    return int((_predictions(scores, labels) == labels).sum()) / len(labels)
+    return int(_correct(scores, labels).sum()) / len(labels)
 
 
-def group_accuracies(
-    scores: Tensor, labels: Tensor, groups: Tensor, *, minimum: int = 1, ignore: Collection[int] = ()
-) -> dict[int, float]:
-    """Accuracy within each group, a fraction, by the group's number.
+def group_accuracies(scores: Tensor, labels: Tensor, groups: Tensor) -> dict[int, float]:
+    """Accuracy within each group, a fraction, by the group's number. A group without examples is not listed.
 
     Args:
         scores: Logits (n, classes) or predicted classes (n,).
         labels: int64 (n,).
         groups: int64 (n,), for example label x background of Waterbirds.
-        minimum: A group with fewer examples is left out.
-        ignore: Groups that are left out, such as the region "Other" of WILDS FMoW.
 
     Raises:
-        DataError: If the shapes do not fit, nothing is there or left, or a score is NaN.
+        DataError: If the shapes do not fit, there are no examples, or a score is NaN.
     """
-    correct = _predictions(scores, labels) == labels
+    correct = _correct(scores, labels)
     if groups.shape != labels.shape:
         raise DataError(
             f"groups of shape {tuple(groups.shape)} do not fit labels of shape {tuple(labels.shape)}: one each"
         )
-    counts = {int(g): int(n) for g, n in zip(*groups.unique(return_counts=True), strict=True)}
-    kept = {g: n for g, n in counts.items() if n >= minimum and g not in ignore}
-    if not kept:
-        there = ", ".join(f"{g} ({n})" for g, n in counts.items())
-        raise DataError(
-            f"no group is left with minimum={minimum} and ignore={list(ignore)}: the groups and their examples are "
-            f"{there}; ask for fewer examples or ignore fewer groups"
-        )
-    return {g: int(correct[groups == g].sum()) / n for g, n in kept.items()}
+    counts = zip(*groups.unique(return_counts=True), strict=True)
+    return {int(g): int(correct[groups == g].sum()) / int(n) for g, n in counts}
 
 
-def worst_group_accuracy(
-    scores: Tensor, labels: Tensor, groups: Tensor, *, minimum: int = 1, ignore: Collection[int] = ()
-) -> float:
+def worst_group_accuracy(scores: Tensor, labels: Tensor, groups: Tensor) -> float:
     """Accuracy of the worst group, a fraction: what the paper reports for Waterbirds and CelebA (Sec. 3.1).
 
-    A group without examples does not count. Arguments and errors as for :func:`group_accuracies`.
+    Arguments and errors as for `group_accuracies`.
     """
-    return min(group_accuracies(scores, labels, groups, minimum=minimum, ignore=ignore).values())
+    return min(group_accuracies(scores, labels, groups).values())
 
 
-def average_group_accuracy(
-    scores: Tensor, labels: Tensor, groups: Tensor, *, minimum: int = 1, ignore: Collection[int] = ()
-) -> float:
+def average_group_accuracy(scores: Tensor, labels: Tensor, groups: Tensor) -> float:
     """Mean of the accuracies of the groups, a fraction: each group weighs the same, however many examples it has.
 
-    :func:`accuracy` weighs them by their examples. Arguments and errors as for :func:`group_accuracies`.
+    `accuracy` weighs them by their examples. Arguments and errors as for `group_accuracies`.
     """
-    return fmean(group_accuracies(scores, labels, groups, minimum=minimum, ignore=ignore).values())
+    return fmean(group_accuracies(scores, labels, groups).values())
 
 
-def severity_errors(
-    scores: Tensor, labels: Tensor, corruptions: Sequence[str], severities: Tensor
-) -> dict[str, dict[int, float]]:
-    """Top-1 error, a fraction, by corruption and severity.
+# --- metrics by name ---
 
-    Args:
-        scores: Logits (n, classes) or predicted classes (n,).
-        labels: int64 (n,).
-        corruptions: n names.
-        severities: int64 (n,), such as 1 to 5.
+JUDGES: Mapping[str, Callable[[Tensor, Tensor, Tensor], float]] = {
+    "accuracy": lambda scores, labels, groups: accuracy(scores, labels),
+    "worst_group_accuracy": worst_group_accuracy,
+    "average_group_accuracy": average_group_accuracy,
+}
+"""Name -> function of logits (n, classes) or classes (n,), labels (n,), groups (n,). A further metric is a row."""
+
+
+def check_metrics(names: Sequence[str]) -> None:
+    """Raise `ConfigError` for names that are not in `JUDGES`, or for none."""
+    if not names or not set(names) <= set(JUDGES):
+        raise ConfigError(f"metrics={list(names)}: name one or more of {', '.join(JUDGES)}; the first one selects")
+
+
+def groups_or_zeros(names: Sequence[str], labels: Tensor, groups: Tensor | None) -> Tensor:
+    """The groups (n,), or one group for all examples where there are none and no metric of these names needs them.
 
     Raises:
-        DataError: If the shapes do not fit, nothing is there, or a score is NaN.
+        DataError: If a metric needs groups and there are none.
     """
-    names = sorted(set(corruptions))
-    position = {name: number for number, name in enumerate(names)}
-    numbers = torch.tensor([position[name] for name in corruptions], dtype=torch.int64, device=labels.device)
-    if severities.shape != labels.shape or len(numbers) != len(labels):
+    if groups is not None:
+        return groups
+    if needy := [name for name in names if "group" in name]:
+        raise DataError(f"{needy[0]} needs the group of every image: the data has no column 'group'")
+    return torch.zeros_like(labels)
+
+
+def judge(names: Sequence[str], scores: Tensor, labels: Tensor, groups: Tensor | None) -> dict[str, float]:
+    """Name of a metric -> its value, a fraction.
+
+    Names are keys of `JUDGES`; groups are None where there are none; arguments otherwise as for `group_accuracies`.
+
+    Raises:
+        DataError: If a metric needs groups and there are none, or for the reasons that `group_accuracies` gives.
+    """
+    groups = groups_or_zeros(names, labels, groups)
+    return {name: JUDGES[name](scores, labels, groups) for name in names}
+
+
+# --- intervals ---
+
+
+class Interval(NamedTuple):
+    """An estimate between the ends of its confidence interval, all in the unit of the estimate."""
+
+    value: float
+    low: float
+    high: float
+
+
+def wilson_interval(correct: int, n: int, confidence: float = 0.95) -> Interval:
+    """Wilson's score interval for one proportion: for the accuracy of one run on n test examples.
+
+    Unlike the normal approximation it stays in [0, 1] and keeps its coverage near 0 and 1 (Wilson 1927).
+
+    Raises:
+        DataError: If ``correct`` is not within 0..n or n is not positive.
+    """
+    if n <= 0 or not 0 <= correct <= n:
+        raise DataError(f"{correct} of {n} correct is not a proportion: pass counts with 0 <= correct <= n and n > 0")
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    share = correct / n
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    # Exactly 0 and 1 at the ends, where rounding would leave 1e-17 and put the value outside its own interval.
+    return Interval(share, 0.0 if correct == 0 else centre - half, 1.0 if correct == n else centre + half)
+
+
+def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
+    """Mean of independent runs with Student's t interval, in the unit of the values.
+
+    Over seeds it covers the spread of draws and of training. Where the test sets of the seeds overlap, as with splits
+    of one file, it understates the uncertainty about new images.
+
+    Raises:
+        DataError: If fewer than two values are given: one run has no spread, its interval is `wilson_interval`.
+    """
+    if len(values) < 2:
         raise DataError(
-            f"{len(numbers)} corruptions and severities of shape {tuple(severities.shape)} do not fit labels of shape "
-            f"{tuple(labels.shape)}: one each"
+            f"{len(values)} value(s) have no spread: run more seeds, or use wilson_interval for a single run"
         )
-    if (severities < 0).any():
-        raise DataError(f"severity {int(severities.min())} does not exist: pass numbers such as 1 to 5")
-    # One number for each pair, so that it is a grouping like any other.
-    steps = int(severities.max()) + 1 if len(severities) else 1
-    errors: dict[str, dict[int, float]] = {name: {} for name in names}
-    for pair, right in group_accuracies(scores, labels, numbers * steps + severities).items():
-        errors[names[pair // steps]][pair % steps] = 1 - right
-    return errors
+    mean = fmean(values)
+    half = _student_quantile(len(values) - 1, confidence) * stdev(values) / math.sqrt(len(values))
+    return Interval(mean, mean - half, mean + half)
 
 
-def corruption_error(errors: Sequence[float], baseline_errors: Sequence[float]) -> float:
-    """CE of one corruption: error summed over severities, over a baseline's (Hendrycks & Dietterich 2019, Sec. 4).
-
-    Args:
-        errors: The model's top-1 errors by severity, fractions.
-        baseline_errors: The baseline's, in the same order.
+def interval_of_runs(proportions: Sequence[float], n: int) -> Interval:
+    """The interval of one proportion for each seed: Wilson's over the n examples of a single run, else Student's t.
 
     Raises:
-        DataError: If the numbers of severities differ or the baseline makes no error.
+        DataError: If there is no run, or a single one on no examples.
     """
-    if len(errors) != len(baseline_errors) or not errors:
-        raise DataError(
-            f"{len(errors)} errors against {len(baseline_errors)} baseline errors: one per severity in both"
-        )
-    if sum(baseline_errors) <= 0:
-        raise DataError(
-            "the baseline makes no error, so the corruption error has no meaning: pass errors, not accuracies"
-        )
-    return sum(errors) / sum(baseline_errors)
+    if not proportions:
+        raise DataError("no run has an interval: pass one proportion for each seed")
+    # round: a proportion of n examples times n is a whole number up to rounding.
+    return mean_interval(proportions) if len(proportions) > 1 else wilson_interval(round(proportions[0] * n), n)
 
 
-def corruption_errors(
-    errors: Mapping[str, Mapping[int, float]],
-    baseline_errors: Mapping[str, float | Mapping[int, float]] = ALEXNET_ERRORS,
-) -> dict[str, float]:
-    """:func:`corruption_error` of every corruption, a fraction; mCE is their mean.
+def interval_of(name: str, scores: Tensor, labels: Tensor, groups: Tensor | None) -> tuple[Interval, int]:
+    """The 95% interval of one run's metric over the images it was measured on, and how many these were.
 
-    Args:
-        errors: The model's top-1 errors by corruption and severity, fractions, as :func:`severity_errors` gives them.
-        baseline_errors: The baseline's in the same form; a single number is its mean over severities 1 to 5, as
-            published for AlexNet on ImageNet-C.
-
-    Raises:
-        DataError: If the baseline lacks a corruption, or its severities are not the model's.
+    Accuracies have Wilson's interval; that of the worst group is of its own images, as if it had been named beforehand.
+    The mean over groups has the limits of every group combined by MOVER (Zou & Donner 2008, Stat. Med. 27:1693).
+    Arguments as for `judge`.
     """
-    if missing := sorted(set(errors) - set(baseline_errors)):
-        raise DataError(f"no baseline error for {', '.join(missing)}: it has {', '.join(sorted(baseline_errors))}")
-    result = {}
-    for name, found in errors.items():
-        reference = baseline_errors[name]
-        expected = dict(reference) if isinstance(reference, Mapping) else dict.fromkeys(SEVERITIES, float(reference))
-        if set(found) != set(expected):
-            raise DataError(
-                f"{name} has errors for the severities {sorted(found)}, its baseline for {sorted(expected)}: evaluate "
-                "them all, or pass a baseline with an error for each severity"
-            )
-        result[name] = corruption_error([found[s] for s in expected], list(expected.values()))
-    return result
+    value = judge([name], scores, labels, groups)[name]
+    if groups is None or name == "accuracy":
+        return wilson_interval(round(value * len(labels)), len(labels)), len(labels)
+    each = group_accuracies(scores, labels, groups)
+    sizes = {group: int((groups == group).sum()) for group in each}
+    limits = {group: wilson_interval(round(each[group] * sizes[group]), sizes[group]) for group in each}
+    if name == "worst_group_accuracy":
+        worst = min(each, key=lambda group: each[group])
+        return limits[worst], sizes[worst]
+    below = math.sqrt(sum((one.value - one.low) ** 2 for one in limits.values())) / len(each)
+    above = math.sqrt(sum((one.high - one.value) ** 2 for one in limits.values())) / len(each)
+    return Interval(value, max(0.0, value - below), min(1.0, value + above)), len(labels)
 
 
-def mean_corruption_error(errors: Mapping[str, float], baseline_errors: Mapping[str, float] = ALEXNET_ERRORS) -> float:
-    """mCE: mean over corruptions of :func:`corruption_error`, a fraction (the literature prints it in percent).
+def _student_quantile(freedom: int, confidence: float) -> float:
+    """The t with P(|T| <= t) = confidence, for whole degrees of freedom.
 
-    Args:
-        errors: Per corruption, the model's mean top-1 error over severities.
-        baseline_errors: The same for the baseline, AlexNet on ImageNet-C by default.
-
-    Raises:
-        DataError: If nothing is given or the baseline lacks a corruption.
+    Abramowitz & Stegun 26.7.3-4, a finite series in the angle atan(t / sqrt(freedom)), bisected: the core has no scipy.
     """
-    if missing := sorted(set(errors) - set(baseline_errors)):
-        raise DataError(f"no baseline error for {', '.join(missing)}: it has {', '.join(sorted(baseline_errors))}")
-    if not errors:
-        raise DataError("no corruption given: pass the error of each corruption by name")
-    return fmean(corruption_error([error], [baseline_errors[name]]) for name, error in errors.items())
+    odd = freedom % 2
+
+    def within(angle: float) -> float:
+        cosine, total = math.cos(angle), 0.0
+        term = cosine if odd else 1.0
+        for k in range(2 + odd, freedom + 1, 2):
+            total += term
+            term *= cosine * cosine * (k - 1) / k
+        total *= math.sin(angle)
+        return 2 / math.pi * (angle + total) if odd else total
+
+    low, high = 0.0, math.pi / 2
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if within(middle) < confidence else (low, middle)
+    return math.sqrt(freedom) * math.tan(low)

@@ -1,20 +1,22 @@
-"""Reported numbers, each with what it takes to believe it, and the frozen :class:`Report` that carries them.
+"""Reported numbers, each with what it takes to believe it, and tables of them, on the terminal and as Markdown.
 
-A number is reported as a :class:`Measurement`, which cannot be built without the rule that selected the run behind it,
-the number of test examples, the seeds and an interval: a table made of them cannot hide that it peeked.
+A number is reported as a `Measurement`, which cannot be built without the rule that selected the run behind it, the
+number of test examples, the seeds and an interval: a table made of them cannot hide that a run was chosen on test data.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from .intervals import interval_of_runs
+from ..extras import require
+from .metrics import interval_of_runs
 
 ORACLE = "oracle"
 """The selection rule of a number whose run was chosen by looking at test data."""
@@ -28,12 +30,11 @@ class Measurement:
         name: The metric, such as ``accuracy`` or ``worst_group_accuracy``.
         dataset: What it was measured on, such as ``cifar10c/frost severity 5``.
         value: The number; accuracies and errors as fractions.
-        low: Lower end of the 95% interval.
-        high: Upper end of the 95% interval.
+        low, high: The ends of its 95% interval.
         interval: What the interval is: ``wilson`` (one run, over test examples) or ``t`` (over seeds).
         n: Test examples per seed.
         seeds: The seeds behind the number.
-        selection: How the run was chosen, in words; :data:`ORACLE` if test data had a say, ``none`` if nothing was.
+        selection: How the run was chosen, in words; `ORACLE` if it was chosen on test data, ``none`` if nothing was.
 
     Raises:
         DataError: If a part is missing, not finite, in percent, or outside its interval.
@@ -77,20 +78,13 @@ class Measurement:
 def measure(
     name: str, values: Sequence[float], *, dataset: str, n: int, seeds: Sequence[int], selection: str
 ) -> Measurement:
-    """A :class:`Measurement` from one proportion per seed: Wilson's interval for one seed, Student's t for more.
+    """A `Measurement` from one proportion per seed: Wilson's interval for one seed, Student's t for more.
 
-    An interval ends at 0 and 1 at the latest.
-
-    Args:
-        name: The metric.
-        values: One fraction per seed.
-        dataset: What it was measured on.
-        n: Test examples per seed.
-        seeds: As many as values, each once.
-        selection: How the runs were chosen, in words.
+    Values are fractions, one for each of the seeds, and the interval is cut at 0 and 1. The other arguments are the
+    attributes of `Measurement`.
 
     Raises:
-        DataError: If values and seeds do not pair up, or as :class:`Measurement` says.
+        DataError: If values and seeds do not pair up, or as `Measurement` says.
     """
     if len(values) != len(seeds) or len(set(seeds)) != len(seeds) or not values:
         raise DataError(
@@ -98,8 +92,66 @@ def measure(
         )
     single = len(values) == 1
     value, low, high = interval_of_runs(values, n)
-    low, high = max(0.0, low), min(1.0, high)  # Student's t knows of no ends
+    low, high = max(0.0, low), min(1.0, high)  # Student's t interval is not bounded by 0 and 1
     return Measurement(name, dataset, value, low, high, "wilson" if single else "t", n, tuple(seeds), selection)
+
+
+def plus_minus(values: Sequence[float], n: int | None = None, sign: str = "") -> str:
+    """Mean of fractions in percent ± half its 95% interval, such as ``80.1 ± 1.8``.
+
+    Args:
+        values: One fraction for each seed: Student's t over them. A single one has Wilson's interval over ``n`` test
+            examples, and without ``n`` none; no value at all is ``-``.
+        n: Test examples of one seed.
+        sign: ``"+"`` shows the sign of differences.
+    """
+    if not values:
+        return "-"
+    if len(values) == 1 and n is None:
+        return f"{100 * values[0]:{sign}.1f}"
+    value, low, high = interval_of_runs(values, n or 0)
+    return f"{100 * value:{sign}.1f} ± {50 * (high - low):.1f}"
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """A table of texts with what has to be said below it.
+
+    Raises:
+        DataError: If a row has another number of cells than the header.
+    """
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    caption: str = ""
+
+    def __post_init__(self) -> None:
+        for row in self.rows:
+            if len(row) != len(self.header):
+                raise DataError(
+                    f"a row of {len(row)} cells under {len(self.header)} columns: {', '.join(row)}; give each row "
+                    "a cell for each column, '-' where there is nothing"
+                )
+
+    def markdown(self) -> str:
+        """A Markdown table, an empty line, and the caption."""
+        lines = [f"| {' | '.join(row)} |" for row in (self.header, ["---"] * len(self.header), *self.rows)]
+        return "\n".join([*lines, *(["", self.caption] if self.caption else [])]) + "\n"
+
+    def save(self, file: str | Path) -> None:
+        """Write `markdown` to a file."""
+        Path(file).write_text(self.markdown(), encoding="utf-8")
+
+    def show(self, **options: Any) -> None:
+        """Print it through rich, in 150 columns where the output is no terminal; options are those of rich's table."""
+        rich_table, console = require("rich.table", "showing a table"), require("rich.console", "showing a table")
+        text = require("rich.text", "showing a table").Text
+        table = rich_table.Table(caption=text(self.caption), **options)
+        for name in self.header:
+            table.add_column(text(name))
+        for row in self.rows:
+            table.add_row(*map(text, row))
+        console.Console(width=None if sys.stdout.isatty() else 150).print(table)
 
 
 @dataclass(frozen=True)
@@ -135,18 +187,16 @@ class Report:
 
     def to_markdown(self) -> str:
         """A table in percent, each row with its interval, n, seeds and selection rule."""
-        lines = [
-            "| metric | data | value (%) | 95% interval (%) | n | seeds | selection |",
-            "|---|---|---|---|---|---|---|",
-        ]
+        header = ["metric", "data", "value (%)", "95% interval (%)", "n", "seeds", "selection"]
+        rows = []
         for m in self.measurements:
-            seeds = ", ".join(map(str, m.seeds))
             ends = f"{100 * m.low:.1f} to {100 * m.high:.1f} ({m.interval})"
-            lines.append(f"| {m.name} | {m.dataset} | {100 * m.value:.1f} | {ends} | {m.n} | {seeds} | {m.selection} |")
-        return "\n".join(lines) + "\n"
+            seeds = ", ".join(map(str, m.seeds))
+            rows.append([m.name, m.dataset, f"{100 * m.value:.1f}", ends, str(m.n), seeds, m.selection])
+        return TextTable(header, rows).markdown()
 
     def to_json(self) -> str:
-        """JSON text that :meth:`from_json` turns back into an equal report."""
+        """JSON text that `from_json` turns back into an equal report."""
         try:
             return json.dumps(asdict(self), indent=2, allow_nan=False) + "\n"
         except (TypeError, ValueError) as error:
@@ -154,7 +204,7 @@ class Report:
 
     @classmethod
     def from_json(cls, text: str) -> Report:
-        """Read what :meth:`to_json` wrote.
+        """Read what `to_json` wrote.
 
         Raises:
             DataError: If the text is no JSON, or a part is missing, unknown or not valid.
@@ -172,16 +222,12 @@ class Report:
             ) from error
 
     def save(self, file: str | Path) -> None:
-        """Write :meth:`to_json` to a file."""
+        """Write `to_json` to a file."""
         Path(file).write_text(self.to_json(), encoding="utf-8")
 
     @classmethod
     def load(cls, file: str | Path) -> Report:
-        """Read a file that :meth:`save` wrote.
-
-        Raises:
-            DataError: As :meth:`from_json`, with the file's name.
-        """
+        """Read a file that `save` wrote; errors are those of `from_json` and name the file."""
         try:
             return cls.from_json(Path(file).read_text(encoding="utf-8"))
         except DataError as error:

@@ -32,7 +32,7 @@ from ..data.labelled import collate
 from ..devices import accelerator_or_cpu
 from ..errors import AdapterError, ConfigError
 from ..evaluation import predict_logits, predicted_classes
-from ..evaluation.judging import check_metrics, interval_of, judge, tolerant
+from ..evaluation.metrics import check_metrics, interval_of, judge, tolerant
 from ..files import fingerprint
 from ..training.engines import Engine, Workers
 from ..training.fitting import FitSettings, fit, forget_checkpoints
@@ -54,8 +54,8 @@ class Experiment(Subject):
         folder: For the ledger, checkpoints and outputs.
         fitting: How to train; rate and seed are set for each run.
         config: Further fields of the `SurgicalConfig`: ``norm_stats``, ``delta_dtype``.
-        metrics: Names of `judging.JUDGES`. The first chooses epochs, rates and targets; of test images all are
-            reported.
+        metrics: Names of `evaluation.metrics.JUDGES`. The first chooses epochs, rates and targets; all are reported
+            on test images.
         arguments: As for `fit`.
         logs: Folder for TensorBoard's files, a folder for each run in it; None leaves them to Trainer.
         engine: What runs the runs; see `engines.workers` and `engines.Together`.

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..blocks.spec import NUMBERED
+from ..blocks.parsing import NUMBERED
 from ..config import SurgicalConfig
 from ..evaluation import ORACLE, Measurement, Report
 from ..tuner.card import is_repository
