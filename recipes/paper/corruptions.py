@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from peft_surgical.bases.load import Base, load_base
-from peft_surgical.data import tables
-from peft_surgical.data.folders import visible
+from peft_surgical.data import layouts
 from peft_surgical.data.images import IMAGE_SUFFIXES
+from peft_surgical.data.layouts import visible
 from peft_surgical.data.splits import draw, per_class
 from peft_surgical.errors import DataError
 from peft_surgical.extras import require
@@ -129,7 +129,7 @@ def check_cells(
         DataError: A pair has none.
     """
     cells = [(corruption, severity) for corruption in corruptions for severity in severities]
-    if Path(source).expanduser().exists() or not tables.is_hub_id(os.fspath(source)):
+    if Path(source).expanduser().exists() or not layouts.is_hub_id(os.fspath(source)):
         for cell in cells:
             _folder(Path(source).expanduser(), *cell)
     return cells
@@ -161,16 +161,16 @@ def open_classifier(
 
 def _read(source: str | os.PathLike[str], corruption: str, severity: int) -> _Cell:
     place, shown = Path(source).expanduser(), os.fspath(source)
-    if not place.exists() and tables.is_hub_id(shown):
+    if not place.exists() and layouts.is_hub_id(shown):
         table = _from_hub(shown, corruption, severity)
         return _of_table(table, f"{shown} {corruption} severity_{severity}", f"{corruption}/severity_{severity}")
     folder = _folder(place, corruption, severity)
     if not folder.name.startswith("severity_"):
         return _of_folder(folder, f"{corruption}/{severity}")
-    files = tables.parquet_files(folder)
+    files = layouts.parquet_files(folder)
     if not files:
         raise DataError(f"{folder} holds no parquet file: fetch those of data/{corruption}/severity_{severity} again")
-    table, _ = next(iter(tables.read_parquet(files, None).values()))
+    table, _ = next(iter(layouts.read_parquet(files, None).values()))
     return _of_table(table, str(folder), f"{corruption}/severity_{severity}")
 
 
@@ -220,7 +220,7 @@ def _from_hub(repository: str, corruption: str, severity: int) -> Any:
     file = f"data/{corruption}/severity_{severity}/*.parquet"
     try:
         # Not by its config, which would fetch the other severities, too.
-        return require("datasets", tables.PURPOSE).load_dataset(repository, data_files=file, split="train")
+        return require("datasets", layouts.PURPOSE).load_dataset(repository, data_files=file, split="train")
     except Exception as error:  # the Hub, its cache, the network and the builders each have exceptions of their own
         raise DataError(
             f"{file} of {repository!r} cannot be loaded from the Hub ({error}): check the name, or pass a folder with "
@@ -229,7 +229,7 @@ def _from_hub(repository: str, corruption: str, severity: int) -> Any:
 
 
 def _of_table(table: Any, where: str, shown: str) -> _Cell:
-    image, label = tables.columns(table, where, None, None)
+    image, label = layouts.columns(table, where, None, None)
     names = getattr(table.features[label], "names", None)
     values = list(table.select_columns([label]).with_format(None)[label])
     if wrong := [value for value in values if isinstance(value, bool) or not isinstance(value, int)][:1]:
@@ -241,6 +241,6 @@ def _of_table(table: Any, where: str, shown: str) -> _Cell:
         raise DataError(f"{where} has images of {len(present)} of {classes} classes: fetch all of its files")
     images = table.with_format(None).select_columns([image])
     images = images.rename_column(image, "image") if image != "image" else images
-    images = images.cast_column("image", require("datasets", tables.PURPOSE).Image())
+    images = images.cast_column("image", require("datasets", layouts.PURPOSE).Image())
     files = [f"{shown} row {row}" for row in range(len(labels))]
     return _Cell(images, files, labels, tuple(names or map(str, range(classes))))

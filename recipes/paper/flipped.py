@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from peft_surgical.data.folders import split_of
-from peft_surgical.data.tables import parquet_files
+from peft_surgical.data.layouts import parquet_files, split_of
 from peft_surgical.errors import DataError
 from peft_surgical.extras import require
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from peft_surgical.adapters.contents import read_config
-from peft_surgical.data.tables import is_hub_id
+from peft_surgical.data.layouts import is_hub_id
 from peft_surgical.errors import ConfigError
 from peft_surgical.evaluation import Report
 from peft_surgical.experiment.outputs import LOADING

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from peft_surgical.data.folders import visible
 from peft_surgical.data.images import IMAGE_SUFFIXES
+from peft_surgical.data.layouts import visible
 from peft_surgical.data.splits import draw
 from peft_surgical.errors import DataError
 

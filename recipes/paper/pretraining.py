@@ -19,8 +19,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from accelerate import PartialState
+from peft_surgical.bases.libraries import save_checkpoint
 from peft_surgical.bases.load import Base, load_base
-from peft_surgical.bases.plain import save_checkpoint
 from peft_surgical.choosing.methods import METHODS
 from peft_surgical.data.labelled import collate
 from peft_surgical.errors import AdapterError, ConfigError, DataError

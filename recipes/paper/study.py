@@ -21,7 +21,7 @@ from accelerate import PartialState
 from peft_surgical.bases.load import Base, load_base
 from peft_surgical.blocks import anatomy_of, parse, resolve
 from peft_surgical.choosing.methods import method_of
-from peft_surgical.data.tables import is_hub_id
+from peft_surgical.data.layouts import is_hub_id
 from peft_surgical.errors import ConfigError, DataError
 from peft_surgical.evaluation import Report
 from peft_surgical.experiment.choosing import compare

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from peft_surgical.data import tables
+from peft_surgical.data import layouts
 from peft_surgical.errors import DataError
 from peft_surgical.extras import require
 
@@ -127,7 +127,7 @@ READERS: dict[str, Callable[[Path], Rows]] = {
 
 def _csv(file: Path, columns: Sequence[str], numbers: Sequence[str]) -> dict[str, np.ndarray]:
     """Columns of a CSV file: int64 where they are numbers, else the strings as they stand (``004``, ``NA``)."""
-    csv, pyarrow = require("pyarrow.csv", tables.PURPOSE), require("pyarrow", tables.PURPOSE)
+    csv, pyarrow = require("pyarrow.csv", layouts.PURPOSE), require("pyarrow", layouts.PURPOSE)
     if not file.is_file():
         raise DataError(f"{file} does not exist: unpack the whole archive, and pass the folder with all its files")
     types = csv.ConvertOptions(
@@ -154,7 +154,7 @@ def integers(values: Any, where: str) -> np.ndarray:
     Raises:
         DataError: A cell is empty, or no whole number.
     """
-    compute, pyarrow = require("pyarrow.compute", tables.PURPOSE), require("pyarrow", tables.PURPOSE)
+    compute, pyarrow = require("pyarrow.compute", layouts.PURPOSE), require("pyarrow", layouts.PURPOSE)
     if values.null_count:
         raise DataError(f"{where} has {values.null_count} empty cell(s): every image needs a value; fetch it again")
     try:
@@ -191,7 +191,7 @@ def _years(timestamps: np.ndarray, folder: Path) -> np.ndarray:
 
 
 def _images(folder: Path, files: Any) -> Any:
-    datasets, pyarrow = require("datasets", tables.PURPOSE), require("pyarrow", tables.PURPOSE)
+    datasets, pyarrow = require("datasets", layouts.PURPOSE), require("pyarrow", layouts.PURPOSE)
     if not len(files):
         raise DataError(f"the tables in {folder} list no images: fetch them again")
     if not (above := (folder / files[0]).parent).is_dir():

@@ -28,8 +28,8 @@ from typing import Any
 
 import numpy as np
 
-from peft_surgical.data import tables
-from peft_surgical.data.folders import SPLITS, split_of
+from peft_surgical.data import layouts
+from peft_surgical.data.layouts import SPLITS, split_of
 from peft_surgical.errors import DataError
 from peft_surgical.extras import require
 
@@ -54,23 +54,23 @@ def read_rows(name: str, source: Any) -> Rows:
     Raises:
         DataError: If it is none of these, or lacks a column or file; says what was expected.
     """
-    datasets = require("datasets", tables.PURPOSE)
+    datasets = require("datasets", layouts.PURPOSE)
     if isinstance(source, (datasets.Dataset, datasets.DatasetDict)):
         alone = next(iter(source), None) if isinstance(source, Mapping) else source.split
-        return _from_tables(name, _renamed(tables.by_split(source, "the dataset"), alone), "the dataset")
+        return _from_tables(name, _renamed(layouts.by_split(source, "the dataset"), alone), "the dataset")
     if not isinstance(source, (str, os.PathLike)):
         if not isinstance(source, Sequence) or not source:
             raise DataError(f"{source!r} is no data: {_ways_in(name)}")
         files = [_parquet(name, Path(file)) for file in source]
-        return _from_tables(name, _renamed(tables.read_parquet(files, None), files[0].stem), "the parquet files")
+        return _from_tables(name, _renamed(layouts.read_parquet(files, None), files[0].stem), "the parquet files")
     place, shown = Path(source).expanduser(), os.fspath(source)
     if place.is_file():
-        found = tables.read_parquet([_parquet(name, place)], None)
+        found = layouts.read_parquet([_parquet(name, place)], None)
         return _from_tables(name, _renamed(found, place.stem), shown)
     if place.is_dir():
         return _from_folder(name, place)
-    if tables.is_hub_id(shown):
-        return _from_tables(name, tables.by_split(tables.from_hub(shown), shown), shown)
+    if layouts.is_hub_id(shown):
+        return _from_tables(name, layouts.by_split(layouts.from_hub(shown), shown), shown)
     raise DataError(f"{shown} does not exist: {_ways_in(name)}")
 
 
@@ -100,10 +100,10 @@ def _from_folder(name: str, place: Path) -> Rows:
         if (folder / INDEX[name]).is_file():
             return READERS[name](folder)
     # Only now, since looking for parquet files walks through every folder of images.
-    if (saved := tables.from_disk(place)) is not None:
-        return _from_tables(name, tables.by_split(saved, str(place)), str(place))
-    if files := tables.parquet_files(place):
-        return _from_tables(name, _renamed(tables.read_parquet(files, place), files[0].stem), str(place))
+    if (saved := layouts.from_disk(place)) is not None:
+        return _from_tables(name, layouts.by_split(saved, str(place)), str(place))
+    if files := layouts.parquet_files(place):
+        return _from_tables(name, _renamed(layouts.read_parquet(files, place), files[0].stem), str(place))
     raise DataError(f"{place} holds neither {INDEX[name]} nor parquet files: {_ways_in(name)}")
 
 
@@ -119,7 +119,7 @@ _TABLE_COLUMNS = {
 def _from_tables(name: str, found: Mapping[str, tuple[Any, list[str]]], shown: str) -> Rows:
     if name not in _TABLE_COLUMNS:
         raise DataError(f"{shown} is a table, and no table of {name} is published: {_ways_in(name)}")
-    datasets = require("datasets", tables.PURPOSE)
+    datasets = require("datasets", layouts.PURPOSE)
     images, splits, files = [], [], []
     facts: dict[str, list[np.ndarray]] = {fact: [] for fact in _TABLE_COLUMNS[name]}
     # One order whatever the order of the files, since row numbers are part of fingerprints.

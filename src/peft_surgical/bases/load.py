@@ -23,8 +23,7 @@ from ..blocks import anatomy_of
 from ..errors import ConfigError, DataError, SurgicalError
 from ..extras import require
 from .classes import HeadFit, fit_head
-from .timm_bases import TimmBase
-from .transformers_bases import TransformersBase
+from .libraries import TimmBase, TransformersBase
 from .transforms import AUGMENTS
 
 WEIGHT_CHOICES = ("pretrained", "random")

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from ..errors import ConfigError, DataError
 from ..extras import require
-from .checks import encoded, read_bytes, sound
-from .folders import visible
-from .images import IMAGE_SUFFIXES, decode, fault
+from .images import IMAGE_SUFFIXES, decode, encoded, fault, read_bytes, sound
 from .labelled import ON_BROKEN, read_data
+from .layouts import visible
 
 
 @dataclass(frozen=True)

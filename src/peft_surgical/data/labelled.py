@@ -23,11 +23,10 @@ from torch.utils.data import Dataset
 
 from ..errors import ConfigError, DataError
 from ..extras import require
-from . import folders, tables
-from .checks import data_fingerprint, digests_of, encoded, read_bytes, warn_of_duplicates, without_broken
-from .images import decode
+from . import layouts
+from .images import data_fingerprint, decode, digests_of, encoded, read_bytes, warn_of_duplicates, without_broken
 from .labels import RawLabels, encode
-from .splits import Size, allot, default_validation, draw, level, total
+from .splits import Size, draw_parts, labels_of
 
 ON_BROKEN = ("raise", "skip", "later")
 
@@ -116,10 +115,10 @@ def read_data(
     parts = {split: _tidy(images, numbers[split], names, found[split][1].files) for split, (images, _) in found.items()}
     if on_broken == "skip":
         parts = {split: without_broken(part) for split, part in parts.items()}
-    parts, origin = _draw(parts, names, {"tuning": tuning, "validation": validation, "test": test}, seed)
+    parts, origin = draw_parts(parts, names, {"tuning": tuning, "validation": validation, "test": test}, seed)
     digests = {split: digests_of(part, check=on_broken == "raise") for split, part in parts.items()}
     warn_of_duplicates(parts, digests)
-    fingerprint = data_fingerprint({split: _labels(part) for split, part in parts.items()}, digests, names)
+    fingerprint = data_fingerprint({split: labels_of(part) for split, part in parts.items()}, digests, names)
     return Data(parts["tuning"], parts["validation"], parts.get("test"), names, origin, fingerprint)
 
 
@@ -127,22 +126,22 @@ def _find(source: Any, image: str | None, label: str | None) -> dict[str, tuple[
     """Split -> a dataset that has an ``image`` column, and its labels as they stand."""
     datasets = require("datasets", "reading data")
     if isinstance(source, (datasets.Dataset, datasets.DatasetDict)):
-        return _from_tables(tables.by_split(source, "the dataset"), "the dataset", image, label)
+        return _from_tables(layouts.by_split(source, "the dataset"), "the dataset", image, label)
     if not isinstance(source, (str, os.PathLike)):
         if not isinstance(source, Sequence) or not source:
             raise DataError(f"{source!r} is no data: pass a folder, parquet files, a Hub id or a datasets.Dataset")
-        return _from_tables(tables.read_parquet([_parquet(Path(file)) for file in source], None), "them", image, label)
+        return _from_tables(layouts.read_parquet([_parquet(Path(file)) for file in source], None), "them", image, label)
     place, shown = Path(source).expanduser(), os.fspath(source)
     if place.is_file():
-        return _from_tables(tables.read_parquet([_parquet(place)], None), shown, image, label)
+        return _from_tables(layouts.read_parquet([_parquet(place)], None), shown, image, label)
     if place.is_dir():
-        if (saved := tables.from_disk(place)) is not None:
-            return _from_tables(tables.by_split(saved, shown), shown, image, label)
-        if files := tables.parquet_files(place):
-            return _from_tables(tables.read_parquet(files, place), shown, image, label)
+        if (saved := layouts.from_disk(place)) is not None:
+            return _from_tables(layouts.by_split(saved, shown), shown, image, label)
+        if files := layouts.parquet_files(place):
+            return _from_tables(layouts.read_parquet(files, place), shown, image, label)
         return _from_folder(place)
-    if tables.is_hub_id(shown):
-        return _from_tables(tables.by_split(tables.from_hub(shown), shown), shown, image, label)
+    if layouts.is_hub_id(shown):
+        return _from_tables(layouts.by_split(layouts.from_hub(shown), shown), shown, image, label)
     raise DataError(f"{shown} does not exist: pass an image folder, a parquet file, a folder of them, or a Hub id")
 
 
@@ -161,7 +160,7 @@ def _from_folder(root: Path) -> dict[str, tuple[Any, RawLabels]]:
             datasets.Dataset.from_dict({"image": listing.paths}, features=features),
             RawLabels(listing.classes, listing.files, column=f"the folder {root}"),
         )
-        for split, listing in folders.list_images(root).items()
+        for split, listing in layouts.list_images(root).items()
     }
 
 
@@ -173,7 +172,7 @@ def _from_tables(
     for split, (dataset, places) in found.items():
         if not len(dataset):
             raise DataError(f"the {split} split of {source} has no rows: leave it out, or write it again")
-        of_image, of_label = tables.columns(dataset, source, image, label)
+        of_image, of_label = layouts.columns(dataset, source, image, label)
         names = getattr(dataset.features[of_label], "names", None)
         labels = list(dataset.select_columns([of_label]).with_format(None)[of_label])
         images = dataset.with_format(None).select_columns([of_image])
@@ -195,76 +194,6 @@ def _drop_unlabelled_test(found: dict[str, tuple[Any, RawLabels]]) -> None:
 def _tidy(images: Any, numbers: np.ndarray, names: Sequence[str], files: Sequence[str]) -> Any:
     feature = require("datasets", "reading data").ClassLabel(names=list(names))
     return images.add_column("label", numbers.tolist(), feature=feature).add_column("file", list(files))
-
-
-def _labels(part: Any) -> np.ndarray:
-    return np.array(part.select_columns(["label"])["label"][:], dtype=np.int64)
-
-
-def _draw(
-    parts: Mapping[str, Any], names: Sequence[str], sizes: Mapping[str, Size], seed: int
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """The three parts and how they came about."""
-    drawn: dict[str, Any] = {}
-    origin: dict[str, str] = {}
-    for split in ("validation", "test"):
-        if split in parts:
-            drawn[split], origin[split] = parts[split], "given"
-            if (size := sizes[split]) is not None:
-                labels = _labels(parts[split])
-                asked = total(size, labels, split)
-                if asked >= len(labels):
-                    origin[split] = "given" + _short(split, len(labels), asked)
-                    continue
-                each = {split: level(asked, _counts(labels))}
-                drawn[split] = parts[split].select(draw(labels, each, None, seed, names)[split])
-                origin[split] = f"{_each(each[split])} of {len(labels)} given, {_how(seed, each[split])}"
-    pool = parts["tuning"]
-    labels = _labels(pool)
-    wanted = {}
-    if "test" not in parts and (size := sizes["test"]) is not None:
-        wanted["test"] = total(size, labels, "test")
-    if "validation" not in parts:
-        size = sizes["validation"]
-        wanted["validation"] = (
-            default_validation(labels, names) * len(_counts(labels))
-            if size is None
-            else total(size, labels, "validation")
-        )
-    origin = {"tuning": "given" if not wanted else f"given, without what was drawn from it, seed {seed}", **origin}
-    few = sizes["tuning"]
-    if few is not None:
-        wanted["tuning"] = total(few, labels, "tuning")
-    if not wanted:
-        return {"tuning": pool, **drawn}, origin
-    each = allot(_counts(labels), wanted, rest=few is None)
-    rows = draw(labels, each, None if few is not None else "tuning", seed, names)
-    for split, numbers in each.items():
-        of = f"of {len(pool)} given" if split == "tuning" else "of the tuning images"
-        fewer = _short(split, int(numbers.sum()), wanted[split])
-        origin[split] = f"{_how(seed, numbers)}, {_each(numbers)} {of}{fewer}"
-    drawn |= {split: pool.select(of_split) for split, of_split in rows.items()}
-    return {split: drawn[split] for split in folders.SPLITS if split in drawn}, origin
-
-
-def _counts(labels: np.ndarray) -> np.ndarray:
-    return np.unique(labels, return_counts=True)[1]
-
-
-def _how(seed: int, each: np.ndarray) -> str:
-    return f"drawn: seed {seed}, class-balanced{'' if np.ptp(each) == 0 else ' as far as it goes'}"
-
-
-def _each(each: np.ndarray) -> str:
-    return f"{each.min()} per class" if np.ptp(each) == 0 else f"{each.min()} to {each.max()} per class"
-
-
-def _short(split: str, taken: int, asked: int) -> str:
-    """A note that fewer images are there than were asked for, with a warning; nothing where there are enough."""
-    if taken >= asked:
-        return ""
-    warnings.warn(f"{split}={asked}: there are {taken}, and all of them are taken", stacklevel=5)
-    return f", all there are ({asked} asked for)"
 
 
 class _Items(Dataset):

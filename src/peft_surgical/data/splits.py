@@ -1,18 +1,26 @@
-"""Splits that are drawn: seeded, with equal numbers of images per class."""
+"""Splits that are drawn: seeded, with as equal numbers of images per class as there are images."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from ..errors import DataError
+from .layouts import SPLITS
 
 LEAST = 5
 """Images that every class needs before a validation split is drawn without being told its size: one to validate on,
 and four times as many to tune on."""
 
 Size = int | float | None
+
+
+def labels_of(part: Any) -> np.ndarray:
+    """The labels of a part, int64 (n,)."""
+    return np.array(part.select_columns(["label"])["label"][:], dtype=np.int64)
 
 
 def per_class(size: int | float, labels: np.ndarray, split: str) -> int:
@@ -170,3 +178,69 @@ def draw(
 
 def _images(n: int) -> str:
     return f"{n} image" if n == 1 else f"{n} images"
+
+
+def draw_parts(
+    parts: Mapping[str, Any], names: Sequence[str], sizes: Mapping[str, Size], seed: int
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The three parts and how they came about."""
+    drawn: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for split in ("validation", "test"):
+        if split in parts:
+            drawn[split], origin[split] = parts[split], "given"
+            if (size := sizes[split]) is not None:
+                labels = labels_of(parts[split])
+                asked = total(size, labels, split)
+                if asked >= len(labels):
+                    origin[split] = "given" + _short(split, len(labels), asked)
+                    continue
+                each = {split: level(asked, _counts(labels))}
+                drawn[split] = parts[split].select(draw(labels, each, None, seed, names)[split])
+                origin[split] = f"{_each(each[split])} of {len(labels)} given, {_how(seed, each[split])}"
+    pool = parts["tuning"]
+    labels = labels_of(pool)
+    wanted = {}
+    if "test" not in parts and (size := sizes["test"]) is not None:
+        wanted["test"] = total(size, labels, "test")
+    if "validation" not in parts:
+        size = sizes["validation"]
+        wanted["validation"] = (
+            default_validation(labels, names) * len(_counts(labels))
+            if size is None
+            else total(size, labels, "validation")
+        )
+    origin = {"tuning": "given" if not wanted else f"given, without what was drawn from it, seed {seed}", **origin}
+    few = sizes["tuning"]
+    if few is not None:
+        wanted["tuning"] = total(few, labels, "tuning")
+    if not wanted:
+        return {"tuning": pool, **drawn}, origin
+    each = allot(_counts(labels), wanted, rest=few is None)
+    rows = draw(labels, each, None if few is not None else "tuning", seed, names)
+    for split, numbers in each.items():
+        of = f"of {len(pool)} given" if split == "tuning" else "of the tuning images"
+        fewer = _short(split, int(numbers.sum()), wanted[split])
+        origin[split] = f"{_how(seed, numbers)}, {_each(numbers)} {of}{fewer}"
+    drawn |= {split: pool.select(of_split) for split, of_split in rows.items()}
+    return {split: drawn[split] for split in SPLITS if split in drawn}, origin
+
+
+def _counts(labels: np.ndarray) -> np.ndarray:
+    return np.unique(labels, return_counts=True)[1]
+
+
+def _how(seed: int, each: np.ndarray) -> str:
+    return f"drawn: seed {seed}, class-balanced{'' if np.ptp(each) == 0 else ' as far as it goes'}"
+
+
+def _each(each: np.ndarray) -> str:
+    return f"{each.min()} per class" if np.ptp(each) == 0 else f"{each.min()} to {each.max()} per class"
+
+
+def _short(split: str, taken: int, asked: int) -> str:
+    """A note that fewer images are there than were asked for, with a warning; nothing where there are enough."""
+    if taken >= asked:
+        return ""
+    warnings.warn(f"{split}={asked}: there are {taken}, and all of them are taken", stacklevel=5)
+    return f", all there are ({asked} asked for)"

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ..bases.plain import save_checkpoint
+from ..bases.libraries import save_checkpoint
 from ..errors import ConfigError
 from .opening import Adapted, open_adapted
 
