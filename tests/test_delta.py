@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from peft_surgical.errors import AdapterFileError, BaseMismatchError
-from peft_surgical.files import check_base, check_tensors, file_sha256, fingerprint, summarise, verify_file
+from peft_surgical.files import check_base, check_tensors, file_sha256, fingerprint, verify_file
 from peft_surgical.keys import file_key
 
 
@@ -69,11 +69,3 @@ def test_verify_file(tmp_path):
         verify_file(path, "0" * 64, keys)
     with pytest.raises(AdapterFileError, match=r"misses fc\.surgery\.weight"):
         verify_file(path, None, {*keys, file_key("fc.weight")})
-
-
-def test_summary_is_relative_and_sorted():
-    moved = summarise(
-        {"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([1.0]), "c": torch.tensor([1.0])},
-        {"a": torch.tensor([0.0, 10.0]), "b": torch.tensor([1.0]), "c": torch.tensor([0.0])},
-    )
-    assert list(moved.items()) == [("b", 1.0), ("a", 0.5), ("c", 0.0)]

@@ -7,8 +7,8 @@ import math
 import pytest
 
 from peft_surgical import SurgicalConfig
+from peft_surgical.config import MAX_BYTES, check_fields, read_object
 from peft_surgical.errors import AdapterFileError, ConfigError
-from peft_surgical.fields import MAX_BYTES, check_fields, read_object
 
 GOOD = {"peft_type": "SURGICAL", "target": "block1"}
 

@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from peft_surgical import SurgicalConfig
 from peft_surgical.evaluation import Report, measure
-from peft_surgical.tuner.card import PAGE_MARK, write_card
+from peft_surgical.tuner.saving import PAGE_MARK, write_card
 
 
 @pytest.fixture

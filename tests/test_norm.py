@@ -4,9 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from peft_surgical.errors import ConfigError
-from peft_surgical.norm import check_policy, has_statistics, hold_statistics, moving_statistics, statistics_of
-from peft_surgical.specialise import restore
+from peft_surgical.tuner.specialise import has_statistics, hold_statistics, moving_statistics, restore, statistics_of
 
 
 @pytest.mark.parametrize(
@@ -35,8 +33,6 @@ def test_policies():
     assert moving_statistics("frozen", modules, {"0"}) == []
     assert moving_statistics("target", modules, {"0", "1"}) == first
     assert moving_statistics("all", modules, {"1"}) == first + second
-    with pytest.raises(ConfigError, match="norm_stats='none'"):
-        check_policy("none")
 
 
 def test_held_statistics_ignore_the_mode_and_come_back():

@@ -5,10 +5,8 @@ import pickle
 import torch
 from torch import nn
 
-from peft_surgical.norm import HoldsStatistics
-from peft_surgical.specialise import Special, base_class, restore, specialise
-from peft_surgical.tuner.attach import attach, detach
-from peft_surgical.tuner.reading import ReadsDeltas
+from peft_surgical.tuner.attach import ReadsDeltas, attach, detach
+from peft_surgical.tuner.specialise import HoldsStatistics, Special, base_class, restore, specialise
 
 
 def test_a_special_module_is_still_what_it_was():
@@ -82,8 +80,8 @@ def test_the_annotations_of_traits_can_be_evaluated():
     # transformers does so for every subclass of PreTrainedModel, a special one included
     import typing
 
-    from peft_surgical.norm import HoldsStatistics
-    from peft_surgical.tuner.reading import ReadsDeltas, ReadsRecurrentDeltas
+    from peft_surgical.tuner.attach import ReadsDeltas, ReadsRecurrentDeltas
+    from peft_surgical.tuner.specialise import HoldsStatistics
 
     for trait in (ReadsDeltas, ReadsRecurrentDeltas, HoldsStatistics):
         typing.get_type_hints(trait)

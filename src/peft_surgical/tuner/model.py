@@ -20,17 +20,15 @@ from torch import nn
 
 from ..config import SurgicalConfig
 from ..errors import AdapterError, AdapterFileError
-from ..files import check_tensors
-from ..keys import HOLDER
-from ..norm import hold_statistics
-from .attach import attach, detach, join, surgical_layers
+from ..keys import PREFIX, join, tensor_name
+from .attach import attach, detach, surgical_layers
 from .combine import Combination, check_combination, check_disjoint, combine_tensor, combined_config
 from .layer import SurgicalLayer
 from .mixed import mixed_batch
 from .plan import Plan, check_fingerprint, fingerprint_of, make_plan
+from .saving import check_loaded, whole_state
+from .specialise import hold_statistics
 from .support import check_adapter_name
-
-PREFIX = "surgical_"
 
 
 class SurgicalModel(BaseTuner):
@@ -51,20 +49,13 @@ class SurgicalModel(BaseTuner):
     tuner_layer_cls = SurgicalLayer
     target_module_mapping: dict[str, list[str]] = {}
 
-    @property
-    def _given_names(self) -> dict[str, list[str]]:
-        """Adapter -> tensor names that a combination has decided already, until it is injected."""
-        return self.__dict__.setdefault("_names_to_inject", {})
-
-    @property
-    def _fingerprints(self) -> dict[str, dict[str, str] | None]:
-        """Adapter -> fingerprint of its base, taken while that was whole; of several processes' adapters only."""
-        return self.__dict__.setdefault("_fingerprints_taken", {})
-
-    @property
-    def _awaiting(self) -> set[str]:
-        """Adapters whose config was read from disk and whose weights come next: refused weights take them along."""
-        return self.__dict__.setdefault("_awaiting_weights", set())
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # PEFT's __init__ adds the first adapter, so these are needed before it.
+        # Adapter -> fingerprint of its base, taken while that was whole; of several processes' adapters only.
+        self._fingerprints: dict[str, dict[str, str] | None] = {}
+        # Adapters whose config was read from disk and whose weights come next: refused weights take them along.
+        self._awaiting: set[str] = set()
+        super().__init__(*args, **kwargs)
 
     # --- adding an adapter ---
 
@@ -95,51 +86,58 @@ class SurgicalModel(BaseTuner):
         if hasattr(getattr(model, "config", None), "model_type"):
             convert_peft_config_for_transformers(config, model, get_model_conversion_mapping(model))
         self._check_new_adapter_config(config)
-        names = _names_in(state_dict) if state_dict is not None else self._given_names.pop(adapter_name, None)
+        if state_dict is None:
+            self._inject(model, adapter_name, make_plan(model, config), low_cpu_mem_usage)
+            return
+        configured = set(make_plan(model, config).names)
+        names = [name for key in state_dict if (name := tensor_name(key)) is not None]
         plan = make_plan(model, config, names)
-        self._check_names(model, plan, config, adapter_name)
-        check_fingerprint(plan, config)
-        if state_dict is not None:
-            _warn_about_other_targets(model, config, plan)
+        self._inject(model, adapter_name, plan, low_cpu_mem_usage)
+        if configured != set(plan.names):
+            warnings.warn(
+                f"The state_dict holds deltas for {len(plan.names)} tensors, the config targets {len(configured)}: the "
+                "state_dict decides.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
-        known = dict(_trainability(model)) if any(True for _ in surgical_layers(model)) else {}
-        self._awaiting.discard(adapter_name)
+    def _inject(self, model: nn.Module, adapter: str, plan: Plan, empty: bool = False) -> None:
+        config = self.peft_config[adapter]
+        check_adapter_name(adapter, self.peft_config, model, plan.names)
+        check_fingerprint(plan, config)
+        tuned_already = any(True for _ in surgical_layers(model))
+        known = {parameter: parameter.requires_grad for parameter in model.parameters()} if tuned_already else {}
+        self._awaiting.discard(adapter)
         if config.base_fingerprint is not None:  # as in a config that was read from disk
-            self._awaiting.add(adapter_name)
+            self._awaiting.add(adapter)
         config.tensor_names = list(plan.names)
-        self._attach(model, adapter_name, plan, config, low_cpu_mem_usage)
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not low_cpu_mem_usage:
+        try:
+            self._attach(model, adapter, plan, config, empty)
+        except BaseException:
+            self._remove(model, adapter)
+            raise
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not empty:
             # They may shard the base. Trainer then lets one of them save, which could not ask the others for theirs.
-            self._fingerprints[adapter_name] = fingerprint_of(model, config)
+            self._fingerprints[adapter] = fingerprint_of(model, config)
         for parameter, requires_grad in known.items():
             parameter.requires_grad = requires_grad
 
     def _attach(self, model: nn.Module, adapter: str, plan: Plan, config: SurgicalConfig, empty: bool) -> None:
-        try:
-            with init_empty_weights() if empty else nullcontext():
-                for entry in plan.modules:
-                    attach(entry.module, adapter, entry.parameters, entry.statistics, config.scale)
-            hold_statistics(model)
-            paths = [entry.path for entry in plan.modules if entry.path]
-            self.targeted_module_names.extend(path for path in paths if path not in self.targeted_module_names)
-            self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-            self._mark_only_adapters_as_trainable(model)
-            set_additional_trainable_modules(
-                model=model,
-                peft_config=config,
-                model_config=BaseTuner.get_model_config(self),
-                adapter_name=adapter,
-                activate_adapter=adapter in self.active_adapters,
-            )
-        except BaseException:
-            self._remove(model, adapter)
-            raise
-
-    def _check_names(self, model: nn.Module, plan: Plan, config: SurgicalConfig, adapter: str) -> None:
-        saved = [name for other in self.peft_config.values() for name in (getattr(other, "tensor_names", None) or ())]
-        whole = tuple(name for other in self.peft_config.values() for name in (other.modules_to_save or ()))
-        paths = [path for path, _ in model.named_modules() if whole and path.endswith(whole)]
-        check_adapter_name(adapter, self.peft_config, [*plan.names, *saved, *paths])
+        with init_empty_weights() if empty else nullcontext():
+            for entry in plan.modules:
+                attach(entry.module, adapter, entry.parameters, entry.statistics, config.scale)
+        hold_statistics(model)
+        paths = [entry.path for entry in plan.modules if entry.path]
+        self.targeted_module_names.extend(path for path in paths if path not in self.targeted_module_names)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        self._mark_only_adapters_as_trainable(model)
+        set_additional_trainable_modules(
+            model=model,
+            peft_config=config,
+            model_config=BaseTuner.get_model_config(self),
+            adapter_name=adapter,
+            activate_adapter=adapter in self.active_adapters,
+        )
 
     def _remove(self, model: nn.Module, adapter: str) -> None:
         """Take an adapter out again, and with the last one every trace of the tuner."""
@@ -255,10 +253,10 @@ class SurgicalModel(BaseTuner):
             adapters: Names of the adapters.
             weights: One factor per adapter, times its own scale; a negative one negates it.
             adapter_name: Name of the new adapter.
-            combination_type: The method; see `Combination`, also for what follows.
+            combination_type: The method; see `Combination` for it and for the arguments below.
             density: Share of the values to keep, in (0, 1]; needed by all but linear and disjoint.
             majority_sign_method: How ties elects a sign: "total" or "frequency".
-            seed: Of the values that dare drops.
+            seed: Seed of the draw of what dare drops.
 
         Raises:
             AdapterError: For unknown names or choices, unequal lengths, a missing density, adapters with statistics,
@@ -274,12 +272,11 @@ class SurgicalModel(BaseTuner):
             for name, weight, config in zip(adapters, weights, configs, strict=True)
         ]
         self.peft_config[adapter_name] = combined_config(configs, names, {**how.record(), "parents": rows})
-        self._given_names[adapter_name] = names
         try:
-            self.inject_adapter(self.model, adapter_name)
+            plan = make_plan(self.model, self.peft_config[adapter_name], names)
+            self._inject(self.model, adapter_name, plan)
             self._fill_combined(adapter_name, adapters, weights, how)
         except BaseException:
-            self._given_names.pop(adapter_name, None)
             self._remove(self.model, adapter_name)
             raise
 
@@ -316,33 +313,16 @@ class SurgicalModel(BaseTuner):
         taken = getattr(getattr(model, "base_model", None), "_fingerprints", {}).get(adapter_name)
         sharded = any(hasattr(value, "full_tensor") for value in inner.parameters())
         config.measured_fingerprint = taken if sharded and taken else fingerprint_of(inner, config)
-        found = {key: value.full_tensor() if hasattr(value, "full_tensor") else value for key, value in found.items()}
-        broken = [key for key, value in found.items() if not value.is_meta and not bool(torch.isfinite(value).all())]
-        if broken:
-            warnings.warn(
-                f"Adapter {adapter_name!r} holds NaN or Inf ({broken[0]}): the run diverged, and what is saved now "
-                "will be refused on loading.",
-                stacklevel=2,
-            )
-        if config.delta_dtype is None:
-            return found
-        dtype = getattr(torch, config.delta_dtype)
-        deltas = f".{PREFIX}delta."
-        return {key: value.to(dtype) if deltas in f".{key}" else value for key, value in found.items()}
+        return whole_state(found, config, adapter_name)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: SurgicalConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        own = model.state_dict()
-        marks = (f"{HOLDER}.{PREFIX}delta.{adapter_name}.", f"{HOLDER}.{PREFIX}stats.{adapter_name}.")
-        expected = {key: tuple(value.shape) for key, value in own.items() if any(mark in key for mark in marks)}
-        # What belongs to modules_to_save has been given its place by PEFT already; it may be called anything.
-        deltas = {key: value for key, value in remapped.items() if key not in own or key in expected}
         tuner = getattr(model, "base_model", None)
         try:
-            check_tensors(deltas, expected, f"adapter {adapter_name!r}")
+            check_loaded(remapped, model.state_dict(), adapter_name)
         except AdapterFileError:
             if isinstance(tuner, SurgicalModel) and adapter_name in tuner._awaiting:
                 tuner._remove(tuner.model, adapter_name)
@@ -364,31 +344,3 @@ def set_scale(model: nn.Module, adapter_name: str, scale: float) -> None:
     for layer in layers:
         layer.scaling[adapter_name] = float(scale)
         layer.forget()
-
-
-def _trainability(model: nn.Module) -> Iterator[tuple[nn.Parameter, bool]]:
-    for parameter in model.parameters():
-        yield parameter, parameter.requires_grad
-
-
-def _names_in(state_dict: dict[str, torch.Tensor]) -> list[str]:
-    """The full names of the tensors for which a state dict has deltas or statistics."""
-    names = []
-    for key in state_dict:
-        path, mark, rest = (
-            key.removeprefix("base_model.model.").removeprefix("_orig_mod.").rpartition(f"{HOLDER}.{PREFIX}")
-        )
-        if mark:
-            names.append(join(path.removesuffix("."), rest.rpartition(".")[2]))
-    return names
-
-
-def _warn_about_other_targets(model: nn.Module, config: SurgicalConfig, plan: Plan) -> None:
-    configured = set(make_plan(model, config).names)
-    if configured != set(plan.names):
-        warnings.warn(
-            f"The state_dict holds deltas for {len(plan.names)} tensors, the config targets {len(configured)}: the "
-            "state_dict decides.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
