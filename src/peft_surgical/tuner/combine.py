@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from ..blocks import parse
 from ..config import SurgicalConfig
 from ..errors import AdapterError
 from ..files import shown
+from ..keys import join
+from .layer import SurgicalLayer
 
 COMBINATIONS = ("linear", "disjoint", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 MAJORITY_SIGNS = ("total", "frequency")
@@ -202,10 +204,17 @@ def _joined_target(configs: Sequence[SurgicalConfig], whole: Sequence[str] | Non
     return {**unknown, "target": " + ".join(terms), "blocks": configs[0].blocks}
 
 
-def check_combination(
-    configs: Mapping[str, SurgicalConfig], adapters: Sequence[str], weights: Sequence[float], name: str
-) -> None:
-    """Raise `AdapterError` unless these adapters of a model can be combined; see ``add_weighted_adapter``."""
+# --- adapters of one model ---
+
+
+def config_of_combination(
+    configs: Mapping[str, SurgicalConfig],
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    name: str,
+    how: Combination,
+) -> SurgicalConfig:
+    """Check that adapters of a model can be combined into one called ``name``, and make its config."""
     if (missing := [adapter for adapter in adapters if adapter not in configs]) or not adapters:
         raise AdapterError(f"No adapter {', '.join(missing) or 'given'}; there are {', '.join(configs)}.")
     if name in configs:
@@ -221,6 +230,45 @@ def check_combination(
             f"{', '.join(whole)} carry modules_to_save, which are no deltas and cannot be combined; save the adapters "
             "and call peft_surgical.combine_adapters, which can take those of one."
         )
+    parents = [configs[adapter] for adapter in adapters]
+    check_disjoint([parent.tensor_names for parent in parents], how)
+    names = list(dict.fromkeys(name for parent in parents for name in parent.tensor_names or ()))
+    rows = [
+        {"adapter": adapter, "weight": float(weight), "scale": parent.scale}
+        for adapter, weight, parent in zip(adapters, weights, parents, strict=True)
+    ]
+    return combined_config(parents, names, {**how.record(), "parents": rows})
+
+
+@torch.no_grad()
+def fill_combined(
+    layers: Iterable[tuple[str, SurgicalLayer]],
+    new: str,
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    how: Combination,
+) -> None:
+    """Set the deltas of ``new``, which is attached already, to the combination of those of ``adapters``, scaled.
+
+    Args:
+        layers: (path, layer) of a model; see `surgical_layers`.
+        new: The adapter to fill.
+        adapters: The adapters to combine.
+        weights: One factor for each of them.
+        how: The method.
+
+    Raises:
+        AdapterError: A combined delta is not finite.
+    """
+    for path, layer in layers:
+        pairs = [(name, w) for name, w in zip(adapters, weights, strict=True) if name in layer.surgical_delta]
+        for key, target in layer.surgical_delta[new].named_parameters() if pairs else ():
+            present = [(name, w) for name, w in pairs if key in layer.surgical_delta[name]._parameters]
+            tensors = [layer.delta(name, key).to(target.dtype) * layer.scaling[name] for name, _ in present]
+            combined = combine_tensor(join(path, key), tensors, [w for _, w in present], how)
+            if not bool(torch.isfinite(combined).all()):
+                raise AdapterError(f"{join(path, key)} would not be finite: choose smaller weights.")
+            target.copy_(combined)
 
 
 def check_weights(weights: Sequence[float], adapters: int) -> None:

@@ -20,9 +20,9 @@ from torch import nn
 
 from ..config import SurgicalConfig
 from ..errors import AdapterError, AdapterFileError
-from ..keys import PREFIX, join, tensor_name
+from ..keys import PREFIX, tensor_name
 from .attach import attach, detach, surgical_layers
-from .combine import Combination, check_combination, check_disjoint, combine_tensor, combined_config
+from .combine import Combination, config_of_combination, fill_combined
 from .layer import SurgicalLayer
 from .mixed import mixed_batch
 from .plan import Plan, check_fingerprint, fingerprint_of, make_plan
@@ -34,15 +34,9 @@ from .support import check_adapter_name
 class SurgicalModel(BaseTuner):
     """Tunes the targeted tensors of any network through live deltas; everything else is frozen.
 
-    Made by `peft.get_peft_model` and friends from a `SurgicalConfig`. Unlike PEFT's other tuners it replaces no
-    module: see `layer`.
-
-    Args:
-        model: The base, changed in place until ``unload()``.
-        peft_config: One config, or adapter name -> config.
-        adapter_name: Name of the adapter to add.
-        low_cpu_mem_usage: Make the deltas on the meta device, to be filled by loading.
-        state_dict: Take the tuned tensors from the keys of this instead of the config.
+    Made by `peft.get_peft_model` and friends from a `SurgicalConfig`. It changes the base in place until ``unload()``
+    and, unlike PEFT's other tuners, replaces no module: see `layer`. A ``state_dict`` says by its keys which tensors
+    are tuned, in place of the config.
     """
 
     prefix = PREFIX
@@ -195,8 +189,7 @@ class SurgicalModel(BaseTuner):
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
                 f"{len(names)} and {size} respectively."
             )
-        beams = kwargs.get("num_beams") or 1
-        with mixed_batch(self.model, names, list(self.peft_config), beams):
+        with mixed_batch(self.model, names, list(self.peft_config), kwargs.get("num_beams") or 1):
             yield
 
     # --- merging ---
@@ -218,14 +211,10 @@ class SurgicalModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        if merge:
-            if safe_merge:
-                self._check_finite(adapter_names)
-            for _, layer in surgical_layers(self.model):
-                layer.merge(adapter_names=adapter_names)
-        else:
-            for _, layer in surgical_layers(self.model):
-                layer.unmerge()
+        if merge and safe_merge:
+            self._check_finite(adapter_names)
+        for _, layer in surgical_layers(self.model):
+            layer.merge(adapter_names=adapter_names) if merge else layer.unmerge()
         detach(self.model)
         # What is left for PEFT: the wrappers of modules_to_save, and its own bookkeeping.
         return super()._unload_and_optionally_merge(
@@ -244,7 +233,7 @@ class SurgicalModel(BaseTuner):
         majority_sign_method: str = "total",
         seed: int = 0,
     ) -> None:
-        """Combine adapters into a new one. Deltas are task vectors, so this is task arithmetic on them.
+        """Combine adapters into a new one, by arithmetic on their deltas.
 
         A tensor that only some of the adapters tune is combined from those. The adapters, their weights and the
         method are recorded in the new adapter's ``selection``.
@@ -263,34 +252,14 @@ class SurgicalModel(BaseTuner):
                 or a result that is not finite. The model is then as it was.
         """
         how = Combination(combination_type, density, majority_sign_method, seed)
-        check_combination(self.peft_config, adapters, weights, adapter_name)
-        configs = [self.peft_config[name] for name in adapters]
-        check_disjoint([config.tensor_names for config in configs], how)
-        names = list(dict.fromkeys(name for config in configs for name in config.tensor_names))
-        rows = [
-            {"adapter": name, "weight": float(weight), "scale": config.scale}
-            for name, weight, config in zip(adapters, weights, configs, strict=True)
-        ]
-        self.peft_config[adapter_name] = combined_config(configs, names, {**how.record(), "parents": rows})
+        config = config_of_combination(self.peft_config, adapters, weights, adapter_name, how)
+        self.peft_config[adapter_name] = config
         try:
-            plan = make_plan(self.model, self.peft_config[adapter_name], names)
-            self._inject(self.model, adapter_name, plan)
-            self._fill_combined(adapter_name, adapters, weights, how)
+            self._inject(self.model, adapter_name, make_plan(self.model, config, config.tensor_names))
+            fill_combined(surgical_layers(self.model), adapter_name, adapters, weights, how)
         except BaseException:
             self._remove(self.model, adapter_name)
             raise
-
-    @torch.no_grad()
-    def _fill_combined(self, new: str, adapters: list[str], weights: list[float], how: Combination) -> None:
-        for path, layer in surgical_layers(self.model):
-            pairs = [(name, w) for name, w in zip(adapters, weights, strict=True) if name in layer.surgical_delta]
-            for key, target in layer.surgical_delta[new].named_parameters() if pairs else ():
-                present = [(name, w) for name, w in pairs if key in layer.surgical_delta[name]._parameters]
-                tensors = [layer.delta(name, key).to(target.dtype) * layer.scaling[name] for name, _ in present]
-                combined = combine_tensor(join(path, key), tensors, [w for _, w in present], how)
-                if not bool(torch.isfinite(combined).all()):
-                    raise AdapterError(f"{join(path, key)} would not be finite: choose smaller weights.")
-                target.copy_(combined)
 
     # --- state dicts ---
 
