@@ -68,7 +68,7 @@ def test_verify_file(tmp_path):
     )
     keys = {file_key("conv1.weight"), file_key("cls_token")}
     verify_file(path, file_sha256(path), keys)
-    verify_file(path, None, None)
+    verify_file(path, None, keys)
     with pytest.raises(AdapterFileError, match="altered or replaced"):
         verify_file(path, "0" * 64, keys)
     with pytest.raises(AdapterFileError, match=r"misses fc\.surgery\.weight"):

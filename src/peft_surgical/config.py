@@ -39,8 +39,7 @@ _UNSAVED = ("strict_base", "held", "measured_fingerprint")
 class SurgicalType(str, enum.Enum):
     """The key of this method in PEFT's mappings.
 
-    PEFT's own enum is closed. A string enum hashes and compares like the plain string and has the ``.value`` that
-    transformers and PEFT's status code read.
+    PEFT's own enum is closed. This one hashes and compares like a string, and has the ``.value`` that others read.
     """
 
     SURGICAL = "SURGICAL"
@@ -129,16 +128,15 @@ class SurgicalConfig(PeftConfig):
         scale: Factor of the deltas (WiSE-FT, Wortsman et al. 2022): 0 is the base, 1 the tuned model. Saved.
         strict_base: False turns the error for a base with another fingerprint into a warning. Not saved.
         selection: Filled in by `resolve_target` and by searches: how data chose the target, with the blocks' scores.
-        tensor_names: Filled in: the resolved names of the tuned tensors, so that loading re-derives nothing.
+        tensor_names: Filled in: the full names of the tuned tensors.
         base_fingerprint: Filled in on saving: tensor name -> hash of the base's value; see `fingerprint`.
         weights_sha256: Filled in on saving: SHA-256 of the adapter file.
 
     Attributes:
         held: What the adapter file holds that `from_pretrained` verified. None for a config that was not read with a
             file. Not saved.
-        measured_fingerprint: `fingerprint` of the base under the adapter whose tensors were last gathered for saving;
-            it is saved as ``base_fingerprint``. That field itself records which base an adapter expects, and stays as
-            it is, since the same config may serve for a fresh adapter on another base.
+        measured_fingerprint: `fingerprint` of the base when the adapter's tensors were last gathered for saving, saved
+            as ``base_fingerprint``. That field stays as it is: the config may serve a fresh adapter on another base.
 
     The two attributes are here because PEFT and transformers pass nothing but the config between files and the tuner.
 
@@ -245,9 +243,7 @@ class SurgicalConfig(PeftConfig):
             config.held = config._verified(source, weights)
         elif config.weights_sha256 is not None or config.base_fingerprint is not None:
             # PEFT would look for the file once the adapter is on the model.
-            raise AdapterFileError(
-                f"{source} has the config of an adapter, but no {WEIGHTS}: save or download it again."
-            )
+            raise AdapterFileError(f"{source} has an adapter's config, but no {WEIGHTS}: save or download it again.")
         return config
 
     def _verified(self, source: str, weights: Path) -> Held:
@@ -275,7 +271,7 @@ class SurgicalConfig(PeftConfig):
 
 
 def _found_from_anywhere(base: str | None) -> str | None:
-    """A base that is a folder of this machine by its absolute path: the adapter may be loaded in another directory."""
+    """The absolute path of a base that is a folder here, since the adapter may be loaded in another directory."""
     folder = Path((base or "").removeprefix("local-dir:")).expanduser()
     return str(folder.absolute()) if base and folder.is_dir() else base
 

@@ -132,13 +132,13 @@ def _check_finite(tensors: Mapping[str, torch.Tensor], where: str) -> None:
             )
 
 
-def verify_file(path: str | Path, sha256: str | None, keys: Iterable[str] | None, others: bool = False) -> Held:
+def verify_file(path: str | Path, sha256: str | None, keys: Iterable[str], others: bool = False) -> Held:
     """Check an adapter file by itself, before any model is touched: whole, unaltered, complete, finite.
 
     Args:
         path: A safetensors file.
         sha256: The SHA-256 in its config; None skips that check.
-        keys: The `file_key` of every tensor that it must hold; None skips that check.
+        keys: The `file_key` of every tensor that it must hold.
         others: Whether it may hold other tensors too (those of ``modules_to_save``).
 
     Raises:
@@ -152,9 +152,7 @@ def verify_file(path: str | Path, sha256: str | None, keys: Iterable[str] | None
         raise AdapterFileError(
             f"{where} cannot be read as safetensors ({error}). It is truncated or damaged: save or download it again."
         ) from error
-    if keys is not None:
-        found = {neutral_key(key) or key for key in tensors if not others or neutral_key(key)}
-        _check_names(found, keys, where)
+    _check_names({neutral_key(key) or key for key in tensors if not others or neutral_key(key)}, keys, where)
     for key, tensor in tensors.items():
         delta = not others or neutral_key(key) is not None
         if delta and not tensor.is_floating_point() and not key.endswith("num_batches_tracked"):

@@ -54,21 +54,30 @@ class _Routing:
 
 
 @contextmanager
-def mixed_batch(model: nn.Module, adapter_names: Sequence[str], known: Sequence[str], beams: int = 1) -> Iterator[None]:
+def mixed_batch(
+    model: nn.Module, adapter_names: Sequence[str], known: Sequence[str], args: Any, kwargs: Any
+) -> Iterator[None]:
     """Within this context the model routes each sample of its batch through the adapter named for it.
 
     Args:
         model: The adapted network.
         adapter_names: One adapter name per sample, ``"__base__"`` for none.
         known: The adapters that exist.
-        beams: How often generate() repeats each sample.
+        args: Positional arguments of the call that runs in this context.
+        kwargs: Keyword arguments of that call; generate() repeats each sample ``num_beams`` times.
 
     Raises:
-        AdapterError: For unknown names, while training, or with merged adapters.
+        AdapterError: For unknown names or another number of them, while training, or with merged adapters.
     """
+    size = next((len(value) for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
+    if size is not None and size != len(adapter_names):
+        raise AdapterError(
+            "Length of `adapter_names` should be the same as the number of inputs, but got "
+            f"{len(adapter_names)} and {size} respectively."
+        )
     layers = [layer for _, layer in surgical_layers(model)]
     _check(model, layers, adapter_names, known)
-    routing = _Routing(adapter_names, beams)
+    routing = _Routing(adapter_names, kwargs.get("num_beams") or 1)
     # A tied tensor is read by modules without a holder of their own; each of them splits its batch too. So do the
     # modules that read their children's tensors without calling the children.
     owners = {id(m): m for layer in layers for key in layer._sites for m, _ in layer.sites(key)}

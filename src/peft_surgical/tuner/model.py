@@ -64,17 +64,11 @@ class SurgicalModel(BaseTuner):
         """Plan, check, then attach; see BaseTuner. A refused adapter leaves the model as it was.
 
         Takes the place of PEFT's method, whose loop replaces modules by their paths: it passes over the root, whose
-        tensors can be tuned too, and changes the model before all of it has been checked. The rest of what PEFT's
-        method does (0.21.2) is done here or needs nothing:
-
-        - Converting the config of a model whose architecture changed in transformers 5: by PEFT's own function.
-        - `_check_new_adapter_config`, and trainability kept where other adapters exist: the same.
-        - `_check_tied_modules`: one delta serves all modules that share a tensor.
-        - `_prepare_adapter_config`: this method has no default targets for an architecture.
-        - `target_parameters`, `rank_pattern`, `alpha_pattern`, placeholder targets: LoRA's fields.
-        - Condensing long lists of ``target_modules``: the plan looks each name up once.
-        - Warnings and errors about what matched: the plan's.
-        - Activating, freezing, ``modules_to_save``: the same calls, in `_attach`.
+        tensors can be tuned too, and changes the model before all of it has been checked. What else PEFT's method does
+        (0.21.2) is done by the same calls here and in `_attach`: converting configs for transformers 5, checking new
+        configs, activating, freezing, ``modules_to_save``, and keeping trainability where other adapters exist. Not
+        needed are LoRA's fields, default targets of an architecture, the check of tied modules (one delta serves all
+        that share a tensor), and messages about what matched, which are the plan's.
         """
         config = self.peft_config[adapter_name]
         if hasattr(getattr(model, "config", None), "model_type"):
@@ -83,11 +77,10 @@ class SurgicalModel(BaseTuner):
         if state_dict is None:
             self._inject(model, adapter_name, make_plan(model, config), low_cpu_mem_usage)
             return
-        configured = set(make_plan(model, config).names)
-        names = [name for key in state_dict if (name := tensor_name(key)) is not None]
-        plan = make_plan(model, config, names)
+        configured = {*make_plan(model, config).names}
+        plan = make_plan(model, config, [name for key in state_dict if (name := tensor_name(key)) is not None])
         self._inject(model, adapter_name, plan, low_cpu_mem_usage)
-        if configured != set(plan.names):
+        if configured != {*plan.names}:
             warnings.warn(
                 f"The state_dict holds deltas for {len(plan.names)} tensors, the config targets {len(configured)}: the "
                 "state_dict decides.",
@@ -180,16 +173,8 @@ class SurgicalModel(BaseTuner):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         names = kwargs.pop("adapter_names", None)
-        if names is None:
-            yield
-            return
-        size = next((len(value) for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
-        if size is not None and size != len(names):
-            raise AdapterError(
-                "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(names)} and {size} respectively."
-            )
-        with mixed_batch(self.model, names, list(self.peft_config), kwargs.get("num_beams") or 1):
+        routed = nullcontext() if names is None else mixed_batch(self.model, names, [*self.peft_config], args, kwargs)
+        with routed:
             yield
 
     # --- merging ---
@@ -278,8 +263,8 @@ class SurgicalModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        inner = getattr(getattr(model, "base_model", None), "model", model)
-        taken = getattr(getattr(model, "base_model", None), "_fingerprints", {}).get(adapter_name)
+        tuner = getattr(model, "base_model", None)
+        inner, taken = getattr(tuner, "model", model), getattr(tuner, "_fingerprints", {}).get(adapter_name)
         sharded = any(hasattr(value, "full_tensor") for value in inner.parameters())
         config.measured_fingerprint = taken if sharded and taken else fingerprint_of(inner, config)
         return whole_state(found, config, adapter_name)

@@ -65,7 +65,7 @@ def make_plan(model: nn.Module, config: SurgicalConfig, names: Sequence[str] | N
     refuse_other_methods(model)
     with bare(model):
         modules = dict(model.named_modules())
-        resolved = names is None and is_resolved(config)
+        resolved = names is None and _is_resolved(config)
         exact = config.tensor_names if resolved else names
         wanted = _wanted(model, modules, config) if exact is None else _existing(modules, config, exact)
         plan = _plan(modules, {*wanted}, config, exact=exact is not None)
@@ -75,7 +75,7 @@ def make_plan(model: nn.Module, config: SurgicalConfig, names: Sequence[str] | N
     return plan
 
 
-def is_resolved(config: SurgicalConfig) -> bool:
+def _is_resolved(config: SurgicalConfig) -> bool:
     """Whether the config's ``tensor_names`` are to be taken as they are: in a config that was read from disk.
 
     A config that was used in this process is resolved again: its target may have been changed since, or it may serve
