@@ -30,7 +30,7 @@ from .errors import AdapterFileError, BaseMismatchError
 from .keys import CONFIG, PICKLE, WEIGHTS, neutral_key
 
 MAX_BYTES = 16 * 2**20
-"""Of a config file: some hundred times what the names and hashes of a large network's tensors take."""
+"""The largest config file that is read: some hundred times what the tensors of a large network need."""
 Held = Mapping[str, tuple[tuple[int, ...], bool]]
 """What an adapter file holds: key -> shape, and whether it is floating point."""
 _HASH_DIGITS = 16  # 64 bits a tensor: a guard against the wrong base, not against an attacker who forges one
@@ -108,7 +108,8 @@ def check_tensors(found: Mapping[str, torch.Tensor], expected: Mapping[str, tupl
 
 def differences(found: Iterable[str], expected: Iterable[str]) -> str:
     """Which of the expected names are missing and which are surplus, for a message; "" where none is."""
-    missing, surplus = sorted({*expected} - {*found}), sorted({*found} - {*expected})
+    present, needed = {*found}, {*expected}
+    missing, surplus = sorted(needed - present), sorted(present - needed)
     return " and ".join(
         [f"misses {shown(missing)}"] * bool(missing) + [f"has besides {shown(surplus)}"] * bool(surplus)
     )

@@ -133,7 +133,7 @@ def saving_atomically(original: Callable[..., None]) -> Callable[..., None]:
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
             stage = Path(scratch)
             for place in (".", *self.peft_config):
-                if (target / place / CARD).is_file():  # it may be somebody's own, which stays
+                if (target / place / CARD).is_file():  # a page that a user wrote stays
                     (stage / place).mkdir(exist_ok=True)
                     shutil.copy2(target / place / CARD, stage / place / CARD)
             original(self, stage, **rest)
