@@ -47,8 +47,7 @@ from accelerate import PartialState
 from paper.cifar import Images, corruptions_in, read_once, split
 from paper.cifar_networks import load_network, normalise
 from paper.grids import grid_parser, parse_grid
-from peft_surgical.entry import run_in_words
-from peft_surgical.errors import DataError
+from peft_surgical.errors import DataError, run_in_words
 from peft_surgical.evaluation import Report, TextTable, accuracy, interval_of_runs, measure, plus_minus, predict_logits
 from peft_surgical.training.fitting import FitSettings, fit
 from peft_surgical.training.grid import Cell, shard

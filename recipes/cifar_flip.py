@@ -43,8 +43,7 @@ from paper.flipped import CLASSES, HUB_ID, read_cifar_flip
 from paper.protocol import Protocol, parser_of
 from paper.study import run_study
 from peft_surgical.bases import Base, load_base
-from peft_surgical.entry import run_in_words
-from peft_surgical.errors import ConfigError
+from peft_surgical.errors import ConfigError, run_in_words
 from peft_surgical.training.fitting import FitSettings
 
 PROTOCOL = Protocol(

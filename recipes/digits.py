@@ -49,7 +49,7 @@ from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 
 from peft_surgical import SurgicalConfig, anatomy_of
-from peft_surgical.entry import run_in_words
+from peft_surgical.errors import run_in_words
 from peft_surgical.evaluation import Measurement, Report, accuracy, measure, predict_logits
 
 BLOCKS = ("block1", "block2", "block3", "block4", "head")

@@ -31,7 +31,7 @@ from paper.pretraining import SourceTraining
 from paper.protocol import Protocol, parser_of
 from paper.study import run_study
 from paper.subpopulations import imagenet_parts, read_breeds
-from peft_surgical.entry import run_in_words
+from peft_surgical.errors import run_in_words
 from peft_surgical.training.fitting import FitSettings
 
 PROTOCOL = Protocol(

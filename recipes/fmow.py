@@ -38,7 +38,7 @@ from paper.protocol import Protocol, parser_of
 from paper.published import read_published
 from paper.study import run_study
 from paper.wilds_folders import REGIONS
-from peft_surgical.entry import run_in_words
+from peft_surgical.errors import run_in_words
 from peft_surgical.training.fitting import FitSettings
 
 ADAM_RATES = (1e-4, 3e-5, 1e-5), (1e-2, 1e-3, 1e-4)

@@ -38,8 +38,7 @@ from paper.corruptions import CORRUPTIONS, SEVERITIES, check_cells, open_classif
 from paper.over_corruptions import Cells, summary_of, table_of
 from paper.protocol import Protocol, parser_of
 from paper.study import run_study
-from peft_surgical.entry import run_in_words
-from peft_surgical.errors import ConfigError
+from peft_surgical.errors import ConfigError, run_in_words
 from peft_surgical.evaluation import Report
 from peft_surgical.experiment.outputs import bars, draw_or_warn
 from peft_surgical.training.fitting import FitSettings

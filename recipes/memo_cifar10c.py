@@ -46,8 +46,7 @@ from paper.grids import grid_parser, parse_grid
 from peft_surgical import SurgicalConfig
 from peft_surgical.adaptation import CollapseWarning, Memo, Record, Tent, batch_statistics, norm_target
 from peft_surgical.choosing.forward import logits_of
-from peft_surgical.entry import run_in_words
-from peft_surgical.errors import DataError
+from peft_surgical.errors import DataError, run_in_words
 from peft_surgical.evaluation import TextTable, mean_interval, plus_minus
 from peft_surgical.training.grid import SELECTION_SEED
 from peft_surgical.training.ledger import Ledger, Run

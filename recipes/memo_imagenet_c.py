@@ -34,12 +34,10 @@ from peft_surgical.adaptation import CollapseWarning
 from peft_surgical.bases import load_base
 from peft_surgical.data.images import IMAGE_SUFFIXES
 from peft_surgical.data.incoming import Incoming
-from peft_surgical.devices import accelerator_or_cpu
-from peft_surgical.entry import run_in_words
-from peft_surgical.errors import DataError
+from peft_surgical.errors import DataError, run_in_words
 from peft_surgical.evaluation import TextTable, accuracy, plus_minus
 from peft_surgical.experiment.adapting import AdaptSettings, adapt
-from peft_surgical.extras import require
+from peft_surgical.extras import accelerator_or_cpu, require
 from peft_surgical.training.grid import SELECTION_SEED
 from peft_surgical.training.ledger import Ledger, Run
 

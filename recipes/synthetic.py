@@ -33,7 +33,7 @@ from paper.cifar_networks import NETWORKS, load_network, normalise
 from paper.grids import grid_parser, parse_grid
 from peft_surgical import anatomy_of, score_blocks
 from peft_surgical.choosing.schedules import block_means
-from peft_surgical.entry import run_in_words
+from peft_surgical.errors import run_in_words
 from peft_surgical.evaluation import TextTable, accuracy, plus_minus, predict_logits
 from peft_surgical.training.fitting import FitSettings, fit
 from peft_surgical.training.grid import Cell, shard

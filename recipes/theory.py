@@ -62,7 +62,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from peft_surgical import SurgicalConfig
-from peft_surgical.entry import run_in_words
+from peft_surgical.errors import run_in_words
 from peft_surgical.evaluation import TextTable, mean_interval, wilson_interval
 
 ZERO = 1e-9  # a relative loss up to here counts as none: rounding leaves 1e-15, gradient descent 1e-11

@@ -35,7 +35,7 @@ from paper.pretraining import SourceTraining
 from paper.protocol import Protocol, parser_of
 from paper.published import read_published
 from paper.study import run_study
-from peft_surgical.entry import run_in_words
+from peft_surgical.errors import run_in_words
 from peft_surgical.training.fitting import FitSettings
 
 PROTOCOL = Protocol(

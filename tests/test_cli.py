@@ -28,14 +28,13 @@ from peft_surgical.adapters.contents import contents_of  # noqa: E402
 from peft_surgical.bases.transforms import AUGMENTS  # noqa: E402
 from peft_surgical.choosing import BlockScores  # noqa: E402
 from peft_surgical.choosing.criteria import CRITERIA  # noqa: E402
-from peft_surgical.config import DELTA_DTYPES  # noqa: E402
+from peft_surgical.config import DELTA_DTYPES, NormPolicy  # noqa: E402
 from peft_surgical.errors import AdapterFileError, ConfigError  # noqa: E402
 from peft_surgical.experiment.choosing import SCORED  # noqa: E402
 from peft_surgical.experiment.planning import BATCH_SIZES, STEPS_PER_EPOCH  # noqa: E402
 from peft_surgical.experiment.progress import Bar  # noqa: E402
 from peft_surgical.experiment.requests import Train  # noqa: E402
 from peft_surgical.experiment.subject import SEARCHES  # noqa: E402
-from peft_surgical.norm import NormPolicy  # noqa: E402
 from peft_surgical.training.fitting import OPTIMIZERS  # noqa: E402
 from peft_surgical.training.search import NOMINATED  # noqa: E402
 from peft_surgical_cli import app as cli  # noqa: E402

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from tiny import CASES, bits, disturb, outputs, same, snapshot, train
 
 from peft_surgical import SurgicalConfig
-from peft_surgical.norm import statistics_of
+from peft_surgical.tuner.specialise import statistics_of
 
 GRID = [
     pytest.param(name, target, policy, id=f"{name}-{target}-{policy}")

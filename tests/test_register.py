@@ -14,8 +14,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 import peft_surgical
 from peft_surgical import SurgicalConfig
 from peft_surgical.config import SurgicalType
+from peft_surgical.tuner import register
 from peft_surgical.tuner.model import SurgicalModel
-from peft_surgical.tuner.register import register
 
 PUBLIC = """
 AdapterPool Anatomy BlockScores Pace Penalty SurgicalCallback SurgicalConfig SurgicalError anatomy_of combine_adapters
@@ -25,8 +25,8 @@ diff load_adapted pull push_adapter read_adapter resolve_target score_blocks set
 IMPORTED = """
 blocks blocks.anatomy blocks.inventory blocks.layouts blocks.parsing blocks.resolving blocks.sources blocks.spec config
 errors evaluation evaluation.intervals evaluation.metrics evaluation.predicting evaluation.report evaluation.tables
-extras fields files keys norm peft_api specialise tuner tuner.attach tuner.card tuner.combine tuner.expected
-tuner.layer tuner.mixed tuner.model tuner.plan tuner.reading tuner.register tuner.saving tuner.support
+extras files keys peft_api tuner tuner.attach tuner.combine tuner.layer tuner.mixed tuner.model tuner.plan
+tuner.saving tuner.specialise tuner.support
 """
 
 

@@ -1,4 +1,4 @@
-"""Saving under SIGKILL, for real: a process that saves two adapters by turns, killed at arbitrary moments."""
+"""Saving is atomic, also under SIGKILL at arbitrary moments, and the page beside an adapter is no template."""
 
 import copy
 import os
@@ -10,11 +10,16 @@ import time
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
-from peft import PeftModel
+from huggingface_hub import ModelCard
+from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import CASES, images, outputs
 
 import peft_surgical  # noqa: F401 (or PEFT would not know the method)
+from peft_surgical import SurgicalConfig
+from peft_surgical.evaluation import Report, measure
+from peft_surgical.tuner.saving import PAGE_MARK, write_card
 
 SAVER = """
 import sys
@@ -52,3 +57,73 @@ def test_sigkill_at_any_moment_leaves_one_whole_adapter(tmp_path):
         assert torch.isfinite(outputs(model, images())).all()
         seen.append(model.peft_config["default"].target)
     assert set(seen) <= {"block1", "head + block2"}
+
+
+@pytest.fixture
+def model():
+    model = get_peft_model(tiny.ConvNet(torch.nn.BatchNorm2d).eval(), SurgicalConfig(target="block1"))
+    tiny.disturb(model)
+    return model
+
+
+def test_what_is_known_is_said(model, tmp_path):
+    model.peft_config["default"].base_model_name_or_path = "timm/resnet18.a1_in1k"
+    model.save_pretrained(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    card = ModelCard(text)
+    assert (card.data.library_name, card.data.base_model) == ("peft", "timm/resnet18.a1_in1k")
+    assert card.data.load_with == "import peft_surgical"
+    assert "Deltas of `block1` for [`timm/resnet18.a1_in1k`](https://huggingface.co/timm/resnet18.a1_in1k)" in text
+    assert "Nothing was measured when this adapter was saved." in text
+    assert "More Information Needed" not in text
+    scope = {"base": tiny.ConvNet(torch.nn.BatchNorm2d), "folder": tmp_path}
+    scope["base"].load_state_dict(model.unload().state_dict())
+    exec(text.split("```python\n")[1].split("```")[0], scope)
+    assert isinstance(scope["model"], PeftModel)
+
+
+def test_a_folder_of_this_machine_is_not_named(model, tmp_path):
+    (tmp_path / "nets").mkdir()
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "nets")
+    model.save_pretrained(tmp_path / "adapter")
+    text = (tmp_path / "adapter/README.md").read_text()
+    assert "for `nets`" in text
+    assert str(tmp_path) not in text
+
+
+def test_numbers_stand_on_it_until_another_adapter_is_saved(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    rows = (measure("accuracy", [0.75], dataset="test", n=40, seeds=[0], selection="none"),)
+    write_card(tmp_path, Report("base", "block1", rows))
+    assert "| accuracy | test | 75.0 |" in (tmp_path / "README.md").read_text()
+    model.save_pretrained(tmp_path)
+    assert "75.0" not in (tmp_path / "README.md").read_text()
+
+
+def test_ones_own_page_stays(model, tmp_path):
+    for folder in (tmp_path, tmp_path / "second"):
+        folder.mkdir(exist_ok=True)
+        (folder / "README.md").write_text("Ours.")
+    model.add_adapter("second", SurgicalConfig(target="head"))
+    model.save_pretrained(tmp_path)
+    assert [(folder / "README.md").read_text() for folder in (tmp_path, tmp_path / "second")] == ["Ours.", "Ours."]
+    (tmp_path / "README.md").write_text(f"{PAGE_MARK}\nNot ours.")
+    (tmp_path / "second/README.md").unlink()
+    model.save_pretrained(tmp_path)
+    assert "# Surgical adapter: block1" in (tmp_path / "README.md").read_text()
+    assert "# Surgical adapter: head" in (tmp_path / "second/README.md").read_text()
+
+
+def test_without_an_adapter_the_page_goes(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    (tmp_path / "adapter_config.json").unlink()
+    write_card(tmp_path)
+    assert not (tmp_path / "README.md").exists()
+    (tmp_path / "README.md").write_text("Ours.")
+    write_card(tmp_path)
+    assert (tmp_path / "README.md").exists()
+
+
+def test_other_methods_keep_pefts_card(tmp_path):
+    get_peft_model(tiny.ConvNet(torch.nn.BatchNorm2d), LoraConfig(target_modules=["fc"])).save_pretrained(tmp_path)
+    assert "[More Information Needed]" in (tmp_path / "README.md").read_text()

@@ -27,8 +27,8 @@ check_peft()
 from .blocks import Anatomy, anatomy_of
 from .config import SurgicalConfig
 from .errors import SurgicalError
+from .tuner import register as _register
 from .tuner.model import set_scale
-from .tuner.register import register as _register
 
 if TYPE_CHECKING:
     from .adapters.adapter import read_adapter
@@ -109,4 +109,7 @@ def _when_used(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
     return method
 
 
-_register(functools.partial(_when_used, "redirected"), functools.partial(_when_used, "carded"))
+_register(
+    push_to_hub=functools.partial(_when_used, "redirected"),
+    create_or_update_model_card=functools.partial(_when_used, "carded"),
+)

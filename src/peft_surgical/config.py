@@ -1,46 +1,116 @@
-"""`SurgicalConfig`: what to tune, how, and (once saved) what was tuned on which base."""
+"""`SurgicalConfig`: what to tune, how, and (once saved) what was tuned on which base.
+
+A config file may come from anybody, so every field's type is checked: a wrong one would fail later and elsewhere.
+"""
 
 from __future__ import annotations
 
 import enum
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+import torch
 from peft import PeftConfig
+from peft.utils import TaskType
 
 from .blocks import parse
 from .errors import AdapterFileError, BaseMismatchError, ConfigError, TargetError
-from .fields import check_fields, read_object
-from .files import canonical_json, file_sha256, verify_file, write_atomically
-from .keys import CONFIG, PICKLE, WEIGHTS, file_key
-from .norm import check_policy
+from .files import (
+    Held,
+    canonical_json,
+    file_sha256,
+    find_weights,
+    printable,
+    read_object,
+    verify_file,
+    write_atomically,
+)
+from .keys import CONFIG, WEIGHTS, file_key
 
-_UNSAVED = ("strict_base", "held", "measured_fingerprint")
+NormPolicy = Literal["frozen", "target", "all"]
+"""``frozen``: no statistics move. ``target``: those of modules with a targeted tensor. ``all``: every module's."""
 DELTA_DTYPES = ("float32", "bfloat16", "float16")
+_UNSAVED = ("strict_base", "held", "measured_fingerprint")
 
 
 class SurgicalType(str, enum.Enum):
     """The key of this method in PEFT's mappings.
 
-    PEFT's own enum is closed. A string enum hashes and compares like the plain string and has the ``.value`` that
-    transformers and PEFT's status code read.
+    PEFT's own enum is closed. This one hashes and compares like a string, and has the ``.value`` that others read.
     """
 
     SURGICAL = "SURGICAL"
+
+
+def _is(*types: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, types)
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(name, str) for name in value)
+
+
+def _is_terms(value: Any) -> bool:
+    return isinstance(value, str) or _is_names(value)
+
+
+def _is_hashes(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(text, str) for pair in value.items() for text in pair)
+
+
+def _is_scale(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return abs(value) <= torch.finfo(torch.float32).max  # in which deltas are scaled; False for NaN
+
+
+_REQUIRED: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "norm_stats": (_is(str), "the name of a policy"),
+    "scale": (_is_scale, "a number, finite in float32: 0 is the base, 1 the tuned model"),
+    "inference_mode": (_is(bool), "True or False"),
+}
+_OPTIONAL: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "target": (_is_terms, "a target, or a list of them"),
+    "delta_dtype": (_is(str), "the name of a dtype"),
+    "blocks": (_is(Mapping), "a mapping of blocks to paths"),
+    "target_modules": (_is_terms, "a regex, or a list of names"),
+    "exclude_modules": (_is_terms, "a regex, or a list of names"),
+    "modules_to_save": (_is_names, "a list of names"),
+    "selection": (_is(Mapping), "a mapping"),
+    "tensor_names": (lambda value: _is_names(value) and len({*value}) == len(value), "a list of names, each once"),
+    "base_fingerprint": (_is_hashes, "a mapping of names to hashes"),
+    "weights_sha256": (_is(str), "a hash"),
+    "auto_mapping": (_is(Mapping), "a mapping"),
+    "base_model_name_or_path": (_is(str, os.PathLike), "a name or a path"),
+    "revision": (_is(str), "a name"),
+    "peft_version": (_is(str), "a version"),
+}
+
+
+def check_fields(values: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` unless every known field among ``values`` has a value of its type."""
+    for name, value in values.items():
+        if name in _OPTIONAL and value is None:
+            continue
+        fits, kind = _REQUIRED.get(name) or _OPTIONAL.get(name) or (None, "")
+        if fits is not None and not fits(value):
+            raise ConfigError(f"{name}={printable(value)} is not {kind}.")
+    task = values.get("task_type")
+    if task is not None and task not in list(TaskType):
+        # PEFT's words, which its callers match.
+        choices = ", ".join(TaskType)
+        raise ConfigError(f"Invalid task type: {printable(task)}. Must be one of the following task types: {choices}.")
 
 
 @dataclass
 class SurgicalConfig(PeftConfig):
     """Configuration of a surgical adapter.
 
-    Say what to tune either by ``target`` (blocks, paths, globs, regexes: see `parse`) or in PEFT's own way by
-    ``target_modules``; the other arguments have defaults. Validated without a model. A config that does not say what to
-    tune can be made, as with PEFT's other methods; ``get_peft_model`` refuses it.
+    What to tune is either a ``target`` (blocks, paths, globs, regexes: see `parse`) or PEFT's ``target_modules``. A
+    config without either can be made, as with PEFT's other methods; ``get_peft_model`` refuses it.
 
     Args:
         target: For example ``"block1"``, ``"block2-4 + head"``, ``"all - head"``, ``"*.norm*"``, or a list of such
@@ -49,30 +119,26 @@ class SurgicalConfig(PeftConfig):
             ``"target"`` those of targeted modules, ``"all"`` every module's. What moves is saved.
         delta_dtype: Dtype of the deltas on disk: ``"bfloat16"`` or ``"float16"`` halve the file and round what is
             reloaded; None keeps the dtype in which they were trained.
-        blocks: An explicit cut of the network, block name -> module or tensor paths, for networks whose blocks cannot
-            be derived. Kept in the adapter's config.
+        blocks: Block name -> module or tensor paths, for networks whose blocks cannot be derived. Saved.
         target_modules: PEFT's: a list of module names (exact or as a suffix) or a regex; all tensors of a matched
             module are tuned. Names that match nothing are named in a warning, and are an error if none matches; every
             term of ``target`` has to match.
         exclude_modules: PEFT's: modules, matched the same way, whose tensors are not tuned.
         modules_to_save: PEFT's: modules to train and save whole, such as a new head.
-        scale: Factor of the deltas (WiSE-FT, Wortsman et al. 2022): 0 is the base, 1 the tuned model. Saved, so that
-            what is reloaded is what was evaluated.
+        scale: Factor of the deltas (WiSE-FT, Wortsman et al. 2022): 0 is the base, 1 the tuned model. Saved.
         strict_base: False turns the error for a base with another fingerprint into a warning. Not saved.
         selection: Filled in by `resolve_target` and by searches: how data chose the target, with the blocks' scores.
-        tensor_names: Filled in: the resolved names of the tuned tensors, so that loading re-derives nothing.
+        tensor_names: Filled in: the full names of the tuned tensors.
         base_fingerprint: Filled in on saving: tensor name -> hash of the base's value; see `fingerprint`.
         weights_sha256: Filled in on saving: SHA-256 of the adapter file.
 
     Attributes:
-        held: What the adapter file that `from_pretrained` verified holds: key -> shape, and whether it is floating
-            point. None for a config that was not read with a file. Not saved.
-        measured_fingerprint: `fingerprint` of the base under the adapter whose tensors were last gathered for saving;
-            it is saved as ``base_fingerprint``. That field itself says what base an adapter expects, and stays as it
-            is, since the same config may serve for a fresh adapter on another base.
+        held: What the adapter file holds that `from_pretrained` verified. None for a config that was not read with a
+            file. Not saved.
+        measured_fingerprint: `fingerprint` of the base when the adapter's tensors were last gathered for saving, saved
+            as ``base_fingerprint``. That field stays as it is: the config may serve a fresh adapter on another base.
 
-    The two attributes are here because PEFT and transformers pass nothing but the config from reading a file to the
-    tuner, and from the tuner to writing a file.
+    The two attributes are here because PEFT and transformers pass nothing but the config between files and the tuner.
 
     Raises:
         ConfigError: For arguments that contradict each other or have unknown values.
@@ -83,51 +149,49 @@ class SurgicalConfig(PeftConfig):
         'block1'
     """
 
-    target: str | list[str] | None = field(default=None, metadata={"help": "What to tune, e.g. 'block1'."})
-    norm_stats: str = field(default="frozen", metadata={"help": "frozen, target or all."})
-    delta_dtype: str | None = field(default=None, metadata={"help": "Dtype of the deltas on disk."})
-    blocks: dict[str, list[str]] | None = field(default=None, metadata={"help": "Explicit cut into blocks."})
-    target_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to tune, PEFT's way."})
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules not to tune."})
-    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained and saved whole."})
-    scale: float = field(default=1.0, metadata={"help": "Factor of the deltas."})
-    strict_base: bool = field(default=True, metadata={"help": "Refuse a base with another fingerprint."})
-    selection: dict[str, Any] | None = field(default=None, metadata={"help": "How data chose the target; filled in."})
-    tensor_names: list[str] | None = field(default=None, metadata={"help": "Resolved; filled in."})
-    base_fingerprint: dict[str, str] | None = field(default=None, metadata={"help": "Filled in on saving."})
-    weights_sha256: str | None = field(default=None, metadata={"help": "Filled in on saving."})
-    held: Mapping[str, tuple[tuple[int, ...], bool]] | None = field(default=None, init=False, repr=False, compare=False)
+    target: str | list[str] | None = None
+    norm_stats: str = "frozen"
+    delta_dtype: str | None = None
+    blocks: dict[str, list[str]] | None = None
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    scale: float = 1.0
+    strict_base: bool = True
+    selection: dict[str, Any] | None = None
+    tensor_names: list[str] | None = None
+    base_fingerprint: dict[str, str] | None = None
+    weights_sha256: str | None = None
+    held: Held | None = field(default=None, init=False, repr=False, compare=False)
     measured_fingerprint: dict[str, str] | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_fields(vars(self))
         super().__post_init__()
         self.peft_type = SurgicalType.SURGICAL
-        check_policy(self.norm_stats)
+        if self.norm_stats not in get_args(NormPolicy):
+            choices = ", ".join(get_args(NormPolicy))
+            raise ConfigError(f"norm_stats={self.norm_stats!r} is not a policy: choose one of {choices}.")
         if self.delta_dtype is not None and self.delta_dtype not in DELTA_DTYPES:
             choices = ", ".join(DELTA_DTYPES)
             raise ConfigError(f"delta_dtype={self.delta_dtype!r}: choose one of {choices}, or leave it out.")
         self.scale = float(self.scale)
-        if isinstance(self.target_modules, (set, tuple)):
-            self.target_modules = sorted(self.target_modules)
-        if isinstance(self.exclude_modules, (set, tuple)):
-            self.exclude_modules = sorted(self.exclude_modules)
-        if isinstance(self.modules_to_save, (set, tuple)):
-            self.modules_to_save = sorted(self.modules_to_save)
+        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+            if isinstance(value := getattr(self, name), (set, tuple)):
+                setattr(self, name, sorted(value))
         if self.blocks is not None:
             self.blocks = _as_blocks(self.blocks)
-        if self.target is not None and self.target_modules:
-            raise ConfigError(
-                f"Both target={self.target!r} and target_modules={self.target_modules!r} say what to tune. Give one: "
-                "target knows blocks, and takes module paths too."
-            )
         if self.target is not None:
-            if not isinstance(self.target, str):
-                self.target = list(self.target)
+            if self.target_modules:
+                raise ConfigError(
+                    f"Both target={self.target!r} and target_modules={self.target_modules!r} say what to tune. Give "
+                    "one: target knows blocks, and takes module paths too."
+                )
+            self.target = self.target if isinstance(self.target, str) else list(self.target)
             parse(self.target)
 
     def to_dict(self) -> dict[str, Any]:
-        """The config as plain data. ``strict_base`` is a decision of whoever loads, so it is left out."""
+        """The config as plain data, without ``strict_base``, which is for whoever loads it to decide."""
         plain = super().to_dict()
         plain["base_fingerprint"] = self.measured_fingerprint or plain["base_fingerprint"]
         return {name: value for name, value in plain.items() if name not in _UNSAVED}
@@ -149,7 +213,7 @@ class SurgicalConfig(PeftConfig):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
     ) -> SurgicalConfig:
-        """Read the config of an adapter and verify the adapter file that belongs to it.
+        """Read the config in a folder or Hub repository, and verify the adapter file that belongs to it.
 
         PEFT reads the config before it touches the model, so a truncated, altered, incomplete or non-finite file is
         refused while the model is still exactly as it was.
@@ -161,6 +225,7 @@ class SurgicalConfig(PeftConfig):
 
         Raises:
             AdapterFileError: Names the file and what is wrong with it.
+            BaseMismatchError: The config has no fingerprint of its base, which only ``strict_base=False`` allows.
         """
         strict = kwargs.pop("strict_base", True)
         source = os.fspath(pretrained_model_name_or_path)
@@ -168,7 +233,7 @@ class SurgicalConfig(PeftConfig):
             config = super().from_pretrained(source, subfolder=subfolder, **kwargs)
             if not isinstance(config, cls):
                 return config
-            weights = _locate(source, subfolder, kwargs)
+            weights = find_weights(source, subfolder, kwargs)
             if weights is not None:
                 config = _superseded(weights) or config
         except (ConfigError, TargetError) as error:
@@ -178,13 +243,10 @@ class SurgicalConfig(PeftConfig):
             config.held = config._verified(source, weights)
         elif config.weights_sha256 is not None or config.base_fingerprint is not None:
             # PEFT would look for the file once the adapter is on the model.
-            raise AdapterFileError(
-                f"{source} has the config of an adapter, but no {WEIGHTS}: save or download it again."
-            )
+            raise AdapterFileError(f"{source} has an adapter's config, but no {WEIGHTS}: save or download it again.")
         return config
 
-    def _verified(self, source: str, weights: Path) -> dict[str, tuple[tuple[int, ...], bool]]:
-        """Check the adapter file that belongs to this config; what it holds, see `verify_file`."""
+    def _verified(self, source: str, weights: Path) -> Held:
         if self.tensor_names is None:
             # The target would be resolved anew, by patterns from a file, and perhaps to other tensors.
             raise AdapterFileError(
@@ -209,7 +271,7 @@ class SurgicalConfig(PeftConfig):
 
 
 def _found_from_anywhere(base: str | None) -> str | None:
-    """A base that is a folder of this machine by its absolute path: the adapter may be loaded in another directory."""
+    """The absolute path of a base that is a folder here, since the adapter may be loaded in another directory."""
     folder = Path((base or "").removeprefix("local-dir:")).expanduser()
     return str(folder.absolute()) if base and folder.is_dir() else base
 
@@ -222,33 +284,6 @@ def _as_blocks(blocks: Mapping[str, str | Sequence[str]]) -> dict[str, list[str]
             f"blocks={blocks!r}: give a mapping such as {{'block1': ['conv1', 'layer1'], 'head': ['fc']}}."
         )
     return {name: list(paths) for name, paths in named.items()}
-
-
-def _locate(source: str, subfolder: str | None, kwargs: Mapping[str, Any]) -> Path | None:
-    folder = Path(source, subfolder or "")
-    if folder.is_dir():
-        if (folder / WEIGHTS).is_file():
-            return folder / WEIGHTS
-        if (folder / PICKLE).exists():
-            raise AdapterFileError(
-                f"{folder} holds only {PICKLE}, a pickle, which can run code when it is read. Ask its author for "
-                f"{WEIGHTS}; this package reads and writes nothing else."
-            )
-        return None
-    download = {
-        key: value
-        for key, value in kwargs.items()
-        if key in ("revision", "token", "cache_dir", "local_files_only", "force_download") and value is not None
-    }
-    try:
-        return Path(hf_hub_download(source, WEIGHTS, subfolder=subfolder, **download))
-    except LocalEntryNotFoundError as error:  # it says nothing about what the repository has
-        raise AdapterFileError(
-            f"{WEIGHTS} of {source} could not be fetched from the Hub, and is not in the cache: go online (without "
-            "HF_HUB_OFFLINE) and try again."
-        ) from error
-    except EntryNotFoundError as error:
-        raise AdapterFileError(f"{source} on the Hub has no {WEIGHTS}; nothing else is loaded.") from error
 
 
 def _superseded(weights: Path) -> SurgicalConfig | None:

@@ -15,10 +15,15 @@
     ├── DataError           (ValueError)  data on disk that is not in the layout that the reader expects
     └── RowsFailedError     (RuntimeError) rows of a comparison that failed, while others are done
 
-A PEFT that this package does not work with is an ``ImportError``, raised by `peft_api` before there is anything else.
+`run_in_words` turns them into a script's exit code. A PEFT that this package does not work with is an
+``ImportError``, raised by `peft_api` before there is anything else.
 """
 
-from collections.abc import Mapping
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from peft.utils.error import NoMatchingPeftModuleError
@@ -87,6 +92,28 @@ class RowsFailedError(SurgicalError, RuntimeError):
 
 
 def reason_of(error: Exception) -> str:
-    """What an error says, with the name of its class where it is none of this package's."""
+    """The message of an error, after the name of its class where the class is not of this package."""
     text = str(error)
     return text if isinstance(error, SurgicalError) else f"{type(error).__name__}: {text}"
+
+
+USER_ERROR = 2
+HARMED = 3
+"""The command did what it should, and the model predicts worse after its adaptation than before."""
+INTERRUPTED = 130
+
+
+def run_in_words(main: Callable[[], Any]) -> int:
+    """Run a script's ``main`` and return its exit code: 0, 2 for an error of this package, 130 for Ctrl-C.
+
+    Those end in one line on standard error; anything else is a bug and keeps its traceback.
+    """
+    try:
+        main()
+    except SurgicalError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: interrupted; start it again to go on", file=sys.stderr)
+        return INTERRUPTED
+    return 0

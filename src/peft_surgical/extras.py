@@ -1,15 +1,19 @@
-"""Libraries that only some installations have: imported when used, with an error that says what to install."""
+"""What only some installations and machines have: optional libraries, and accelerators (CUDA, ROCm, XPU, MPS, ...)."""
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+import torch
 
 from .errors import DataError
 
 
 def require(module: str, purpose: str, extra: str = "recipes") -> Any:
-    """The module of this name. Importing the package must work without it, so it is imported where it is used.
+    """Import an optional library where it is used: importing the package must work without it.
 
     Args:
         module: Its full name, such as ``"timm.data"``.
@@ -23,3 +27,22 @@ def require(module: str, purpose: str, extra: str = "recipes") -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise DataError(f'{purpose} needs {module}: pip install "peft-surgical[{extra}]"') from error
+
+
+def accelerator_or_cpu(cpu: bool = False) -> torch.device:
+    """Where to compute: the accelerator that PyTorch finds, or the CPU where there is none or ``cpu`` asks for it."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() and not cpu else None
+    return found or torch.device("cpu")
+
+
+@contextmanager
+def generators_kept() -> Iterator[None]:
+    """Random numbers may be drawn within it; afterwards PyTorch's generators, also those of devices, are as before."""
+    kind = accelerator_or_cpu().type
+    used: range | list[int] = []
+    if kind != "cpu":
+        # A device that nothing has used yet has no generator, and asking for its state would start the device.
+        started = getattr(torch.get_device_module(kind), "is_initialized", lambda: True)()
+        used = range(torch.accelerator.device_count()) if started else []
+    with torch.random.fork_rng(devices=used, device_type="cuda" if kind == "cpu" else kind):
+        yield

@@ -1,4 +1,14 @@
-"""Deltas as plain dicts of tensors: fingerprint of their base, checks, file, summary. Knows nothing of PEFT."""
+"""Adapter files: fingerprint of the base, verification, and replacing them atomically.
+
+An adapter is two files, its weights and its config, and a kill between writing the two would leave one adapter's
+weights beside another's config. So `commit` renames files that are already complete, in three steps::
+
+    1. the new config, with the old one inside as "superseded"     weights: old -> the old config applies
+    2. the new weights                                             weights: new -> the new config applies
+    3. the new config alone
+
+Each step is atomic and leaves a whole adapter: a reader compares the SHA-256 of the weights with what the configs say.
+"""
 
 from __future__ import annotations
 
@@ -11,23 +21,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors import SafetensorError, safe_open
 
 from .errors import AdapterFileError, BaseMismatchError
-from .keys import CONFIG, WEIGHTS, neutral_key
+from .keys import CONFIG, PICKLE, WEIGHTS, neutral_key
 
+MAX_BYTES = 16 * 2**20
+"""The largest config file that is read: some hundred times what the tensors of a large network need."""
+Held = Mapping[str, tuple[tuple[int, ...], bool]]
+"""What an adapter file holds: key -> shape, and whether it is floating point."""
 _HASH_DIGITS = 16  # 64 bits a tensor: a guard against the wrong base, not against an attacker who forges one
 _SHOWN = 3  # how many tensors an error names before it counts the rest
 
 
+def printable(value: Any) -> str:
+    """A value for a message: of bounded length, and printable everywhere."""
+    try:
+        text = ascii(value)
+    except (RecursionError, ValueError):  # too deep; too many digits
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
 def fingerprint(base: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """Hash each base tensor's name, shape, dtype and bytes.
+    """Hash each base tensor's name, shape, dtype and bytes: name -> 16 hexadecimal digits of SHA-256.
 
     Adding a delta to the wrong base gives silent garbage: same shapes, other values. One hash a tensor (instead of one
     for all) lets the error name the tensors that differ.
-
-    Returns:
-        Name -> 16 hexadecimal digits of SHA-256.
     """
     return {name: _hash(name, tensor) for name, tensor in base.items()}
 
@@ -69,7 +92,7 @@ def check_tensors(found: Mapping[str, torch.Tensor], expected: Mapping[str, tupl
     """Raise `AdapterFileError` unless ``found`` has the expected names and shapes and finite values.
 
     Args:
-        found: What a file or state dict holds.
+        found: Name -> tensor of a file or state dict.
         expected: Name -> shape.
         where: What is being read, for the message.
     """
@@ -83,13 +106,20 @@ def check_tensors(found: Mapping[str, torch.Tensor], expected: Mapping[str, tupl
     _check_finite(found, where)
 
 
+def differences(found: Iterable[str], expected: Iterable[str]) -> str:
+    """Which of the expected names are missing and which are surplus, for a message; "" where none is."""
+    present, needed = {*found}, {*expected}
+    missing, surplus = sorted(needed - present), sorted(present - needed)
+    return " and ".join(
+        [f"misses {shown(missing)}"] * bool(missing) + [f"has besides {shown(surplus)}"] * bool(surplus)
+    )
+
+
 def _check_names(found: Iterable[str], expected: Iterable[str], where: str) -> None:
-    missing, surplus = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
-    if missing or surplus:
-        parts = [f"misses {shown(missing)}"] * bool(missing) + [f"has besides {shown(surplus)}"] * bool(surplus)
+    if wrong := differences(found, expected):
         raise AdapterFileError(
-            f"{where}: the file {' and '.join(parts)}. It is not the file that was saved with this config: save or "
-            "download both again."
+            f"{where}: the file {wrong}. It is not the file that was saved with this config: save or download both "
+            "again."
         )
 
 
@@ -103,19 +133,14 @@ def _check_finite(tensors: Mapping[str, torch.Tensor], where: str) -> None:
             )
 
 
-def verify_file(
-    path: str | Path, sha256: str | None, keys: Iterable[str] | None, others: bool = False
-) -> dict[str, tuple[tuple[int, ...], bool]]:
+def verify_file(path: str | Path, sha256: str | None, keys: Iterable[str], others: bool = False) -> Held:
     """Check an adapter file by itself, before any model is touched: whole, unaltered, complete, finite.
 
     Args:
         path: A safetensors file.
-        sha256: What its config says its SHA-256 is; None skips that check.
-        keys: The `file_key` of every tensor that it must hold; None skips that check.
+        sha256: The SHA-256 in its config; None skips that check.
+        keys: The `file_key` of every tensor that it must hold.
         others: Whether it may hold other tensors too (those of ``modules_to_save``).
-
-    Returns:
-        Key -> shape, and whether it is floating point: what a plan compares with the base.
 
     Raises:
         AdapterFileError: Names the file and what is wrong with it.
@@ -128,9 +153,7 @@ def verify_file(
         raise AdapterFileError(
             f"{where} cannot be read as safetensors ({error}). It is truncated or damaged: save or download it again."
         ) from error
-    if keys is not None:
-        found = {neutral_key(key) or key for key in tensors if not others or neutral_key(key)}
-        _check_names(found, keys, where)
+    _check_names({neutral_key(key) or key for key in tensors if not others or neutral_key(key)}, keys, where)
     for key, tensor in tensors.items():
         delta = not others or neutral_key(key) is not None
         if delta and not tensor.is_floating_point() and not key.endswith("num_batches_tracked"):
@@ -146,30 +169,74 @@ def verify_file(
 
 def file_sha256(path: str | Path) -> str:
     """SHA-256 of a file's bytes, hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file: Any) -> str:
-    # hashlib.file_digest is new in Python 3.11.
     digest = hashlib.sha256()
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):  # hashlib.file_digest is new in Python 3.11
+            digest.update(chunk)
     return digest.hexdigest()
 
 
-def summarise(deltas: Mapping[str, torch.Tensor], base: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """How far each tensor moved: the norm of its delta over the norm of its base tensor (0 where the base is zero).
+def find_weights(source: str, subfolder: str | None, options: Mapping[str, Any]) -> Path | None:
+    """The adapter file in a folder (None where there is none) or, fetched, of a Hub repository.
 
-    Returns:
-        Name -> relative change, largest first. The paper's relative gradient norm (Sec. 4.1, eq. 3) is the same ratio
-        for one step.
+    Args:
+        source: The folder, or the repository's id.
+        subfolder: Folder inside it.
+        options: Those of `hf_hub_download` among them are used.
+
+    Raises:
+        AdapterFileError: There is only a pickle, or nothing to fetch.
     """
-    moved = {}
-    for name, delta in deltas.items():
-        norm = base[name].detach().float().norm().item()
-        moved[name] = delta.detach().float().norm().item() / norm if norm > 0 else 0.0
-    return dict(sorted(moved.items(), key=lambda item: -item[1]))
+    folder = Path(source, subfolder or "")
+    if folder.is_dir():
+        if (folder / WEIGHTS).is_file():
+            return folder / WEIGHTS
+        if (folder / PICKLE).exists():
+            raise AdapterFileError(
+                f"{folder} holds only {PICKLE}, a pickle, which can run code when it is read. Ask its author for "
+                f"{WEIGHTS}; this package reads and writes nothing else."
+            )
+        return None
+    download = {
+        key: value
+        for key, value in options.items()
+        if key in ("revision", "token", "cache_dir", "local_files_only", "force_download") and value is not None
+    }
+    try:
+        return Path(hf_hub_download(source, WEIGHTS, subfolder=subfolder, **download))
+    except LocalEntryNotFoundError as error:  # it says nothing about what the repository has
+        raise AdapterFileError(
+            f"{WEIGHTS} of {source} could not be fetched from the Hub, and is not in the cache: go online (without "
+            "HF_HUB_OFFLINE) and try again."
+        ) from error
+    except EntryNotFoundError as error:
+        raise AdapterFileError(f"{source} on the Hub has no {WEIGHTS}; nothing else is loaded.") from error
+
+
+def read_object(file: str | os.PathLike[str]) -> dict[str, Any]:
+    """The JSON object in a config file; raises `AdapterFileError` where there is none of a method that PEFT knows."""
+    place = Path(file)
+    if (size := place.stat().st_size) > MAX_BYTES:
+        raise AdapterFileError(f"{place} has {size:,} bytes, where a config has at most {MAX_BYTES:,}.")
+    try:
+        plain = json.loads(place.read_bytes().decode("utf-8"))
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, a number too long to convert, nested too deeply
+        deep = isinstance(error, RecursionError)
+        reason = "nested too deeply" if deep else " ".join(str(error).split())[:200]
+        raise AdapterFileError(
+            f"{place} cannot be read as JSON ({reason}). It is truncated or damaged: save or download it again."
+        ) from error
+    if not isinstance(plain, dict):
+        raise AdapterFileError(f"{place} holds {printable(plain)}, not the fields of an adapter's config.")
+    if "self" in plain:  # no field can have this name: it is an argument of every method
+        raise AdapterFileError(f"{place} has a field 'self', which no config has.")
+    found = plain.get("peft_type")
+    if not isinstance(found, str) or found not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise AdapterFileError(
+            f"{place}: peft_type={printable(found)} is no method that PEFT knows here; a surgical adapter's is "
+            "'SURGICAL'. Save or download it again, or install what it was made with."
+        )
+    return plain
 
 
 def canonical_json(value: Any) -> str:

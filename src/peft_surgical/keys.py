@@ -1,4 +1,9 @@
-"""Names in files: the files of an adapter's folder, and the keys of its tensors. Knows nothing of PEFT or torch."""
+"""Names in files: the files of an adapter's folder, and the keys of its tensors. Knows nothing of PEFT or torch.
+
+A tensor of the network has a full name, such as ``layer1.0.conv1.weight``. PEFT writes its delta under the key
+``base_model.model.layer1.0.conv1.surgery.surgical_delta.weight``; in a live model the adapter's name stands before the
+last part.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +20,16 @@ FIGURE = "figure.png"
 HOLDER = "surgery"
 """Name of the child module that holds a module's deltas, and so a part of the keys in an adapter file. It must not
 contain the prefix "surgical_": PEFT's ``delete_adapter`` skips modules whose path does."""
+PREFIX = "surgical_"
+DELTA, STATISTIC = f"{PREFIX}delta", f"{PREFIX}stats"
+"""What a `HOLDER` keeps: deltas of parameters, and norm statistics, which are values."""
 PEFT_PREFIX = "base_model.model."
 """What PEFT puts before every key of an adapter file."""
-_KINDS = ("surgical_delta", "surgical_stats")
+
+
+def join(path: str, name: str) -> str:
+    """The full name of a tensor: ``path.name``, or ``name`` on the root."""
+    return f"{path}.{name}" if path else name
 
 
 def file_key(name: str) -> str:
@@ -28,11 +40,18 @@ def file_key(name: str) -> str:
         ('layer1.0.conv1.surgery.weight', 'surgery.cls_token')
     """
     path, _, leaf = name.rpartition(".")
-    return f"{path}.{HOLDER}.{leaf}" if path else f"{HOLDER}.{leaf}"
+    return join(path, f"{HOLDER}.{leaf}")
 
 
 def neutral_key(key: str) -> str | None:
     """The `file_key` of a key as PEFT writes it; None for a key that belongs to no delta and no statistic."""
     path, holder, rest = key.removeprefix(PEFT_PREFIX).rpartition(f"{HOLDER}.")
     kind, _, leaf = rest.partition(".")
-    return f"{path}{holder}{leaf}" if holder and kind in _KINDS and leaf else None
+    return f"{path}{holder}{leaf}" if holder and kind in (DELTA, STATISTIC) and leaf else None
+
+
+def tensor_name(key: str) -> str | None:
+    """The full name of the tensor whose delta or statistic has this key in a file or state dict; None for others."""
+    plain = key.removeprefix(PEFT_PREFIX).removeprefix("_orig_mod.")
+    path, mark, rest = plain.rpartition(f"{HOLDER}.{PREFIX}")
+    return join(path.removesuffix("."), rest.rpartition(".")[2]) if mark else None

@@ -12,103 +12,90 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import peft
 
 SUPPORTED = "peft>=0.21.1,<0.22"
 """The versions of PEFT that this package is tested with, as an installer takes them."""
 
-_TUNER = "peft.tuners.tuners_utils:BaseTuner"
-_LAYER = "peft.tuners.tuners_utils:BaseTunerLayer"
+_TABLE = """
+# The mappings from the name of a method to its classes, into which `register` writes.
+peft.mapping:PEFT_TYPE_TO_CONFIG_MAPPING
+peft.mapping:PEFT_TYPE_TO_PREFIX_MAPPING
+peft.mapping:PEFT_TYPE_TO_TUNER_MAPPING
+# Helpers and classes.
+peft.tuners.tuners_utils:BaseTuner(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
+peft.tuners.tuners_utils:BaseTunerLayer
+peft.tuners.tuners_utils:_get_in_out_features(module)
+peft.tuners.tuners_utils:_maybe_include_all_linear_layers(peft_config, model)
+peft.tuners.tuners_utils:check_adapters_to_merge(module, adapter_names)
+peft.utils:INCLUDE_LINEAR_LAYERS_SHORTHAND
+peft.utils:SAFETENSORS_WEIGHTS_NAME
+peft.utils:TaskType
+peft.utils:merge_utils
+peft.utils.error:NoMatchingPeftModuleError
+peft.utils.integrations:init_empty_weights(include_buffers)
+peft.utils.merge_utils:calculate_majority_sign_mask(tensor, method)
+peft.utils.merge_utils:disjoint_merge(task_tensors, majority_sign_mask)
+peft.utils.merge_utils:prune(tensor, density, method, rescale)
+peft.utils.merge_utils:reshape_weight_task_tensors(task_tensors, weights)
+peft.utils.merge_utils:task_arithmetic(task_tensors, weights)
+peft.utils.transformers_weight_conversion:get_model_conversion_mapping
+peft.utils.transformers_weight_conversion:convert_peft_config_for_transformers
+peft.utils.other:AuxiliaryTrainingWrapper
+peft.utils.other:AuxiliaryTrainingWrapper.set_adapter(self, adapter_names, inference_mode)
+peft.utils.other:ModulesToSaveWrapper
+peft.utils.other:set_additional_trainable_modules(model, peft_config, model_config, adapter_name, activate_adapter)
+# Methods of BaseTuner that `SurgicalModel` overrides.
+{tuner}.inject_adapter(self, model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+{tuner}._cast_adapter_dtype(self, adapter_name, autocast_adapter_dtype)
+{tuner}._check_tied_modules(self, model, peft_config)
+{tuner}._create_and_replace()
+{tuner}._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+{tuner}._get_tied_target_modules(self, model)
+{tuner}._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+{tuner}._remove_adapter_name_from_key(key, adapter_name)
+{tuner}._unload_and_optionally_merge(self, merge, progressbar, safe_merge, adapter_names)
+{tuner}.merge_adapter(self, adapter_names, safe_merge)
+# Methods of BaseTuner that it calls.
+{tuner}._check_new_adapter_config(self, config)
+{tuner}._mark_only_adapters_as_trainable(self, model)
+{tuner}.active_adapters
+{tuner}.get_model_config(model)
+{tuner}.set_adapter(self, adapter_name, inference_mode)
+# What PeftModel calls around every forward; a tuner that defines it may route samples to adapters.
+peft:PeftModel._enable_peft_forward_hooks(self, args, kwargs)
+# Methods of BaseTunerLayer that `SurgicalLayer` overrides.
+{layer}._move_adapter_to_device_of_base_layer(self, adapter_name, device)
+{layer}.adapter_layer_names
+{layer}.delete_adapter(self, adapter_name)
+{layer}.enable_adapters(self, enabled)
+{layer}.get_base_layer(self)
+{layer}.merge(self, safe_merge, adapter_names)
+{layer}.other_param_names
+{layer}.set_adapter(self, adapter_names, inference_mode)
+{layer}.set_requires_grad(self, adapter_names, requires_grad)
+{layer}.unmerge(self)
+# Methods of PeftConfig that `SurgicalConfig` overrides, and methods of PeftModel that `register` wraps.
+peft:PeftConfig.from_json_file(path_json_file, kwargs)
+peft:PeftConfig.from_pretrained(pretrained_model_name_or_path, subfolder, kwargs)
+peft:PeftConfig.save_pretrained(self, save_directory, kwargs)
+peft:PeftConfig.to_dict(self)
+peft:PeftModel.create_or_update_model_card(self, output_dir)
+peft:PeftModel.push_to_hub(self, repo_id, commit_message, private, token, revision, create_pr)
+peft:PeftModel.save_pretrained(self, save_directory, safe_serialization, save_embedding_layers, is_main_process, kwargs)
+""".format(tuner="peft.tuners.tuners_utils:BaseTuner", layer="peft.tuners.tuners_utils:BaseTunerLayer")
 
-RELIED_ON: Mapping[str, tuple[str, ...] | None] = {
-    # The mappings from the name of a method to its classes, into which `register` writes.
-    "peft.mapping:PEFT_TYPE_TO_CONFIG_MAPPING": None,
-    "peft.mapping:PEFT_TYPE_TO_PREFIX_MAPPING": None,
-    "peft.mapping:PEFT_TYPE_TO_TUNER_MAPPING": None,
-    # Helpers and classes.
-    "peft.tuners.tuners_utils:BaseTuner": ("model", "peft_config", "adapter_name", "low_cpu_mem_usage", "state_dict"),
-    "peft.tuners.tuners_utils:BaseTunerLayer": None,
-    "peft.tuners.tuners_utils:_get_in_out_features": ("module",),
-    "peft.tuners.tuners_utils:_maybe_include_all_linear_layers": ("peft_config", "model"),
-    "peft.tuners.tuners_utils:check_adapters_to_merge": ("module", "adapter_names"),
-    "peft.utils:INCLUDE_LINEAR_LAYERS_SHORTHAND": None,
-    "peft.utils:SAFETENSORS_WEIGHTS_NAME": None,
-    "peft.utils:TaskType": None,
-    "peft.utils:merge_utils": None,
-    "peft.utils.error:NoMatchingPeftModuleError": None,
-    "peft.utils.integrations:init_empty_weights": ("include_buffers",),
-    "peft.utils.merge_utils:calculate_majority_sign_mask": ("tensor", "method"),
-    "peft.utils.merge_utils:disjoint_merge": ("task_tensors", "majority_sign_mask"),
-    "peft.utils.merge_utils:prune": ("tensor", "density", "method", "rescale"),
-    "peft.utils.merge_utils:reshape_weight_task_tensors": ("task_tensors", "weights"),
-    "peft.utils.merge_utils:task_arithmetic": ("task_tensors", "weights"),
-    "peft.utils.transformers_weight_conversion:get_model_conversion_mapping": None,
-    "peft.utils.transformers_weight_conversion:convert_peft_config_for_transformers": None,
-    "peft.utils.other:AuxiliaryTrainingWrapper": None,
-    "peft.utils.other:AuxiliaryTrainingWrapper.set_adapter": ("self", "adapter_names", "inference_mode"),
-    "peft.utils.other:ModulesToSaveWrapper": None,
-    "peft.utils.other:set_additional_trainable_modules": (
-        "model",
-        "peft_config",
-        "model_config",
-        "adapter_name",
-        "activate_adapter",
-    ),
-    # Methods of BaseTuner that `SurgicalModel` overrides.
-    f"{_TUNER}.inject_adapter": (
-        "self",
-        "model",
-        "adapter_name",
-        "autocast_adapter_dtype",
-        "low_cpu_mem_usage",
-        "state_dict",
-    ),
-    f"{_TUNER}._cast_adapter_dtype": ("self", "adapter_name", "autocast_adapter_dtype"),
-    f"{_TUNER}._check_tied_modules": ("self", "model", "peft_config"),
-    f"{_TUNER}._create_and_replace": (),
-    f"{_TUNER}._get_adapter_state_dict": ("model", "config", "adapter_name", "state_dict", "unwanted_adapter_names"),
-    f"{_TUNER}._get_tied_target_modules": ("self", "model"),
-    f"{_TUNER}._remap_adapter_state_dict_for_load": ("model", "config", "adapter_name", "state_dict"),
-    f"{_TUNER}._remove_adapter_name_from_key": ("key", "adapter_name"),
-    f"{_TUNER}._unload_and_optionally_merge": ("self", "merge", "progressbar", "safe_merge", "adapter_names"),
-    f"{_TUNER}.merge_adapter": ("self", "adapter_names", "safe_merge"),
-    # Methods of BaseTuner that it calls.
-    f"{_TUNER}._check_new_adapter_config": ("self", "config"),
-    f"{_TUNER}._mark_only_adapters_as_trainable": ("self", "model"),
-    f"{_TUNER}.active_adapters": None,
-    f"{_TUNER}.get_model_config": ("model",),
-    f"{_TUNER}.set_adapter": ("self", "adapter_name", "inference_mode"),
-    # What PeftModel calls around every forward; a tuner that has it may route samples to adapters.
-    "peft:PeftModel._enable_peft_forward_hooks": ("self", "args", "kwargs"),
-    # Of BaseTunerLayer, what `SurgicalLayer` overrides.
-    f"{_LAYER}._move_adapter_to_device_of_base_layer": ("self", "adapter_name", "device"),
-    f"{_LAYER}.adapter_layer_names": None,
-    f"{_LAYER}.delete_adapter": ("self", "adapter_name"),
-    f"{_LAYER}.enable_adapters": ("self", "enabled"),
-    f"{_LAYER}.get_base_layer": ("self",),
-    f"{_LAYER}.merge": ("self", "safe_merge", "adapter_names"),
-    f"{_LAYER}.other_param_names": None,
-    f"{_LAYER}.set_adapter": ("self", "adapter_names", "inference_mode"),
-    f"{_LAYER}.set_requires_grad": ("self", "adapter_names", "requires_grad"),
-    f"{_LAYER}.unmerge": ("self",),
-    # Of PeftConfig, what `SurgicalConfig` overrides, and of both classes what `register` wraps.
-    "peft:PeftConfig.from_json_file": ("path_json_file", "kwargs"),
-    "peft:PeftConfig.from_pretrained": ("pretrained_model_name_or_path", "subfolder", "kwargs"),
-    "peft:PeftConfig.save_pretrained": ("self", "save_directory", "kwargs"),
-    "peft:PeftConfig.to_dict": ("self",),
-    "peft:PeftModel.create_or_update_model_card": ("self", "output_dir"),
-    "peft:PeftModel.push_to_hub": ("self", "repo_id", "commit_message", "private", "token", "revision", "create_pr"),
-    "peft:PeftModel.save_pretrained": (
-        "self",
-        "save_directory",
-        "safe_serialization",
-        "save_embedding_layers",
-        "is_main_process",
-        "kwargs",
-    ),
-}
+
+def _rows(table: str) -> Iterator[tuple[str, tuple[str, ...] | None]]:
+    for line in table.split("\n"):
+        name, call, parameters = line.removesuffix(")").partition("(")
+        if name and not name.startswith("#"):
+            yield name, tuple(parameters.split(", ") if parameters else ()) if call else None
+
+
+RELIED_ON: Mapping[str, tuple[str, ...] | None] = dict(_rows(_TABLE))
 """``module:name`` -> the parameters that this package passes or takes; None for what is not called."""
 
 

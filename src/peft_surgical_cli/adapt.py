@@ -84,9 +84,9 @@ def adapt_command(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from peft_surgical.data.incoming import read_incoming
-    from peft_surgical.devices import accelerator_or_cpu
-    from peft_surgical.entry import HARMED
+    from peft_surgical.errors import HARMED
     from peft_surgical.experiment.adapting import AdaptSettings, adapt, numbered_as, open_base, write_adapted
+    from peft_surgical.extras import accelerator_or_cpu
 
     settings = AdaptSettings(
         method=method,

@@ -38,8 +38,7 @@ def score_command(
     from peft_surgical.choosing.criteria import criterion_of
     from peft_surgical.choosing.resolve import score_blocks
     from peft_surgical.data.labelled import collate, items, read_data
-    from peft_surgical.devices import accelerator_or_cpu
-    from peft_surgical.extras import require
+    from peft_surgical.extras import accelerator_or_cpu, require
 
     criterion_of(criterion)
     transformers.logging.set_verbosity_error()

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterError, ConfigError, DataError
-from ..tuner.attach import join, surgical_layers
+from ..keys import join
+from ..tuner.attach import surgical_layers
 
 STREAM_OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,

@@ -23,9 +23,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..errors import AdapterError
-from ..tuner.attach import bare, join, surgical_layers
-from ..tuner.plan import Plan, check_fingerprint, is_wrapper, make_plan
-from ..tuner.reading import base_value
+from ..keys import join
+from ..tuner.attach import bare, base_value, surgical_layers
+from ..tuner.plan import Plan, check_fingerprint, make_plan
 from .adapter import Adapter, AdapterSource, new_folder, read_adapter
 from .low_rank import PEFT_PREFIX, LoraPlan, as_matrix, lora_config, lora_tensors, low_rank, plan_lora
 
@@ -229,7 +229,7 @@ def _factorise(
 
 def _whole_values(network: nn.Module, chosen: LoraPlan, adapter: Adapter) -> dict[str, torch.Tensor]:
     """Full name -> value of every tensor in the modules that are kept whole."""
-    with bare(network, is_wrapper):
+    with bare(network):
         places = {
             join(path, join(inner, name)): (module, name)
             for path in chosen.whole
@@ -284,7 +284,7 @@ def _evaluate(
     config: LoraConfig,
     tensors: Mapping[str, torch.Tensor],
 ) -> tuple[float, float]:
-    with bare(network, is_wrapper):
+    with bare(network):
         tuned, plain = copy.deepcopy(network), copy.deepcopy(network)
     plain.__dict__.pop("peft_config", None)  # where PEFT notes the adapters that a live model has
     own = {**dict(tuned.named_parameters(remove_duplicate=False)), **dict(tuned.named_buffers())}

@@ -13,9 +13,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..config import SurgicalConfig
-from ..specialise import base_class
-from ..tuner.attach import bare, join
-from ..tuner.plan import Plan, is_wrapper
+from ..keys import join
+from ..tuner.attach import bare
+from ..tuner.plan import Plan
+from ..tuner.specialise import base_class
 from ..tuner.support import ModulePlan
 
 PEFT_PREFIX = "base_model.model."
@@ -114,7 +115,7 @@ def plan_lora(network: nn.Module, plan: Plan, moved: Collection[str], saved: Seq
         saved: The adapter's own ``modules_to_save``.
         keep: Whether to keep anything but factors.
     """
-    with bare(network, is_wrapper):
+    with bare(network):
         return _plan(dict(network.named_modules()), plan, moved, saved, keep)
 
 

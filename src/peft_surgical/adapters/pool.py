@@ -28,7 +28,7 @@ from ..errors import AdapterError
 from ..hub.pulling import locate
 from ..tuner.attach import bare, surgical_layers
 from ..tuner.mixed import BASE
-from ..tuner.plan import is_wrapper, make_plan
+from ..tuner.plan import make_plan
 from .contents import read_config
 from .turns import Turns
 
@@ -254,7 +254,7 @@ def adapter_bytes(network: nn.Module, config: SurgicalConfig) -> int:
     """
     plan = make_plan(network, config)
     total = sum(base.numel() * _delta_size(base.dtype) for base in plan.base().values())
-    with bare(network, is_wrapper):
+    with bare(network):
         for entry in plan.modules:
             total += sum(_size(getattr(entry.module, name)) for name in entry.statistics)
         saved = tuple(config.modules_to_save or ())

@@ -17,8 +17,8 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from ..devices import generators_kept
 from ..errors import DataError
+from ..extras import generators_kept
 from .forward import LossFunction, forward_loss, labels_in
 from .tensors import TrainedTensor, unwrapped
 

@@ -20,9 +20,8 @@ from torch.distributed.tensor import DTensor
 
 from ..blocks import Anatomy, anatomy_of
 from ..errors import AdapterError, UnsupportedModelError
-from ..keys import HOLDER
-from ..tuner.attach import bare, join, surgical_layers
-from ..tuner.plan import is_wrapper
+from ..keys import HOLDER, join
+from ..tuner.attach import bare, surgical_layers
 
 _DELTA = f"{HOLDER}.surgical_delta."
 
@@ -138,7 +137,7 @@ def anatomy_under(model: nn.Module, blocks: Mapping[str, str | Sequence[str]] | 
     if blocks is None:
         configs: dict[str, Any] = getattr(model, "peft_config", None) or {}
         blocks = next((config.blocks for config in configs.values() if getattr(config, "blocks", None)), None)
-    with bare(network, is_wrapper):
+    with bare(network):
         return anatomy_of(network, blocks)
 
 

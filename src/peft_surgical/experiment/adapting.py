@@ -27,7 +27,7 @@ from ..errors import AdapterError, ConfigError, DataError
 from ..evaluation import Measurement, Report, accuracy, measure, predict_logits, wilson_interval
 from ..extras import require
 from ..keys import CONFIG, FIGURE, REPORT, WEIGHTS
-from ..tuner.card import write_card
+from ..tuner.saving import write_card
 
 METHODS, MODES = ("memo", "tent"), ("online", "episodic")
 NORM = "norm"

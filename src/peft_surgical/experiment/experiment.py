@@ -29,10 +29,10 @@ from ..choosing.resolve import score_blocks
 from ..choosing.scores import BlockScores
 from ..config import SurgicalConfig
 from ..data.labelled import collate
-from ..devices import accelerator_or_cpu
 from ..errors import AdapterError, ConfigError
 from ..evaluation import predict_logits, predicted_classes
 from ..evaluation.metrics import check_metrics, interval_of, judge, tolerant
+from ..extras import accelerator_or_cpu
 from ..files import fingerprint
 from ..training.engines import Engine, Workers
 from ..training.fitting import FitSettings, fit, forget_checkpoints

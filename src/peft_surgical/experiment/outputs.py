@@ -26,7 +26,7 @@ from ..keys import FIGURE, REPORT
 from ..training.grid import SELECTION_SEED
 from ..training.ledger import Run
 from ..training.search import NONE, Candidate
-from ..tuner.card import write_card
+from ..tuner.saving import write_card
 from .choosing import Choice
 from .experiment import Experiment
 from .keeping import keep_adapter

@@ -10,7 +10,7 @@ from typing import Any
 from ..blocks.parsing import NUMBERED
 from ..config import SurgicalConfig
 from ..evaluation import ORACLE, Measurement, Report
-from ..tuner.card import is_repository
+from ..tuner.saving import is_repository
 
 _BEFORE = ", before tuning"
 _CHOOSING = ("tuning", "training", "validation")

@@ -18,7 +18,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..config import SurgicalConfig
 from ..errors import ConfigError
 from ..evaluation import Report
-from ..tuner.card import IMPORT, LOAD_WITH, PAGE_MARK, TAGS, is_repository, target_of
+from ..tuner.saving import IMPORT, LOAD_WITH, PAGE_MARK, TAGS, is_repository, target_of
 from . import card_text
 from .card_text import Row, card_rows, choices, limits_of, linked, parents_of, protocol_of, why
 

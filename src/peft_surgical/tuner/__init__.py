@@ -1,1 +1,34 @@
-"""The tuner: deltas that live on a network, one adapter or many, and the files that hold them."""
+"""Live deltas. `register` makes PEFT know the method, and is the only code that changes anything of PEFT's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from peft import PeftModel
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+
+from ..config import SurgicalConfig, SurgicalType
+from ..keys import PREFIX
+from .model import SurgicalModel
+from .saving import saving_atomically
+
+
+def register(**wrappers: Callable[..., Any]) -> None:
+    """Enter the method into PEFT's mappings and make ``PeftModel.save_pretrained`` atomic for it. Idempotent.
+
+    PEFT's ``register_peft_method`` takes only names from its own enum, so the mappings are written directly. The
+    prefix entry is needed by injection from a state dict; its value must be the lower-case type and an underscore,
+    from which transformers derives it.
+
+    Args:
+        **wrappers: Name of another method of PeftModel -> what wraps it: the Hub's are given by the package, since
+            the tuner does not import `hub`.
+    """
+    key = SurgicalType.SURGICAL
+    PEFT_TYPE_TO_CONFIG_MAPPING[key] = SurgicalConfig
+    PEFT_TYPE_TO_TUNER_MAPPING[key] = SurgicalModel
+    PEFT_TYPE_TO_PREFIX_MAPPING[key] = PREFIX
+    for name, wrap in {"save_pretrained": saving_atomically, **wrappers}.items():
+        if not hasattr(getattr(PeftModel, name), "__wrapped__"):
+            setattr(PeftModel, name, wrap(getattr(PeftModel, name)))

@@ -1,14 +1,11 @@
-"""Arithmetic on several adapters' deltas, which are task vectors: plain dicts of tensors in, one out.
-
-What the sums mean for files and models is the business of `combination` and of `SurgicalModel.add_weighted_adapter`.
-"""
+"""Arithmetic on several adapters' deltas, which are task vectors, and the config of the result."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +15,8 @@ from ..blocks import parse
 from ..config import SurgicalConfig
 from ..errors import AdapterError
 from ..files import shown
+from ..keys import join
+from .layer import SurgicalLayer
 
 COMBINATIONS = ("linear", "disjoint", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 MAJORITY_SIGNS = ("total", "frequency")
@@ -35,11 +34,10 @@ class Combination:
             each, elects a sign for each entry, and takes the mean of those that agree with it. ``dare_linear`` and
             ``dare_ties`` (Yu et al. 2024) drop values at random instead and rescale the others. ``magnitude_prune``
             sums the largest values of each.
-        density: Share of a tensor's values to keep, in (0, 1]; needed by all but the first two. As in PEFT, and other
-            than in Yadav et al., who rank all values of a model together, it is a share of every single tensor; at
-            least one value of each is kept.
+        density: Share of a tensor's values to keep, in (0, 1]; needed by all but the first two. As in PEFT it is a
+            share of every single tensor, of which at least one value is kept; Yadav et al. rank all values of a model.
         majority_sign: How a sign is elected: ``total`` by the sum of the values, ``frequency`` by their number.
-        seed: Of what is dropped at random. The draw depends on the tensor's name, not on the order of tensors.
+        seed: Seed of the random draw, which depends on the tensor's name and not on the order of tensors.
 
     Raises:
         AdapterError: For an unknown choice, or a density that is missing or out of range.
@@ -65,11 +63,11 @@ class Combination:
         return self.method not in ("linear", "disjoint")
 
     def record(self) -> dict[str, Any]:
-        """What of this had a say, as plain JSON values."""
-        said: dict[str, Any] = {"method": self.method}
-        said |= {"density": self.density} if self.prunes else {}
-        said |= {"majority_sign": self.majority_sign} if self.method in _ELECT_A_SIGN else {}
-        return said | ({"seed": self.seed} if self.method in _PRUNE_AT_RANDOM else {})
+        """The settings that this method uses, as plain JSON values."""
+        used: dict[str, Any] = {"method": self.method}
+        used |= {"density": self.density} if self.prunes else {}
+        used |= {"majority_sign": self.majority_sign} if self.method in _ELECT_A_SIGN else {}
+        return used | ({"seed": self.seed} if self.method in _PRUNE_AT_RANDOM else {})
 
 
 def combine_deltas(
@@ -78,12 +76,9 @@ def combine_deltas(
     """Combine deltas by name. A tensor that only some of the parents have is combined from those.
 
     Args:
-        parents: Name -> delta, of each parent; common tensors have one shape. At least float32.
+        parents: Name -> delta (float32 or wider) of each parent; deltas of one name have one shape.
         weights: One factor for each parent.
         how: The method.
-
-    Returns:
-        Name -> delta, in the order in which the parents bring them.
 
     Raises:
         AdapterError: The method is ``disjoint`` and a tensor has two deltas.
@@ -165,11 +160,11 @@ def combined_config(
 ) -> SurgicalConfig:
     """The config of an adapter that was combined from others.
 
-    What all parents say is kept, what they disagree on has its default. The target is the sum of their targets where
-    that says the same as the names of the tensors, which decide; else it is left out.
+    Fields that all parents agree on are kept, others have their default. The names of the tensors decide what is tuned;
+    the target is the sum of the parents' targets where that means the same tensors, else it is left out.
 
     Args:
-        configs: The parents'.
+        configs: The configs of the parents.
         names: The tensors of the combined adapter.
         record: The method and the parents, kept under ``selection``.
         **values: Fields to set instead.
@@ -177,9 +172,8 @@ def combined_config(
     default = SurgicalConfig(tensor_names=[])
     fields: dict[str, Any] = {}
     for entry in (entry for entry in dataclasses.fields(SurgicalConfig) if entry.init):
-        found = [getattr(config, entry.name) for config in configs]
-        agreed = all(value == found[0] for value in found)
-        fields[entry.name] = found[0] if agreed else getattr(default, entry.name)
+        first, *others = (getattr(config, entry.name) for config in configs)
+        fields[entry.name] = first if all(one == first for one in others) else getattr(default, entry.name)
     fields |= {"scale": 1.0, "base_fingerprint": None, "weights_sha256": None, "strict_base": True}
     fields |= {"tensor_names": list(names), "selection": {"combined": dict(record)}, **values}
     if len(configs) > 1:
@@ -189,14 +183,13 @@ def combined_config(
 
 
 def _joined_target(configs: Sequence[SurgicalConfig], whole: Sequence[str] | None) -> dict[str, Any]:
-    told = ("target", "target_modules", "exclude_modules", "blocks", "modules_to_save")
-    if all(getattr(config, name) == getattr(configs[0], name) for config in configs for name in told):
-        return {name: getattr(configs[0], name) for name in told}
-    unknown = {"target": None, "target_modules": None, "exclude_modules": None, "blocks": None}
+    names = ("target", "target_modules", "exclude_modules", "blocks", "modules_to_save")
+    if all(getattr(config, name) == getattr(configs[0], name) for config in configs for name in names):
+        return {name: getattr(configs[0], name) for name in names}
+    unknown = dict.fromkeys(("target", "target_modules", "exclude_modules", "blocks"))
     saved = {module for config in configs for module in config.modules_to_save or ()}
-    if any(config.exclude_modules or config.blocks != configs[0].blocks for config in configs) or saved != {
-        *(whole or ())
-    }:
+    other_blocks = any(config.exclude_modules or config.blocks != configs[0].blocks for config in configs)
+    if other_blocks or saved != {*(whole or ())}:
         return unknown
     if all(isinstance(config.target_modules, list) for config in configs):
         joined = dict.fromkeys(module for config in configs for module in config.target_modules or ())
@@ -211,28 +204,71 @@ def _joined_target(configs: Sequence[SurgicalConfig], whole: Sequence[str] | Non
     return {**unknown, "target": " + ".join(terms), "blocks": configs[0].blocks}
 
 
-def check_combination(
-    configs: Mapping[str, SurgicalConfig], adapters: Sequence[str], weights: Sequence[float], name: str
-) -> None:
-    """Raise `AdapterError` unless these adapters of a model can be combined; see ``add_weighted_adapter``."""
-    missing = [adapter for adapter in adapters if adapter not in configs]
-    if missing or not adapters:
+# --- adapters of one model ---
+
+
+def config_of_combination(
+    configs: Mapping[str, SurgicalConfig],
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    name: str,
+    how: Combination,
+) -> SurgicalConfig:
+    """Check that adapters of a model can be combined into one called ``name``, and make its config."""
+    if (missing := [adapter for adapter in adapters if adapter not in configs]) or not adapters:
         raise AdapterError(f"No adapter {', '.join(missing) or 'given'}; there are {', '.join(configs)}.")
     if name in configs:
         raise AdapterError(f"An adapter {name!r} exists already: choose another name or delete it first.")
     check_weights(weights, len(adapters))
-    moving = [adapter for adapter in adapters if configs[adapter].norm_stats != "frozen"]
-    if moving:
+    if moving := [adapter for adapter in adapters if configs[adapter].norm_stats != "frozen"]:
         raise AdapterError(
             f"{', '.join(moving)} carry statistics, which do not add up; combine frozen-policy adapters, or saved "
             "ones by peft_surgical.combine_adapters, which can take the statistics of one."
         )
-    whole = [adapter for adapter in adapters if configs[adapter].modules_to_save]
-    if whole:
+    if whole := [adapter for adapter in adapters if configs[adapter].modules_to_save]:
         raise AdapterError(
             f"{', '.join(whole)} carry modules_to_save, which are no deltas and cannot be combined; save the adapters "
             "and call peft_surgical.combine_adapters, which can take those of one."
         )
+    parents = [configs[adapter] for adapter in adapters]
+    check_disjoint([parent.tensor_names for parent in parents], how)
+    names = list(dict.fromkeys(name for parent in parents for name in parent.tensor_names or ()))
+    rows = [
+        {"adapter": adapter, "weight": float(weight), "scale": parent.scale}
+        for adapter, weight, parent in zip(adapters, weights, parents, strict=True)
+    ]
+    return combined_config(parents, names, {**how.record(), "parents": rows})
+
+
+@torch.no_grad()
+def fill_combined(
+    layers: Iterable[tuple[str, SurgicalLayer]],
+    new: str,
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    how: Combination,
+) -> None:
+    """Set the deltas of ``new``, which is attached already, to the combination of those of ``adapters``, scaled.
+
+    Args:
+        layers: (path, layer) of a model; see `surgical_layers`.
+        new: The adapter to fill.
+        adapters: The adapters to combine.
+        weights: One factor for each of them.
+        how: The method.
+
+    Raises:
+        AdapterError: A combined delta is not finite.
+    """
+    for path, layer in layers:
+        pairs = [(name, w) for name, w in zip(adapters, weights, strict=True) if name in layer.surgical_delta]
+        for key, target in layer.surgical_delta[new].named_parameters() if pairs else ():
+            present = [(name, w) for name, w in pairs if key in layer.surgical_delta[name]._parameters]
+            tensors = [layer.delta(name, key).to(target.dtype) * layer.scaling[name] for name, _ in present]
+            combined = combine_tensor(join(path, key), tensors, [w for _, w in present], how)
+            if not bool(torch.isfinite(combined).all()):
+                raise AdapterError(f"{join(path, key)} would not be finite: choose smaller weights.")
+            target.copy_(combined)
 
 
 def check_weights(weights: Sequence[float], adapters: int) -> None:

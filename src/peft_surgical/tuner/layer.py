@@ -1,8 +1,8 @@
 """Live deltas: a module that reads base + delta, and the place where its deltas are kept.
 
-A tuned module keeps its own class, ``forward``, tensors and state-dict keys (see `specialise`); each of its tuned
-tensors is read through a property that adds the active adapters' deltas. Its deltas live in a child named ``surgery``,
-a `SurgicalLayer`, which is what PEFT finds, saves, switches and merges::
+A tuned module keeps its ``forward``, tensors and state-dict keys (see `specialise`); each of its tuned tensors is read
+through a property that adds the active adapters' deltas. Its deltas live in a child named ``surgery``, a
+`SurgicalLayer`, which is what PEFT finds, saves, switches and merges::
 
     conv1                                    nn.Conv2d, read through `ReadsDeltas`
     conv1.weight                             the base's parameter, frozen, where it always was
@@ -26,7 +26,16 @@ from torch import nn
 
 from ..errors import AdapterError
 from ..keys import HOLDER
-from .reading import stored
+from .specialise import base_class
+
+
+def stored(module: Any, name: str) -> torch.Tensor:
+    """The tensor that ``module`` stores under ``name``, without deltas."""
+    for store in (module._parameters, module._buffers, module.__dict__):
+        if name in store:
+            return store[name]
+    # As for any attribute that is not there: FSDP1 takes a parameter away and asks with hasattr().
+    raise AttributeError(f"{base_class(module).__name__} no longer has the tuned tensor {name!r}")
 
 
 class Deltas(nn.Module):
@@ -43,7 +52,7 @@ class SurgicalLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("surgical_delta",)
     other_param_names = ("surgical_stats", "scaling")
-    cast_input_dtype_enabled = False  # inputs are never cast; peft.helpers reads it of every layer
+    cast_input_dtype_enabled = False  # inputs are never cast; peft.helpers reads this attribute of every layer
 
     def __init__(self, owner: nn.Module) -> None:
         super().__init__()
@@ -67,7 +76,7 @@ class SurgicalLayer(nn.Module, BaseTunerLayer):
         self._sites = {}
 
     def add_site(self, key: str, module: nn.Module, name: str) -> None:
-        """Note that ``module`` reads the deltas ``key`` for its tensor ``name``."""
+        """Record that ``module`` reads the deltas ``key`` for its tensor ``name``."""
         if module._modules.get(HOLDER) is self:
             self._owner = weakref.ref(module)
         sites = self._sites.setdefault(key, [])
@@ -180,7 +189,7 @@ class SurgicalLayer(nn.Module, BaseTunerLayer):
         self.scaling[adapter] = scale
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Activate adapters; see BaseTunerLayer. Statistics move with what is trained."""
+        """Activate adapters; see BaseTunerLayer. Their statistics move unless ``inference_mode`` freezes them."""
         super().set_adapter(adapter_names, inference_mode)
         self.forget()
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
@@ -190,8 +199,7 @@ class SurgicalLayer(nn.Module, BaseTunerLayer):
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Enable or disable training of adapters, their statistics included."""
         super().set_requires_grad(adapter_names, requires_grad)
-        names = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
-        names &= set(self.surgical_stats)
+        names = ({adapter_names} if isinstance(adapter_names, str) else {*adapter_names}) & {*self.surgical_stats}
         self._movable = self._movable | names if requires_grad else self._movable - names
 
     def enable_adapters(self, enabled: bool) -> None:

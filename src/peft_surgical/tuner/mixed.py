@@ -20,21 +20,19 @@ from transformers import Cache
 from transformers.utils import ModelOutput
 
 from ..errors import AdapterError
-from ..specialise import base_class
-from .attach import surgical_layers
+from .attach import link_of, surgical_layers
 from .layer import SurgicalLayer
-from .reading import link_of
+from .specialise import base_class
 
 BASE = "__base__"
 """PEFT's name for "no adapter" in ``adapter_names``."""
-
 
 # Their fast paths take the children's weights and never call the children's forward.
 _READS_CHILDREN = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
 class _Routing:
-    """Who gets which sample. Inside a tuned module that has split its batch, all samples belong to one adapter."""
+    """The adapter of each sample. Inside a tuned module that has split its batch, all samples belong to one."""
 
     def __init__(self, names: Sequence[str], beams: int) -> None:
         self.names = [name for name in names for _ in range(beams)]
@@ -56,36 +54,46 @@ class _Routing:
 
 
 @contextmanager
-def mixed_batch(model: nn.Module, adapter_names: Sequence[str], known: Sequence[str], beams: int = 1) -> Iterator[None]:
+def mixed_batch(
+    model: nn.Module, adapter_names: Sequence[str], known: Sequence[str], args: Any, kwargs: Any
+) -> Iterator[None]:
     """Within this context the model routes each sample of its batch through the adapter named for it.
 
     Args:
         model: The adapted network.
         adapter_names: One adapter name per sample, ``"__base__"`` for none.
         known: The adapters that exist.
-        beams: How often generate() repeats each sample.
+        args: Positional arguments of the call that runs in this context.
+        kwargs: Keyword arguments of that call; generate() repeats each sample ``num_beams`` times.
 
     Raises:
-        AdapterError: For unknown names, while training, or with merged adapters.
+        AdapterError: For unknown names or another number of them, while training, or with merged adapters.
     """
+    size = next((len(value) for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
+    if size is not None and size != len(adapter_names):
+        raise AdapterError(
+            "Length of `adapter_names` should be the same as the number of inputs, but got "
+            f"{len(adapter_names)} and {size} respectively."
+        )
     layers = [layer for _, layer in surgical_layers(model)]
     _check(model, layers, adapter_names, known)
-    routing = _Routing(adapter_names, beams)
+    routing = _Routing(adapter_names, kwargs.get("num_beams") or 1)
     # A tied tensor is read by modules without a holder of their own; each of them splits its batch too. So do the
     # modules that read their children's tensors without calling the children.
     owners = {id(m): m for layer in layers for key in layer._sites for m, _ in layer.sites(key)}
     owners |= {id(m): m for m in model.modules() if isinstance(m, _READS_CHILDREN) and _layers_of(m)}
     patched = []
+
+    def patch(module: nn.Module, forward: Callable[..., Any]) -> None:
+        patched.append((module, module.__dict__.get("forward")))
+        module.__dict__["forward"] = forward
+
     for module in owners.values():
-        previous = module.__dict__.get("forward")
-        module.__dict__["forward"] = _routed(module, module.forward, _layers_of(module), routing)
-        patched.append((module, previous))
-    previous = model.__dict__.get("forward")
-    model.__dict__["forward"] = _at_root(model, layers, routing)
-    patched.append((model, previous))
-    # PEFT's own wrappers of modules_to_save split a batch by themselves when they are told whose it is.
+        patch(module, _routed(module, module.forward, _layers_of(module), routing))
+    patch(model, _at_root(model, layers, routing))
+    # PEFT's own wrappers of modules_to_save split a batch by themselves when they are called with its adapters.
     handles = [
-        module.register_forward_pre_hook(functools.partial(_tell, routing), with_kwargs=True)
+        module.register_forward_pre_hook(functools.partial(_name_adapters, routing), with_kwargs=True)
         for module in model.modules()
         if isinstance(module, AuxiliaryTrainingWrapper)
     ]
@@ -102,14 +110,14 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str], known: Sequence[
 
 
 def _layers_of(module: nn.Module) -> list[SurgicalLayer]:
-    """Whose adapters a forward of ``module`` reads: its own, those of tied tensors, and its descendants'."""
+    """The layers that a forward of ``module`` reads: its own, those of tied tensors, and its descendants'."""
     below = [child for child in module.modules() if isinstance(child, SurgicalLayer)]
     linked = [link_of(module, name)[0] for name in module.__dict__.get("surgery_links", ())]
     return list({id(layer): layer for layer in (*linked, *below)}.values())
 
 
-def _tell(routing: _Routing, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-    # An adapter that saves no module whole uses the base's, of which PEFT's wrapper is to be told by its own name.
+def _name_adapters(routing: _Routing, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    # An adapter that saves no module whole uses the base's, which PEFT's wrapper knows under a name of its own.
     own: Any = module._adapters
     names = [name if name in own else BASE for name in routing.names_for(_rows(args, kwargs))]
     return args, {**kwargs, "adapter_names": names}
@@ -137,10 +145,8 @@ def _at_root(model: nn.Module, layers: list[SurgicalLayer], routing: _Routing) -
 
 def _holds_cache(value: Any) -> bool:
     """Whether a cache of the whole batch is among the arguments, whatever the network calls the argument."""
-    if isinstance(value, dict):
-        return any(map(_holds_cache, value.values()))
-    if isinstance(value, (list, tuple)):
-        return any(map(_holds_cache, value))
+    if isinstance(value, (list, tuple, dict)):
+        return any(map(_holds_cache, value.values() if isinstance(value, dict) else value))
     return isinstance(value, Cache)
 
 
@@ -162,16 +168,14 @@ def _by_rows(
 
 
 def _check(model: nn.Module, layers: list[SurgicalLayer], names: Sequence[str], known: Sequence[str]) -> None:
-    unknown = sorted(set(names) - set(known) - {BASE})
-    if unknown:
+    if unknown := sorted({*names} - {*known} - {BASE}):
         raise AdapterError(
             f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. The model has "
             f"{', '.join(known)}, and {BASE!r} stands for none."
         )
     if model.training:
         raise AdapterError("Cannot pass `adapter_names` when the model is in training mode: call model.eval().")
-    merged = sorted({name for layer in layers for name in layer.merged_adapters})
-    if merged:
+    if merged := sorted({name for layer in layers for name in layer.merged_adapters}):
         raise AdapterError(
             "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first. Merged: "
             f"{', '.join(merged)}."

@@ -20,51 +20,36 @@ from torch import nn
 
 from ..config import SurgicalConfig
 from ..errors import AdapterError, AdapterFileError
-from ..files import check_tensors
-from ..keys import HOLDER
-from ..norm import hold_statistics
-from .attach import attach, detach, join, surgical_layers
-from .combine import Combination, check_combination, check_disjoint, combine_tensor, combined_config
+from ..keys import PREFIX, tensor_name
+from .attach import attach, detach, surgical_layers
+from .combine import Combination, config_of_combination, fill_combined
 from .layer import SurgicalLayer
 from .mixed import mixed_batch
 from .plan import Plan, check_fingerprint, fingerprint_of, make_plan
+from .saving import check_loaded, whole_state
+from .specialise import hold_statistics
 from .support import check_adapter_name
-
-PREFIX = "surgical_"
 
 
 class SurgicalModel(BaseTuner):
     """Tunes the targeted tensors of any network through live deltas; everything else is frozen.
 
-    Made by `peft.get_peft_model` and friends from a `SurgicalConfig`. Unlike PEFT's other tuners it replaces no
-    module: see `layer`.
-
-    Args:
-        model: The base, changed in place until ``unload()``.
-        peft_config: One config, or adapter name -> config.
-        adapter_name: Name of the adapter to add.
-        low_cpu_mem_usage: Make the deltas on the meta device, to be filled by loading.
-        state_dict: Take the tuned tensors from the keys of this instead of the config.
+    Made by `peft.get_peft_model` and friends from a `SurgicalConfig`. It changes the base in place until ``unload()``
+    and, unlike PEFT's other tuners, replaces no module: see `layer`. A ``state_dict`` says by its keys which tensors
+    are tuned, in place of the config.
     """
 
     prefix = PREFIX
     tuner_layer_cls = SurgicalLayer
     target_module_mapping: dict[str, list[str]] = {}
 
-    @property
-    def _given_names(self) -> dict[str, list[str]]:
-        """Adapter -> tensor names that a combination has decided already, until it is injected."""
-        return self.__dict__.setdefault("_names_to_inject", {})
-
-    @property
-    def _fingerprints(self) -> dict[str, dict[str, str] | None]:
-        """Adapter -> fingerprint of its base, taken while that was whole; of several processes' adapters only."""
-        return self.__dict__.setdefault("_fingerprints_taken", {})
-
-    @property
-    def _awaiting(self) -> set[str]:
-        """Adapters whose config was read from disk and whose weights come next: refused weights take them along."""
-        return self.__dict__.setdefault("_awaiting_weights", set())
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # PEFT's __init__ adds the first adapter, so these are needed before it.
+        # Adapter -> fingerprint of its base, taken while that was whole; of several processes' adapters only.
+        self._fingerprints: dict[str, dict[str, str] | None] = {}
+        # Adapters whose config was read from disk and whose weights come next: refused weights take them along.
+        self._awaiting: set[str] = set()
+        super().__init__(*args, **kwargs)
 
     # --- adding an adapter ---
 
@@ -79,67 +64,67 @@ class SurgicalModel(BaseTuner):
         """Plan, check, then attach; see BaseTuner. A refused adapter leaves the model as it was.
 
         Takes the place of PEFT's method, whose loop replaces modules by their paths: it passes over the root, whose
-        tensors can be tuned too, and changes the model before all of it has been checked. The rest of what PEFT's
-        method does (0.21.2) is done here or needs nothing:
-
-        - Converting the config of a model whose architecture changed in transformers 5: by PEFT's own function.
-        - `_check_new_adapter_config`, and trainability kept where other adapters exist: the same.
-        - `_check_tied_modules`: one delta serves all modules that share a tensor.
-        - `_prepare_adapter_config`: this method has no default targets for an architecture.
-        - `target_parameters`, `rank_pattern`, `alpha_pattern`, placeholder targets: LoRA's fields.
-        - Condensing long lists of ``target_modules``: the plan looks each name up once.
-        - Warnings and errors about what matched: the plan's.
-        - Activating, freezing, ``modules_to_save``: the same calls, in `_attach`.
+        tensors can be tuned too, and changes the model before all of it has been checked. What else PEFT's method does
+        (0.21.2) is done by the same calls here and in `_attach`: converting configs for transformers 5, checking new
+        configs, activating, freezing, ``modules_to_save``, and keeping trainability where other adapters exist. Not
+        needed are LoRA's fields, default targets of an architecture, the check of tied modules (one delta serves all
+        that share a tensor), and messages about what matched, which are the plan's.
         """
         config = self.peft_config[adapter_name]
         if hasattr(getattr(model, "config", None), "model_type"):
             convert_peft_config_for_transformers(config, model, get_model_conversion_mapping(model))
         self._check_new_adapter_config(config)
-        names = _names_in(state_dict) if state_dict is not None else self._given_names.pop(adapter_name, None)
-        plan = make_plan(model, config, names)
-        self._check_names(model, plan, config, adapter_name)
-        check_fingerprint(plan, config)
-        if state_dict is not None:
-            _warn_about_other_targets(model, config, plan)
+        if state_dict is None:
+            self._inject(model, adapter_name, make_plan(model, config), low_cpu_mem_usage)
+            return
+        configured = {*make_plan(model, config).names}
+        plan = make_plan(model, config, [name for key in state_dict if (name := tensor_name(key)) is not None])
+        self._inject(model, adapter_name, plan, low_cpu_mem_usage)
+        if configured != {*plan.names}:
+            warnings.warn(
+                f"The state_dict holds deltas for {len(plan.names)} tensors, the config targets {len(configured)}: the "
+                "state_dict decides.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
-        known = dict(_trainability(model)) if any(True for _ in surgical_layers(model)) else {}
-        self._awaiting.discard(adapter_name)
+    def _inject(self, model: nn.Module, adapter: str, plan: Plan, empty: bool = False) -> None:
+        config = self.peft_config[adapter]
+        check_adapter_name(adapter, self.peft_config, model, plan.names)
+        check_fingerprint(plan, config)
+        tuned_already = any(True for _ in surgical_layers(model))
+        known = {parameter: parameter.requires_grad for parameter in model.parameters()} if tuned_already else {}
+        self._awaiting.discard(adapter)
         if config.base_fingerprint is not None:  # as in a config that was read from disk
-            self._awaiting.add(adapter_name)
+            self._awaiting.add(adapter)
         config.tensor_names = list(plan.names)
-        self._attach(model, adapter_name, plan, config, low_cpu_mem_usage)
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not low_cpu_mem_usage:
+        try:
+            self._attach(model, adapter, plan, config, empty)
+        except BaseException:
+            self._remove(model, adapter)
+            raise
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not empty:
             # They may shard the base. Trainer then lets one of them save, which could not ask the others for theirs.
-            self._fingerprints[adapter_name] = fingerprint_of(model, config)
+            self._fingerprints[adapter] = fingerprint_of(model, config)
         for parameter, requires_grad in known.items():
             parameter.requires_grad = requires_grad
 
     def _attach(self, model: nn.Module, adapter: str, plan: Plan, config: SurgicalConfig, empty: bool) -> None:
-        try:
-            with init_empty_weights() if empty else nullcontext():
-                for entry in plan.modules:
-                    attach(entry.module, adapter, entry.parameters, entry.statistics, config.scale)
-            hold_statistics(model)
-            paths = [entry.path for entry in plan.modules if entry.path]
-            self.targeted_module_names.extend(path for path in paths if path not in self.targeted_module_names)
-            self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-            self._mark_only_adapters_as_trainable(model)
-            set_additional_trainable_modules(
-                model=model,
-                peft_config=config,
-                model_config=BaseTuner.get_model_config(self),
-                adapter_name=adapter,
-                activate_adapter=adapter in self.active_adapters,
-            )
-        except BaseException:
-            self._remove(model, adapter)
-            raise
-
-    def _check_names(self, model: nn.Module, plan: Plan, config: SurgicalConfig, adapter: str) -> None:
-        saved = [name for other in self.peft_config.values() for name in (getattr(other, "tensor_names", None) or ())]
-        whole = tuple(name for other in self.peft_config.values() for name in (other.modules_to_save or ()))
-        paths = [path for path, _ in model.named_modules() if whole and path.endswith(whole)]
-        check_adapter_name(adapter, self.peft_config, [*plan.names, *saved, *paths])
+        with init_empty_weights() if empty else nullcontext():
+            for entry in plan.modules:
+                attach(entry.module, adapter, entry.parameters, entry.statistics, config.scale)
+        hold_statistics(model)
+        paths = [entry.path for entry in plan.modules if entry.path]
+        self.targeted_module_names.extend(path for path in paths if path not in self.targeted_module_names)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        self._mark_only_adapters_as_trainable(model)
+        set_additional_trainable_modules(
+            model=model,
+            peft_config=config,
+            model_config=BaseTuner.get_model_config(self),
+            adapter_name=adapter,
+            activate_adapter=adapter in self.active_adapters,
+        )
 
     def _remove(self, model: nn.Module, adapter: str) -> None:
         """Take an adapter out again, and with the last one every trace of the tuner."""
@@ -188,17 +173,8 @@ class SurgicalModel(BaseTuner):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         names = kwargs.pop("adapter_names", None)
-        if names is None:
-            yield
-            return
-        size = next((len(value) for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
-        if size is not None and size != len(names):
-            raise AdapterError(
-                "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(names)} and {size} respectively."
-            )
-        beams = kwargs.get("num_beams") or 1
-        with mixed_batch(self.model, names, list(self.peft_config), beams):
+        routed = nullcontext() if names is None else mixed_batch(self.model, names, [*self.peft_config], args, kwargs)
+        with routed:
             yield
 
     # --- merging ---
@@ -220,14 +196,10 @@ class SurgicalModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        if merge:
-            if safe_merge:
-                self._check_finite(adapter_names)
-            for _, layer in surgical_layers(self.model):
-                layer.merge(adapter_names=adapter_names)
-        else:
-            for _, layer in surgical_layers(self.model):
-                layer.unmerge()
+        if merge and safe_merge:
+            self._check_finite(adapter_names)
+        for _, layer in surgical_layers(self.model):
+            layer.merge(adapter_names=adapter_names) if merge else layer.unmerge()
         detach(self.model)
         # What is left for PEFT: the wrappers of modules_to_save, and its own bookkeeping.
         return super()._unload_and_optionally_merge(
@@ -246,7 +218,7 @@ class SurgicalModel(BaseTuner):
         majority_sign_method: str = "total",
         seed: int = 0,
     ) -> None:
-        """Combine adapters into a new one. Deltas are task vectors, so this is task arithmetic on them.
+        """Combine adapters into a new one, by arithmetic on their deltas.
 
         A tensor that only some of the adapters tune is combined from those. The adapters, their weights and the
         method are recorded in the new adapter's ``selection``.
@@ -255,45 +227,24 @@ class SurgicalModel(BaseTuner):
             adapters: Names of the adapters.
             weights: One factor per adapter, times its own scale; a negative one negates it.
             adapter_name: Name of the new adapter.
-            combination_type: The method; see `Combination`, also for what follows.
+            combination_type: The method; see `Combination` for it and for the arguments below.
             density: Share of the values to keep, in (0, 1]; needed by all but linear and disjoint.
             majority_sign_method: How ties elects a sign: "total" or "frequency".
-            seed: Of the values that dare drops.
+            seed: Seed of the draw of what dare drops.
 
         Raises:
             AdapterError: For unknown names or choices, unequal lengths, a missing density, adapters with statistics,
                 or a result that is not finite. The model is then as it was.
         """
         how = Combination(combination_type, density, majority_sign_method, seed)
-        check_combination(self.peft_config, adapters, weights, adapter_name)
-        configs = [self.peft_config[name] for name in adapters]
-        check_disjoint([config.tensor_names for config in configs], how)
-        names = list(dict.fromkeys(name for config in configs for name in config.tensor_names))
-        rows = [
-            {"adapter": name, "weight": float(weight), "scale": config.scale}
-            for name, weight, config in zip(adapters, weights, configs, strict=True)
-        ]
-        self.peft_config[adapter_name] = combined_config(configs, names, {**how.record(), "parents": rows})
-        self._given_names[adapter_name] = names
+        config = config_of_combination(self.peft_config, adapters, weights, adapter_name, how)
+        self.peft_config[adapter_name] = config
         try:
-            self.inject_adapter(self.model, adapter_name)
-            self._fill_combined(adapter_name, adapters, weights, how)
+            self._inject(self.model, adapter_name, make_plan(self.model, config, config.tensor_names))
+            fill_combined(surgical_layers(self.model), adapter_name, adapters, weights, how)
         except BaseException:
-            self._given_names.pop(adapter_name, None)
             self._remove(self.model, adapter_name)
             raise
-
-    @torch.no_grad()
-    def _fill_combined(self, new: str, adapters: list[str], weights: list[float], how: Combination) -> None:
-        for path, layer in surgical_layers(self.model):
-            pairs = [(name, w) for name, w in zip(adapters, weights, strict=True) if name in layer.surgical_delta]
-            for key, target in layer.surgical_delta[new].named_parameters() if pairs else ():
-                present = [(name, w) for name, w in pairs if key in layer.surgical_delta[name]._parameters]
-                tensors = [layer.delta(name, key).to(target.dtype) * layer.scaling[name] for name, _ in present]
-                combined = combine_tensor(join(path, key), tensors, [w for _, w in present], how)
-                if not bool(torch.isfinite(combined).all()):
-                    raise AdapterError(f"{join(path, key)} would not be finite: choose smaller weights.")
-                target.copy_(combined)
 
     # --- state dicts ---
 
@@ -312,37 +263,20 @@ class SurgicalModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        inner = getattr(getattr(model, "base_model", None), "model", model)
-        taken = getattr(getattr(model, "base_model", None), "_fingerprints", {}).get(adapter_name)
+        tuner = getattr(model, "base_model", None)
+        inner, taken = getattr(tuner, "model", model), getattr(tuner, "_fingerprints", {}).get(adapter_name)
         sharded = any(hasattr(value, "full_tensor") for value in inner.parameters())
         config.measured_fingerprint = taken if sharded and taken else fingerprint_of(inner, config)
-        found = {key: value.full_tensor() if hasattr(value, "full_tensor") else value for key, value in found.items()}
-        broken = [key for key, value in found.items() if not value.is_meta and not bool(torch.isfinite(value).all())]
-        if broken:
-            warnings.warn(
-                f"Adapter {adapter_name!r} holds NaN or Inf ({broken[0]}): the run diverged, and what is saved now "
-                "will be refused on loading.",
-                stacklevel=2,
-            )
-        if config.delta_dtype is None:
-            return found
-        dtype = getattr(torch, config.delta_dtype)
-        deltas = f".{PREFIX}delta."
-        return {key: value.to(dtype) if deltas in f".{key}" else value for key, value in found.items()}
+        return whole_state(found, config, adapter_name)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: SurgicalConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        own = model.state_dict()
-        marks = (f"{HOLDER}.{PREFIX}delta.{adapter_name}.", f"{HOLDER}.{PREFIX}stats.{adapter_name}.")
-        expected = {key: tuple(value.shape) for key, value in own.items() if any(mark in key for mark in marks)}
-        # What belongs to modules_to_save has been given its place by PEFT already; it may be called anything.
-        deltas = {key: value for key, value in remapped.items() if key not in own or key in expected}
         tuner = getattr(model, "base_model", None)
         try:
-            check_tensors(deltas, expected, f"adapter {adapter_name!r}")
+            check_loaded(remapped, model.state_dict(), adapter_name)
         except AdapterFileError:
             if isinstance(tuner, SurgicalModel) and adapter_name in tuner._awaiting:
                 tuner._remove(tuner.model, adapter_name)
@@ -364,31 +298,3 @@ def set_scale(model: nn.Module, adapter_name: str, scale: float) -> None:
     for layer in layers:
         layer.scaling[adapter_name] = float(scale)
         layer.forget()
-
-
-def _trainability(model: nn.Module) -> Iterator[tuple[nn.Parameter, bool]]:
-    for parameter in model.parameters():
-        yield parameter, parameter.requires_grad
-
-
-def _names_in(state_dict: dict[str, torch.Tensor]) -> list[str]:
-    """The full names of the tensors for which a state dict has deltas or statistics."""
-    names = []
-    for key in state_dict:
-        path, mark, rest = (
-            key.removeprefix("base_model.model.").removeprefix("_orig_mod.").rpartition(f"{HOLDER}.{PREFIX}")
-        )
-        if mark:
-            names.append(join(path.removesuffix("."), rest.rpartition(".")[2]))
-    return names
-
-
-def _warn_about_other_targets(model: nn.Module, config: SurgicalConfig, plan: Plan) -> None:
-    configured = set(make_plan(model, config).names)
-    if configured != set(plan.names):
-        warnings.warn(
-            f"The state_dict holds deltas for {len(plan.names)} tensors, the config targets {len(configured)}: the "
-            "state_dict decides.",
-            RuntimeWarning,
-            stacklevel=2,
-        )

@@ -7,24 +7,22 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..blocks import Anatomy, Block, anatomy_of, parse, paths_matched, resolve
 from ..config import SurgicalConfig
 from ..errors import AnatomyError, BaseMismatchError, ConfigError, UnknownTargetError
 from ..files import check_base, fingerprint, shown
-from ..norm import moving_statistics, statistics_of
-from .attach import bare, join
-from .expected import check_held
-from .reading import base_value
-from .support import ModulePlan, Site, check_supported, is_quantized, refuse_other_methods
+from ..keys import join
+from .attach import bare, base_value
+from .specialise import moving_statistics, statistics_of
+from .support import ModulePlan, Site, check_held, check_supported, is_quantized, refuse_other_methods
 
 
 @dataclass(frozen=True)
@@ -36,25 +34,15 @@ class Plan:
     @property
     def names(self) -> tuple[str, ...]:
         """Full names of the tuned parameters and owned statistics."""
-        return tuple(
-            join(entry.path, name) for entry in self.modules for name in (*entry.parameters, *entry.statistics)
-        )
+        entries = ((entry.path, (*entry.parameters, *entry.statistics)) for entry in self.modules)
+        return tuple(join(path, name) for path, names in entries for name in names)
 
     def base(self) -> dict[str, torch.Tensor]:
         """Name -> the base's own value of each tuned parameter, also where another adapter is merged into it now.
 
         Statistics are left out: an adapter replaces them, it does not add to them.
         """
-        return {
-            join(entry.path, name): base_value(entry.module, name)
-            for entry in self.modules
-            for name in entry.parameters
-        }
-
-
-def is_wrapper(module: nn.Module) -> bool:
-    """Whether PEFT put this module in another one's place to train that one whole (``modules_to_save``)."""
-    return isinstance(module, AuxiliaryTrainingWrapper)
+        return {join(e.path, name): base_value(e.module, name) for e in self.modules for name in e.parameters}
 
 
 def make_plan(model: nn.Module, config: SurgicalConfig, names: Sequence[str] | None = None) -> Plan:
@@ -75,21 +63,23 @@ def make_plan(model: nn.Module, config: SurgicalConfig, names: Sequence[str] | N
     # torch.compile's wrapper puts itself into every path; the adapter is the network's.
     model = getattr(model, "_orig_mod", model)
     refuse_other_methods(model)
-    with bare(model, is_wrapper):
+    with bare(model):
         modules = dict(model.named_modules())
-        wanted = _wanted(model, modules, config, names)
-        plan = _plan(modules, wanted, config, exact=names is not None or is_resolved(config))
-        if names is None and is_resolved(config):
+        resolved = names is None and _is_resolved(config)
+        exact = config.tensor_names if resolved else names
+        wanted = _wanted(model, modules, config) if exact is None else _existing(modules, config, exact)
+        plan = _plan(modules, {*wanted}, config, exact=exact is not None)
+        if resolved:
             check_held(modules, plan.modules, config)
     check_supported(model, plan.modules)
     return plan
 
 
-def is_resolved(config: SurgicalConfig) -> bool:
-    """Whether the config's ``tensor_names`` are to be taken as they are.
+def _is_resolved(config: SurgicalConfig) -> bool:
+    """Whether the config's ``tensor_names`` are to be taken as they are: in a config that was read from disk.
 
-    So they are in a config that was read from disk. A config that was used in this process is resolved again: its
-    target may have been changed since, or it may serve another network.
+    A config that was used in this process is resolved again: its target may have been changed since, or it may serve
+    another network.
     """
     if config.tensor_names is None:
         return False
@@ -97,21 +87,18 @@ def is_resolved(config: SurgicalConfig) -> bool:
     return from_disk or (config.target is None and not config.target_modules)
 
 
-def _wanted(
-    model: nn.Module, modules: Mapping[str, nn.Module], config: SurgicalConfig, names: Sequence[str] | None
-) -> list[str]:
-    """Full names of the wanted tensors, parameters and buffers, in the model's order."""
-    if names is None and is_resolved(config):
-        names = config.tensor_names
-    if names is not None:
-        known = {join(path, name) for path, module in modules.items() for name in _tensors(module)}
-        missing = [name for name in names if name not in known]
-        if missing:
-            raise UnknownTargetError(
-                f"The model has no tensor {shown(missing)}, which the adapter (target {config.target!r}) was made "
-                f"for. Load its own base, {config.base_model_name_or_path or 'which its config does not name'}."
-            )
-        return list(names)
+def _existing(modules: Mapping[str, nn.Module], config: SurgicalConfig, names: Sequence[str]) -> Sequence[str]:
+    known = {join(path, name) for path, module in modules.items() for name in _tensors(module)}
+    if missing := [name for name in names if name not in known]:
+        raise UnknownTargetError(
+            f"The model has no tensor {shown(missing)}, which the adapter (target {config.target!r}) was made "
+            f"for. Load its own base, {config.base_model_name_or_path or 'which its config does not name'}."
+        )
+    return names
+
+
+def _wanted(model: nn.Module, modules: Mapping[str, nn.Module], config: SurgicalConfig) -> list[str]:
+    """Full names of the tensors (parameters and buffers) that the config's target names, in the model's order."""
     if config.target is not None:
         wanted = _by_target(model, modules, config)
     elif config.target_modules:
@@ -152,7 +139,7 @@ def _by_modules(model: nn.Module, modules: Mapping[str, nn.Module], config: Surg
         )
         if len(empty) == len(matched):
             raise UnknownTargetError(f"Target modules {patterns} not found in the base model: {problem}")
-        # PEFT's field follows PEFT: one match is enough. The other methods do not say which names were in vain.
+        # As in PEFT, one match is enough; but PEFT does not tell which names match nothing.
         warnings.warn(f"Some of target_modules={patterns} are not in the base model: {problem}", stacklevel=2)
     roots = {path for found in matched.values() for path in found}
     return [join(path, name) for path, module in modules.items() if _is_under(path, roots) for name in _tensors(module)]
@@ -195,13 +182,12 @@ def _tensors(module: nn.Module) -> Iterator[str]:
     yield from (name for name, value in module._buffers.items() if value is not None and name not in hidden)
 
 
-def _plan(modules: Mapping[str, nn.Module], wanted: Iterable[str], config: SurgicalConfig, exact: bool) -> Plan:
+def _plan(modules: Mapping[str, nn.Module], chosen: set[str], config: SurgicalConfig, exact: bool) -> Plan:
     sites: dict[int, list[Site]] = {}
     for module in modules.values():
         for name, value in module._parameters.items():
             if value is not None:
                 sites.setdefault(id(value), []).append((module, name))
-    chosen = set(wanted)
     targeted = {name.rpartition(".")[0] for name in chosen}
     moving = set(moving_statistics(config.norm_stats, modules.items(), targeted))  # type: ignore[arg-type]
     moving &= chosen if exact else moving

@@ -1,14 +1,12 @@
-"""Saving so that a folder always holds one whole adapter: the old one or the new one.
+"""Saving and loading: what of an adapter goes into a file, files that are replaced whole, and the page beside them.
 
-PEFT writes the weights and then the config, each in place. A kill between the two leaves one adapter's weights beside
-another's config, with nothing to tell. Here PEFT writes into a folder beside the target, and the files are renamed in
-three steps, each atomic and each leaving a whole adapter::
+PEFT writes the weights and then the config, each in place: a kill between the two leaves one adapter's weights beside
+another's config. Here PEFT writes into a folder beside the target, whose files then take the place of the old ones in a
+way that leaves a whole adapter at any time; see `commit`.
 
-    1. the new config, with the old one inside as "superseded"     weights: old -> the old config applies
-    2. the new weights                                             weights: new -> the new config applies
-    3. the new config alone
-
-`SurgicalConfig.from_pretrained` tells the two apart by the SHA-256 of the weights.
+PEFT's page ``README.md`` says "[More Information Needed]" in every section. The page here says what the adapter is, how
+it is loaded, and its numbers where there are any. It names no folder, so that it may be pushed as it is; the card of an
+adapter on the Hub says more, see ``peft_surgical.hub.cards``.
 """
 
 from __future__ import annotations
@@ -16,21 +14,95 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..config import SurgicalConfig
+import torch
+from huggingface_hub import ModelCardData
+
+from ..config import SurgicalConfig, SurgicalType
 from ..errors import AdapterError
-from ..files import commit
-from ..keys import CARD, CONFIG
-from .card import write_card
+from ..evaluation import Report
+from ..files import check_tensors, commit
+from ..keys import CARD, CONFIG, DELTA, HOLDER, STATISTIC
+
+TAGS = ("peft", "surgical-fine-tuning")
+IMPORT = "import peft_surgical"
+"""What has to run before PEFT knows the method; cards have it in their metadata, under the key `LOAD_WITH`."""
+LOAD_WITH = "load_with"
+PAGE_MARK = (
+    "<!-- peft-surgical writes this page anew when the adapter is saved. Delete this line to keep your changes. -->"
+)
+"""Part of every page that may be written anew."""
+_EMPTY = "[More Information Needed]"
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+
+_PAGE = """\
+---
+{metadata}
+---
+{mark}
+
+# Surgical adapter: {target}
+
+Deltas of `{target}` for {base}, made with `peft-surgical` by surgical fine-tuning, which tunes one part of a pretrained
+network and leaves the rest as it is. The base is not in this folder.
+
+## Use
+
+```python
+import peft_surgical  # without it PEFT answers KeyError: 'SURGICAL'
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base, folder).eval()  # base: the network above; folder: where this page lies
+```
+
+For a base of timm or transformers, `peft_surgical.load_adapted(folder)` opens that, too. `peft-surgical show` lists
+what was tuned and how far it moved.
+
+## Results
+
+{results}"""
+
+
+def whole_state(state: Mapping[str, torch.Tensor], config: SurgicalConfig, adapter: str) -> dict[str, torch.Tensor]:
+    """What is saved of an adapter: its tensors gathered from all processes, its deltas in the config's dtype."""
+    found = {key: value.full_tensor() if hasattr(value, "full_tensor") else value for key, value in state.items()}
+    broken = [key for key, value in found.items() if not value.is_meta and not bool(torch.isfinite(value).all())]
+    if broken:
+        warnings.warn(
+            f"Adapter {adapter!r} holds NaN or Inf ({broken[0]}): the run diverged, and what is saved now will be "
+            "refused on loading.",
+            stacklevel=3,
+        )
+    if config.delta_dtype is None:
+        return found
+    dtype = getattr(torch, config.delta_dtype)
+    return {key: value.to(dtype) if f".{DELTA}." in f".{key}" else value for key, value in found.items()}
+
+
+def check_loaded(state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], adapter: str) -> None:
+    """Raise `AdapterFileError` unless a state dict holds what an attached adapter needs.
+
+    Args:
+        state: What is to be loaded, by the model's keys.
+        own: The model's own state dict.
+        adapter: The adapter's name.
+    """
+    marks = (f"{HOLDER}.{DELTA}.{adapter}.", f"{HOLDER}.{STATISTIC}.{adapter}.")
+    expected = {key: tuple(value.shape) for key, value in own.items() if any(mark in key for mark in marks)}
+    # What belongs to modules_to_save has been given its place by PEFT already; it may be called anything.
+    deltas = {key: value for key, value in state.items() if key not in own or key in expected}
+    check_tensors(deltas, expected, f"adapter {adapter!r}")
 
 
 def saving_atomically(original: Callable[..., None]) -> Callable[..., None]:
-    """Wrap ``PeftModel.save_pretrained``: surgical adapters are staged and renamed, all others are none of ours."""
+    """Wrap ``PeftModel.save_pretrained``: surgical adapters replace older ones whole, others are saved as ever."""
     signature = inspect.signature(original)
 
     @functools.wraps(original)
@@ -54,14 +126,14 @@ def saving_atomically(original: Callable[..., None]) -> Callable[..., None]:
         del rest["self"], rest["save_directory"]
         target = Path(save_directory)
         if rest.get("is_main_process") is False:
-            # Other ranks take part in gathering the tensors; they write nothing.
+            # Other processes take part in gathering the tensors; they write nothing.
             original(self, save_directory, **rest)
             return
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
             stage = Path(scratch)
             for place in (".", *self.peft_config):
-                if (target / place / CARD).is_file():  # it may be somebody's own, which stays
+                if (target / place / CARD).is_file():  # a page that a user wrote stays
                     (stage / place).mkdir(exist_ok=True)
                     shutil.copy2(target / place / CARD, stage / place / CARD)
             original(self, stage, **rest)
@@ -70,3 +142,57 @@ def saving_atomically(original: Callable[..., None]) -> Callable[..., None]:
             commit(stage, target)
 
     return save_pretrained
+
+
+def is_repository(name: str | None) -> bool:
+    """Whether this is ``owner/name`` on the Hub, as far as a name can tell."""
+    return name is not None and _REPOSITORY.fullmatch(name) is not None and not Path(name).is_dir()
+
+
+def write_card(folder: str | os.PathLike[str], report: Report | None = None) -> None:
+    """Write the page of the adapter in a folder, or remove it where there is no adapter. A user's own page stays.
+
+    Args:
+        folder: Where the adapter's config lies.
+        report: What was measured of this adapter, if anything.
+    """
+    page, file = Path(folder, CARD), Path(folder, CONFIG)
+    if not may_replace(page):
+        return
+    plain = SurgicalConfig.from_json_file(str(file)) if file.is_file() else {}
+    if plain.get("peft_type") == SurgicalType.SURGICAL.value:
+        config = SurgicalConfig(**{k: v for k, v in plain.items() if k in SurgicalConfig.__dataclass_fields__})
+        page.write_text(_page(config, report), encoding="utf-8")
+    elif not plain:
+        page.unlink(missing_ok=True)
+
+
+def may_replace(page: Path) -> bool:
+    """Whether no user has written this page: there is none, it is PEFT's template, or this package wrote it."""
+    if not page.is_file():
+        return True
+    text = page.read_text(encoding="utf-8")
+    return PAGE_MARK in text or _EMPTY in text
+
+
+def target_of(config: SurgicalConfig) -> str:
+    """What an adapter tunes, in words."""
+    if target := config.target or config.target_modules:
+        return target if isinstance(target, str) else " + ".join(target)
+    return f"{len(config.tensor_names or ())} tensors by name"
+
+
+def _page(config: SurgicalConfig, report: Report | None) -> str:
+    base = config.base_model_name_or_path
+    on_hub = is_repository(base)
+    more: dict[str, Any] = {LOAD_WITH: IMPORT}
+    data = ModelCardData(base_model=base if on_hub else None, library_name="peft", tags=list(TAGS), **more)
+    named = f"[`{base}`](https://huggingface.co/{base})" if on_hub else f"`{Path(base).name}`" if base else "its base"
+    none = "Nothing was measured when this adapter was saved.\n"
+    return _PAGE.format(
+        metadata=data.to_yaml(),
+        mark=PAGE_MARK,
+        target=target_of(config),
+        base=named,
+        results=report.to_markdown() if report is not None and report.measurements else none,
+    )

@@ -1,11 +1,15 @@
+"""Files of adapters: fingerprints, what is refused in a file, and files that hold no config."""
+
 import hashlib
+import json
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from peft_surgical import SurgicalConfig
 from peft_surgical.errors import AdapterFileError, BaseMismatchError
-from peft_surgical.files import check_base, check_tensors, file_sha256, fingerprint, summarise, verify_file
+from peft_surgical.files import MAX_BYTES, check_base, check_tensors, file_sha256, fingerprint, read_object, verify_file
 from peft_surgical.keys import file_key
 
 
@@ -64,16 +68,45 @@ def test_verify_file(tmp_path):
     )
     keys = {file_key("conv1.weight"), file_key("cls_token")}
     verify_file(path, file_sha256(path), keys)
-    verify_file(path, None, None)
+    verify_file(path, None, keys)
     with pytest.raises(AdapterFileError, match="altered or replaced"):
         verify_file(path, "0" * 64, keys)
     with pytest.raises(AdapterFileError, match=r"misses fc\.surgery\.weight"):
         verify_file(path, None, {*keys, file_key("fc.weight")})
 
 
-def test_summary_is_relative_and_sorted():
-    moved = summarise(
-        {"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([1.0]), "c": torch.tensor([1.0])},
-        {"a": torch.tensor([0.0, 10.0]), "b": torch.tensor([1.0]), "c": torch.tensor([0.0])},
-    )
-    assert list(moved.items()) == [("b", 1.0), ("a", 0.5), ("c", 0.0)]
+BROKEN = {
+    "empty": (b"", "cannot be read as JSON"),
+    "cut": (b'{"peft_type": "SURG', "cannot be read as JSON .Unterminated string"),
+    "no text": (b"\xff\xfe\x00", "cannot be read as JSON .'utf-8' codec"),
+    "a mark": (b"\xef\xbb\xbf{}", "Unexpected UTF-8 BOM"),
+    "deep": (b'{"a":' + b"[" * 100_000, "nested too deeply"),
+    "long": (b'{"scale": ' + b"9" * 5000 + b"}", "integer string conversion"),
+    "a list": (b"[]", r"holds \[\], not the fields"),
+    "nothing": (b"null", "holds None, not the fields"),
+    "no type": (b"{}", "peft_type=None is no method that PEFT knows"),
+    "unknown": (b'{"peft_type": "SURGICA"}', "peft_type='SURGICA' is no method that PEFT knows here; .* 'SURGICAL'"),
+    "not hashable": (b'{"peft_type": ["SURGICAL"]}', r"peft_type=\['SURGICAL'\] is no method"),
+    "self": (b'{"peft_type": "SURGICAL", "self": 1}', "has a field 'self'"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_file_that_is_no_config(tmp_path, kind):
+    content, match = BROKEN[kind]
+    file = tmp_path / "adapter_config.json"
+    file.write_bytes(content)
+    with pytest.raises(AdapterFileError, match=match):
+        read_object(file)
+    with pytest.raises(AdapterFileError, match=match):
+        SurgicalConfig.from_pretrained(tmp_path)
+
+
+def test_a_file_that_is_too_large_is_not_read(tmp_path):
+    file = tmp_path / "adapter_config.json"
+    with open(file, "wb") as out:
+        out.truncate(MAX_BYTES + 1)
+    with pytest.raises(AdapterFileError, match=r"16,777,217 bytes, where a config has at most 16,777,216"):
+        read_object(file)
+    file.write_text(json.dumps({"peft_type": "SURGICAL"}) + " " * 100_000)
+    assert read_object(file) == {"peft_type": "SURGICAL"}

@@ -6,8 +6,7 @@ import sys
 import pytest
 from scripts import ROOT
 
-from peft_surgical.entry import INTERRUPTED, USER_ERROR, run_in_words
-from peft_surgical.errors import ConfigError
+from peft_surgical.errors import INTERRUPTED, USER_ERROR, ConfigError, run_in_words
 
 
 def test_what_the_user_can_mend_is_one_line(monkeypatch, capsys):

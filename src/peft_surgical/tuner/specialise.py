@@ -1,4 +1,4 @@
-"""Give one module of a network a subclass of its own class, in place.
+"""Give one module of a network a subclass of its own class, in place; and the trait that holds norm statistics.
 
 The tuner has to make a module *read* base + delta wherever it reads a tensor. Wrapping the module in another one does
 that too, but changes its type, its state-dict keys and every reference that somebody holds to it. Swapping the class
@@ -12,9 +12,13 @@ module finds it again by these three.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
+
+from ..config import NormPolicy
+from ..keys import HOLDER, join
 
 
 class Special:
@@ -49,10 +53,9 @@ def _special_class(base: type[nn.Module], traits: tuple[type[Special], ...], ten
     key = (base, traits, tensors)
     if key in _CLASSES:
         return _CLASSES[key]
-    names = ("__module__", "__qualname__", "__doc__")
     # Module, name and qualified name are the base's: code that asks for a class by its name (FSDP's and Accelerate's
     # wrapping policies, torch.fx's rule of what a leaf is) keeps finding what it looks for.
-    body: dict[str, Any] = {name: getattr(base, name) for name in names}
+    body: dict[str, Any] = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
     body.update(special_base=base, special_traits=traits, special_tensors=tensors)
     cls: Any = type(base.__name__, (*traits, base), body)
     for name in tensors:
@@ -67,19 +70,19 @@ def _rebuild(base: type[nn.Module], traits: tuple[type[Special], ...], tensors: 
 
 
 def specialise(module: nn.Module, trait: type[Special], tensors: tuple[str, ...] = ()) -> None:
-    """Add ``trait`` to the class of ``module``, in place; tensor names add up over calls.
+    """Add ``trait`` to the class of ``module``, in place; traits and tensor names add up over calls.
 
     Args:
         module: Any module whose class can be subclassed (a ScriptModule's cannot).
         trait: The mixin to add; adding it twice changes nothing.
         tensors: Names of the module's own tensors to read through ``trait.tensor_property``.
     """
-    base, traits, names = base_class(module), {trait}, {*tensors}
+    traits, names = {trait}, {*tensors}
     if isinstance(module, Special):
         traits |= {*module.special_traits}
         names |= {*module.special_tensors}
     ordered = tuple(sorted(traits, key=lambda one: one.__name__))
-    module.__class__ = _special_class(base, ordered, tuple(sorted(names)))
+    module.__class__ = _special_class(base_class(module), ordered, tuple(sorted(names)))
 
 
 def restore(module: nn.Module) -> None:
@@ -93,3 +96,66 @@ def restore(module: nn.Module) -> None:
 def base_class(module: nn.Module) -> type[nn.Module]:
     """The class of ``module`` without any trait."""
     return module.special_base if isinstance(module, Special) else type(module)
+
+
+# --- norm statistics ---
+
+
+def has_statistics(module: nn.Module) -> bool:
+    """Whether ``module`` keeps running statistics: BatchNorm, InstanceNorm with tracking, and those of other libraries.
+
+    Recognised by their buffers rather than by class, because every library brings norm classes of its own.
+    """
+    return any(module._buffers.get(mark) is not None for mark in ("running_mean", "running_var"))
+
+
+def statistics_of(module: nn.Module) -> tuple[str, ...]:
+    """The names of the buffers that a norm module updates in training, e.g. running_mean, num_batches_tracked."""
+    if not has_statistics(module):
+        return ()
+    hidden = module._non_persistent_buffers_set
+    return tuple(name for name, value in module._buffers.items() if value is not None and name not in hidden)
+
+
+def moving_statistics(policy: NormPolicy, modules: Iterable[tuple[str, nn.Module]], targeted: set[str]) -> list[str]:
+    """The full names of the statistics that an adapter with this policy owns.
+
+    Args:
+        policy: The adapter's ``norm_stats``.
+        modules: ``model.named_modules()``.
+        targeted: Paths of the modules of which at least one tensor (parameter or buffer) is targeted.
+    """
+    if policy == "frozen":
+        return []
+    moving = ((path, module) for path, module in modules if policy == "all" or path in targeted)
+    return [join(path, name) for path, module in moving for name in statistics_of(module)]
+
+
+class HoldsStatistics(Special):
+    """Trait of a norm module that uses its stored statistics unless an active adapter owns (and saves) them.
+
+    In ``train()`` mode a pretrained BatchNorm replaces the statistics of the source data, tuned or not, which are no
+    part of an adapter: PEFT's best-known way to reload another model than the one that was evaluated. The paper's code
+    leaves the network in ``eval()``. Here the mode is derived whenever the module asks for it, so neither a later
+    ``model.train()`` nor a switch of adapters can leave it wrong, and it also holds for transformers' own
+    ``add_adapter``, which keeps no tuner around.
+    """
+
+    @property
+    def training(self) -> bool:
+        """False while the statistics are held, whatever mode was set; children (timm's act, drop) keep their own."""
+        if not self.__dict__["training"]:
+            return False
+        surgery = self.__dict__["_modules"].get(HOLDER)
+        return surgery is not None and surgery.statistics_move()
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        self.__dict__["training"] = mode
+
+
+def hold_statistics(model: nn.Module) -> None:
+    """Make every norm module of ``model`` hold its statistics; see `HoldsStatistics`."""
+    for module in model.modules():
+        if has_statistics(module):
+            specialise(module, HoldsStatistics)

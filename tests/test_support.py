@@ -121,7 +121,7 @@ def test_a_container_has_no_forward(tmp_path):
 def test_a_folder_without_its_file_leaves_the_model(saved):
     base, folder = saved
     (folder / WEIGHTS).unlink()
-    refused(base, folder, AdapterFileError, rf"{folder} has the config of an adapter, but no {WEIGHTS}")
+    refused(base, folder, AdapterFileError, rf"{folder} has an adapter's config, but no {WEIGHTS}")
     (folder / WEIGHTS).mkdir()
     refused(base, folder, AdapterFileError, "but no")
 

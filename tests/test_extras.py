@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from peft_surgical.bases import load_base
-from peft_surgical.devices import accelerator_or_cpu, generators_kept
+from peft_surgical.extras import accelerator_or_cpu, generators_kept
 
 
 def test_the_accelerator_that_pytorch_finds_is_taken(monkeypatch):
