@@ -2,8 +2,8 @@
 
 import pytest
 
+from paper.grids import Cell, export, shard
 from peft_surgical.errors import DataError
-from peft_surgical.training.grid import Cell, export, shard
 from peft_surgical.training.ledger import Ledger
 
 

@@ -8,9 +8,8 @@ from tiny import ConvNet
 from torch import nn
 
 from peft_surgical import Pace, SurgicalConfig, anatomy_of
-from peft_surgical.choosing.methods import METHODS, method_of
-from peft_surgical.choosing.schedules import AutoSNR
-from peft_surgical.choosing.tensors import trained_tensors
+from peft_surgical.choosing.methods import METHODS, AutoSNR, method_of
+from peft_surgical.choosing.models import trained_tensors
 from peft_surgical.errors import ConfigError
 from peft_surgical.training.fitting import OPTIMIZERS
 

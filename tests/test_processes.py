@@ -12,8 +12,8 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
 from peft_surgical.errors import ConfigError
-from peft_surgical.training.fitting import FitSettings, fit
-from peft_surgical.training.processes import check_launch, check_sharding, settle, sharding, told, wait
+from peft_surgical.training.fitting import FitSettings, check_launch, check_sharding, fit, sharding
+from peft_surgical.training.trainer import settle, told, wait
 
 pytestmark = pytest.mark.usefixtures("quick_collections", "own_accelerate_state")
 

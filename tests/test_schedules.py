@@ -5,17 +5,9 @@ from tiny import ConvNet
 from torch import nn
 
 from peft_surgical import BlockScores, anatomy_of
-from peft_surgical.choosing.schedules import (
-    AutoRGN,
-    AutoSNR,
-    Progress,
-    block_means,
-    gradual_unfreezing,
-    lp_ft,
-    normalised,
-    sequence,
-)
-from peft_surgical.errors import ConfigError, UnknownTargetError
+from peft_surgical.choosing.methods import AutoRGN, AutoSNR, Progress, gradual_unfreezing, lp_ft, normalised
+from peft_surgical.choosing.pace import block_means
+from peft_surgical.errors import ConfigError
 
 ANATOMY = anatomy_of(ConvNet(nn.BatchNorm2d))  # block1, block2, head
 
@@ -43,15 +35,7 @@ def test_a_run_that_is_shorter_than_the_blocks_are_many_ends_with_fewer():
     assert [trained(schedule, step, total=2) for step in range(2)] == [{"head"}, {"block2", "head"}]
 
 
-def test_an_order_of_ones_own():
-    schedule = sequence(["block2", "head", "block1"], ANATOMY)
-    assert [trained(schedule, step) for step in (0, 3, 6)] == [
-        {"block2"},
-        {"block2", "head"},
-        {"block1", "block2", "head"},
-    ]
-    with pytest.raises(UnknownTargetError, match="block9"):
-        sequence(["block9"], ANATOMY)
+def test_an_unknown_order_is_refused():
     with pytest.raises(ConfigError, match="first-to-last"):
         gradual_unfreezing(ANATOMY, "upwards")
 

@@ -315,7 +315,7 @@ sys.modules["accelerate"] = types.SimpleNamespace(PartialState=object)
 sys.modules["peft_surgical.blocks"] = types.SimpleNamespace(Anatomy=object)
 for name in ("evaluation", "training"):
     folder = sys.modules[f"peft_surgical.{name}"] = types.ModuleType(name); folder.__path__ = [f"{sys.argv[1]}/{name}"]
-sys.modules["peft_surgical.training.processes"] = types.SimpleNamespace(told=None)
+sys.modules["peft_surgical.training.trainer"] = types.SimpleNamespace(told=None)
 sys.modules["peft_surgical.errors"] = types.SimpleNamespace(ConfigError=ValueError, DataError=ValueError)
 from peft_surgical.training.ledger import Ledger
 from peft_surgical.training.search import Candidate, race

@@ -15,9 +15,8 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from peft_surgical import SurgicalConfig, anatomy_of, resolve_target, score_blocks
 from peft_surgical.choosing import CRITERIA
-from peft_surgical.choosing.forward import forward_loss
 from peft_surgical.choosing.gradients import is_looking
-from peft_surgical.choosing.tensors import trained_tensors
+from peft_surgical.choosing.models import forward_loss, trained_tensors
 from peft_surgical.errors import AdapterError, ConfigError, DataError, UnresolvedTargetError, UnsupportedModelError
 
 
@@ -462,7 +461,7 @@ def test_errors_name_the_way_out(net, batches):
 
 def test_parameters_that_are_cut_up_are_refused_before_anything_runs(net, monkeypatch):
     # Of a single process there is no DTensor; what is asked is the class.
-    monkeypatch.setattr("peft_surgical.choosing.tensors.DTensor", nn.Parameter)
+    monkeypatch.setattr("peft_surgical.choosing.models.DTensor", nn.Parameter)
     with pytest.raises(UnsupportedModelError, match=r"conv1\.weight is sharded \(FSDP\): score the network before"):
         score_blocks(net, [])
 

@@ -6,16 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..blocks import Anatomy
 from ..errors import ConfigError
-from .forward import LossFunction
+from .methods import Penalty, Schedule
+from .models import LossFunction
 from .pace import Pace
-from .penalties import Penalty
-from .schedules import Schedule
 
 RECORD = "surgical_factors"
 """Key of the entries of ``trainer.state.log_history`` that hold the factors of an epoch."""
@@ -29,17 +27,17 @@ class SurgicalCallback(TrainerCallback):
         Trainer(..., callbacks=[SurgicalCallback(AutoRGN())])
 
     The factors of every epoch are entries of ``trainer.state.log_history``, which Trainer saves in each checkpoint: a
-    run that resumes in the middle of an epoch goes on with the factors that this epoch began with.
+    run that resumes in the middle of an epoch continues with the factors that this epoch began with.
 
     Args:
-        schedule: See `schedules`.
-        penalty: See `penalties`.
+        schedule: See `methods`.
+        penalty: See `methods`.
         reset_moments: As for `Pace`.
         num_batches: Batches to score on per process and epoch.
         scoring_data: A loader for the scores. By default they are taken on training images, drawn anew for each epoch
             with Trainer's seed, without touching the training loader.
-        blocks: How the network is cut, as for `anatomy_of`.
-        loss_fn: As for `score_blocks`; Trainer's own ``compute_loss`` is not asked.
+        blocks: A block specification, as for `anatomy_of`.
+        loss_fn: As for `score_blocks`; Trainer's own ``compute_loss`` is not used.
 
     Attributes:
         pace: The running `Pace`, from the beginning of training on.
@@ -65,10 +63,10 @@ class SurgicalCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Attach to the optimizer, with what a resumed run brings along."""
+        """Attach to the optimizer, with the factors of a resumed run."""
         precision = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
         self.pace = Pace(
-            _model(kwargs["model"]),
+            kwargs["model"],
             kwargs["optimizer"],
             self.schedule,
             self.penalty,
@@ -87,7 +85,7 @@ class SurgicalCallback(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take new scores where the schedule wants them."""
+        """Take new scores if the schedule needs them."""
         epoch = _epoch(state)
         known = epoch in self.pace.record
         needs_data = self.schedule is not None and self.schedule.criterion is not None
@@ -101,20 +99,20 @@ class SurgicalCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Follow Trainer's count, which also counts steps that a gradient scaler skips."""
+        """Use Trainer's count, which includes steps that a gradient scaler skips."""
         self.pace.step = state.global_step
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Leave the optimizer alone again."""
+        """Detach from the optimizer."""
         self.pace.close()
 
 
 def scoring_loader(
     dataloader: DataLoader[Any], batch_size: int, num_batches: int, seed: int, epoch: int
 ) -> DataLoader[Any]:
-    """So many batches of a loader's own images, a pure function of seed and epoch; each process draws others.
+    """``num_batches`` batches of a loader's dataset, drawn by seed and epoch, different ones in each process.
 
     Raises:
         ConfigError: The data is a stream, which cannot be drawn from.
@@ -133,8 +131,3 @@ def scoring_loader(
 def _epoch(state: TrainerState) -> int:
     # Fractional where a checkpoint was taken in the middle; full epochs may be off by rounding.
     return int((state.epoch or 0.0) + 1e-6)
-
-
-def _model(model: Any) -> nn.Module:
-    assert isinstance(model, nn.Module)
-    return model

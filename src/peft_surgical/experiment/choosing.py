@@ -6,21 +6,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from paper.grids import Cell
+
 from ..blocks import DATA_TARGETS
 from ..choosing.methods import METHODS
 from ..choosing.resolve import selection_record
 from ..choosing.scores import BlockScores
 from ..errors import ConfigError, RowsFailedError
 from ..training.engines import Workers
-from ..training.grid import SELECTION_SEED, Cell, best_of
 from ..training.ledger import Run
 from ..training.search import (
     AUTO_KEEP,
     AUTO_RUNGS,
     KEEP,
     RUNGS,
+    SELECTION_SEED,
     Candidate,
     SearchResult,
+    best_of,
     candidates_of,
     cross_val,
     greedy,

@@ -37,9 +37,8 @@ from ..files import fingerprint
 from ..training.engines import Engine, Workers
 from ..training.fitting import FitSettings, fit, forget_checkpoints
 from ..training.ledger import Ledger, Run
-from ..training.processes import told
 from ..training.search import NONE
-from ..training.watch import DivergedError, Epochs, Watch, file_name, logging_to
+from ..training.trainer import DivergedError, Epochs, Watch, file_name, logging_to, told
 from .requests import Score, Test, Train, key_of, request_of
 from .subject import Subject
 

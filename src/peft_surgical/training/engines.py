@@ -12,7 +12,7 @@ from typing import Any
 from accelerate import PartialState
 
 from .ledger import Ledger, Run
-from .processes import told
+from .trainer import told
 
 _LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _VISIBLE = "CUDA_VISIBLE_DEVICES"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import extract_model_from_parallel
+from accelerate.utils import DistributedType, extract_model_from_parallel, parse_flag_from_env
 from peft import get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
@@ -29,15 +30,13 @@ from transformers.trainer_callback import PrinterCallback
 
 from ..choosing.callback import RECORD, SurgicalCallback
 from ..choosing.methods import Method, method_of
-from ..choosing.tensors import anatomy_under
+from ..choosing.models import anatomy_under
 from ..config import SurgicalConfig
 from ..errors import ConfigError
-from .checkpoints import Mark, drop_scratch, last_checkpoint, log_of
-from .checkpoints import forget_checkpoints as forget_checkpoints
-from .processes import SameStatistics, check_launch, check_sharding, settle, told
+from .trainer import SELECTED_BY as SELECTED_BY
 from .trainer import ClassifierTrainer as ClassifierTrainer
-from .trainer import StopAt
-from .watch import SELECTED_BY as SELECTED_BY
+from .trainer import Mark, SameStatistics, StopAt, drop_scratch, last_checkpoint, log_of, settle, told
+from .trainer import forget_checkpoints as forget_checkpoints
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
@@ -312,3 +311,79 @@ def _metrics(predicted: Any, metric: Callable[[Tensor, Tensor], float] | None = 
 def _logits_and_labels(predicted: Any) -> tuple[Tensor, Tensor]:
     logits = predicted.predictions[0] if isinstance(predicted.predictions, tuple) else predicted.predictions
     return torch.from_numpy(logits), torch.from_numpy(predicted.label_ids)
+
+
+def sharding() -> str | None:
+    """``FSDP`` or ``DeepSpeed``, where `accelerate launch` was told to shard; else None."""
+    flags = {"FSDP": "ACCELERATE_USE_FSDP", "DeepSpeed": "ACCELERATE_USE_DEEPSPEED"}
+    return next((name for name, flag in flags.items() if parse_flag_from_env(flag)), None)
+
+
+def check_launch(arguments: TrainingArguments, precision: str | None) -> None:
+    """Refuse a launch that would train otherwise than was asked for, without a word.
+
+    Args:
+        arguments: Whose making has set up the process group.
+        precision: What the run is to be trained in: None, ``bf16`` or ``fp16``.
+
+    Raises:
+        ConfigError: The processes do not know of each other, are to be sharded in a way that is not supported, or
+            `accelerate launch` was told another precision.
+    """
+    launched, together = int(os.environ.get("WORLD_SIZE", "1")), arguments.world_size
+    if launched > together:
+        raise ConfigError(
+            f"{launched} processes were launched and each would train alone, into one folder: no accelerator was "
+            "found. Set ACCELERATE_USE_CPU=true to train together on the CPU, or launch one process"
+        )
+    if arguments.mixed_precision != (precision or "no"):
+        raise ConfigError(
+            f"`accelerate launch` says mixed_precision={arguments.mixed_precision}, and the run precision={precision}: "
+            "the run's own counts. Give it there, or launch with --mixed_precision no"
+        )
+    if arguments.fsdp or arguments.deepspeed:
+        raise ConfigError("fsdp and deepspeed are not for TrainingArguments here: tell `accelerate launch`")
+    kind = sharding()
+    if kind and arguments.distributed_state.distributed_type in (DistributedType.MULTI_CPU, DistributedType.NO):
+        raise ConfigError(
+            f"Accelerate has no {kind} on the CPU, or for one process alone: it would leave it out without a word. "
+            "Launch with recipes/accelerate/cpu.yaml, which trains with DDP"
+        )
+    if kind == "FSDP" and os.environ.get("FSDP_VERSION", "1") != "2":
+        raise ConfigError(
+            "FSDP1 cannot give back the deltas of tuned tensors: launch with --fsdp_version 2, or with "
+            "recipes/accelerate/fsdp2.yaml"
+        )
+    if kind == "DeepSpeed" and int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")) > 2:
+        raise ConfigError(
+            "ZeRO-3 cuts up the parameters that deltas are added to: launch with --zero_stage 2, or with "
+            "recipes/accelerate/zero2.yaml"
+        )
+
+
+def check_sharding(method: str, folder: Any, *, paced: bool, driven: bool, clips: bool) -> None:
+    """Refuse what cannot be done on sharded gradients.
+
+    Args:
+        method: Its name.
+        folder: That of the checkpoints, or None.
+        paced: Whether it has a schedule or a penalty.
+        driven: Whether data drives its schedule.
+        clips: Whether gradients are clipped.
+
+    Raises:
+        ConfigError: Names the method, and what to launch instead.
+    """
+    kind = sharding()
+    if kind is None:
+        return
+    if folder is None:
+        raise ConfigError(f"with {kind} the best epoch can only be found again in a whole checkpoint: give a folder")
+    if driven:
+        raise ConfigError(f"{method} scores whole gradients, and {kind} leaves none: launch with DDP (multi_gpu.yaml)")
+    if paced and kind == "DeepSpeed":
+        raise ConfigError(f"{method} paces torch's optimizers, not DeepSpeed's: launch with DDP (multi_gpu.yaml)")
+    if paced and clips:
+        raise ConfigError(
+            f"with {kind} what {method} has frozen would count in max_grad_norm: use 0, or launch with DDP"
+        )

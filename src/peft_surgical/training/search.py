@@ -288,3 +288,12 @@ def _result(search: str, finalists: Sequence[Run], trials: Sequence[Run]) -> Sea
     for run in trials:
         spent[_candidate(run)] = max(spent.get(_candidate(run), 0.0), run.result["cost"])
     return SearchResult(search, _candidate(best), best, best.result["validation"], sum(spent.values()), tuple(trials))
+
+
+SELECTION_SEED = 0
+"""The seed whose validation images choose among a cell's candidates."""
+
+
+def best_of(candidates: Sequence[Run]) -> Run:
+    """The run with the best validation accuracy, of equals the first."""
+    return max(candidates, key=lambda run: run.result["validation"])
