@@ -3,9 +3,7 @@
 import copy
 import sys
 from dataclasses import replace
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,10 +17,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from peft_surgical.choosing.models import forward_loss, trained_tensors
 from peft_surgical.errors import ConfigError
 from peft_surgical.training.fitting import (
-    SELECTED_BY,
     FitSettings,
-    _finite,
-    _metrics,
     balanced,
     fit,
     forget_checkpoints,
@@ -456,11 +451,14 @@ def test_what_cannot_be_fitted_is_refused(method, how, message):
 
 
 def test_an_epoch_that_diverged_counts_as_wrong():
-    nan, labels = float("nan"), np.array([0, 1, 0])
-    logits = np.array([[nan, 0.0], [0.0, 1.0], [nan, nan]], dtype=np.float32)
-    found = _metrics(SimpleNamespace(predictions=logits, label_ids=labels))
-    assert found == {
-        "accuracy": 1 / 3,
-        SELECTED_BY: 1 / 3,
-    }  # although NaN is the largest of the first row, at its label
-    assert [_finite(x) for x in (0.5, nan, float("inf"))] == [0.5, sys.float_info.max, sys.float_info.max]
+    class Diverge(TrainerCallback):
+        def on_epoch_end(self, args, state, control, **kwargs):
+            if state.epoch > 1:
+                kwargs["model"].get_base_model().fc.bias.data[0] = float("nan")  # the largest, also at its label
+
+    tuning, validation = data()
+    validation.classes[:] = 0
+    found = fit(used_batchnorm(), "block1", tuning, validation, SETTINGS, callbacks=[Diverge()])
+    assert found.curve[1:] == (0.0, 0.0)
+    assert found.losses[0] < found.losses[1] == found.losses[2] == sys.float_info.max
+    assert found.best_epoch == 1

@@ -85,7 +85,8 @@ def test_a_step_moves_what_it_should_and_nothing_else(name):
     before = {key: value.clone() for key, value in net.state_dict().items()}
     model = get_peft_model(net, SurgicalConfig(target=row.target))
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = OPTIMIZERS[row.optimizer or "adam"](parameters, lr=0.1, weight_decay=1e-2)
+    make, how = OPTIMIZERS[row.optimizer or "adam"]
+    optimizer = make(parameters, lr=0.1, weight_decay=1e-2, **how)
     pace = Pace(
         model,
         optimizer,

@@ -1,4 +1,4 @@
-"""The command line of recipes that fill a grid of runs of the CIFAR networks, by processes that share a ledger."""
+"""A grid of runs of the CIFAR networks, filled by processes that share a ledger: its command line, and its cells."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import transformers
 
 from peft_surgical.errors import DataError
 from peft_surgical.training.ledger import Ledger, Run, canonical
+from peft_surgical.training.search import SELECTION_SEED, best_of
 
 from .cifar_networks import NETWORKS
 
@@ -64,12 +65,12 @@ class Cell:
     """One entry of a results table: the runs that differ only in learning rate and seed.
 
     Every candidate runs on :data:`SELECTION_SEED`, the one with the best validation accuracy on the other seeds as
-    well. Test results have no say. A result holds its ``validation`` accuracy, a fraction; where there is one candidate
-    nothing is chosen and none is needed.
+    well. Test results are not used. A result holds its ``validation`` accuracy, a fraction, which is not needed where
+    there is only one candidate.
 
     Attributes:
         settings: What the runs share, plain JSON.
-        candidates: Learning rates, the first of equals wins; ``(None,)`` where nothing is trained.
+        candidates: Learning rates, of equal ones the first wins; ``(None,)`` where nothing is trained.
         seeds: The seeds to report.
     """
 
@@ -94,7 +95,7 @@ class Cell:
         ``settings`` may leave out parts of the runs' keys here.
 
         Raises:
-            DataError: If what is left out differs between runs.
+            DataError: What is left out differs between runs.
         """
         runs = [run for run in ledger.runs(**self.settings) if run.key["lr"] in self.candidates]
         found = {(run.key["lr"], run.key["seed"]): run for run in runs}

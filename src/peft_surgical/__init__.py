@@ -72,7 +72,7 @@ _MODULES = {
     "AdapterPool": "adapters.pool",
     "BlockScores": "choosing.scores",
     "Pace": "choosing.pace",
-    "Penalty": "choosing.penalties",
+    "Penalty": "choosing.methods",
     "SurgicalCallback": "choosing.callback",
     "combine_adapters": "adapters.combination",
     "diff": "adapters.difference",

@@ -119,8 +119,8 @@ def collect(
 
     The model runs in ``eval()``, as in the paper's reference code: no dropout, source statistics. Everything is left
     bit-identical: parameters, gradients, modes, buffers, random number generators, and the loader's generator.
-    Arguments are those of `score_blocks`; ``tensors`` is the result of `trained_tensors`, and ``per_input`` says whether
-    a unit is one input or one minibatch.
+    Arguments are those of `score_blocks`, the result of `trained_tensors`, and whether a unit is one input or one
+    minibatch.
 
     Raises:
         DataError: No process has a batch, or a batch has a form that is not understood.

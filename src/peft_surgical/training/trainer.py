@@ -1,4 +1,9 @@
-"""`transformers.Trainer` for image classifiers of any origin."""
+"""`transformers.Trainer` for image classifiers of any origin, and its callbacks.
+
+Trainer writes a checkpoint file by file, and of several processes each writes its own part. A run that is killed in
+between leaves a folder that looks finished to some of them. So the first process puts a mark into a checkpoint when all
+processes have written theirs, and a checkpoint without the mark is not resumed from.
+"""
 
 from __future__ import annotations
 
@@ -6,51 +11,52 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+
+from accelerate import PartialState
 
 from ..choosing.models import forward_loss, logits_of
 from ..errors import ConfigError
 from ..files import write_atomically
 
+if TYPE_CHECKING:
+    from ..experiment.requests import Request
+
+SELECTED_BY = "selected_by"
+"""Name of the logged metric that chooses the epoch; ``accuracy`` is logged beside it."""
+MARK = "complete.json"
+"""File in a checkpoint's folder that says that the checkpoint is complete."""
+KEPT = 2
+"""Number of checkpoints that are kept: the last and the best."""
+
 
 class ClassifierTrainer(Trainer):
-    """Trainer for any image classifier: also those that return bare logits.
+    """Trainer for any image classifier, also for those that return bare logits; all parameters get weight decay."""
 
-    Args:
-        *args: As for Trainer.
-        optimizer_of: Makes the optimizer. Unlike one that is handed over ready made, FSDP can do with it.
-        **kwargs: As for Trainer.
-    """
-
-    def __init__(
-        self, *args: Any, optimizer_of: Callable[[], torch.optim.Optimizer] | None = None, **kwargs: Any
-    ) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.optimizer_of = optimizer_of
-        # The loss below is the mean over one batch, also of a network whose forward takes any keyword: Trainer is to
+        # The loss below is the mean over one batch, also for a network whose forward takes any keyword: Trainer has to
         # divide it by the number of accumulated batches.
         self.model_accepts_loss_kwargs = False
 
-    def create_optimizer(self, model=None):  # type: ignore[no-untyped-def]
-        """See Trainer."""
-        if self.optimizer is None and self.optimizer_of is not None:
-            self.optimizer = self.optimizer_of()
-        return super().create_optimizer(model)
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """See Trainer, which leaves out biases and norms."""
+        return [name for name, _ in model.named_parameters()]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """See Trainer, which lets the first process save alone: with FSDP the others must give their shards."""
+        """See Trainer, which saves in the first process alone: with FSDP all of them have to give their shards."""
         if not self.is_fsdp_enabled:
             super().save_model(output_dir, _internal_call)
             return
@@ -69,8 +75,11 @@ class ClassifierTrainer(Trainer):
         return (loss, {"logits": logits_of(outputs[0])}) if return_outputs else loss
 
 
+# --- stopping and resuming ---
+
+
 class StopAt(TrainerCallback):
-    """Stops after so many epochs of the run, at whose end Trainer evaluates and saves."""
+    """Stops after so many epochs of the run; Trainer evaluates and saves at their end."""
 
     def __init__(self, epoch: int) -> None:
         self.epoch = epoch
@@ -80,127 +89,123 @@ class StopAt(TrainerCallback):
         control.should_training_stop = round(state.epoch) >= self.epoch
 
 
-# --- Which checkpoint of a run to go on from: the last that every process has written in full. ---
-
-
-MARK = "complete.json"
-"""Name of the mark in a checkpoint's folder."""
-KEPT = 2
-"""Checkpoints that are kept: the last to go on from, and the best."""
-
-
 class Mark(TrainerCallback):
     """Marks each checkpoint when all processes have written theirs, and only then deletes older ones.
 
-    Trainer would delete first: of a run that is killed there, neither the old one nor the new one would count. It would
-    also not find the best one again in a folder that was moved.
+    Trainer would delete first: a run that is killed there would have neither the old nor the new one. It would also not
+    find the best checkpoint of a folder that was moved.
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """See TrainerCallback."""
-        if state.best_global_step:  # Trainer keeps the path, and passes over one that is not there
+        if state.best_global_step:  # Trainer keeps the path, and ignores one that does not exist
             state.best_model_checkpoint = str(_place(args.output_dir, state.best_global_step))
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """See TrainerCallback."""
-        wait()
+        PartialState().wait_for_everyone()
         if state.is_world_process_zero:
             place = _place(args.output_dir, state.global_step)
             write_atomically(place / MARK, json.dumps({"processes": args.world_size}))
-            found = _checkpoints(args.output_dir)
-            older = [step for step in sorted(found) if step not in (state.global_step, state.best_global_step)]
-            for step in older[: max(0, len(found) - KEPT)]:
-                shutil.rmtree(found[step], ignore_errors=True)
+            rotate_checkpoints(args.output_dir, KEPT, state.best_model_checkpoint)
 
 
 def last_checkpoint(folder: str | Path, processes: int) -> tuple[str | None, int]:
-    """The last whole checkpoint and its number of epochs; None and 0 where there is none.
-
-    Args:
-        folder: Where the checkpoints of one run lie.
-        processes: How many there are now.
+    """The last complete checkpoint in the folder of one run and its number of epochs; None and 0 if there is none.
 
     Raises:
-        ConfigError: The checkpoint is that of another number of processes.
+        ConfigError: The checkpoint was written by another number of processes than there are now.
     """
-    found = _checkpoints(folder)
-    for step in sorted(found, reverse=True):
+    found = Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    for place in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
         try:
-            state = json.loads((found[step] / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-            wrote = json.loads((found[step] / MARK).read_text(encoding="utf-8"))["processes"]
-        except (OSError, ValueError):  # killed while it was written
+            state = json.loads((place / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+            wrote = json.loads((place / MARK).read_text(encoding="utf-8"))["processes"]
+        except (OSError, ValueError):  # the run was killed while this checkpoint was written
             continue
         if wrote != processes:
             raise ConfigError(
-                f"{found[step]} was written by {wrote} process(es) and cannot be continued by {processes}, whose steps "
+                f"{place} was written by {wrote} process(es) and cannot be continued by {processes}, whose steps "
                 f"are others: launch {wrote}, or delete {folder} to start again"
             )
-        return str(found[step]), round(state["epoch"])
+        return str(place), round(state["epoch"])
     return None, 0
 
 
-def log_of(checkpoint: str | Path) -> list[dict[str, Any]]:
-    """What Trainer has logged up to a checkpoint: ``log_history`` of its state."""
-    state = json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    return list(state["log_history"])
-
-
-def drop_scratch(folder: str | Path) -> None:
-    """Remove what a killed process left of an adapter that it was just writing."""
-    for path in Path(folder).glob(f".{PREFIX_CHECKPOINT_DIR}-*"):
-        shutil.rmtree(path, ignore_errors=True)
-
-
 def forget_checkpoints(folder: str | Path) -> None:
-    """Remove what `fitting.fit` keeps to go on from."""
+    """Remove the checkpoints that `fitting.fit` keeps in a folder."""
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def _checkpoints(folder: str | Path) -> dict[int, Path]:
-    return {int(path.name.rpartition("-")[2]): path for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
 
 
 def _place(folder: str, step: int) -> Path:
     return Path(folder, f"{PREFIX_CHECKPOINT_DIR}-{step}")
 
 
-# --- Looking at runs while they go on: the progress of an experiment, and the end of a run that diverged. ---
+# --- several processes ---
 
 
-if TYPE_CHECKING:
-    from ..experiment.requests import Request
+class SameStatistics(TrainerCallback):
+    """Gives all processes the buffers of the first at the end of each epoch, before they are evaluated and saved.
 
-SELECTED_BY = "selected_by"
-"""What Trainer logs the metric as that chooses the epoch; ``accuracy`` is logged beside it."""
+    With a norm policy that updates statistics, each process has seen other images. DDP broadcasts the first one's only
+    at the next training step, FSDP never: a process would evaluate a network that is not the one that is saved.
+    """
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """See TrainerCallback."""
+        broadcast(list(kwargs["model"].buffers()))
+
+
+@torch.no_grad()
+def settle(model: nn.Module, trained: nn.Module, names: Iterable[str]) -> None:
+    """Copy what the first process has trained into ``model``, in all processes, bit for bit.
+
+    Args:
+        model: Whole; may be ``trained`` itself.
+        trained: Whole, or sharded by FSDP2.
+        names: Parameters that were trained.
+    """
+    if PartialState().num_processes == 1:
+        return
+    goals, values = dict(model.named_parameters()), dict(trained.named_parameters())
+    for name in names:
+        value = values[name].detach()
+        value = value.full_tensor() if isinstance(value, DTensor) else value
+        goals[name].data.copy_(broadcast(value))
+    for goal, moved in zip(model.buffers(), broadcast(list(trained.buffers())), strict=True):
+        goal.copy_(moved)
+
+
+# --- progress ---
 
 
 class Watch:
-    """What an experiment reports its progress to; this one does nothing with it."""
+    """Receives the progress of an experiment; this one ignores it."""
 
     def planned(self, requests: Sequence[Request], epochs: int) -> None:
-        """These are about to be done; a full run takes so many epochs."""
+        """These requests will be done; a full run takes ``epochs`` epochs."""
 
     def begun(self, request: Request, done: float, epochs: int) -> None:
-        """A run starts, from an earlier checkpoint where ``done`` epochs are not 0."""
+        """A run starts, from a checkpoint after ``done`` epochs if that is not 0."""
 
     def step(self, request: Request, done: float, epochs: int) -> None:
         """A run has taken a step; ``done`` epochs of it are over."""
 
     def epoch(self, request: Request, done: int, epochs: int, measured: Mapping[str, float]) -> None:
-        """An epoch is over, and gave this on the validation images: ``validation``, a fraction, and ``loss``."""
+        """An epoch is over; ``measured`` on the validation images are ``validation``, a fraction, and ``loss``."""
 
     def finished(self, request: Request, result: Mapping[str, Any], known: bool) -> None:
         """A request is done, or its result was found in the ledger."""
 
     def failed(self, row: str, error: Exception) -> None:
-        """A row of a comparison cannot be done; the others go on."""
+        """A row of a comparison has failed; the others go on."""
 
 
 class DivergedError(Exception):
-    """A run holds NaN: caught where other candidates go on.
+    """A run holds NaN; a search catches this and goes on with its other candidates.
 
     Args:
-        steps: Optimizer steps that it took.
+        steps: Optimizer steps that the run took.
     """
 
     def __init__(self, steps: int) -> None:
@@ -209,12 +214,7 @@ class DivergedError(Exception):
 
 
 class Epochs(TrainerCallback):
-    """Reports a run's steps and epochs, and ends one that holds NaN.
-
-    Args:
-        watch: Receives them.
-        request: The run.
-    """
+    """Reports a run's steps and epochs to a `Watch`, and ends the run if it holds NaN."""
 
     def __init__(self, watch: Watch, request: Request) -> None:
         self.watch, self.request = watch, request
@@ -241,9 +241,9 @@ class Epochs(TrainerCallback):
 
 @contextmanager
 def logging_to(folder: Path | None) -> Iterator[None]:
-    """Where TensorBoard's files of a run go, unless the user has said so in the environment.
+    """Write a run's TensorBoard files into a folder, unless the environment names another.
 
-    Trainer would put them beside the run's checkpoints, which are forgotten once it is over.
+    Trainer would put them beside the run's checkpoints, which are deleted when the run is over.
     """
     variable = "TENSORBOARD_LOGGING_DIR"
     if folder is None or variable in os.environ:
@@ -259,67 +259,3 @@ def logging_to(folder: Path | None) -> Iterator[None]:
 def file_name(text: str) -> str:
     """A text as a file's name: a target may hold colons, stars, slashes and spaces."""
     return re.sub(r"[^\w.+-]+", "_", text)
-
-
-# --- What the processes of one run must agree on: how they were launched, statistics that move by themselves, the outcome. ---
-
-
-_T = TypeVar("_T")
-
-
-def told(value: _T) -> _T:
-    """What the first process has; all must ask."""
-    values = [value]
-    broadcast_object_list(values)
-    return values[0]
-
-
-def wait() -> None:
-    """Go on when all processes have come here."""
-    if _several():
-        torch.distributed.barrier()
-
-
-class SameStatistics(TrainerCallback):
-    """Gives all processes the buffers of the first at the end of each epoch, before they are evaluated and saved.
-
-    With a norm policy that moves statistics each process has seen other images. DDP hands the first one's on at the
-    next training step only, FSDP never: a process would evaluate a network that is not the one that is saved.
-    """
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """See TrainerCallback."""
-        _broadcast(kwargs["model"].buffers())
-
-
-@torch.no_grad()
-def settle(model: nn.Module, trained: nn.Module, names: Iterable[str]) -> None:
-    """Give ``model`` what the first process has trained, in all processes, bit for bit.
-
-    Args:
-        model: Whole; may be ``trained`` itself.
-        trained: Whole or sharded by FSDP2.
-        names: Parameters that were trained.
-    """
-    if not _several():
-        return
-    goals, values = dict(model.named_parameters()), dict(trained.named_parameters())
-    for name in names:
-        value = values[name].detach()
-        value = value.full_tensor() if isinstance(value, DTensor) else value
-        _broadcast([value])
-        goals[name].data.copy_(value)
-    _broadcast(trained.buffers())
-    for goal, moved in zip(model.buffers(), trained.buffers(), strict=True):
-        goal.copy_(moved)
-
-
-def _broadcast(tensors: Iterable[torch.Tensor]) -> None:
-    if _several():
-        for tensor in tensors:
-            torch.distributed.broadcast(tensor, src=0)
-
-
-def _several() -> bool:
-    distributed = torch.distributed
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
