@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, Subset
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from ..blocks import Anatomy
 from ..errors import ConfigError
@@ -60,9 +60,7 @@ class SurgicalCallback(TrainerCallback):
         self.reset_moments, self.num_batches = reset_moments, num_batches
         self.scoring_data, self.blocks, self.loss_fn = scoring_data, blocks, loss_fn
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Attach to the optimizer, with the factors of a resumed run."""
         precision = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
         self.pace = Pace(
@@ -82,9 +80,7 @@ class SurgicalCallback(TrainerCallback):
         begun = epoch if (state.epoch or 0.0) - epoch > 1e-6 else None  # resumed in the middle
         self.pace.load_state_dict({"step": state.global_step, "epoch": epoch, "begun": begun, "record": record})
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Take new scores if the schedule needs them."""
         epoch = _epoch(state)
         known = epoch in self.pace.record
@@ -96,15 +92,11 @@ class SurgicalCallback(TrainerCallback):
         if epoch in self.pace.record and not known:
             state.log_history.append({"epoch": epoch, "step": state.global_step, RECORD: self.pace.record[epoch]})
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Use Trainer's count, which includes steps that a gradient scaler skips."""
         self.pace.step = state.global_step
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Detach from the optimizer."""
         self.pace.close()
 

@@ -216,7 +216,6 @@ class Method:
         balanced: Whether it trains on equally many images of every class.
         optimizer: Name of the optimizer that the method prescribes; None for any.
         options: Names and defaults of its own settings.
-        source: Where it was published.
     """
 
     name: str
@@ -227,7 +226,6 @@ class Method:
     balanced: bool = False
     optimizer: str | None = None
     options: tuple[tuple[str, float], ...] = ()
-    source: str = ""
 
     def settings(self, given: dict[str, Any] | None = None) -> dict[str, Any]:
         """The method's options with their defaults.
@@ -247,35 +245,31 @@ def _norms(anatomy: Anatomy) -> frozenset[str]:
     return frozenset(name for name in anatomy.tensors if name.rpartition(".")[0] in owners)
 
 
-_XUHONG, _REFERENCE = "Xuhong et al. 2018", "the paper's reference code"
-
 METHODS: dict[str, Method] = {
     row.name: row
     for row in (
-        Method("full", "all", source="full fine-tuning"),
-        Method("linear-probe", "head", source="linear probing"),
-        Method(
-            "gradual-first-last", "all", lambda a, _: gradual_unfreezing(a, "first-to-last"), source="paper, Sec. 3.1"
-        ),
-        Method("gradual-last-first", "all", lambda a, _: gradual_unfreezing(a), source="Howard & Ruder 2018"),
-        Method("l1-sp", "all", penalty=lambda o: Penalty("l1-sp", **o), options=(("strength", 1e-4),), source=_XUHONG),
-        Method("l2-sp", "all", penalty=lambda o: Penalty("l2-sp", **o), options=(("strength", 1e-2),), source=_XUHONG),
-        Method("lp-ft", "all", lambda a, o: lp_ft(a, **o), options=(("share", 0.5),), source="Kumar et al. 2022"),
-        Method("auto-rgn", "all", lambda a, _: AutoRGN(), source="paper, Sec. 4.1"),
-        # The paper's reference code makes a new Adam every epoch; the first of these measures what that alone does.
-        Method("auto-rgn-reset", "all", lambda a, _: AutoRGN(), reset_moments=True, source="auto-rgn with a new Adam"),
-        Method("auto-rgn-reference", "all", lambda a, _: AutoRGN(_norms(a)), reset_moments=True, source=_REFERENCE),
-        Method("auto-snr", "all", lambda a, o: AutoSNR(**o), options=(("threshold", 0.3),), source="paper, Sec. 4.1"),
+        Method("full", "all"),
+        Method("linear-probe", "head"),
+        Method("gradual-first-last", "all", lambda a, _: gradual_unfreezing(a, "first-to-last")),
+        Method("gradual-last-first", "all", lambda a, _: gradual_unfreezing(a)),
+        Method("l1-sp", "all", penalty=lambda o: Penalty("l1-sp", **o), options=(("strength", 1e-4),)),
+        Method("l2-sp", "all", penalty=lambda o: Penalty("l2-sp", **o), options=(("strength", 1e-2),)),
+        Method("lp-ft", "all", lambda a, o: lp_ft(a, **o), options=(("share", 0.5),)),
+        Method("auto-rgn", "all", lambda a, _: AutoRGN()),
+        # The paper's reference code makes a new Adam every epoch; auto-rgn-reset measures what that alone does.
+        Method("auto-rgn-reset", "all", lambda a, _: AutoRGN(), reset_moments=True),
+        Method("auto-rgn-reference", "all", lambda a, _: AutoRGN(_norms(a)), reset_moments=True),
+        Method("auto-snr", "all", lambda a, o: AutoSNR(**o), options=(("threshold", 0.3),)),
         Method(
             "auto-snr-reference",
             "all",
             lambda a, o: AutoSNR(criterion="snr-reference", **o),
             reset_moments=True,
             options=(("threshold", 0.5),),
-            source=_REFERENCE,
         ),
-        Method("freeze-embed", "all - stem", optimizer="sgd", source="Kumar et al. 2022b, arXiv 2211.09359"),
-        Method("dfr", "head", balanced=True, source="last-layer retraining on balanced data, Kirichenko et al. 2023"),
+        # Kumar et al. 2022b, arXiv 2211.09359; last-layer retraining, Kirichenko et al. 2023.
+        Method("freeze-embed", "all - stem", optimizer="sgd"),
+        Method("dfr", "head", balanced=True),
     )
 }
 
@@ -296,4 +290,4 @@ def method_of(name: str) -> Method:
         raise ConfigError(f"{name!r} is no method ({', '.join(METHODS)}) and no target: {error}") from error
     if spec.needs_data:
         raise ConfigError(f"{name!r} is a search over methods, not one: see peft_surgical.training.search")
-    return Method(name, str(spec), source="surgical fine-tuning (paper)")
+    return Method(name, str(spec))

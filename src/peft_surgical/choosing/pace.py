@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -92,8 +93,7 @@ class Pace:
                 "the optimizer holds none of the model's trained parameters: make it from the parameters with "
                 "requires_grad, after get_peft_model"
             )
-        if penalty is not None:
-            self._penalised = penalty.applies_to(self.tensors.values())
+        self._penalised = [] if penalty is None else penalty.applies_to(self.tensors.values())
         self.step, self.epoch = 0, 0
         self._known: tuple[int, int, dict[str, float]] | None = None  # step, epoch, factors
         self._begun: int | None = None  # the epoch that has begun, with its moments reset
@@ -109,12 +109,10 @@ class Pace:
         self._handles = [
             self.optimizer.register_step_pre_hook(self._before),
             self.optimizer.register_step_post_hook(self._after),
-            *(
-                t.parameter.register_hook(self._gate(name))
-                for name, t in self.tensors.items()
-                if t.parameter.requires_grad
-            ),
         ]
+        for name, tensor in self.tensors.items():
+            if tensor.parameter.requires_grad:
+                self._handles.append(tensor.parameter.register_hook(functools.partial(self._gate, name)))
 
     @property
     def factors(self) -> dict[str, float]:
@@ -158,17 +156,10 @@ class Pace:
         if self.schedule is None or self.schedule.criterion is None:
             return
         if dataloader is None:
-            raise ConfigError(
-                f"{self.schedule} needs data at the start of an epoch: pace.start_epoch(epoch, dataloader)"
-            )
+            raise ConfigError(f"{self.schedule} needs data at the start of an epoch: start_epoch(epoch, dataloader)")
+        criterion, batches = self.schedule.criterion, self.num_batches
         scores = score_blocks(
-            self.model,
-            dataloader,
-            self.schedule.criterion,
-            self.num_batches,
-            self.loss_fn,
-            blocks=self.anatomy,
-            autocast=self.autocast,
+            self.model, dataloader, criterion, batches, self.loss_fn, blocks=self.anatomy, autocast=self.autocast
         )
         self.record[epoch] = dict(self.schedule.factors(Progress(self.step, self.total_steps, epoch), scores))
 
@@ -193,16 +184,13 @@ class Pace:
             if (running := _RUNNING.get(parameter)) is not None and running() is self:
                 del _RUNNING[parameter]
 
-    def _gate(self, name: str) -> Any:
-        def gate(gradient: torch.Tensor) -> torch.Tensor | None:
-            return torch.zeros_like(gradient) if not is_looking() and self._current()[name] == 0.0 else None
-
-        return gate
+    def _gate(self, name: str, gradient: torch.Tensor) -> torch.Tensor | None:
+        return torch.zeros_like(gradient) if not is_looking() and self._current()[name] == 0.0 else None
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._restore()  # in case a step raised
         factors = self._current()
-        for tensor in self._penalised if self.penalty is not None else ():
+        for tensor in self._penalised:
             grad = tensor.parameter.grad
             # Torch calls this twice where a subclass's step calls its parent's, and a step that raised may be repeated.
             if grad is not None and self._with_penalty.get(tensor.parameter) != (id(grad), grad._version):
@@ -210,20 +198,16 @@ class Pace:
                 grad += self.penalty.gradient(tensor).to(grad)
                 self._with_penalty[tensor.parameter] = id(grad), grad._version
         self._groups = optimizer.param_groups
-        self._parts = [
-            (group, {**group, "params": members, "lr": group["lr"] * factor})
-            for group in self._groups
-            for factor, members in self._by_factor(group["params"], factors).items()
-            if factor > 0
-        ]
+        self._parts = []
+        for group in self._groups:
+            by_factor: dict[float, list[Any]] = {}
+            for parameter in group["params"]:
+                name = self._name_of.get(parameter)
+                by_factor.setdefault(1.0 if name is None else factors[name], []).append(parameter)
+            for factor, members in by_factor.items():
+                if factor > 0:
+                    self._parts.append((group, {**group, "params": members, "lr": group["lr"] * factor}))
         optimizer.param_groups = [part for _, part in self._parts]
-
-    def _by_factor(self, parameters: Iterable[nn.Parameter], factors: Mapping[str, float]) -> dict[float, list[Any]]:
-        found: dict[float, list[Any]] = {}
-        for parameter in parameters:
-            name = self._name_of.get(parameter)
-            found.setdefault(1.0 if name is None else factors[name], []).append(parameter)
-        return found
 
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self._groups is None:

@@ -163,7 +163,6 @@ class Criterion:
         name: As users write it; ``auto-<name>`` is the target that it resolves.
         score: (statistics, names of tensors) -> their common score, finite and not negative.
         unit: What one gradient is taken over. Scores over inputs do not depend on how they are batched.
-        source: Where it is defined.
         relative: Whether it divides by the weights, so that it is undefined for a tensor that is all zero (a new
             head's bias): such a tensor gets the score of its block.
     """
@@ -171,12 +170,11 @@ class Criterion:
     name: str
     score: Callable[[GradientStatistics, Sequence[str]], float]
     unit: Literal["batch", "input"]
-    source: str
     relative: bool = False
 
 
 def rgn(statistics: GradientStatistics, names: Sequence[str]) -> float:
-    """Relative gradient norm: norm of the gradient over norm of the weights, mean over minibatches.
+    """Relative gradient norm (paper, eq. 3): norm of the gradient over norm of the weights, mean over minibatches.
 
     Norms are taken over the entries of all the tensors together. Weights that are all zero count as 0.
     """
@@ -187,9 +185,10 @@ def rgn(statistics: GradientStatistics, names: Sequence[str]) -> float:
 
 
 def snr(statistics: GradientStatistics, names: Sequence[str]) -> float:
-    """Signal to noise: squared mean of the gradient over its variance, both over inputs; mean over entries.
+    """Signal to noise (paper, eq. 4; Mahsereci et al. 2017): mean over entries of squared mean over variance.
 
-    An entry whose gradient has no variance (that of a dead unit is always zero) counts as 0.
+    Mean and variance are those of the entry's gradient over inputs. An entry whose gradient has no variance (that of a
+    dead unit is always zero) counts as 0.
     """
     if statistics.units < 2:
         raise ConfigError("snr needs at least 2 inputs: a variance over inputs has no meaning for one")
@@ -219,7 +218,7 @@ def snr_reference(statistics: GradientStatistics, names: Sequence[str]) -> float
 
 
 def fisher(statistics: GradientStatistics, names: Sequence[str]) -> float:
-    """Diagonal of the empirical Fisher information: mean over inputs of the squared gradient; mean over entries."""
+    """Empirical Fisher information (Kirkpatrick et al. 2017): mean over inputs and entries of the squared gradient."""
     columns = [statistics.names.index(name) for name in names]
     return float(statistics.squares[:, columns].sum(1).mean()) / sum(statistics.weights[name].numel() for name in names)
 
@@ -227,10 +226,10 @@ def fisher(statistics: GradientStatistics, names: Sequence[str]) -> float:
 CRITERIA: dict[str, Criterion] = {
     row.name: row
     for row in (
-        Criterion("rgn", rgn, "batch", "Lee et al. 2023, Sec. 4.1, eq. 3", relative=True),
-        Criterion("snr", snr, "input", "Lee et al. 2023, Sec. 4.1, eq. 4; Mahsereci et al. 2017"),
-        Criterion("snr-reference", snr_reference, "batch", "reference code of Lee et al. 2023"),
-        Criterion("fisher", fisher, "input", "Kirkpatrick et al. 2017; the empirical Fisher, with the data's labels"),
+        Criterion("rgn", rgn, "batch", relative=True),
+        Criterion("snr", snr, "input"),
+        Criterion("snr-reference", snr_reference, "batch"),
+        Criterion("fisher", fisher, "input"),
     )
 }
 
