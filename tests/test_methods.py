@@ -1,4 +1,4 @@
-"""Every row of the table trains one step: what should move does, and nothing else. Schedules have hand-worked values."""
+"""Every row of the table trains one step: what should move does, and nothing else. Schedules are worked by hand."""
 
 import pytest
 import torch

@@ -132,12 +132,13 @@ def test_no_more_inputs_than_a_chunk_are_differentiated_at_once(net, batches):
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_two_processes_with_the_same_batches_are_one_with_each_batch_twice(net, batches, criterion, monkeypatch):
     # What every collective gives where the other process holds the same; real processes are in the slow tier.
+    def twice(found, own):
+        found[:] = [own, own]
+
     one = score_blocks(net, [*batches, *batches], criterion, num_batches=None)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    monkeypatch.setattr(
-        torch.distributed, "all_gather_object", lambda found, own: found.__setitem__(slice(2), [own] * 2)
-    )
+    monkeypatch.setattr(torch.distributed, "all_gather_object", twice)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda own: own.mul_(2))
     two = score_blocks(net, batches, criterion, num_batches=None)
     assert (two.num_samples, two.num_batches) == (one.num_samples, one.num_batches) == (36, 6)

@@ -138,8 +138,7 @@ def fit(
 ) -> Fitted:
     """Train one adapter and choose its epoch by validation accuracy, or by another metric.
 
-    Under `accelerate launch` all processes train it together and return the same model, bit for bit; see
-    docs/accelerate.md.
+    Under `accelerate launch` (docs/accelerate.md) all processes train it and return the same model, bit for bit.
 
     Args:
         network: The base, which is changed.
@@ -221,8 +220,7 @@ def fit(
 
         def outcome(trained: nn.Module | None, history: Sequence[Mapping[str, Any]], epochs: int | None) -> Fitted:
             points = [entry for entry in history if f"eval_{SELECTED_BY}" in entry][:epochs]
-            record = {entry["epoch"]: entry[RECORD] for entry in history if RECORD in entry}
-            record = {epoch: factors for epoch, factors in record.items() if epoch < len(points)}
+            record = {one["epoch"]: one[RECORD] for one in history if RECORD in one and one["epoch"] < len(points)}
             curve, losses = (tuple(point[f"eval_{name}"] for point in points) for name in (SELECTED_BY, "loss"))
             scored = len(record) * min(surgical.num_batches, batches) * world
             forwards = len(points) * len(validation) / settings.batch_size  # type: ignore[arg-type]
@@ -239,8 +237,7 @@ def fit(
             state = TrainerState.load_from_json(str(Path(last, TRAINER_STATE_NAME)))
             return outcome(None, broadcast_object_list([state.log_history])[0], stop_epoch)
         if stop_epoch is not None and done == stop_epoch:
-            # Otherwise Trainer would begin the next epoch.
-            trainer_arguments.num_train_epochs = done
+            trainer_arguments.num_train_epochs = done  # or else Trainer would begin the next epoch
         if folder is not None and trainer_arguments.should_save:
             for scratch in Path(folder).glob(f".{PREFIX_CHECKPOINT_DIR}-*"):  # left by a killed process
                 shutil.rmtree(scratch, ignore_errors=True)
@@ -267,8 +264,7 @@ def fit(
         trainer.train(resume_from_checkpoint=last)
         settle(whole, trainer.model, names)
         # With mixed precision, Accelerate has replaced the forward by one that casts.
-        found = extract_model_from_parallel(whole, keep_fp32_wrapper=False)
-        return outcome(found, trainer.state.log_history, epochs=None)
+        return outcome(extract_model_from_parallel(whole, keep_fp32_wrapper=False), trainer.state.log_history, None)
 
 
 class _OneDevice(TrainingArguments):
@@ -287,9 +283,8 @@ def balanced(dataset: Dataset[Any], seed: int) -> Dataset[Any]:
         labels = [dataset[i]["labels"] for i in range(len(dataset))]  # type: ignore[arg-type]
     labels = torch.as_tensor(labels)
     generator = torch.Generator().manual_seed(seed)
-    classes = labels.unique()
-    count = min(int((labels == c).sum()) for c in classes)
-    rows = [torch.nonzero(labels == c).flatten() for c in classes]
+    rows = [torch.nonzero(labels == c).flatten() for c in labels.unique()]
+    count = min(map(len, rows))
     chosen = [found[torch.randperm(len(found), generator=generator)[:count]] for found in rows]
     return Subset(dataset, torch.cat(chosen).sort().values.tolist())
 

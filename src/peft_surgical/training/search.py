@@ -28,6 +28,8 @@ NOMINATED = 2
 AUTO_RUNGS, AUTO_KEEP = (2 / 15, 2 / 5, 1.0), 1 / 4
 """Those of `auto`, whose candidates are fewer: 7 x 2 + 2 x 4 + 9 = 31 epochs. It stops candidates later, because tuning
 all at a large rate often validates worst after one epoch and best after six."""
+Settings = Mapping[str, Any] | None
+"""The part of the keys that all runs of a search share, such as network, data and seed."""
 SELECTION_SEED = 0
 """The seed whose validation images choose among a method's learning rates in a comparison."""
 
@@ -106,11 +108,7 @@ def candidates_of(
 
 
 def cross_val(
-    candidates: Sequence[Candidate],
-    fit: Fit,
-    ledger: Ledger,
-    settings: Mapping[str, Any] | None = None,
-    engine: Engine | None = None,
+    candidates: Sequence[Candidate], fit: Fit, ledger: Ledger, settings: Settings = None, engine: Engine | None = None
 ) -> SearchResult:
     """Train every candidate in full and keep the best on validation data (paper, Sec. 4.1, Cross-Val).
 
@@ -118,7 +116,7 @@ def cross_val(
         candidates: At least one; of equal ones the first wins.
         fit: Does one run; see `engines.Fit`.
         ledger: Where runs are looked up and kept.
-        settings: The part of the keys that all runs share, such as network, data and seed.
+        settings: See `Settings`.
         engine: Does the runs; by default `workers`, which is this process alone unless others were launched.
 
     Raises:
@@ -132,7 +130,7 @@ def race(
     candidates: Sequence[Candidate],
     fit: Fit,
     ledger: Ledger,
-    settings: Mapping[str, Any] | None = None,
+    settings: Settings = None,
     engine: Engine | None = None,
     *,
     rungs: Sequence[float] = RUNGS,
@@ -182,7 +180,7 @@ def auto(
     scores: Mapping[str, float],
     fit: Fit,
     ledger: Ledger,
-    settings: Mapping[str, Any] | None = None,
+    settings: Settings = None,
     engine: Engine | None = None,
     *,
     rungs: Sequence[float] = AUTO_RUNGS,
@@ -201,7 +199,7 @@ def greedy(
     lrs: Sequence[float],
     fit: Fit,
     ledger: Ledger,
-    settings: Mapping[str, Any] | None = None,
+    settings: Settings = None,
     engine: Engine | None = None,
     *,
     gain: float = 0.0,
@@ -237,7 +235,7 @@ def _run(
     candidates: Sequence[Candidate],
     fit: Fit,
     ledger: Ledger,
-    settings: Mapping[str, Any] | None,
+    settings: Settings,
     engine: Engine | None,
     stop: float | None = None,
 ) -> list[Run]:
