@@ -32,13 +32,13 @@ LossFunction = Callable[[Any, Any], Tensor]
 
 
 def forward_loss(model: nn.Module, batch: Any, loss_fn: LossFunction | None = None) -> Tensor:
-    """The loss of one batch.
+    """The loss of one batch: by default the model's own ``loss`` where it returns one, else the mean cross entropy.
 
     Args:
         model: Returns logits (n, classes), a tuple that begins with them, or a transformers output.
         batch: (inputs, labels, ...), or a dict. Entries that ``forward`` names are passed by name; a network that
             names none of them gets the only tensor that is not a label.
-        loss_fn: By default the model's own ``loss`` where it returns one, else the mean cross entropy.
+        loss_fn: See `LossFunction`.
 
     Raises:
         DataError: The batch has another form, or it holds no labels and no ``loss_fn`` is given.

@@ -162,11 +162,7 @@ def sharding() -> str | None:
 
 
 def check_launch(arguments: TrainingArguments, precision: str | None) -> None:
-    """Refuse a launch that would silently train otherwise than was asked for.
-
-    Args:
-        arguments: Constructing them has set up the process group.
-        precision: None, ``bf16`` or ``fp16``.
+    """Refuse a launch that would silently train otherwise than ``arguments`` and ``precision`` ask for.
 
     Raises:
         ConfigError: The processes would not train together, are sharded in a way that is not supported, or
@@ -206,12 +202,8 @@ def check_launch(arguments: TrainingArguments, precision: str | None) -> None:
 def check_sharding(method: str, folder: Any, *, paced: bool, driven: bool, clips: bool) -> None:
     """Refuse a method that does not work with sharded gradients.
 
-    Args:
-        method: Its name.
-        folder: For checkpoints, or None.
-        paced: Whether it has a schedule or a penalty.
-        driven: Whether its schedule needs scores.
-        clips: Whether gradients are clipped.
+    ``paced`` says whether the method has a schedule or a penalty, ``driven`` whether its schedule needs scores, and
+    ``clips`` whether gradients are clipped; ``folder`` is that of the checkpoints.
 
     Raises:
         ConfigError: Names the method, and what to launch instead.

@@ -158,12 +158,9 @@ class SameStatistics(TrainerCallback):
 
 @torch.no_grad()
 def settle(model: nn.Module, trained: nn.Module, names: Iterable[str]) -> None:
-    """Copy what the first process has trained into ``model``, in all processes, bit for bit.
+    """Copy the parameters ``names`` and the buffers of the first process's ``trained`` to ``model`` in all processes.
 
-    Args:
-        model: Whole; may be ``trained`` itself.
-        trained: Whole, or sharded by FSDP2.
-        names: Parameters that were trained.
+    ``trained`` may be sharded by FSDP2, or be ``model`` itself.
     """
     if PartialState().num_processes == 1:
         return
