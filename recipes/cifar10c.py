@@ -46,13 +46,12 @@ from torch import Tensor
 from accelerate import PartialState
 from paper.cifar import Images, corruptions_in, read_once, split
 from paper.cifar_networks import load_network, normalise
-from paper.grids import grid_parser, parse_grid
+from paper.grids import Cell, grid_parser, parse_grid, shard
 from peft_surgical.errors import DataError, run_in_words
 from peft_surgical.evaluation import Report, TextTable, accuracy, interval_of_runs, measure, plus_minus, predict_logits
 from peft_surgical.training.fitting import FitSettings, fit
-from peft_surgical.training.grid import Cell, shard
 from peft_surgical.training.ledger import Ledger, Run
-from peft_surgical.training.watch import file_name
+from peft_surgical.training.trainer import file_name
 
 LEARNING_RATES, HEAD_LEARNING_RATES = [1e-3, 1e-4, 1e-5], [1e-1, 1e-2, 1e-3]  # the paper's
 SELECTION = "learning rate by validation accuracy of seed 0, epoch by validation accuracy of each run"

@@ -41,13 +41,12 @@ from torch.utils.data import DataLoader
 
 from paper.cifar import Images, digest_of, read_images, split
 from paper.cifar_networks import load_network, normalise
-from paper.grids import grid_parser, parse_grid
+from paper.grids import Cell, export, grid_parser, parse_grid, shard
 from peft_surgical import anatomy_of, score_blocks
-from peft_surgical.choosing.schedules import block_means
+from peft_surgical.choosing.pace import block_means
 from peft_surgical.errors import run_in_words
 from peft_surgical.evaluation import TextTable, accuracy, mean_interval, plus_minus, predict_logits
 from peft_surgical.training.fitting import FORWARD_SHARE, FitSettings, fit, forget_checkpoints
-from peft_surgical.training.grid import Cell, export, shard
 from peft_surgical.training.ledger import Ledger, Run
 from peft_surgical.training.search import AUTO_KEEP, AUTO_RUNGS, NONE, auto, candidates_of, race
 

@@ -45,11 +45,11 @@ from paper.cifar_networks import NETWORKS, load_network
 from paper.grids import grid_parser, parse_grid
 from peft_surgical import SurgicalConfig
 from peft_surgical.adaptation import CollapseWarning, Memo, Record, Tent, batch_statistics, norm_target
-from peft_surgical.choosing.forward import logits_of
+from peft_surgical.choosing.models import logits_of
 from peft_surgical.errors import DataError, run_in_words
 from peft_surgical.evaluation import TextTable, mean_interval, plus_minus
-from peft_surgical.training.grid import SELECTION_SEED
 from peft_surgical.training.ledger import Ledger, Run
+from peft_surgical.training.search import SELECTION_SEED
 
 Row = tuple[str, str, str]  # method, target, mode
 TARGETS = ["all", "stem", "conv1 + layer1.0.conv1", "block1 + block2", "head"]

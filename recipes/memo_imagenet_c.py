@@ -38,8 +38,8 @@ from peft_surgical.errors import DataError, run_in_words
 from peft_surgical.evaluation import TextTable, accuracy, plus_minus
 from peft_surgical.experiment.adapting import AdaptSettings, adapt
 from peft_surgical.extras import accelerator_or_cpu, require
-from peft_surgical.training.grid import SELECTION_SEED
 from peft_surgical.training.ledger import Ledger, Run
+from peft_surgical.training.search import SELECTION_SEED
 
 
 @functools.lru_cache(maxsize=1)

@@ -30,13 +30,12 @@ from torch.utils.data import DataLoader
 
 from paper.cifar import read_images, split
 from paper.cifar_networks import NETWORKS, load_network, normalise
-from paper.grids import grid_parser, parse_grid
+from paper.grids import Cell, grid_parser, parse_grid, shard
 from peft_surgical import anatomy_of, score_blocks
-from peft_surgical.choosing.schedules import block_means
+from peft_surgical.choosing.pace import block_means
 from peft_surgical.errors import run_in_words
 from peft_surgical.evaluation import TextTable, accuracy, plus_minus, predict_logits
 from peft_surgical.training.fitting import FitSettings, fit
-from peft_surgical.training.grid import Cell, shard
 from peft_surgical.training.ledger import Ledger
 
 METHODS = ["none", "block1", "block2", "block3", "head", "all", "auto-rgn"]

@@ -27,7 +27,7 @@ from peft_surgical.adaptation.objectives import COLLAPSE_WINDOW  # noqa: E402
 from peft_surgical.adapters.contents import contents_of  # noqa: E402
 from peft_surgical.bases.transforms import AUGMENTS  # noqa: E402
 from peft_surgical.choosing import BlockScores  # noqa: E402
-from peft_surgical.choosing.criteria import CRITERIA  # noqa: E402
+from peft_surgical.choosing.scores import CRITERIA  # noqa: E402
 from peft_surgical.config import DELTA_DTYPES, NormPolicy  # noqa: E402
 from peft_surgical.errors import AdapterFileError, ConfigError  # noqa: E402
 from peft_surgical.experiment.choosing import SCORED  # noqa: E402

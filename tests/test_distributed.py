@@ -20,10 +20,9 @@ from transformers.trainer_callback import PrinterCallback
 
 from peft_surgical import SurgicalCallback, SurgicalConfig, score_blocks
 from peft_surgical.choosing.callback import RECORD
-from peft_surgical.choosing.schedules import AutoRGN, normalised
-from peft_surgical.training.checkpoints import MARK
+from peft_surgical.choosing.methods import AutoRGN, normalised
 from peft_surgical.training.fitting import FitSettings, fit
-from peft_surgical.training.trainer import ClassifierTrainer
+from peft_surgical.training.trainer import MARK, ClassifierTrainer
 
 pytestmark = pytest.mark.usefixtures("quick_collections", "own_accelerate_state")
 

@@ -26,8 +26,7 @@ from timm.models import save_for_hf  # noqa: E402
 from peft_surgical import SurgicalConfig, anatomy_of  # noqa: E402
 from peft_surgical.bases import load_base  # noqa: E402
 from peft_surgical.choosing import BlockScores  # noqa: E402
-from peft_surgical.choosing.methods import METHODS, method_of  # noqa: E402
-from peft_surgical.choosing.schedules import HeadFirst, Progress  # noqa: E402
+from peft_surgical.choosing.methods import METHODS, HeadFirst, Progress, method_of  # noqa: E402  # noqa: E402
 from peft_surgical.errors import AdapterError, ConfigError, DataError, RowsFailedError  # noqa: E402
 from peft_surgical.evaluation import Report, accuracy  # noqa: E402
 from peft_surgical.experiment import experiment  # noqa: E402
@@ -40,7 +39,7 @@ from peft_surgical.experiment.requests import Score, Test, Train, key_of, reques
 from peft_surgical.training.fitting import FitSettings, fit  # noqa: E402
 from peft_surgical.training.ledger import Ledger  # noqa: E402
 from peft_surgical.training.search import candidates_of  # noqa: E402
-from peft_surgical.training.watch import Watch  # noqa: E402
+from peft_surgical.training.trainer import Watch  # noqa: E402
 
 NAMES = ("ant", "bee", "cow")
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json")

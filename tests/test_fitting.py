@@ -3,9 +3,7 @@
 import copy
 import sys
 from dataclasses import replace
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,14 +14,10 @@ from torch.func import functional_call
 from transformers import TrainerCallback
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from peft_surgical.choosing.forward import forward_loss
-from peft_surgical.choosing.tensors import trained_tensors
+from peft_surgical.choosing.models import forward_loss, trained_tensors
 from peft_surgical.errors import ConfigError
 from peft_surgical.training.fitting import (
-    SELECTED_BY,
     FitSettings,
-    _finite,
-    _metrics,
     balanced,
     fit,
     forget_checkpoints,
@@ -186,7 +180,7 @@ class Seen(TrainerCallback):
         self.norms.append(torch.cat([gradient.flatten() for gradient in gradients]).norm().item())
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.rates += kwargs["lr_scheduler"].get_last_lr()
+        self.rates.append(kwargs["lr_scheduler"].get_last_lr()[0])
 
 
 def test_clipping_and_the_schedule_of_the_rate_are_as_the_settings_say():
@@ -205,8 +199,9 @@ def test_a_method_may_bring_its_optimizer(method, kind):
     seen = Seen()
     fit(used_batchnorm(), method, *data(), replace(SETTINGS, epochs=1, optimizer="adamw"), callbacks=[seen])
     assert type(seen.optimizer) is kind
-    assert {group["weight_decay"] for group in seen.optimizer.param_groups} == {0.1}
-    assert {group.get("momentum", 0.9) for group in seen.optimizer.param_groups} == {0.9}
+    groups = [group for group in seen.optimizer.param_groups if group["params"]]
+    assert {group["weight_decay"] for group in groups} == {0.1}  # also of biases and norms
+    assert {group.get("momentum", 0.9) for group in groups} == {0.9}
 
 
 def test_precision_and_norm_policy_are_as_asked_for():
@@ -256,7 +251,7 @@ def test_dfr_trains_the_head_on_equally_many_of_every_class():
     tuning, validation = data()
     tuning.classes = torch.tensor([0, 0, 0, 1, 1, 1, 1, 1, 2, 2])
     found = fit(used_batchnorm(), "dfr", tuning, validation, FitSettings(lr=0.1, epochs=1, batch_size=2, use_cpu=True))
-    assert set(trained_tensors(found.model, frozen_too=True)) >= {"fc.weight"}
+    assert set(trained_tensors(found.model)) == {"fc.weight", "fc.bias"}
     drawn = tuning.drawn[10:]  # after the labels were read
     assert sorted(tuning.classes[drawn].tolist()) == [0, 0, 1, 1, 2, 2]
     assert found.cost == pytest.approx(3 + 8 / 2 / 3)
@@ -457,11 +452,14 @@ def test_what_cannot_be_fitted_is_refused(method, how, message):
 
 
 def test_an_epoch_that_diverged_counts_as_wrong():
-    nan, labels = float("nan"), np.array([0, 1, 0])
-    logits = np.array([[nan, 0.0], [0.0, 1.0], [nan, nan]], dtype=np.float32)
-    found = _metrics(SimpleNamespace(predictions=logits, label_ids=labels))
-    assert found == {
-        "accuracy": 1 / 3,
-        SELECTED_BY: 1 / 3,
-    }  # although NaN is the largest of the first row, at its label
-    assert [_finite(x) for x in (0.5, nan, float("inf"))] == [0.5, sys.float_info.max, sys.float_info.max]
+    class Diverge(TrainerCallback):
+        def on_epoch_end(self, args, state, control, **kwargs):
+            if state.epoch > 1:
+                kwargs["model"].get_base_model().fc.bias.data[0] = float("nan")  # the largest, also at its label
+
+    tuning, validation = data()
+    validation.classes[:] = 0
+    found = fit(used_batchnorm(), "block1", tuning, validation, SETTINGS, callbacks=[Diverge()])
+    assert found.curve[1:] == (0.0, 0.0)
+    assert found.losses[0] < found.losses[1] == found.losses[2] == sys.float_info.max
+    assert found.best_epoch == 1

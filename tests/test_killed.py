@@ -14,8 +14,8 @@ from torch import nn
 from transformers import TrainerCallback, TrainerState
 
 from peft_surgical.errors import ConfigError
-from peft_surgical.training.checkpoints import MARK, last_checkpoint
 from peft_surgical.training.fitting import FitSettings, fit
+from peft_surgical.training.trainer import MARK, last_checkpoint
 
 pytestmark = pytest.mark.usefixtures("quick_collections", "own_accelerate_state")
 

@@ -15,10 +15,8 @@ from torch.utils.data import DataLoader
 
 from accelerate import Accelerator
 from peft_surgical import Pace, Penalty, SurgicalConfig, anatomy_of, score_blocks
-from peft_surgical.choosing.pace import plot_record
-from peft_surgical.choosing.penalties import PenaltyKind
-from peft_surgical.choosing.schedules import AutoRGN, AutoSNR, Progress, gradual_unfreezing
-from peft_surgical.choosing.tensors import trained_tensors
+from peft_surgical.choosing.methods import AutoRGN, AutoSNR, PenaltyKind, Progress, gradual_unfreezing
+from peft_surgical.choosing.models import trained_tensors
 from peft_surgical.errors import AdapterError, ConfigError
 
 X, Y = torch.randn(20, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(20) % 5
@@ -104,17 +102,17 @@ def test_a_factor_of_zero_is_frozen_in_the_full_sense(make, clip):
     optimizer = make(trainable(model))
     Pace(model, optimizer, Fixed(layer2=0.0, conv1=0.0), total_steps=4)
     train(model, optimizer, clip=clip)
-    for name, tensor in trained_tensors(reference).items():
+    expected = trained_tensors(reference)
+    for name, tensor in expected.items():
         tensor.parameter.requires_grad_(not name.startswith(("layer2", "conv1")))
     train(reference, make(trainable(reference)), clip=clip)
-    names = set(start)
     found = {n: t.value for n, t in trained_tensors(model).items()}
-    for name, tensor in trained_tensors(reference, frozen_too=True).items():
-        if name in names:
-            if clip is None:
-                assert torch.equal(found[name], tensor.value), name
-            else:  # the norm is summed over more zeros, in another order
-                torch.testing.assert_close(found[name], tensor.value, rtol=1e-5, atol=1e-7)
+    assert set(found) == set(start) == set(expected)
+    for name, tensor in expected.items():
+        if clip is None:
+            assert torch.equal(found[name], tensor.value), name
+        else:  # the norm is summed over more zeros, in another order
+            torch.testing.assert_close(found[name], tensor.value, rtol=1e-5, atol=1e-7)
     frozen = {n: t.parameter for n, t in trained_tensors(model).items() if n.startswith(("layer2", "conv1"))}
     assert all(torch.equal(found[name], start[name]) for name in frozen)
     assert not any(p in optimizer.state for p in frozen.values())
@@ -451,12 +449,13 @@ def test_errors():
 
 
 def test_the_plot_shows_the_mean_factor_of_each_block():
-    record = {
+    model = adapted()
+    pace = Pace(model, torch.optim.SGD(trainable(model)), total_steps=1)
+    pace.record = {
         0: {"conv1.weight": 1.0, "bn1.weight": 0.5, "fc.weight": 0.25},
         1: {"conv1.weight": 0.5, "bn1.weight": 0.5, "fc.weight": 1.0},
     }
-    axes = plot_record(record, anatomy_of(network()))
-    assert {line.get_label(): list(line.get_ydata()) for line in axes.lines} == {
+    assert {line.get_label(): list(line.get_ydata()) for line in pace.plot().lines} == {
         "block1": [0.75, 0.5],
         "head": [0.25, 1.0],
     }

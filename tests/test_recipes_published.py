@@ -46,7 +46,7 @@ from paper.wilds_folders import FMOW_CATEGORIES, REGIONS  # noqa: E402
 from peft_surgical import anatomy_of  # noqa: E402
 from peft_surgical.bases import load_base  # noqa: E402
 from peft_surgical.blocks import parse, resolve  # noqa: E402
-from peft_surgical.choosing.forward import logits_of  # noqa: E402
+from peft_surgical.choosing.models import logits_of  # noqa: E402
 from peft_surgical.errors import ConfigError, DataError, UnknownTargetError  # noqa: E402
 from peft_surgical.evaluation import Report  # noqa: E402
 from peft_surgical.training.ledger import Ledger  # noqa: E402

@@ -14,8 +14,8 @@ from accelerate import Accelerator
 from peft_surgical import Pace, SurgicalCallback, SurgicalConfig, anatomy_of, score_blocks
 from peft_surgical.choosing import CRITERIA
 from peft_surgical.choosing.callback import RECORD
-from peft_surgical.choosing.schedules import AutoRGN, gradual_unfreezing
-from peft_surgical.choosing.tensors import trained_tensors, unwrapped
+from peft_surgical.choosing.methods import AutoRGN, gradual_unfreezing
+from peft_surgical.choosing.models import trained_tensors, unwrapped
 from peft_surgical.training.trainer import ClassifierTrainer
 
 pytestmark = pytest.mark.slow

@@ -36,11 +36,6 @@ def test_of_equal_runs_the_one_nearer_to_the_input_is_chosen():
     assert equal.contiguous(2) == ("block1", "block2")
 
 
-def test_only_the_test_split_is_test_data():
-    splits = ("tuning", "validation", "test")
-    assert [replace(ONE, split=split).uses_test_data for split in splits] == [False, False, True]
-
-
 def test_a_budget_bounds_the_share_of_parameters():
     assert ONE.shares == {"block1": 0.1, "block2": 0.6, "block3": 0.2, "head": 0.1}
     assert ONE.contiguous(budget=0.1) == ("block1",)

@@ -312,10 +312,12 @@ import sys, time, types
 package = types.ModuleType("peft_surgical"); package.__path__ = [sys.argv[1]]
 sys.modules["peft_surgical"] = package
 sys.modules["accelerate"] = types.SimpleNamespace(PartialState=object)
+sys.modules["accelerate.utils"] = types.SimpleNamespace(
+    DistributedType=object, broadcast_object_list=None, parse_flag_from_env=None
+)
 sys.modules["peft_surgical.blocks"] = types.SimpleNamespace(Anatomy=object)
 for name in ("evaluation", "training"):
     folder = sys.modules[f"peft_surgical.{name}"] = types.ModuleType(name); folder.__path__ = [f"{sys.argv[1]}/{name}"]
-sys.modules["peft_surgical.training.processes"] = types.SimpleNamespace(told=None)
 sys.modules["peft_surgical.errors"] = types.SimpleNamespace(ConfigError=ValueError, DataError=ValueError)
 from peft_surgical.training.ledger import Ledger
 from peft_surgical.training.search import Candidate, race

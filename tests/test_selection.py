@@ -15,9 +15,8 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from peft_surgical import SurgicalConfig, anatomy_of, resolve_target, score_blocks
 from peft_surgical.choosing import CRITERIA
-from peft_surgical.choosing.forward import forward_loss
 from peft_surgical.choosing.gradients import is_looking
-from peft_surgical.choosing.tensors import trained_tensors
+from peft_surgical.choosing.models import forward_loss, trained_tensors
 from peft_surgical.errors import AdapterError, ConfigError, DataError, UnresolvedTargetError, UnsupportedModelError
 
 
@@ -133,10 +132,13 @@ def test_no_more_inputs_than_a_chunk_are_differentiated_at_once(net, batches):
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_two_processes_with_the_same_batches_are_one_with_each_batch_twice(net, batches, criterion, monkeypatch):
     # What every collective gives where the other process holds the same; real processes are in the slow tier.
+    def twice(found, own):
+        found[:] = [own, own]
+
     one = score_blocks(net, [*batches, *batches], criterion, num_batches=None)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    monkeypatch.setattr(torch.distributed, "all_gather", lambda found, own: [part.copy_(own) for part in found])
+    monkeypatch.setattr(torch.distributed, "all_gather_object", twice)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda own: own.mul_(2))
     two = score_blocks(net, batches, criterion, num_batches=None)
     assert (two.num_samples, two.num_batches) == (one.num_samples, one.num_batches) == (36, 6)
@@ -461,8 +463,8 @@ def test_errors_name_the_way_out(net, batches):
 
 
 def test_parameters_that_are_cut_up_are_refused_before_anything_runs(net, monkeypatch):
-    # Of a single process there is no DTensor; what is asked is the class.
-    monkeypatch.setattr("peft_surgical.choosing.tensors.DTensor", nn.Parameter)
+    # A single process has no DTensor, and only the class is checked.
+    monkeypatch.setattr("peft_surgical.choosing.models.DTensor", nn.Parameter)
     with pytest.raises(UnsupportedModelError, match=r"conv1\.weight is sharded \(FSDP\): score the network before"):
         score_blocks(net, [])
 
@@ -471,5 +473,5 @@ def test_the_loss_of_a_batch_without_labels_is_the_users(net, batches):
     entropy = lambda logits, labels: -(logits.softmax(1) * logits.log_softmax(1)).sum(1).mean()  # noqa: E731
     scores = score_blocks(net, [(x,) for x, _ in batches], loss_fn=entropy, split="test")
     assert not scores.uses_labels
-    assert scores.uses_test_data
+    assert scores.split == "test"
     assert forward_loss(net.eval(), (batches[0][0],), entropy) > 0

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from .adapters.lora import to_lora
     from .adapters.pool import AdapterPool
     from .choosing.callback import SurgicalCallback
+    from .choosing.methods import Penalty
     from .choosing.pace import Pace
-    from .choosing.penalties import Penalty
     from .choosing.resolve import resolve_target, score_blocks
     from .choosing.scores import BlockScores
     from .hub.opening import load_adapted
@@ -72,7 +72,7 @@ _MODULES = {
     "AdapterPool": "adapters.pool",
     "BlockScores": "choosing.scores",
     "Pace": "choosing.pace",
-    "Penalty": "choosing.penalties",
+    "Penalty": "choosing.methods",
     "SurgicalCallback": "choosing.callback",
     "combine_adapters": "adapters.combination",
     "diff": "adapters.difference",

@@ -35,8 +35,8 @@ def score_command(
     from torch.utils.data import DataLoader
 
     from peft_surgical.bases.load import load_base
-    from peft_surgical.choosing.criteria import criterion_of
     from peft_surgical.choosing.resolve import score_blocks
+    from peft_surgical.choosing.scores import criterion_of
     from peft_surgical.data.labelled import collate, items, read_data
     from peft_surgical.extras import accelerator_or_cpu, require
 

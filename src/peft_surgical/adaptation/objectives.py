@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..choosing.forward import logits_of
+from ..choosing.models import logits_of
 from ..errors import ConfigError, TargetError
 from .batchnorm import batch_statistics, has_batchnorms, mixed_statistics, owns_statistics, prior_share
 from .streams import CollapseWatch, Moving, Record, Stream, checked_images, evaluating

@@ -6,16 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from ..blocks import Anatomy
 from ..errors import ConfigError
-from .forward import LossFunction
+from .methods import Penalty, Schedule
+from .models import LossFunction
 from .pace import Pace
-from .penalties import Penalty
-from .schedules import Schedule
 
 RECORD = "surgical_factors"
 """Key of the entries of ``trainer.state.log_history`` that hold the factors of an epoch."""
@@ -29,17 +27,17 @@ class SurgicalCallback(TrainerCallback):
         Trainer(..., callbacks=[SurgicalCallback(AutoRGN())])
 
     The factors of every epoch are entries of ``trainer.state.log_history``, which Trainer saves in each checkpoint: a
-    run that resumes in the middle of an epoch goes on with the factors that this epoch began with.
+    run that resumes in the middle of an epoch continues with the factors that this epoch began with.
 
     Args:
-        schedule: See `schedules`.
-        penalty: See `penalties`.
+        schedule: See `methods`.
+        penalty: See `methods`.
         reset_moments: As for `Pace`.
         num_batches: Batches to score on per process and epoch.
         scoring_data: A loader for the scores. By default they are taken on training images, drawn anew for each epoch
             with Trainer's seed, without touching the training loader.
-        blocks: How the network is cut, as for `anatomy_of`.
-        loss_fn: As for `score_blocks`; Trainer's own ``compute_loss`` is not asked.
+        blocks: A block specification, as for `anatomy_of`.
+        loss_fn: As for `score_blocks`; Trainer's own ``compute_loss`` is not used.
 
     Attributes:
         pace: The running `Pace`, from the beginning of training on.
@@ -62,13 +60,11 @@ class SurgicalCallback(TrainerCallback):
         self.reset_moments, self.num_batches = reset_moments, num_batches
         self.scoring_data, self.blocks, self.loss_fn = scoring_data, blocks, loss_fn
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Attach to the optimizer, with what a resumed run brings along."""
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Attach to the optimizer, with the factors of a resumed run."""
         precision = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
         self.pace = Pace(
-            _model(kwargs["model"]),
+            kwargs["model"],
             kwargs["optimizer"],
             self.schedule,
             self.penalty,
@@ -84,10 +80,8 @@ class SurgicalCallback(TrainerCallback):
         begun = epoch if (state.epoch or 0.0) - epoch > 1e-6 else None  # resumed in the middle
         self.pace.load_state_dict({"step": state.global_step, "epoch": epoch, "begun": begun, "record": record})
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Take new scores where the schedule wants them."""
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Take new scores if the schedule needs them."""
         epoch = _epoch(state)
         known = epoch in self.pace.record
         needs_data = self.schedule is not None and self.schedule.criterion is not None
@@ -98,23 +92,19 @@ class SurgicalCallback(TrainerCallback):
         if epoch in self.pace.record and not known:
             state.log_history.append({"epoch": epoch, "step": state.global_step, RECORD: self.pace.record[epoch]})
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Follow Trainer's count, which also counts steps that a gradient scaler skips."""
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Use Trainer's count, which includes steps that a gradient scaler skips."""
         self.pace.step = state.global_step
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Leave the optimizer alone again."""
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Detach from the optimizer."""
         self.pace.close()
 
 
 def scoring_loader(
     dataloader: DataLoader[Any], batch_size: int, num_batches: int, seed: int, epoch: int
 ) -> DataLoader[Any]:
-    """So many batches of a loader's own images, a pure function of seed and epoch; each process draws others.
+    """``num_batches`` batches of a loader's dataset, drawn by seed and epoch, different ones in each process.
 
     Raises:
         ConfigError: The data is a stream, which cannot be drawn from.
@@ -133,8 +123,3 @@ def scoring_loader(
 def _epoch(state: TrainerState) -> int:
     # Fractional where a checkpoint was taken in the middle; full epochs may be off by rounding.
     return int((state.epoch or 0.0) + 1e-6)
-
-
-def _model(model: Any) -> nn.Module:
-    assert isinstance(model, nn.Module)
-    return model

@@ -19,13 +19,12 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from ..errors import DataError
 from ..extras import generators_kept
-from .forward import LossFunction, forward_loss, labels_in
-from .tensors import TrainedTensor, unwrapped
+from .models import LossFunction, TrainedTensor, forward_loss, labels_in, unwrapped
 
 logger = logging.getLogger(__name__)
 
-# Filled while gradients are only looked at: the hooks of a running schedule must not touch those. Not a context
-# variable, because backward passes on an accelerator run in threads of their own.
+# Models whose gradients are being taken for scores: the hooks of a running schedule must not change those. This is not
+# a context variable, because backward passes on an accelerator run in other threads.
 _looking: list[nn.Module] = []
 
 _CHUNK_ENTRIES = 2**28  # per-input gradients held at once, 1 GiB in float32
@@ -85,18 +84,13 @@ class GradientStatistics:
         if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
             return
         device = next(iter(self.weights.values())).device
-        own = torch.tensor([self.units, self.samples, self.batches, self.labels], dtype=torch.float64, device=device)
-        counts = [torch.empty_like(own) for _ in range(distributed.get_world_size())]
-        distributed.all_gather(counts, own)
-        units = [int(count[0]) for count in counts]
-        total = sum(units)
+        squares = self.squares.double().reshape(-1, len(self.names)).cpu()
+        counts: list[Any] = [None] * distributed.get_world_size()
+        distributed.all_gather_object(counts, (self.units, self.samples, self.batches, self.labels, squares))
+        total = sum(count[0] for count in counts)
         if not total:
             return
-        padded = torch.zeros(max(units), len(self.names), dtype=torch.float64, device=device)
-        padded[: self.units] = self.squares.reshape(-1, len(self.names)).to(padded)
-        tables = [torch.empty_like(padded) for _ in counts]
-        distributed.all_gather(tables, padded)
-        self.squares = torch.cat([table[:rows] for table, rows in zip(tables, units, strict=True)])
+        self.squares = torch.cat([count[4] for count in counts]).to(device)
         for name in self.names:
             own_mean = self.mean.get(name, torch.zeros_like(self.weights[name], dtype=torch.float32))
             own_deviations = self.deviations.get(name, torch.zeros_like(own_mean))
@@ -106,8 +100,8 @@ class GradientStatistics:
             distributed.all_reduce(deviations)
             self.mean[name], self.deviations[name] = mean, deviations
         self.units = total
-        self.samples, self.batches = (int(sum(count[i] for count in counts)) for i in (1, 2))
-        self.labels = any(bool(count[3]) for count in counts)
+        self.samples, self.batches = (sum(count[i] for count in counts) for i in (1, 2))
+        self.labels = any(count[3] for count in counts)
 
 
 def collect(
@@ -121,20 +115,12 @@ def collect(
     autocast: torch.dtype | None = None,
     chunk_size: int | None = None,
 ) -> GradientStatistics:
-    """Gradients of the loss with respect to ``tensors``, over the first batches.
+    """Gradients of the loss with respect to ``tensors``, over the first ``num_batches`` batches of this process.
 
     The model runs in ``eval()``, as in the paper's reference code: no dropout, source statistics. Everything is left
     bit-identical: parameters, gradients, modes, buffers, random number generators, and the loader's generator.
-
-    Args:
-        model: As for `trained_tensors`.
-        tensors: What to differentiate by.
-        dataloader: Yields (inputs, labels) or dicts; see `forward_loss`.
-        per_input: Whether a unit is one input; else one minibatch.
-        num_batches: At most so many batches of this process; None for all.
-        loss_fn: See `LossFunction`; by default the model's own loss, or cross entropy.
-        autocast: Run the forward in this dtype, as mixed-precision training does.
-        chunk_size: Inputs whose gradients are held at the same time; by default as many as fit into 1 GiB.
+    Arguments are those of `score_blocks`, the result of `trained_tensors`, and whether a unit is one input or one
+    minibatch.
 
     Raises:
         DataError: No process has a batch, or a batch has a form that is not understood.
@@ -156,23 +142,17 @@ def collect(
 
     with _left_as_it_was(model, tensors, dataloader), torch.enable_grad():
         for batch in itertools.islice(dataloader, num_batches):
-            batch = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, _plain(batch))
-            size = batch_size(batch)
-            if per_input:
-                for start in range(0, size, chunk):
+            # Processors and tokenizers return mappings of their own, which torch would take for a single leaf.
+            batch = dict(batch) if isinstance(batch, Mapping) and not isinstance(batch, dict) else batch
+            batch = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, batch)
+            size = _batch_size(batch)
+            for start in range(0, size, chunk if per_input else size):
+                if per_input:
                     part = _rows(batch, size, start, min(start + chunk, size))
-                    found.add(
-                        {name: value / scale for name, value in _per_input(model, tensors, part, loss_of).items()}
-                    )
-            else:
-                parameters = [tensor.parameter for tensor in tensors.values()]
-                found_by = torch.autograd.grad(loss_of(batch), parameters, allow_unused=True)
-                found.add(
-                    {
-                        name: (torch.zeros_like(p) if g is None else g.detach() / scale)[None]
-                        for name, p, g in zip(names, parameters, found_by, strict=True)
-                    }
-                )
+                    gradients = _per_input(model, tensors, part, loss_of)
+                else:
+                    gradients = {name: g[None] for name, g in _gradients(loss_of(batch), tensors).items()}
+                found.add({name: value / scale for name, value in gradients.items()})
             found.samples += size
             found.batches += 1
             found.labels = found.labels or labels_in(batch) is not None
@@ -183,21 +163,25 @@ def collect(
 
 
 def is_looking() -> bool:
-    """Whether gradients are being taken for scores just now, not for a step."""
+    """Whether gradients are being taken for scores, not for a step."""
     return bool(_looking)
 
 
-def batch_size(batch: Any) -> int:
-    """Number of inputs in a batch: the length of its first tensor."""
+def _batch_size(batch: Any) -> int:
+    """The length of the first tensor in a batch."""
     sizes = [len(leaf) for leaf in tree_flatten(batch)[0] if isinstance(leaf, Tensor) and leaf.ndim]
     if not sizes:
         raise DataError("a batch holds no tensor: give (inputs, labels) or a dict of tensors")
     return sizes[0]
 
 
-def _plain(batch: Any) -> Any:
-    # Processors and tokenizers return mappings of their own, which torch takes for a single leaf.
-    return dict(batch) if isinstance(batch, Mapping) and not isinstance(batch, dict) else batch
+def _gradients(loss: Tensor, tensors: Mapping[str, TrainedTensor]) -> dict[str, Tensor]:
+    parameters = {name: tensor.parameter for name, tensor in tensors.items()}
+    found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    return {
+        name: torch.zeros_like(parameter) if gradient is None else gradient
+        for (name, parameter), gradient in zip(parameters.items(), found, strict=True)
+    }
 
 
 def _rows(batch: Any, size: int, start: int, stop: int) -> Any:
@@ -211,13 +195,13 @@ def _per_input(
     model: nn.Module, tensors: Mapping[str, TrainedTensor], batch: Any, loss_of: Callable[[Any], Tensor]
 ) -> dict[str, Tensor]:
     """Gradients (inputs, *tensor) of each input's own loss."""
-    size = batch_size(batch)
+    size = _batch_size(batch)
     leaves, shape = tree_flatten(batch)
     varying = [isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == size for leaf in leaves]
     paths = {name: tensor.path for name, tensor in tensors.items()}
 
     class Loss(nn.Module):
-        """The loss as a module, so that functional_call can put other parameters into the network within."""
+        """The loss as a module, so that functional_call can replace the network's parameters."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -239,20 +223,11 @@ def _per_input(
             found = vmap(grad(loss_of_one), in_dims=(None, *(0 if v else None for v in varying)))(parameters, *leaves)
         return {name: value.detach() for name, value in found.items()}
     except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
-        # Control flow that depends on data, or an operation without a batching rule: one input at a time is slower and
-        # always works. An error of the user's own comes up there again.
+        # Control flow that depends on data, or an operation without a batching rule: one input at a time is slower, and
+        # always works. An error in the user's own code is raised again there.
         logger.info("per-input gradients one at a time, torch.func.vmap refused: %s", str(error).split("\n")[0])
-    rows = []
-    for i in range(size):
-        loss = loss_of(_rows(batch, size, i, i + 1))
-        gradients = torch.autograd.grad(loss, [tensor.parameter for tensor in tensors.values()], allow_unused=True)
-        rows.append(
-            [
-                torch.zeros_like(t.parameter) if g is None else g
-                for t, g in zip(tensors.values(), gradients, strict=True)
-            ]
-        )
-    return {name: torch.stack([row[i] for row in rows]) for i, name in enumerate(tensors)}
+    rows = [_gradients(loss_of(_rows(batch, size, i, i + 1)), tensors) for i in range(size)]
+    return {name: torch.stack([row[name] for row in rows]) for name in tensors}
 
 
 @contextmanager

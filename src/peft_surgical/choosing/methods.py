@@ -1,18 +1,206 @@
-"""The methods that the paper compares, each as one row: what is tuned, on which schedule, with which penalty.
+"""The methods that the paper compares, each one row of `METHODS`: a target, a schedule and a penalty.
 
-``surgical`` methods are not rows: any target (``block1``, ``block2-3 + head``) is a method of its own, see `method_of`.
+A schedule gives each tensor's factor of the learning rate as a pure function of progress: 0 freezes the tensor for the
+step, 1 trains it at the optimizer's own rate. It holds no state, so a run that is resumed in the middle does what the
+uninterrupted one does. A penalty keeps tuned weights near the pretrained ones; with live deltas the distance from the
+pretrained weights is the delta itself, so L1-SP and L2-SP need no copy of the pretrained network. `pace.Pace` applies
+both to an optimizer. Surgical fine-tuning has no row: any target (``block1``, ``block2-3 + head``) is a method.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, Protocol, get_args
+
+import torch
+from torch import nn
 
 from ..blocks import Anatomy, parse
-from ..errors import ConfigError, TargetError
-from .penalties import Penalty
-from .schedules import AutoRGN, AutoSNR, Schedule, gradual_unfreezing, lp_ft
+from ..errors import AdapterError, ConfigError, TargetError
+from .models import TrainedTensor, trained_tensors
+from .scores import BlockScores
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where training is: optimizer steps done, those of the whole run, and passes over the data done."""
+
+    step: int
+    total_steps: int
+    epoch: int = 0
+
+    @property
+    def share(self) -> float:
+        """Share of the run that is done, in [0, 1]."""
+        return min(self.step / max(self.total_steps, 1), 1.0)
+
+
+class Schedule(Protocol):
+    """What `pace.Pace` and the callback run."""
+
+    @property
+    def criterion(self) -> str | None:
+        """The criterion whose scores the schedule needs at the start of each epoch, or None."""
+
+    def factors(self, progress: Progress, scores: BlockScores | None) -> Mapping[str, float]:
+        """Tensor -> factor of the learning rate, in [0, 1]; tensors that are left out keep the full rate."""
+
+
+@dataclass(frozen=True)
+class GradualUnfreezing:
+    """Blocks join one after the other, each after an equal share of the run, and stay (paper, Sec. 3.1).
+
+    Attributes:
+        blocks: The tensors of each block, in the order in which they join.
+    """
+
+    blocks: tuple[tuple[str, ...], ...]
+    criterion: None = None
+
+    def factors(self, progress: Progress, scores: BlockScores | None = None) -> dict[str, float]:
+        """See `Schedule`."""
+        joined = int(progress.share * len(self.blocks)) + 1
+        return {name: float(i < joined) for i, block in enumerate(self.blocks) for name in block}
+
+
+def gradual_unfreezing(
+    anatomy: Anatomy, order: Literal["first-to-last", "last-to-first"] = "last-to-first"
+) -> GradualUnfreezing:
+    """Gradual unfreezing of all blocks of a network; last-to-first is Howard & Ruder 2018's."""
+    if order not in ("first-to-last", "last-to-first"):
+        raise ConfigError(f"order={order!r}: choose first-to-last or last-to-first")
+    blocks = tuple(block.tensors for block in anatomy)
+    return GradualUnfreezing(blocks if order == "first-to-last" else blocks[::-1])
+
+
+@dataclass(frozen=True)
+class HeadFirst:
+    """LP-FT (Kumar et al. 2022): linear probing, then everything.
+
+    Attributes:
+        others: All tensors but the head's: frozen during the first ``share`` of the run.
+        share: Share of the run in which only the head is trained, in (0, 1).
+    """
+
+    others: tuple[str, ...]
+    share: float = 0.5
+    criterion: None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise ConfigError(f"share={self.share}: the head trains alone for a share of the run between 0 and 1")
+
+    def factors(self, progress: Progress, scores: BlockScores | None = None) -> dict[str, float]:
+        """See `Schedule`."""
+        return dict.fromkeys(self.others, float(progress.share >= self.share))
+
+
+def lp_ft(anatomy: Anatomy, share: float = 0.5) -> HeadFirst:
+    """LP-FT for a network with a head."""
+    head = set(anatomy["head"].tensors)
+    return HeadFirst(tuple(name for name in anatomy.tensors if name not in head), share)
+
+
+@dataclass(frozen=True)
+class AutoRGN:
+    """Auto-RGN (paper, Sec. 4.1): each tensor's rate is the base rate times its RGN over the largest RGN.
+
+    Attributes:
+        left_out: Tensors that are not trained at all; the reference code leaves BatchNorm's parameters out.
+    """
+
+    left_out: frozenset[str] = frozenset()
+    criterion: str = "rgn"
+
+    def factors(self, progress: Progress, scores: BlockScores | None) -> dict[str, float]:
+        """See `Schedule`."""
+        assert scores is not None
+        return normalised({name: 0.0 if name in self.left_out else s for name, s in scores.tensor_scores.items()})
+
+
+@dataclass(frozen=True)
+class AutoSNR:
+    """Auto-SNR (paper, Sec. 4.1): tensors whose SNR over the largest is below a threshold are frozen for the epoch.
+
+    Attributes:
+        threshold: In [0, 1]; the paper tunes it like a learning rate.
+        criterion: ``snr``, or ``snr-reference`` for what the reference code computes.
+    """
+
+    threshold: float = 0.5
+    criterion: str = "snr"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.threshold <= 1:
+            raise ConfigError(f"threshold={self.threshold}: SNRs are compared after scaling to [0, 1]")
+
+    def factors(self, progress: Progress, scores: BlockScores | None) -> dict[str, float]:
+        """See `Schedule`."""
+        assert scores is not None
+        return {name: float(s >= self.threshold) for name, s in normalised(scores.tensor_scores).items()}
+
+
+def normalised(scores: Mapping[str, float]) -> dict[str, float]:
+    """Scores divided by the largest, so that they lie in [0, 1]; all 1 where every score is 0."""
+    largest = max(scores.values(), default=0.0)
+    return {name: score / largest if largest > 0 else 1.0 for name, score in scores.items()}
+
+
+# --- penalties ---
+
+PenaltyKind = Literal["l1-sp", "l2-sp", "l2"]
+
+
+@dataclass(frozen=True)
+class Penalty:
+    """A penalty on the trained tensors (Xuhong et al. 2018).
+
+    Attributes:
+        kind: ``l1-sp``: sum of |delta|. ``l2-sp``: half the sum of delta^2. ``l2``: half the sum of (base + delta)^2,
+            the paper's own weight decay, which pulls towards zero.
+        strength: The factor, at least 0.
+    """
+
+    kind: PenaltyKind
+    strength: float
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(PenaltyKind):
+            raise ConfigError(f"penalty {self.kind!r}: choose one of {', '.join(get_args(PenaltyKind))}")
+        if not self.strength >= 0:
+            raise ConfigError(f"penalty {self.kind} with strength={self.strength}: give a factor of at least 0")
+
+    def loss(self, model: nn.Module) -> torch.Tensor:
+        """The penalty as a differentiable term of the loss, for a training loop of your own."""
+        values = []
+        for tensor in self.applies_to(trained_tensors(model).values()):
+            value = getattr(tensor.owner, tensor.attribute) if self.kind == "l2" else tensor.parameter
+            values.append(value.abs().sum() if self.kind == "l1-sp" else 0.5 * value.square().sum())
+        return self.strength * torch.stack(values).sum()
+
+    def gradient(self, tensor: TrainedTensor) -> torch.Tensor:
+        """The gradient of that term with respect to one parameter; that of |x| at 0 is taken as 0."""
+        if self.kind == "l1-sp":
+            return self.strength * tensor.parameter.detach().sign()
+        return self.strength * (tensor.value if self.kind == "l2" else tensor.parameter.detach())
+
+    def applies_to(self, tensors: Iterable[TrainedTensor]) -> list[TrainedTensor]:
+        """The penalised tensors; for ``-sp`` those with a pretrained value, so not a new head's.
+
+        Raises:
+            AdapterError: There is none.
+        """
+        found = [tensor for tensor in tensors if tensor.is_delta or self.kind == "l2"]
+        if not found:
+            raise AdapterError(
+                f"{self.kind} measures the distance from the pretrained weights, and nothing here is trained as a "
+                "delta: tune with SurgicalConfig(target='all')"
+            )
+        return found
+
+
+# --- methods ---
 
 
 @dataclass(frozen=True)
@@ -21,14 +209,13 @@ class Method:
 
     Attributes:
         name: As users write it.
-        target: What an adapter for it tunes.
-        schedule: Anatomy and options -> its schedule.
+        target: What its adapter tunes.
+        schedule: (anatomy, options) -> its schedule.
         penalty: Options -> its penalty.
         reset_moments: Whether the optimizer's state is forgotten at every epoch.
-        balanced: Whether it trains on equally many images of every class (or group).
-        optimizer: The optimizer that it prescribes; None for any.
+        balanced: Whether it trains on equally many images of every class.
+        optimizer: Name of the optimizer that the method prescribes; None for any.
         options: Names and defaults of its own settings.
-        source: Where it is from.
     """
 
     name: str
@@ -39,7 +226,6 @@ class Method:
     balanced: bool = False
     optimizer: str | None = None
     options: tuple[tuple[str, float], ...] = ()
-    source: str = ""
 
     def settings(self, given: dict[str, Any] | None = None) -> dict[str, Any]:
         """The method's options with their defaults.
@@ -54,7 +240,7 @@ class Method:
 
 
 def _norms(anatomy: Anatomy) -> frozenset[str]:
-    """Affine parameters of norms with statistics, which the reference code's Auto-RGN leaves out."""
+    # The affine parameters of norms with statistics, which the reference code's Auto-RGN leaves out.
     owners = {name.rpartition(".")[0] for name in anatomy.tensors if name.endswith("running_mean")}
     return frozenset(name for name in anatomy.tensors if name.rpartition(".")[0] in owners)
 
@@ -62,82 +248,37 @@ def _norms(anatomy: Anatomy) -> frozenset[str]:
 METHODS: dict[str, Method] = {
     row.name: row
     for row in (
-        Method("full", "all", source="full fine-tuning"),
-        Method("linear-probe", "head", source="linear probing"),
-        Method(
-            "gradual-first-last",
-            "all",
-            lambda anatomy, options: gradual_unfreezing(anatomy, "first-to-last"),
-            source="paper, Sec. 3.1",
-        ),
-        Method(
-            "gradual-last-first",
-            "all",
-            lambda anatomy, options: gradual_unfreezing(anatomy, "last-to-first"),
-            source="Howard & Ruder 2018; paper, Sec. 3.1",
-        ),
-        Method(
-            "l1-sp",
-            "all",
-            penalty=lambda options: Penalty("l1-sp", options["strength"]),
-            options=(("strength", 1e-4),),
-            source="Xuhong et al. 2018",
-        ),
-        Method(
-            "l2-sp",
-            "all",
-            penalty=lambda options: Penalty("l2-sp", options["strength"]),
-            options=(("strength", 1e-2),),
-            source="Xuhong et al. 2018",
-        ),
-        Method(
-            "lp-ft",
-            "all",
-            lambda anatomy, options: lp_ft(anatomy, options["share"]),
-            options=(("share", 0.5),),
-            source="Kumar et al. 2022",
-        ),
-        Method("auto-rgn", "all", lambda anatomy, options: AutoRGN(), source="paper, Sec. 4.1"),
-        Method(
-            "auto-rgn-reset",
-            "all",
-            lambda anatomy, options: AutoRGN(),
-            reset_moments=True,
-            source="auto-rgn with the reference code's new Adam every epoch, to measure what that does",
-        ),
-        Method(
-            "auto-rgn-reference",
-            "all",
-            lambda anatomy, options: AutoRGN(left_out=_norms(anatomy)),
-            reset_moments=True,
-            source="the paper's reference code: a new Adam every epoch, BatchNorm left out",
-        ),
-        Method(
-            "auto-snr",
-            "all",
-            lambda anatomy, options: AutoSNR(options["threshold"]),
-            options=(("threshold", 0.3),),
-            source="paper, Sec. 4.1",
-        ),
+        Method("full", "all"),
+        Method("linear-probe", "head"),
+        Method("gradual-first-last", "all", lambda a, _: gradual_unfreezing(a, "first-to-last")),
+        Method("gradual-last-first", "all", lambda a, _: gradual_unfreezing(a)),
+        Method("l1-sp", "all", penalty=lambda o: Penalty("l1-sp", **o), options=(("strength", 1e-4),)),
+        Method("l2-sp", "all", penalty=lambda o: Penalty("l2-sp", **o), options=(("strength", 1e-2),)),
+        Method("lp-ft", "all", lambda a, o: lp_ft(a, **o), options=(("share", 0.5),)),
+        Method("auto-rgn", "all", lambda a, _: AutoRGN()),
+        # The paper's reference code makes a new Adam every epoch; auto-rgn-reset measures what that alone does.
+        Method("auto-rgn-reset", "all", lambda a, _: AutoRGN(), reset_moments=True),
+        Method("auto-rgn-reference", "all", lambda a, _: AutoRGN(_norms(a)), reset_moments=True),
+        Method("auto-snr", "all", lambda a, o: AutoSNR(**o), options=(("threshold", 0.3),)),
         Method(
             "auto-snr-reference",
             "all",
-            lambda anatomy, options: AutoSNR(options["threshold"], "snr-reference"),
+            lambda a, o: AutoSNR(criterion="snr-reference", **o),
             reset_moments=True,
             options=(("threshold", 0.5),),
-            source="the paper's reference code: variance along the first axis, a new Adam every epoch",
         ),
-        Method("freeze-embed", "all - stem", optimizer="sgd", source="Kumar et al. 2022b, arXiv 2211.09359"),
-        Method("dfr", "head", balanced=True, source="last-layer retraining on balanced data, Kirichenko et al. 2023"),
+        # Kumar et al. 2022b, arXiv 2211.09359; last-layer retraining, Kirichenko et al. 2023.
+        Method("freeze-embed", "all - stem", optimizer="sgd"),
+        Method("dfr", "head", balanced=True),
     )
 }
 
 
 def method_of(name: str) -> Method:
-    """The row of a method, or the surgical method that tunes a target of this text.
+    """The row of a method, or surgical fine-tuning of the target of this name.
 
     Raises:
-        ConfigError: It is neither.
+        ConfigError: The name is neither a method nor a target.
     """
     if name in METHODS:
         return METHODS[name]
@@ -149,4 +290,4 @@ def method_of(name: str) -> Method:
         raise ConfigError(f"{name!r} is no method ({', '.join(METHODS)}) and no target: {error}") from error
     if spec.needs_data:
         raise ConfigError(f"{name!r} is a search over methods, not one: see peft_surgical.training.search")
-    return Method(name, str(spec), source="surgical fine-tuning (paper)")
+    return Method(name, str(spec))

@@ -1,7 +1,8 @@
-"""`Pace` applies a schedule and a penalty to any torch optimizer, in a training loop of one's own or in Trainer."""
+"""`Pace` applies a schedule and a penalty to any torch optimizer, in Trainer or in a training loop of your own."""
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,18 +14,16 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..blocks import Anatomy
 from ..errors import AdapterError, ConfigError
-from .forward import LossFunction
 from .gradients import is_looking
-from .penalties import Penalty
+from .methods import Penalty, Progress, Schedule
+from .models import LossFunction, anatomy_under, trained_tensors
 from .resolve import score_blocks
-from .schedules import Progress, Schedule, block_means
-from .tensors import anatomy_under, trained_tensors
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Parameter -> the `Pace` whose gate is on it. By identity: tensors compare entry by entry. Weak on both sides: a `Pace`
-# holds its parameters.
+# Parameter -> the `Pace` that scales its rate. Compared by identity, since tensors compare entry by entry; the
+# references are weak, since a `Pace` holds its parameters.
 _RUNNING: MutableMapping[nn.Parameter, weakref.ref[Pace]] = WeakIdKeyDictionary()
 
 
@@ -33,37 +32,36 @@ class Pace:
 
     The optimizer's parameter groups, and whatever a learning-rate scheduler does to them, stay as they are: only while
     ``optimizer.step()`` runs does the optimizer see groups with the scaled rates, without the tensors whose factor is
-    0. These are frozen in the full sense: no update, no weight decay, no change of moments, and their gradient is zero
-    before it reaches gradient clipping or other processes (``requires_grad`` is not touched, as DDP demands).
+    0. Those tensors get no update, no weight decay and no change of moments, and their gradient is zero before it
+    reaches gradient clipping or other processes (``requires_grad`` stays as it is, as DDP demands).
 
-    In a loop of one's own, with Accelerate::
+    With Accelerate::
 
         pace = Pace(model, optimizer, AutoRGN(), total_steps=epochs * len(loader))
         accelerator.register_for_checkpointing(pace)
         for epoch in range(epochs):
             pace.start_epoch(epoch, scoring_loader)
-            for batch in loader: ...  # as ever: backward, optimizer.step()
+            for batch in loader: ...  # as usual: backward, optimizer.step()
 
     Args:
         model: The model, prepared or not.
         optimizer: A torch optimizer, or Accelerate's wrapper of one.
-        schedule: See `schedules`.
+        schedule: See `methods`.
         penalty: Added to the gradients right before each step, after unscaling and clipping.
         total_steps: Optimizer steps of the whole run.
-        reset_moments: Forget the optimizer's state at the start of every epoch, as the paper's reference code does by
-            building a new Adam.
+        reset_moments: Forget the optimizer's state at the start of every epoch, as the paper's reference code does.
         num_batches: Batches to score on, at the start of each epoch.
-        blocks: How the network is cut, as for `anatomy_of`.
+        blocks: A block specification, as for `anatomy_of`.
         loss_fn: As for `score_blocks`.
         autocast: As for `score_blocks`.
 
     Raises:
         ConfigError: ``total_steps`` is below 1.
-        AdapterError: The optimizer is none of torch's (DeepSpeed's own), or does not hold the trained parameters.
+        AdapterError: The optimizer is not torch's (DeepSpeed's own), or does not hold the trained parameters.
 
     Attributes:
         step: Optimizer steps done; counted here, and may be set.
-        record: Epoch -> factors, of schedules that data drives.
+        record: Epoch -> tensor -> factor, for schedules that need scores.
     """
 
     def __init__(
@@ -95,31 +93,26 @@ class Pace:
                 "the optimizer holds none of the model's trained parameters: make it from the parameters with "
                 "requires_grad, after get_peft_model"
             )
-        if penalty is not None:
-            self._penalised = penalty.applies_to(self.tensors.values())
+        self._penalised = [] if penalty is None else penalty.applies_to(self.tensors.values())
         self.step, self.epoch = 0, 0
-        self._known: tuple[int, int, dict[str, float]] | None = None
-        self._begun: int | None = None  # the epoch whose moments were forgotten last, or need not be
+        self._known: tuple[int, int, dict[str, float]] | None = None  # step, epoch, factors
+        self._begun: int | None = None  # the epoch that has begun, with its moments reset
         self.record: dict[int, dict[str, float]] = {}
         self._groups: list[dict[str, Any]] | None = None
-        self._with_penalty: dict[nn.Parameter, tuple[int, int]] = {}  # gradients that have it
+        self._with_penalty: dict[nn.Parameter, tuple[int, int]] = {}  # gradients that hold the penalty: id, version
         self._parts: list[tuple[dict[str, Any], dict[str, Any]]] = []
         for parameter in self._name_of:
             other = _RUNNING.get(parameter)
             if other is not None and (left := other()) is not None:
-                left.close()  # of a run that was interrupted: its factors would be applied as well
+                left.close()  # left by an interrupted run: its factors would be applied as well
             _RUNNING[parameter] = weakref.ref(self)
         self._handles = [
             self.optimizer.register_step_pre_hook(self._before),
             self.optimizer.register_step_post_hook(self._after),
-            *(
-                t.parameter.register_hook(self._gate(name))
-                for name, t in self.tensors.items()
-                if t.parameter.requires_grad
-            ),
         ]
-
-    # --- where training is ---
+        for name, tensor in self.tensors.items():
+            if tensor.parameter.requires_grad:
+                self._handles.append(tensor.parameter.register_hook(functools.partial(self._gate, name)))
 
     @property
     def factors(self) -> dict[str, float]:
@@ -138,17 +131,17 @@ class Pace:
         return {name: found.get(name, 1.0) for name in self.tensors}
 
     def _current(self) -> dict[str, float]:
-        """`factors`, worked out once per step: each tensor's gate asks."""
+        """`factors`, computed once per step."""
         if self._known is None or self._known[:2] != (self.step, self.epoch):
             self._known = self.step, self.epoch, self.factors
         return self._known[2]
 
     def start_epoch(self, epoch: int, dataloader: Iterable[Any] | None = None) -> None:
-        """Begin an epoch: take new scores, unless this epoch has been begun before (and was resumed).
+        """Begin an epoch: take new scores, unless a resumed run has begun this epoch before.
 
         Args:
             epoch: From 0.
-            dataloader: Tuning data, as for `score_blocks`; its order and random numbers are not used up.
+            dataloader: Tuning data, as for `score_blocks`; its random generators are left as they were.
 
         Raises:
             ConfigError: The schedule needs data and none is given.
@@ -163,22 +156,15 @@ class Pace:
         if self.schedule is None or self.schedule.criterion is None:
             return
         if dataloader is None:
-            raise ConfigError(
-                f"{self.schedule} needs data at the start of an epoch: pace.start_epoch(epoch, dataloader)"
-            )
+            raise ConfigError(f"{self.schedule} needs data at the start of an epoch: start_epoch(epoch, dataloader)")
+        criterion, batches = self.schedule.criterion, self.num_batches
         scores = score_blocks(
-            self.model,
-            dataloader,
-            self.schedule.criterion,
-            self.num_batches,
-            self.loss_fn,
-            blocks=self.anatomy,
-            autocast=self.autocast,
+            self.model, dataloader, criterion, batches, self.loss_fn, blocks=self.anatomy, autocast=self.autocast
         )
         self.record[epoch] = dict(self.schedule.factors(Progress(self.step, self.total_steps, epoch), scores))
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs; plain numbers. For ``accelerator.register_for_checkpointing``."""
+        """What a resumed run needs, as plain numbers; for ``accelerator.register_for_checkpointing``."""
         record = {str(epoch): factors for epoch, factors in self.record.items()}
         return {"step": self.step, "epoch": self.epoch, "begun": self._begun, "record": record}
 
@@ -189,8 +175,8 @@ class Pace:
         self.record = {int(epoch): dict(factors) for epoch, factors in state["record"].items()}
 
     def close(self) -> None:
-        """Leave the optimizer and the parameters alone from now on."""
-        self._restore()  # of a step that raised
+        """Remove all hooks from the optimizer and the parameters."""
+        self._restore()  # in case a step raised
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -198,43 +184,34 @@ class Pace:
             if (running := _RUNNING.get(parameter)) is not None and running() is self:
                 del _RUNNING[parameter]
 
-    # --- hooks ---
-
-    def _gate(self, name: str) -> Any:
-        def gate(gradient: torch.Tensor) -> torch.Tensor | None:
-            return torch.zeros_like(gradient) if not is_looking() and self._current()[name] == 0.0 else None
-
-        return gate
+    def _gate(self, name: str, gradient: torch.Tensor) -> torch.Tensor | None:
+        return torch.zeros_like(gradient) if not is_looking() and self._current()[name] == 0.0 else None
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._restore()  # of a step that raised
+        self._restore()  # in case a step raised
         factors = self._current()
-        for tensor in self._penalised if self.penalty is not None else ():
+        for tensor in self._penalised:
             grad = tensor.parameter.grad
-            # Where a subclass's step calls its parent's, torch calls this for both; and a step that raised comes again.
+            # Torch calls this twice where a subclass's step calls its parent's, and a step that raised may be repeated.
             if grad is not None and self._with_penalty.get(tensor.parameter) != (id(grad), grad._version):
                 assert self.penalty is not None
                 grad += self.penalty.gradient(tensor).to(grad)
                 self._with_penalty[tensor.parameter] = id(grad), grad._version
         self._groups = optimizer.param_groups
-        self._parts = [
-            (group, {**group, "params": members, "lr": group["lr"] * factor})
-            for group in self._groups
-            for factor, members in self._by_factor(group["params"], factors).items()
-            if factor > 0
-        ]
+        self._parts = []
+        for group in self._groups:
+            by_factor: dict[float, list[Any]] = {}
+            for parameter in group["params"]:
+                name = self._name_of.get(parameter)
+                by_factor.setdefault(1.0 if name is None else factors[name], []).append(parameter)
+            for factor, members in by_factor.items():
+                if factor > 0:
+                    self._parts.append((group, {**group, "params": members, "lr": group["lr"] * factor}))
         optimizer.param_groups = [part for _, part in self._parts]
-
-    def _by_factor(self, parameters: Iterable[nn.Parameter], factors: Mapping[str, float]) -> dict[float, list[Any]]:
-        found: dict[float, list[Any]] = {}
-        for parameter in parameters:
-            name = self._name_of.get(parameter)
-            found.setdefault(1.0 if name is None else factors[name], []).append(parameter)
-        return found
 
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self._groups is None:
-            return  # of a subclass's step, after its parent's
+            return  # a subclass's step, after its parent's has called this
         self._restore()
         self._with_penalty.clear()
         self.step += 1
@@ -242,7 +219,7 @@ class Pace:
             self._keep(group, [part for whole, part in self._parts if whole is group])
 
     def _keep(self, group: dict[str, Any], parts: Sequence[dict[str, Any]]) -> None:
-        """Bring back what a step has counted in its groups, as schedule-free optimizers do."""
+        """Keep what an optimizer has written into its groups during a step, as schedule-free optimizers do."""
         for key in {key for part in parts for key in part} - {"params", "lr"}:
             values = [part.get(key) for part in parts]
             if all(value is group.get(key) for value in values):
@@ -259,26 +236,19 @@ class Pace:
             self.optimizer.param_groups = self._groups
             self._groups = None
 
-    # --- showing ---
-
     def plot(self, axes: Axes | None = None) -> Axes:
         """Mean factor of each block over the epochs, as the paper's Figure 6; needs matplotlib."""
-        return plot_record(self.record, self.anatomy, axes)
+        if axes is None:
+            from matplotlib.figure import Figure
 
-
-def plot_record(record: Mapping[int, Mapping[str, float]], anatomy: Anatomy, axes: Axes | None = None) -> Axes:
-    """Mean factor of each block by epoch, from `Pace.record`."""
-    if axes is None:
-        from matplotlib.figure import Figure
-
-        axes = Figure(figsize=(6, 3.5), layout="constrained").add_subplot()
-    means = {epoch: block_means(factors, anatomy) for epoch, factors in sorted(record.items())}
-    for block in anatomy.names:
-        if all(block in values for values in means.values()):
-            axes.plot([e + 1 for e in means], [values[block] for values in means.values()], marker=".", label=block)
-    axes.set(xlabel="epoch", ylabel="factor of the learning rate", ylim=(0, None))
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    return axes
+            axes = Figure(figsize=(6, 3.5), layout="constrained").add_subplot()
+        means = {epoch: block_means(factors, self.anatomy) for epoch, factors in sorted(self.record.items())}
+        for block in self.anatomy.names:
+            if all(block in values for values in means.values()):
+                axes.plot([e + 1 for e in means], [values[block] for values in means.values()], marker=".", label=block)
+        axes.set(xlabel="epoch", ylabel="factor of the learning rate", ylim=(0, None))
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        return axes
 
 
 def _torch_optimizer(optimizer: Any) -> Optimizer:
@@ -293,3 +263,11 @@ def _torch_optimizer(optimizer: Any) -> Optimizer:
             "LBFGS takes one parameter group, so tensors cannot have rates of their own: use another optimizer"
         )
     return inner
+
+
+def block_means(factors: Mapping[str, float], anatomy: Anatomy) -> dict[str, float]:
+    """Block -> mean factor of its tensors, as in the paper's Figure 6."""
+    members: dict[str, list[float]] = {block.name: [] for block in anatomy}
+    for name, factor in factors.items():
+        members[anatomy.block_of(name).name].append(factor)
+    return {block: sum(values) / len(values) for block, values in members.items() if values}

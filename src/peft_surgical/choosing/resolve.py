@@ -12,11 +12,9 @@ from torch import nn
 from ..blocks import Anatomy, parse
 from ..config import SurgicalConfig
 from ..errors import ConfigError
-from .criteria import CRITERIA, criterion_of
-from .forward import LossFunction
 from .gradients import collect
-from .scores import BlockScores
-from .tensors import anatomy_under, refuse_sharded, trained_tensors
+from .models import LossFunction, anatomy_under, refuse_sharded, trained_tensors
+from .scores import CRITERIA, BlockScores, criterion_of
 
 
 def score_blocks(
@@ -33,25 +31,26 @@ def score_blocks(
 ) -> BlockScores:
     """Score every block and tensor of a network on target data.
 
-    The model is left bit for bit as it was, with its gradients, modes, buffers and random number generators. Where
-    several processes run (`accelerate launch`), each brings the batches of its own loader and all get the same scores.
+    The model is left bit for bit as it was, with its gradients, modes, buffers and random number generators. Under
+    `accelerate launch` each process uses the batches of its own loader, and all get the same scores.
 
     Args:
-        model: A network, or a PeftModel, of which the trained tensors are scored with their current values.
-        dataloader: Yields (inputs, labels) or dicts (`datasets` with a collator), on any device.
-        criterion: ``rgn``, ``snr``, ``snr-reference`` or ``fisher``; see `criteria`.
+        model: A network, or a PeftModel, whose trained tensors are scored with their current values.
+        dataloader: Yields (inputs, labels) or dicts, on any device.
+        criterion: ``rgn``, ``snr``, ``snr-reference`` or ``fisher``; see `scores`.
         num_batches: Batches to use per process, 5 as in the paper; None for all.
         loss_fn: (what the model returns, labels or None) -> scalar mean over the batch. By default the model's own
             loss, or cross entropy of its logits.
-        blocks: How the network is cut, as for `anatomy_of`.
-        split: What the data is, for the record: ``"tuning"``, ``"validation"``, ``"test"``.
+        blocks: A block specification, as for `anatomy_of`.
+        split: The part of the data, for the record: ``"tuning"``, ``"validation"``, ``"test"``.
         autocast: Run the forward in this dtype (``torch.bfloat16``), as mixed-precision training would.
-        chunk_size: For criteria over inputs: how many per-input gradients are held at once. Default: 1 GiB of them.
+        chunk_size: Number of inputs whose gradients are held at once, for criteria over inputs. By default as many as
+            fit into 1 GiB.
 
     Raises:
         ConfigError: Unknown criterion, or ``num_batches`` below 1.
         DataError: No batch, no labels, or scores that are not finite.
-        AnatomyError: The blocks cannot be told and none are given.
+        AnatomyError: The blocks cannot be inferred and none are given.
         UnsupportedModelError: The parameters are sharded by FSDP.
     """
     row = criterion_of(criterion)
@@ -101,27 +100,27 @@ def resolve_target(
     budget: float | None = None,
     **how: Any,
 ) -> SurgicalConfig:
-    """Turn ``auto-rgn``, ``auto-snr`` or ``auto-fisher`` into the blocks that data chooses.
+    """Replace ``auto-rgn``, ``auto-snr`` or ``auto-fisher`` by the blocks that score best on data.
 
     ::
 
         config = resolve_target(SurgicalConfig(target="auto-rgn"), network, loader)
         model = get_peft_model(network, config)
-        config.selection  # who asked for what, the scores of all blocks, and how they came about
+        config.selection  # the target that was asked for, and the scores of all blocks
 
     Args:
-        config: With such a target. A config whose target names tensors already is returned as it is.
+        config: A config whose target needs no data is returned as it is.
         model: The network before get_peft_model.
         dataloader: Target data, as for `score_blocks`.
         num_blocks: Length of the contiguous run of blocks to tune; 1 unless a budget is given.
-        budget: Instead: the largest share of the parameters to tune, in (0, 1].
+        budget: Instead, the largest share of the parameters to tune, in (0, 1].
         **how: Passed to `score_blocks`.
 
     Returns:
-        A copy of the config with a concrete target and, in ``selection``, the record that is saved with the adapter.
+        A copy of the config with a concrete target; ``selection`` is saved with the adapter.
 
     Raises:
-        ConfigError: The target needs training runs to be decided, not scores.
+        ConfigError: The target is decided by training runs, not by scores.
     """
     spec = parse(config.target) if config.target is not None else None
     if spec is None or not spec.needs_data:
@@ -143,7 +142,7 @@ def resolve_target(
 
 
 def selection_record(asked: str, scores: BlockScores, **settings: Any) -> dict[str, Any]:
-    """What an adapter's config says about the choice of its blocks: plain JSON, per block and not per tensor."""
+    """The ``selection`` of an adapter's config: plain JSON, with the scores of blocks and not of tensors."""
     return {
         "asked": asked,
         "criterion": scores.criterion,

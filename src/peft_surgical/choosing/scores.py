@@ -1,14 +1,21 @@
-"""`BlockScores`: what a criterion says about each block and tensor, and the choices that follow from it."""
+"""The criteria by which data chooses what to tune, and `BlockScores`: the scores that one gives, and how to choose.
+
+A criterion is one function and one row of `CRITERIA`. From the gradients of the loss on target data it gives a score to
+a set of tensors (one tensor, or all of a block). A higher score means: tune this.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from ..errors import DataError
+import torch
+
+from ..errors import ConfigError, DataError
+from .gradients import GradientStatistics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,10 +31,10 @@ class BlockScores:
         block_scores: Block -> score, in the order in which data flows; blocks without a scored tensor are left out.
         tensor_scores: Tensor -> score, in the model's order.
         num_parameters: Block -> number of scored scalars.
-        num_samples: Inputs seen, over all processes.
-        num_batches: Minibatches seen, over all processes.
-        uses_labels: Whether labels had a say.
-        split: Which part of the data: ``tuning``, ``validation``, ``test``, ... as the caller named it.
+        num_samples: Inputs that were used, over all processes.
+        num_batches: Minibatches that were used, over all processes.
+        uses_labels: Whether the batches held labels.
+        split: The part of the data, as the caller named it: ``tuning``, ``validation``, ``test``, ...
     """
 
     criterion: str
@@ -59,22 +66,13 @@ class BlockScores:
         return self.block_scores[block]
 
     @property
-    def uses_test_data(self) -> bool:
-        """Whether test data had a say: what is chosen by such scores must be reported as an oracle's choice."""
-        return self.split == "test"
-
-    @property
     def shares(self) -> dict[str, float]:
         """Block -> share of the scored parameters, fractions that add up to 1."""
         total = sum(self.num_parameters.values())
         return {name: count / total for name, count in self.num_parameters.items()}
 
     def top(self, k: int) -> tuple[str, ...]:
-        """The ``k`` blocks with the highest scores, best first; of equals the one nearer to the input.
-
-        Raises:
-            DataError: ``k`` is not within 1 and the number of blocks.
-        """
+        """The ``k`` blocks with the highest scores, best first; of equal ones the one nearer to the input."""
         self._check(k)
         return tuple(sorted(self.block_scores, key=lambda name: -self.block_scores[name])[:k])
 
@@ -83,8 +81,8 @@ class BlockScores:
 
         Args:
             k: Number of blocks. Runs are compared by their mean score.
-            budget: Instead of ``k``: the largest share of the parameters, in (0, 1]. Among all runs within it, the
-                one with the highest sum of scores.
+            budget: Instead of ``k``, the largest share of the parameters, in (0, 1]. The run with the highest sum of
+                scores within it is chosen.
 
         Raises:
             DataError: Both or neither are given, ``k`` is out of range, or no block fits into the budget.
@@ -109,8 +107,6 @@ class BlockScores:
         if not 1 <= k <= len(self.block_scores):
             raise DataError(f"k={k}: choose 1 to {len(self.block_scores)}, the number of scored blocks")
 
-    # --- showing ---
-
     def __str__(self) -> str:
         width = max(map(len, self.block_scores))
         largest = max(self.block_scores.values()) or 1.0
@@ -121,22 +117,16 @@ class BlockScores:
         """For ``rich.print(scores)``."""
         from rich.table import Table
 
-        table = Table(
-            "block",
-            "score",
-            "of the largest",
-            "parameters",
-            title=f"{self.criterion}",
-            caption=f"{self.num_samples} {self.split} inputs in {self.num_batches} batches, "
-            f"labels {'used' if self.uses_labels else 'not used'}",
-        )
+        labels = "used" if self.uses_labels else "not used"
+        caption = f"{self.num_samples} {self.split} inputs in {self.num_batches} batches, labels {labels}"
+        table = Table("block", "score", "of the largest", "parameters", title=self.criterion, caption=caption)
         largest = max(self.block_scores.values()) or 1.0
         for name, score in self:
             table.add_row(name, f"{score:.4g}", f"{score / largest:.1%}", f"{self.shares[name]:.1%}")
         return table
 
     def plot(self, axes: Axes | None = None) -> Axes:
-        """Bars of the blocks' scores; needs matplotlib. Returns the axes, for titles and ``axes.figure.savefig``."""
+        """Bars of the blocks' scores, with matplotlib; ``scores.plot().figure.savefig("scores.png")`` keeps them."""
         if axes is None:
             from matplotlib.figure import Figure
 
@@ -146,18 +136,16 @@ class BlockScores:
         axes.set_ylabel(f"{self.criterion} ({self.num_samples} inputs)")
         return axes
 
-    # --- storing ---
-
     def to_json(self) -> str:
         """JSON text that :meth:`from_json` turns back into equal scores."""
         return json.dumps(asdict(self), indent=2, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> BlockScores:
-        """Read what :meth:`to_json` wrote.
+        """The scores that :meth:`to_json` wrote.
 
         Raises:
-            DataError: The text is not that.
+            DataError: The text was not written by it.
         """
         try:
             content: dict[str, Any] = json.loads(text)
@@ -165,3 +153,93 @@ class BlockScores:
         except (ValueError, TypeError) as error:
             expected = ", ".join(entry.name for entry in fields(cls))
             raise DataError(f"not the JSON of block scores ({error}): expected {expected}") from error
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """One row of the registry.
+
+    Attributes:
+        name: As users write it; ``auto-<name>`` is the target that it resolves.
+        score: (statistics, names of tensors) -> their common score, finite and not negative.
+        unit: What one gradient is taken over. Scores over inputs do not depend on how they are batched.
+        relative: Whether it divides by the weights, so that it is undefined for a tensor that is all zero (a new
+            head's bias): such a tensor gets the score of its block.
+    """
+
+    name: str
+    score: Callable[[GradientStatistics, Sequence[str]], float]
+    unit: Literal["batch", "input"]
+    relative: bool = False
+
+
+def rgn(statistics: GradientStatistics, names: Sequence[str]) -> float:
+    """Relative gradient norm (paper, eq. 3): norm of the gradient over norm of the weights, mean over minibatches.
+
+    Norms are taken over the entries of all the tensors together. Weights that are all zero count as 0.
+    """
+    columns = [statistics.names.index(name) for name in names]
+    gradients = statistics.squares[:, columns].sum(1).sqrt().mean()
+    weights = math.sqrt(sum(float(statistics.weights[name].double().square().sum()) for name in names))
+    return float(gradients) / weights if weights > 0 else 0.0
+
+
+def snr(statistics: GradientStatistics, names: Sequence[str]) -> float:
+    """Signal to noise (paper, eq. 4; Mahsereci et al. 2017): mean over entries of squared mean over variance.
+
+    Mean and variance are those of the entry's gradient over inputs. An entry whose gradient has no variance (that of a
+    dead unit is always zero) counts as 0.
+    """
+    if statistics.units < 2:
+        raise ConfigError("snr needs at least 2 inputs: a variance over inputs has no meaning for one")
+    total, entries = 0.0, 0
+    for name in names:
+        variance = statistics.variance(name).double()
+        ratio = torch.where(variance > 0, statistics.mean[name].double().square() / variance, 0.0)
+        total, entries = total + float(ratio.sum()), entries + ratio.numel()
+    return total / entries
+
+
+def snr_reference(statistics: GradientStatistics, names: Sequence[str]) -> float:
+    """What the paper's reference code computes as SNR: mean and variance along the first axis of the mean gradient.
+
+    It uses no variance over inputs, so it is another quantity than eq. 4. Tensors whose first axis has one entry count
+    as 0; several tensors are averaged, weighted by their numbers of columns.
+    """
+    total, entries = 0.0, 0
+    for name in names:
+        gradient = statistics.mean[name].double()
+        columns = gradient.reshape(len(gradient), -1) if gradient.ndim else gradient.reshape(1, 1)
+        entries += columns.shape[1]
+        if len(columns) > 1:
+            variance = columns.var(0)
+            total += float(torch.where(variance > 0, columns.mean(0).square() / variance, 0.0).sum())
+    return total / entries
+
+
+def fisher(statistics: GradientStatistics, names: Sequence[str]) -> float:
+    """Empirical Fisher information (Kirkpatrick et al. 2017): mean over inputs and entries of the squared gradient."""
+    columns = [statistics.names.index(name) for name in names]
+    return float(statistics.squares[:, columns].sum(1).mean()) / sum(statistics.weights[name].numel() for name in names)
+
+
+CRITERIA: dict[str, Criterion] = {
+    row.name: row
+    for row in (
+        Criterion("rgn", rgn, "batch", relative=True),
+        Criterion("snr", snr, "input"),
+        Criterion("snr-reference", snr_reference, "batch"),
+        Criterion("fisher", fisher, "input"),
+    )
+}
+
+
+def criterion_of(name: str) -> Criterion:
+    """The row of a criterion.
+
+    Raises:
+        ConfigError: No criterion has this name.
+    """
+    if name not in CRITERIA:
+        raise ConfigError(f"criterion={name!r}: choose one of {', '.join(CRITERIA)}")
+    return CRITERIA[name]

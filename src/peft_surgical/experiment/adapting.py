@@ -20,7 +20,7 @@ from ..adaptation.streams import STREAM_OPTIMIZERS, Record
 from ..adaptation.views import AugMix
 from ..bases.load import Base, load_base
 from ..blocks import parse
-from ..choosing.forward import logits_of
+from ..choosing.models import logits_of
 from ..config import SurgicalConfig
 from ..data.incoming import Incoming
 from ..errors import AdapterError, ConfigError, DataError

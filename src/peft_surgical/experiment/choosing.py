@@ -12,19 +12,18 @@ from ..choosing.resolve import selection_record
 from ..choosing.scores import BlockScores
 from ..errors import ConfigError, RowsFailedError
 from ..training.engines import Workers
-from ..training.grid import SELECTION_SEED, Cell, best_of
 from ..training.ledger import Run
 from ..training.search import (
-    AUTO_KEEP,
     AUTO_RUNGS,
-    KEEP,
     RUNGS,
+    SELECTION_SEED,
     Candidate,
     SearchResult,
+    auto,
+    best_of,
     candidates_of,
     cross_val,
     greedy,
-    nominated,
     race,
 )
 from .experiment import Experiment
@@ -144,15 +143,15 @@ def search(experiment: Experiment, name: str, seed: int) -> tuple[SearchResult, 
     candidates = candidates_of(experiment.anatomy, experiment.lrs, experiment.head_lrs, nothing=not new)
     if name == "cross-val":
         return cross_val(candidates, experiment.train, experiment.ledger, settings, experiment.run), None
-    scores = experiment.scores("rgn", seed) if name == "auto" else None
-    if scores is not None:
-        candidates = nominated(candidates, scores.block_scores)
-    # While a new head trains alone all candidates are the same; and a short run has fewer whole epochs to look after.
+    # While a new head trains alone all candidates are the same; and a short run has fewer whole epochs to stop after.
     begun, epochs = SHARE if new else 0.0, experiment.fitting.epochs
-    shares, keep = (RUNGS, KEEP) if scores is None else (AUTO_RUNGS, AUTO_KEEP)
+    shares = AUTO_RUNGS if name == "auto" else RUNGS
     rungs = sorted({max(1, round((begun + (1 - begun) * share) * epochs)) / epochs for share in shares})
-    found = race(candidates, experiment.train, experiment.ledger, settings, experiment.run, rungs=rungs, keep=keep)
-    return found, scores
+    if name == "race":
+        return race(candidates, experiment.train, experiment.ledger, settings, experiment.run, rungs=rungs), None
+    scores = experiment.scores("rgn", seed)
+    given = experiment.train, experiment.ledger, settings, experiment.run
+    return auto(candidates, scores.block_scores, *given, rungs=rungs), scores
 
 
 def compare(experiment: Experiment, methods: Sequence[str], seeds: Sequence[int]) -> dict[str, list[Run]]:
@@ -174,20 +173,18 @@ def compare(experiment: Experiment, methods: Sequence[str], seeds: Sequence[int]
     if len(set(seeds)) != len(seeds) or not seeds:
         raise ConfigError(f"seeds={list(seeds)}: give each seed once, and at least one")
     methods = list(dict.fromkeys(methods))
-    plain = [name for name in methods if name not in SEARCHES]
-    cells = {name: Cell({**experiment.shared, "method": name}, experiment.rates(name), tuple(seeds)) for name in plain}
+    rates = {name: experiment.rates(name) for name in methods if name not in SEARCHES}
 
     def run(keys: list[dict[str, Any]]) -> list[Run]:
         return experiment.run(experiment.train, keys, experiment.ledger)
 
     def tried(name: str) -> list[dict[str, Any]]:
         """The runs that choose a row's learning rate."""
-        rates = cells[name].candidates
-        return [experiment.key(name, lr, SELECTION_SEED) for lr in rates] if len(rates) > 1 else []
+        return [experiment.key(name, lr, SELECTION_SEED) for lr in rates[name]] if len(rates[name]) > 1 else []
 
     def reported(name: str, done: Sequence[Run]) -> list[dict[str, Any]]:
         runs = [one for one in done if one.key["method"] == name]
-        lr = best_of(runs).key["lr"] if runs else cells[name].candidates[0]
+        lr = best_of(runs).key["lr"] if runs else rates[name][0]
         return [experiment.key(name, lr, seed) for seed in seeds]
 
     def plain_rows(names: Sequence[str]) -> dict[str, list[Run]]:
@@ -201,7 +198,7 @@ def compare(experiment: Experiment, methods: Sequence[str], seeds: Sequence[int]
         return found
 
     def rows(names: Sequence[str]) -> dict[str, list[Run]]:
-        found = plain_rows([name for name in names if name in cells])
+        found = plain_rows([name for name in names if name in rates])
         for name in names:
             if name in SEARCHES:
                 found[name] = [_as_run(_searched(experiment, name, seed)) for seed in seeds]

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -37,9 +38,8 @@ from ..files import fingerprint
 from ..training.engines import Engine, Workers
 from ..training.fitting import FitSettings, fit, forget_checkpoints
 from ..training.ledger import Ledger, Run
-from ..training.processes import told
 from ..training.search import NONE
-from ..training.watch import DivergedError, Epochs, Watch, file_name, logging_to
+from ..training.trainer import DivergedError, Epochs, Watch, file_name, logging_to
 from .requests import Score, Test, Train, key_of, request_of
 from .subject import Subject
 
@@ -223,7 +223,8 @@ class Experiment(Subject):
         if run.method == NONE:
             model = self.base(seed).model
         else:
-            if told(first and not self.adapter(key).is_dir()):  # of an experiment that was over, and tidied up
+            (missing,) = broadcast_object_list([first and not self.adapter(key).is_dir()])
+            if missing:  # the experiment was over, and tidied up
                 self.train(key)
             _, zero, _ = self.prepared(run.method)
             model = self.load(self.adapter(key), self.base(seed, zero).model) if first else nn.Identity()

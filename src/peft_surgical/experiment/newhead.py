@@ -14,8 +14,7 @@ from typing import Any
 from torch import nn
 
 from ..blocks import Anatomy
-from ..choosing.methods import Method
-from ..choosing.schedules import HeadFirst, Progress, Schedule
+from ..choosing.methods import HeadFirst, Method, Progress, Schedule
 from ..choosing.scores import BlockScores
 
 SHARE = 1 / 3

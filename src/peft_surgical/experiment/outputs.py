@@ -23,9 +23,8 @@ from ..errors import DataError, reason_of
 from ..evaluation import Measurement, Report, TextTable, accuracy, measure, wilson_interval
 from ..extras import require
 from ..keys import FIGURE, REPORT
-from ..training.grid import SELECTION_SEED
 from ..training.ledger import Run
-from ..training.search import NONE, Candidate
+from ..training.search import NONE, SELECTION_SEED, Candidate
 from ..tuner.saving import write_card
 from .choosing import Choice
 from .experiment import Experiment

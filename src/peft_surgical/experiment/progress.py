@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from ..errors import SurgicalError, reason_of
 from ..training.search import NONE
-from ..training.watch import Watch
+from ..training.trainer import Watch
 from .requests import Request, Test, Train
 
 

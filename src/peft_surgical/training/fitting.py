@@ -1,8 +1,8 @@
 """One run of one method: `fit` trains with `transformers.Trainer` and returns the model at its best epoch.
 
-Trainer is the loop; this module only says what a run of this project is, once, for the command line, the searches and
-the recipes: the optimizer's parameters, the choice of the epoch by validation accuracy, what a run costs, and how one
-is stopped and continued.
+Trainer is the loop. This module decides what a run is, for the command line, the searches and the recipes: the
+optimizer's parameters, the choice of the epoch by validation accuracy, the cost of a run, and how it is stopped and
+continued.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -20,33 +21,32 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import extract_model_from_parallel
+from accelerate.utils import broadcast_object_list, extract_model_from_parallel
 from peft import get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 from transformers import TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import PrinterCallback, TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..choosing.callback import RECORD, SurgicalCallback
 from ..choosing.methods import Method, method_of
-from ..choosing.tensors import anatomy_under
+from ..choosing.models import anatomy_under
 from ..config import SurgicalConfig
 from ..errors import ConfigError
-from .checkpoints import Mark, drop_scratch, last_checkpoint, log_of
-from .checkpoints import forget_checkpoints as forget_checkpoints
-from .processes import SameStatistics, check_launch, check_sharding, settle, told
-from .trainer import ClassifierTrainer as ClassifierTrainer
-from .trainer import StopAt
-from .watch import SELECTED_BY as SELECTED_BY
+from .engines import check_launch, check_sharding
+from .trainer import SELECTED_BY, ClassifierTrainer, Mark, SameStatistics, StopAt, last_checkpoint, settle
+from .trainer import forget_checkpoints as forget_checkpoints
 
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
-    "sgd": lambda parameters, **how: torch.optim.SGD(parameters, momentum=0.9, **how),
+OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+    "adam": (torch.optim.Adam, {}),
+    "adamw": (torch.optim.AdamW, {}),
+    "sgd": (torch.optim.SGD, {"momentum": 0.9}),
 }
-
+"""Name of an optimizer -> its class and arguments."""
 FORWARD_SHARE = 1 / 3
-"""Cost of a forward pass as a share of a training step, which runs forward once and backward twice its work."""
+"""Cost of a forward pass as a share of a training step, whose backward pass is twice the work."""
 
 
 @dataclass(frozen=True)
@@ -56,15 +56,15 @@ class FitSettings:
     Attributes:
         lr: Learning rate.
         epochs: Length of the run, in passes over the tuning images.
-        batch_size: Per process.
+        batch_size: Images per batch and process.
         optimizer: ``adam`` (the paper's for CIFAR-10-C), ``adamw`` or ``sgd`` (momentum 0.9).
-        weight_decay: Acts on the deltas, so it pulls towards the pretrained weights; see `penalties` for the paper's.
+        weight_decay: Acts on the deltas, so it pulls towards the pretrained weights; `Penalty` offers the paper's.
         lr_scheduler: A name that Trainer knows: ``constant``, ``cosine``, ...
-        seed: Of the order of the images, of new heads, and of dropout.
-        precision: None, ``bf16`` or ``fp16``.
+        seed: Determines the order of the images, a new head's weights, and dropout.
+        precision: None (float32), ``bf16`` or ``fp16``.
         max_grad_norm: 0 for no clipping, as in the paper.
         accumulation: Batches per optimizer step.
-        use_cpu: Leave an accelerator alone.
+        use_cpu: Whether to train on the CPU where there is an accelerator.
     """
 
     lr: float
@@ -93,18 +93,17 @@ class FitSettings:
 
 @dataclass(frozen=True)
 class Fitted:
-    """What a run gave.
+    """The result of a run.
 
     Attributes:
-        model: The PeftModel at its best epoch. None where the run was asked to stop at an epoch that its checkpoints
-            are past: what the epochs up to there gave is known from them, their weights are not.
-        curve: Validation accuracy (or what `fit` was told to choose by), a fraction, at the end of each epoch.
+        model: The PeftModel at its best epoch. None where ``stop_epoch`` is before the last checkpoint: the metrics of
+            the epochs up to it are known from there, their weights are not.
+        curve: At the end of each epoch, the validation accuracy (or the ``metric`` given to `fit`), a fraction.
         losses: Cross entropy of the validation images at the same points; the largest float where it is not finite.
-        best_epoch: The epoch, from 1, whose model this is: of equal accuracies the first.
-        cost: In training steps of this batch size on one process, counted from the beginning of the run: optimizer
-            steps x batches per step, batches that were scored, and forward passes over the validation images as a
-            third each.
-        record: Epoch -> factor of each tensor's rate, of schedules that data drives.
+        best_epoch: The epoch, from 1, of the model: the first of those with the best value.
+        cost: Training steps of this batch size on one process since the beginning of the run: optimizer steps x batches
+            per step, batches that were scored, and forward passes over the validation images as a third each.
+        record: Epoch -> factor of each tensor's rate, for schedules that need scores.
     """
 
     model: nn.Module | None
@@ -116,7 +115,7 @@ class Fitted:
 
     @property
     def validation(self) -> float:
-        """The curve at its best point."""
+        """The best value of the curve."""
         return max(self.curve)
 
 
@@ -139,32 +138,31 @@ def fit(
 ) -> Fitted:
     """Train one adapter and choose its epoch by validation accuracy, or by another metric.
 
-    Under `accelerate launch` all processes train it together and return the same model, bit for bit; see
-    docs/accelerate.md.
+    Under `accelerate launch` (docs/accelerate.md) all processes train it and return the same model, bit for bit.
 
     Args:
-        network: A fresh base; it is changed.
+        network: The base, which is changed.
         method: A row of `methods.METHODS`, or a target such as ``block1``.
-        tuning: Map-style, of dicts with ``pixel_values`` (and what else the network's forward names) and ``labels``.
+        tuning: Map-style dataset of dicts with ``pixel_values`` (and other arguments of the forward) and ``labels``.
         validation: The same; chooses the epoch.
         settings: How to train.
         options: The method's own settings, such as ``{"threshold": 0.2}``.
         config: Further fields of the `SurgicalConfig`: ``norm_stats``, ``delta_dtype``, ``blocks``, ...
-        folder: Where checkpoints lie, for all processes the same; a run that was stopped or killed goes on from there,
-            and ends as if it had not been. Without one the run leaves nothing behind.
-        stop_epoch: Stop after so many epochs of the run, so that it can go on later. Needs a folder. Where the folder
-            holds more epochs already, nothing is trained, and what the first of them gave is read from there.
+        folder: For checkpoints, the same in all processes; a run that was stopped or killed continues from there and
+            ends as if it had not been. By default a temporary folder.
+        stop_epoch: Stop after this epoch of the run, which can be continued later; needs a folder. If the folder holds
+            more epochs already, nothing is trained, and the metrics up to this epoch are read from it.
         collate: Makes a batch of rows; by default Trainer's own.
-        callbacks: Further ones.
-        metric: Logits (n, classes) and labels (n,) of the validation images, in their order -> what chooses the epoch,
-            the larger the better. None is accuracy. Logits may hold NaN.
-        arguments: Further fields of `TrainingArguments` that change how a run is carried out, not what comes of it:
-            ``report_to``, ``dataloader_num_workers``, ``logging_strategy``, ...
+        callbacks: Further callbacks of Trainer.
+        metric: Logits (n, classes), which may hold NaN, and labels (n,) of the validation images, in their order ->
+            the value that chooses the epoch, the larger the better. None is accuracy.
+        arguments: Further fields of `TrainingArguments` that do not change the outcome of a run: ``report_to``,
+            ``dataloader_num_workers``, ``logging_strategy``, ...
         progress: Show Trainer's progress bar.
 
     Raises:
         ConfigError: Unknown method, option or setting, ``stop_epoch`` without a folder; a launch or a checkpoint that
-            does not go with this run.
+            does not fit this run.
     """
     row = method_of(method) if isinstance(method, str) else method
     if stop_epoch is not None and folder is None:
@@ -203,6 +201,7 @@ def fit(
             "greater_is_better": True,
             "label_names": ["labels"],
             "remove_unused_columns": False,
+            "weight_decay": settings.weight_decay,
             "seed": settings.seed,
             "use_cpu": settings.use_cpu,
         }
@@ -210,42 +209,40 @@ def fit(
             raise ConfigError(f"arguments={clash}: what a run is, `fit` and FitSettings say; leave these out")
         usual = {"report_to": "none", "logging_strategy": "no", "log_level": "error", "dataloader_pin_memory": False}
         usual |= {"per_device_eval_batch_size": 500, "disable_tqdm": not progress}
-        trainer_arguments = TrainingArguments(**decided, **{**usual, **(arguments or {})})
+        trainer_arguments = _OneDevice(**decided, **{**usual, **(arguments or {})})
         check_launch(trainer_arguments, settings.precision)
         world = trainer_arguments.world_size
-        # One process is one device: where it sees several GPUs, Trainer would spread its batches over nn.DataParallel.
-        trainer_arguments._n_gpu = min(trainer_arguments.n_gpu, 1)
-        # Accelerate fills the batches of all processes up, however few images there are.
+        # Accelerate pads the batches of all processes to full ones, however few images there are.
         share = -(-len(validation) // world)  # type: ignore[arg-type]
         trainer_arguments.per_device_eval_batch_size = min(trainer_arguments.per_device_eval_batch_size, share)
-        last, done = (None, 0) if folder is None else told(last_checkpoint(folder, world))
+        ((last, done),) = broadcast_object_list([(None, 0) if folder is None else last_checkpoint(folder, world)])
         batches = -(-len(tuning) // (settings.batch_size * world))  # type: ignore[arg-type]
 
         def outcome(trained: nn.Module | None, history: Sequence[Mapping[str, Any]], epochs: int | None) -> Fitted:
             points = [entry for entry in history if f"eval_{SELECTED_BY}" in entry][:epochs]
-            record = {entry["epoch"]: entry[RECORD] for entry in history if RECORD in entry}
-            record = {epoch: factors for epoch, factors in record.items() if epoch < len(points)}
-            curve = tuple(point[f"eval_{SELECTED_BY}"] for point in points)
+            record = {one["epoch"]: one[RECORD] for one in history if RECORD in one and one["epoch"] < len(points)}
+            curve, losses = (tuple(point[f"eval_{name}"] for point in points) for name in (SELECTED_BY, "loss"))
             scored = len(record) * min(surgical.num_batches, batches) * world
             forwards = len(points) * len(validation) / settings.batch_size  # type: ignore[arg-type]
             return Fitted(
                 model=trained,
                 curve=curve,
-                losses=tuple(_finite(point["eval_loss"]) for point in points),
+                losses=tuple(loss if math.isfinite(loss) else sys.float_info.max for loss in losses),
                 best_epoch=1 + curve.index(max(curve)),
                 cost=points[-1]["step"] * settings.accumulation * world + scored + FORWARD_SHARE * forwards,
                 record=record,
             )
 
         if last is not None and stop_epoch is not None and done > stop_epoch:
-            return outcome(None, told(log_of(last)), stop_epoch)
+            state = TrainerState.load_from_json(str(Path(last, TRAINER_STATE_NAME)))
+            return outcome(None, broadcast_object_list([state.log_history])[0], stop_epoch)
         if stop_epoch is not None and done == stop_epoch:
-            # Trainer always begins the next epoch of a run that has one; what is finished is only to be read.
-            trainer_arguments.num_train_epochs = done
+            trainer_arguments.num_train_epochs = done  # or else Trainer would begin the next epoch
         if folder is not None and trainer_arguments.should_save:
-            drop_scratch(folder)
+            for scratch in Path(folder).glob(f".{PREFIX_CHECKPOINT_DIR}-*"):  # left by a killed process
+                shutil.rmtree(scratch, ignore_errors=True)
         names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-        make = OPTIMIZERS[row.optimizer or settings.optimizer]
+        optimizer, how = OPTIMIZERS[row.optimizer or settings.optimizer]
         trainer = ClassifierTrainer(
             model=model,
             args=trainer_arguments,
@@ -253,14 +250,9 @@ def fit(
             eval_dataset=validation,
             data_collator=collate,
             compute_metrics=functools.partial(_evaluated, metric=metric),
-            # Trainer's own parameter groups would spare biases and norms from weight decay.
-            optimizer_of=lambda: make(
-                [parameter for parameter in model.parameters() if parameter.requires_grad],
-                lr=settings.lr,
-                weight_decay=settings.weight_decay,
-            ),
+            optimizer_cls_and_kwargs=(optimizer, {"lr": settings.lr, **how}),
             callbacks=[
-                *([surgical] if paced else []),  # DeepSpeed's optimizers can do without a pace only
+                *([surgical] if paced else []),  # which DeepSpeed's optimizers do not work with
                 *([] if stop_epoch is None else [StopAt(stop_epoch)]),
                 *([] if folder is None else [Mark()]),
                 SameStatistics(),
@@ -272,43 +264,37 @@ def fit(
         trainer.train(resume_from_checkpoint=last)
         settle(whole, trainer.model, names)
         # With mixed precision, Accelerate has replaced the forward by one that casts.
-        return outcome(
-            extract_model_from_parallel(whole, keep_fp32_wrapper=False), trainer.state.log_history, epochs=None
-        )
+        return outcome(extract_model_from_parallel(whole, keep_fp32_wrapper=False), trainer.state.log_history, None)
 
 
-def _finite(loss: float) -> float:
-    return loss if math.isfinite(loss) else sys.float_info.max
+class _OneDevice(TrainingArguments):
+    """One process uses one device: where it sees several GPUs, Trainer would spread its batches over them."""
+
+    @property
+    def n_gpu(self) -> int:
+        """See TrainingArguments."""
+        return min(super().n_gpu, 1)
 
 
 def balanced(dataset: Dataset[Any], seed: int) -> Dataset[Any]:
-    """As many images of every class as the rarest has, drawn with a seed, in the order of the data."""
+    """As many images of every class as the rarest one has, drawn with a seed, in the order of the data."""
     labels = getattr(dataset, "labels", None)
     if labels is None:
         labels = [dataset[i]["labels"] for i in range(len(dataset))]  # type: ignore[arg-type]
     labels = torch.as_tensor(labels)
     generator = torch.Generator().manual_seed(seed)
-    classes = labels.unique()
-    count = min(int((labels == c).sum()) for c in classes)
-    rows = [torch.nonzero(labels == c).flatten() for c in classes]
+    rows = [torch.nonzero(labels == c).flatten() for c in labels.unique()]
+    count = min(map(len, rows))
     chosen = [found[torch.randperm(len(found), generator=generator)[:count]] for found in rows]
     return Subset(dataset, torch.cat(chosen).sort().values.tolist())
 
 
 def _evaluated(predicted: Any, metric: Callable[[Tensor, Tensor], float] | None = None) -> dict[str, float]:
-    """`_metrics`, and the loss of every image once: Trainer's own counts those that fill up the last batch."""
-    logits, labels = _logits_and_labels(predicted)
-    return {**_metrics(predicted, metric), "loss": F.cross_entropy(logits.double(), labels).item()}
-
-
-def _metrics(predicted: Any, metric: Callable[[Tensor, Tensor], float] | None = None) -> dict[str, float]:
-    logits, labels = _logits_and_labels(predicted)
-    # NaN is wrong rather than an error: an epoch that diverged loses to those before it, and a candidate to the others.
+    """The metrics that Trainer logs; its own loss would count the images that pad the last batch twice."""
+    given = predicted.predictions[0] if isinstance(predicted.predictions, tuple) else predicted.predictions
+    logits, labels = torch.from_numpy(given), torch.from_numpy(predicted.label_ids)
+    # NaN counts as wrong, so that an epoch or a candidate that diverged loses to the others.
     right = (logits.argmax(1) == labels) & ~logits.isnan().any(1)
     accuracy = int(right.sum()) / len(labels)
-    return {"accuracy": accuracy, SELECTED_BY: accuracy if metric is None else metric(logits, labels)}
-
-
-def _logits_and_labels(predicted: Any) -> tuple[Tensor, Tensor]:
-    logits = predicted.predictions[0] if isinstance(predicted.predictions, tuple) else predicted.predictions
-    return torch.from_numpy(logits), torch.from_numpy(predicted.label_ids)
+    selected = accuracy if metric is None else metric(logits, labels)
+    return {"accuracy": accuracy, SELECTED_BY: selected, "loss": F.cross_entropy(logits.double(), labels).item()}

@@ -1,8 +1,8 @@
 """A ledger of finished runs, for work that is killed, resumed and shared by processes.
 
-One JSON object per line. A run is looked up by its key, the dict of settings that determine it; what it gave is its
-result. Appending is one ``write`` under a lock, so that a line is whole, or torn at the very end of the file; a torn
-last line (a kill in the middle of the write) is passed over when reading and cut off by the next append.
+One JSON object per line: the key of a run, which is the dict of settings that determine it, and its result. Appending
+is one ``write`` under a lock, so that a line is whole, or torn at the very end of the file; a torn last line (from a
+kill in the middle of the write) is ignored when reading and cut off by the next append.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ except ImportError:  # Windows: there, one process per ledger
 
 @dataclass(frozen=True)
 class Run:
-    """One finished run: the settings that determine it and what it gave, both plain JSON."""
+    """One finished run: the settings that determine it and its result, both plain JSON."""
 
     key: dict[str, Any]
     result: dict[str, Any]
 
 
 def canonical(key: Mapping[str, Any]) -> str:
-    """The text by which keys are compared: equal settings in whatever order are one key.
+    """The text by which keys are compared, independent of the order of the settings.
 
     Raises:
-        DataError: If a value is no plain JSON.
+        DataError: A value is not plain JSON.
     """
     try:
         return json.dumps(key, sort_keys=True, allow_nan=False)
@@ -69,26 +69,22 @@ class Ledger:
         """The runs whose key agrees with all of these settings, in the order in which they were first added.
 
         Raises:
-            DataError: If the file holds a line that no append wrote.
+            DataError: The file holds a line that is not a run.
         """
         missing = object()
         return [run for run in self._read().values() if all(run.key.get(k, missing) == v for k, v in settings.items())]
 
     def find(self, key: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The result of the run with exactly this key, or None. Of several, the last one added counts.
+        """The result that was last added for exactly this key, or None.
 
         Raises:
-            DataError: If the key is not plain JSON, or the file holds a line that no append wrote.
+            DataError: The key is not plain JSON, or the file holds a line that is not a run.
         """
         run = self._read().get(canonical(key))
         return None if run is None else run.result
 
     def run(self, key: Mapping[str, Any], train: Callable[[dict[str, Any]], Mapping[str, Any]]) -> Run:
-        """The run with exactly this key: the finished one, or else what ``train(key)`` returns, appended.
-
-        Raises:
-            DataError: As :meth:`find` and :meth:`append`.
-        """
+        """The finished run with exactly this key, or else that of ``train(key)``, which is appended."""
         result = self.find(key)
         if result is None:
             result = dict(train(dict(key)))
@@ -99,7 +95,7 @@ class Ledger:
         """Add one run. On return it is on disk.
 
         Raises:
-            DataError: If key or result are not plain JSON (NaN is not).
+            DataError: Key or result are not plain JSON (NaN is not).
         """
         line = f'{{"key": {canonical(key)}, "result": {canonical(result)}}}\n'.encode()
         self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -117,7 +113,7 @@ class Ledger:
             )
 
     def _read(self) -> dict[str, Run]:
-        # The whole file, every time: a ledger has some thousand lines, and a cache could miss what others do to it.
+        # The whole file, every time: a ledger has some thousand lines, and other processes append to it.
         content = self.file.read_bytes() if self.file.exists() else b""
         runs: dict[str, Run] = {}
         for line in content[: content.rfind(b"\n") + 1].splitlines():  # the rest is torn, or just being written
@@ -144,7 +140,7 @@ def _locked(descriptor: int) -> Iterator[None]:
 
 
 def _cut_torn_line(descriptor: int) -> None:
-    """Drop what a killed process left after the last line end; under the lock nobody else can be writing it."""
+    """Drop what a killed process left after the last line end; only under the lock."""
     end = size = os.lseek(descriptor, 0, os.SEEK_END)
     while end > 0:
         start = max(0, end - 4096)

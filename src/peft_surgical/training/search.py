@@ -1,8 +1,8 @@
 """Choosing among candidates by training them: `cross_val`, `race`, `auto` and `greedy`, over any fit function.
 
-A search knows nothing of networks or images. It asks a fit function for runs and reads two numbers of each: the
-validation accuracy and the cost. Runs are looked up in a ledger first, so a search that was killed goes on, and one
-that shares its ledger with other processes shares the work.
+A search knows nothing of networks or images. It calls a fit function for runs and reads the validation accuracy and the
+cost of each. Runs are looked up in a ledger first, so a search that was killed can be continued, and processes that
+share a ledger share the work.
 """
 
 from __future__ import annotations
@@ -21,13 +21,17 @@ from .ledger import Ledger, Run
 NONE = "none"
 """The method that leaves the network as it is."""
 RUNGS, KEEP = (1 / 15, 1 / 5, 1.0), 1 / 3
-"""Shares of a run after which a race looks: with 15 epochs after 1, 3 and 15. With ten candidates, of which a third
-survives each rung, the whole race then costs 10 x 1 + 4 x 2 + 12 = 30 epochs: two runs."""
+"""Shares of a run at which a race stops candidates, and the share of them that goes on: with 15 epochs after 1, 3 and
+15. With ten candidates the whole race then costs 10 x 1 + 4 x 2 + 12 = 30 epochs, which is two runs."""
 NOMINATED = 2
 """How many blocks `auto` races, beside the head and `all`."""
 AUTO_RUNGS, AUTO_KEEP = (2 / 15, 2 / 5, 1.0), 1 / 4
-"""Of `auto`, whose candidates are fewer: 7 x 2 + 2 x 4 + 9 = 31 epochs. It looks later, because tuning all at a large
-rate often validates worst after one epoch and best after six."""
+"""Those of `auto`, whose candidates are fewer: 7 x 2 + 2 x 4 + 9 = 31 epochs. It stops candidates later, because tuning
+all at a large rate often validates worst after one epoch and best after six."""
+Settings = Mapping[str, Any] | None
+"""The part of the keys that all runs of a search share, such as network, data and seed."""
+SELECTION_SEED = 0
+"""The seed whose validation images choose among a method's learning rates in a comparison."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +50,12 @@ class SearchResult:
     """What a search chose, and why.
 
     Attributes:
-        search: Its name.
-        chosen: The candidate.
+        search: Name of the search.
+        chosen: The chosen candidate.
         run: Its run, in full length.
-        validation: Its validation accuracy, a fraction. Chosen as the best of several, so it flatters.
+        validation: Its validation accuracy, a fraction. As the best of several it is optimistically biased.
         cost: Of all runs together, in the unit of the fit function's costs.
-        trials: All runs that had a say, in order; of a candidate in a race one for each rung.
+        trials: All runs that were compared, in order; in a race each candidate has one for every rung that it reached.
     """
 
     search: str
@@ -85,15 +89,15 @@ def candidates_of(
     everything: bool = True,
     nothing: bool = True,
 ) -> list[Candidate]:
-    """Every block, `all` and no tuning, each with every rate: what the paper's Cross-Val tries, and the two ends of it.
+    """Every block, as in the paper's Cross-Val, `all` and no tuning, each with every rate.
 
     Args:
         anatomy: The network's blocks.
         lrs: Learning rates.
-        head_lrs: Those of the head alone; the paper's are a hundred times larger. Default: as ``lrs``.
+        head_lrs: Learning rates of the head, by default ``lrs``; the paper's are a hundred times larger.
         pairs: Also every pair of neighbouring blocks.
-        everything: Whether to tune all is a candidate.
-        nothing: Whether no tuning is.
+        everything: Whether tuning all is a candidate.
+        nothing: Whether no tuning is a candidate.
     """
     names = list(anatomy.names)
     targets = names + ([f"{a} + {b}" for a, b in itertools.pairwise(names)] if pairs else [])
@@ -104,25 +108,21 @@ def candidates_of(
 
 
 def cross_val(
-    candidates: Sequence[Candidate],
-    fit: Fit,
-    ledger: Ledger,
-    settings: Mapping[str, Any] | None = None,
-    engine: Engine | None = None,
+    candidates: Sequence[Candidate], fit: Fit, ledger: Ledger, settings: Settings = None, engine: Engine | None = None
 ) -> SearchResult:
     """Train every candidate in full and keep the best on validation data (paper, Sec. 4.1, Cross-Val).
 
     Args:
-        candidates: At least one; of equals the first wins.
-        fit: See `Fit`.
+        candidates: At least one; of equal ones the first wins.
+        fit: Does one run; see `engines.Fit`.
         ledger: Where runs are looked up and kept.
-        settings: What all runs share (network, data, seed): part of their keys.
-        engine: What runs them; by default `workers`, which is this process alone where no others were launched.
+        settings: See `Settings`.
+        engine: Does the runs; by default `workers`, which is this process alone unless others were launched.
 
     Raises:
         ConfigError: No candidates.
     """
-    runs = _run(candidates, fit, ledger, settings, engine, stop=None)
+    runs = _run(candidates, fit, ledger, settings, engine)
     return _result("cross-val", runs, runs)
 
 
@@ -130,7 +130,7 @@ def race(
     candidates: Sequence[Candidate],
     fit: Fit,
     ledger: Ledger,
-    settings: Mapping[str, Any] | None = None,
+    settings: Settings = None,
     engine: Engine | None = None,
     *,
     rungs: Sequence[float] = RUNGS,
@@ -139,16 +139,10 @@ def race(
     """Successive halving (Jamieson & Talwalkar 2016): all start, at each rung most stop, one runs in full.
 
     Learning rates race as well. The survivors go on from where they stopped, so the winner's run costs what it would
-    alone. A candidate's score is its best validation accuracy so far; of equals the lower validation loss at the rung.
-
-    Args:
-        candidates: At least one. ``none`` takes part without cost.
-        fit: See `Fit`; called with ``stop`` in the key, the share of the run to reach.
-        ledger: As for `cross_val`.
-        settings: As for `cross_val`.
-        engine: As for `cross_val`.
-        rungs: Shares of the run, ascending, the last of them 1.
-        keep: Share that survives a rung, rounded up; before the last rung all but one stop.
+    alone. A candidate's score is its best validation accuracy so far; of equal ones the lower validation loss at the
+    rung. Arguments are those of `cross_val`, and in the key ``stop`` is the share of the run to reach; ``none`` takes
+    part without cost. ``rungs`` are shares of the run that ascend to 1, ``keep`` is the share of the candidates that
+    survives a rung, rounded up; before the last rung all but one stop.
 
     Raises:
         ConfigError: No candidates, rungs that do not ascend to 1, or ``keep`` outside (0, 1).
@@ -171,14 +165,9 @@ def race(
 
 
 def nominated(candidates: Sequence[Candidate], scores: Mapping[str, float], blocks: int = NOMINATED) -> list[Candidate]:
-    """The candidates that are worth a race: the blocks with the highest scores, `all`, none, and the head once.
+    """The candidates of the ``blocks`` blocks with the highest scores, of `all` and none, and the head once.
 
-    The head stays whatever its score, with its largest rate, since output-level shifts are its own.
-
-    Args:
-        candidates: As `candidates_of` lists them.
-        scores: Block -> score, such as ``score_blocks(...).block_scores``.
-        blocks: How many blocks to keep.
+    The head stays whatever its score, with its largest rate, because shifts of the labels concern it alone.
     """
     best = sorted(scores, key=lambda name: -scores[name])[:blocks]
     rates = [one.lr for one in candidates if one.method == "head" and one.lr is not None]
@@ -191,22 +180,18 @@ def auto(
     scores: Mapping[str, float],
     fit: Fit,
     ledger: Ledger,
-    settings: Mapping[str, Any] | None = None,
+    settings: Settings = None,
     engine: Engine | None = None,
+    *,
+    rungs: Sequence[float] = AUTO_RUNGS,
 ) -> SearchResult:
-    """The default choice: scores nominate, a race decides.
+    """The default choice: scores nominate candidates, and a race decides among them.
 
-    Args:
-        candidates: As for `race`.
-        scores: Block -> score, such as ``score_blocks(network, loader, "rgn").block_scores``.
-        fit: As for `race`.
-        ledger: As for `race`.
-        settings: As for `race`.
-        engine: As for `race`.
+    Arguments are those of `race`; ``scores`` maps blocks to scores, such as
+    ``score_blocks(network, loader, "rgn").block_scores``.
     """
     chosen = nominated(candidates, scores)
-    found = race(chosen, fit, ledger, settings, engine, rungs=AUTO_RUNGS, keep=AUTO_KEEP)
-    return replace(found, search="auto")
+    return replace(race(chosen, fit, ledger, settings, engine, rungs=rungs, keep=AUTO_KEEP), search="auto")
 
 
 def greedy(
@@ -214,7 +199,7 @@ def greedy(
     lrs: Sequence[float],
     fit: Fit,
     ledger: Ledger,
-    settings: Mapping[str, Any] | None = None,
+    settings: Settings = None,
     engine: Engine | None = None,
     *,
     gain: float = 0.0,
@@ -222,32 +207,17 @@ def greedy(
 ) -> SearchResult:
     """Greedy forward selection of blocks, contiguous or not (SubTuning, Kaplun et al. 2023).
 
-    Every round trains the chosen blocks together with each of the others and adds the best of these, as long as
-    validation accuracy grows by more than ``gain``.
-
-    Args:
-        blocks: Their names.
-        lrs: Learning rates, each tried for each set.
-        fit: See `Fit`.
-        ledger: As for `cross_val`.
-        settings: As for `cross_val`.
-        engine: As for `cross_val`.
-        gain: Smallest gain in validation accuracy, a fraction, that one more block must bring.
-        most: At most so many blocks.
+    Every round trains the chosen blocks together with each of the others, at each of the rates ``lrs``, and adds the
+    best one, as long as validation accuracy (a fraction) grows by more than ``gain``, up to ``most`` blocks. The other
+    arguments are those of `cross_val`.
     """
-    trials = _run([Candidate(NONE)], fit, ledger, settings, engine, stop=None)
+    trials = _run([Candidate(NONE)], fit, ledger, settings, engine)
     chosen: list[str] = []
     best = trials[0]
     while len(chosen) < min(len(blocks), len(blocks) if most is None else most):
         grown = [[name for name in blocks if name in {*chosen, more}] for more in blocks if more not in chosen]
-        runs = _run(
-            [Candidate(" + ".join(names), lr) for names in grown for lr in lrs],
-            fit,
-            ledger,
-            settings,
-            engine,
-            stop=None,
-        )
+        candidates = [Candidate(" + ".join(names), lr) for names in grown for lr in lrs]
+        runs = _run(candidates, fit, ledger, settings, engine)
         trials += runs
         leader = min(runs, key=_rank)
         if leader.result["validation"] <= best.result["validation"] + gain:
@@ -256,20 +226,25 @@ def greedy(
     return _result("greedy", [best], trials)
 
 
+def best_of(runs: Sequence[Run]) -> Run:
+    """The run with the best validation accuracy, of equal ones the first."""
+    return max(runs, key=lambda run: run.result["validation"])
+
+
 def _run(
     candidates: Sequence[Candidate],
     fit: Fit,
     ledger: Ledger,
-    settings: Mapping[str, Any] | None,
+    settings: Settings,
     engine: Engine | None,
-    stop: float | None,
+    stop: float | None = None,
 ) -> list[Run]:
     if not candidates:
         raise ConfigError("no candidates: give at least one, see candidates_of")
     keys = []
     for candidate in dict.fromkeys(candidates):
         key = {**(settings or {}), "method": candidate.method, "lr": candidate.lr}
-        # A full run is the same run in whichever search; nothing is to be stopped in one that does not train.
+        # A full run has the same key in every search, and a run that does not train cannot be stopped.
         keys.append(key if stop in (None, 1) or candidate.method == NONE else {**key, "stop": stop})
     return (engine or workers())(fit, keys, ledger)
 

@@ -1,43 +1,62 @@
-"""`transformers.Trainer` for image classifiers of any origin."""
+"""`transformers.Trainer` for image classifiers of any origin, and its callbacks.
+
+Trainer writes a checkpoint file by file, and of several processes each writes its own part. A run that is killed in
+between leaves a folder that looks finished to some of them. So the first process puts a mark into a checkpoint when all
+processes have written theirs, and a checkpoint without the mark is not resumed from.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import broadcast
+from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from ..choosing.forward import forward_loss, logits_of
+from accelerate import PartialState
+
+from ..choosing.models import forward_loss, logits_of
+from ..errors import ConfigError
+from ..files import write_atomically
+
+if TYPE_CHECKING:
+    from ..experiment.requests import Request
+
+SELECTED_BY = "selected_by"
+"""Name of the logged metric that chooses the epoch; ``accuracy`` is logged beside it."""
+MARK = "complete.json"
+"""File in a checkpoint's folder that says that the checkpoint is complete."""
+KEPT = 2
+"""Number of checkpoints that are kept: the last and the best."""
 
 
 class ClassifierTrainer(Trainer):
-    """Trainer for any image classifier: also those that return bare logits.
+    """Trainer for any image classifier, also for those that return bare logits; all parameters get weight decay."""
 
-    Args:
-        *args: As for Trainer.
-        optimizer_of: Makes the optimizer. Unlike one that is handed over ready made, FSDP can do with it.
-        **kwargs: As for Trainer.
-    """
-
-    def __init__(
-        self, *args: Any, optimizer_of: Callable[[], torch.optim.Optimizer] | None = None, **kwargs: Any
-    ) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.optimizer_of = optimizer_of
-        # The loss below is the mean over one batch, also of a network whose forward takes any keyword: Trainer is to
+        # The loss below is the mean over one batch, also for a network whose forward takes any keyword: Trainer has to
         # divide it by the number of accumulated batches.
         self.model_accepts_loss_kwargs = False
 
-    def create_optimizer(self, model=None):  # type: ignore[no-untyped-def]
-        """See Trainer."""
-        if self.optimizer is None and self.optimizer_of is not None:
-            self.optimizer = self.optimizer_of()
-        return super().create_optimizer(model)
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """See Trainer, which leaves out biases and norms."""
+        return [name for name, _ in model.named_parameters()]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """See Trainer, which lets the first process save alone: with FSDP the others must give their shards."""
+        """See Trainer, which saves in the first process alone: with FSDP all of them have to give their shards."""
         if not self.is_fsdp_enabled:
             super().save_model(output_dir, _internal_call)
             return
@@ -56,8 +75,11 @@ class ClassifierTrainer(Trainer):
         return (loss, {"logits": logits_of(outputs[0])}) if return_outputs else loss
 
 
+# --- stopping and resuming ---
+
+
 class StopAt(TrainerCallback):
-    """Stops after so many epochs of the run, at whose end Trainer evaluates and saves."""
+    """Stops after so many epochs of the run; Trainer evaluates and saves at their end."""
 
     def __init__(self, epoch: int) -> None:
         self.epoch = epoch
@@ -65,3 +87,172 @@ class StopAt(TrainerCallback):
     def on_epoch_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
         """See TrainerCallback."""
         control.should_training_stop = round(state.epoch) >= self.epoch
+
+
+class Mark(TrainerCallback):
+    """Marks each checkpoint when all processes have written theirs, and only then deletes older ones.
+
+    Trainer would delete first: a run that is killed there would have neither the old nor the new one. It would also not
+    find the best checkpoint of a folder that was moved.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """See TrainerCallback."""
+        if state.best_global_step:  # Trainer keeps the path, and ignores one that does not exist
+            state.best_model_checkpoint = str(_place(args.output_dir, state.best_global_step))
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """See TrainerCallback."""
+        PartialState().wait_for_everyone()
+        if state.is_world_process_zero:
+            place = _place(args.output_dir, state.global_step)
+            write_atomically(place / MARK, json.dumps({"processes": args.world_size}))
+            rotate_checkpoints(args.output_dir, KEPT, state.best_model_checkpoint)
+
+
+def last_checkpoint(folder: str | Path, processes: int) -> tuple[str | None, int]:
+    """The last complete checkpoint in the folder of one run and its number of epochs; None and 0 if there is none.
+
+    Raises:
+        ConfigError: The checkpoint was written by another number of processes than there are now.
+    """
+    found = Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    for place in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        try:
+            state = json.loads((place / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+            wrote = json.loads((place / MARK).read_text(encoding="utf-8"))["processes"]
+        except (OSError, ValueError):  # the run was killed while this checkpoint was written
+            continue
+        if wrote != processes:
+            raise ConfigError(
+                f"{place} was written by {wrote} process(es) and cannot be continued by {processes}, whose steps "
+                f"are others: launch {wrote}, or delete {folder} to start again"
+            )
+        return str(place), round(state["epoch"])
+    return None, 0
+
+
+def forget_checkpoints(folder: str | Path) -> None:
+    """Remove the checkpoints that `fitting.fit` keeps in a folder."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _place(folder: str, step: int) -> Path:
+    return Path(folder, f"{PREFIX_CHECKPOINT_DIR}-{step}")
+
+
+# --- several processes ---
+
+
+class SameStatistics(TrainerCallback):
+    """Gives all processes the buffers of the first at the end of each epoch, before they are evaluated and saved.
+
+    With a norm policy that updates statistics, each process has seen other images. DDP broadcasts the first one's only
+    at the next training step, FSDP never: a process would evaluate a network that is not the one that is saved.
+    """
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """See TrainerCallback."""
+        broadcast(list(kwargs["model"].buffers()))
+
+
+@torch.no_grad()
+def settle(model: nn.Module, trained: nn.Module, names: Iterable[str]) -> None:
+    """Copy the parameters ``names`` and the buffers of the first process's ``trained`` to ``model`` in all processes.
+
+    ``trained`` may be sharded by FSDP2, or be ``model`` itself.
+    """
+    if PartialState().num_processes == 1:
+        return
+    goals, values = dict(model.named_parameters()), dict(trained.named_parameters())
+    for name in names:
+        value = values[name].detach()
+        value = value.full_tensor() if isinstance(value, DTensor) else value
+        goals[name].data.copy_(broadcast(value))
+    for goal, moved in zip(model.buffers(), broadcast(list(trained.buffers())), strict=True):
+        goal.copy_(moved)
+
+
+# --- progress ---
+
+
+class Watch:
+    """Receives the progress of an experiment; this one ignores it."""
+
+    def planned(self, requests: Sequence[Request], epochs: int) -> None:
+        """These requests will be done; a full run takes ``epochs`` epochs."""
+
+    def begun(self, request: Request, done: float, epochs: int) -> None:
+        """A run starts, from a checkpoint after ``done`` epochs if that is not 0."""
+
+    def step(self, request: Request, done: float, epochs: int) -> None:
+        """A run has taken a step; ``done`` epochs of it are over."""
+
+    def epoch(self, request: Request, done: int, epochs: int, measured: Mapping[str, float]) -> None:
+        """An epoch is over; ``measured`` on the validation images are ``validation``, a fraction, and ``loss``."""
+
+    def finished(self, request: Request, result: Mapping[str, Any], known: bool) -> None:
+        """A request is done, or its result was found in the ledger."""
+
+    def failed(self, row: str, error: Exception) -> None:
+        """A row of a comparison has failed; the others go on."""
+
+
+class DivergedError(Exception):
+    """A run holds NaN; a search catches this and goes on with its other candidates.
+
+    Args:
+        steps: Optimizer steps that the run took.
+    """
+
+    def __init__(self, steps: int) -> None:
+        super().__init__(f"NaN after {steps} steps")
+        self.steps = steps
+
+
+class Epochs(TrainerCallback):
+    """Reports a run's steps and epochs to a `Watch`, and ends the run if it holds NaN."""
+
+    def __init__(self, watch: Watch, request: Request) -> None:
+        self.watch, self.request = watch, request
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """See TrainerCallback."""
+        self.watch.begun(self.request, state.epoch or 0.0, int(args.num_train_epochs))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """See TrainerCallback."""
+        self.watch.step(self.request, state.epoch, int(args.num_train_epochs))
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """See TrainerCallback."""
+        trained = [parameter for parameter in kwargs["model"].parameters() if parameter.requires_grad]
+        if not all(bool(parameter.isfinite().all()) for parameter in trained):
+            raise DivergedError(state.global_step)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        """See TrainerCallback."""
+        measured = {"validation": metrics[f"eval_{SELECTED_BY}"], "loss": metrics["eval_loss"]}
+        self.watch.epoch(self.request, round(state.epoch), int(args.num_train_epochs), measured)
+
+
+@contextmanager
+def logging_to(folder: Path | None) -> Iterator[None]:
+    """Write a run's TensorBoard files into a folder, unless the environment names another.
+
+    Trainer would put them beside the run's checkpoints, which are deleted when the run is over.
+    """
+    variable = "TENSORBOARD_LOGGING_DIR"
+    if folder is None or variable in os.environ:
+        yield
+        return
+    os.environ[variable] = str(folder)
+    try:
+        yield
+    finally:
+        del os.environ[variable]
+
+
+def file_name(text: str) -> str:
+    """A text as a file's name: a target may hold colons, stars, slashes and spaces."""
+    return re.sub(r"[^\w.+-]+", "_", text)
