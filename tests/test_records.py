@@ -1,6 +1,7 @@
 """Records of bases: what is written is read, and whatever else lies there is refused by name."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ FULL = BaseRecord(
     "zero",
     {"conv1.weight": "0" * 16},
     "ab" * 32,
+    160,
 )
 PLAIN = SurgicalConfig(target="block1")
 
@@ -42,6 +44,13 @@ def test_what_is_written_is_read(tmp_path, record):
     assert read_record(tmp_path) == record
     assert read_record(tmp_path, record.weights_sha256) == record
     assert [file.name for file in tmp_path.iterdir()] == ["base.json"]
+
+
+def test_a_record_from_before_image_sizes_is_read(tmp_path):
+    write_record(tmp_path, FULL)
+    file = tmp_path / "base.json"
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "image_size"}))
+    assert read_record(tmp_path) == replace(FULL, image_size=None)
 
 
 def test_no_record(tmp_path):
@@ -60,11 +69,12 @@ def test_a_record_of_another_adapter(tmp_path):
         ({"id": 3}, "id is 3, not a repository"),
         ({"id": ""}, "id is '', not a repository"),
         ({"library": "tensorflow"}, "library is 'tensorflow', not one of timm, transformers"),
-        ({"library": ["timm"]}, "not a string"),
+        ({"library": ["timm"]}, r"library is \['timm'\], not one of"),
         ({"revision": "main"}, "revision is 'main', not a commit of 40"),
         ({"head": "random"}, "head is 'random', not one of keep, new, zero"),
         ({"dtype": "int8"}, "dtype is 'int8', not one of float64"),
         ({"num_classes": 10**12}, "num_classes is 1000000000000, not a number from 1 to 1,000,000"),
+        ({"image_size": 4097}, "image_size is 4097, not a number from 1 to 4,096"),
         ({"num_classes": True}, "num_classes is True, not a number"),
         ({"num_classes": 2.0}, r"num_classes is 2\.0, not a number"),
         ({"label_names": ["cat"]}, "label_names is .*, not a name for each class"),
@@ -190,6 +200,9 @@ def test_a_report_tells_how_the_base_was_opened():
         "owner/name", num_classes=2, head="new", fingerprint={}, label_names=("cat", "dog")
     )
     assert completed(FULL, None, report(head="keep")) is FULL
+    assert completed(None, None, report(image_size=64)).image_size == 64
+    with pytest.raises(ConfigError, match="with image_size='large', not a number from 1 to 4,096"):
+        completed(None, None, report(image_size="large"))
     with pytest.raises(ConfigError, match="is random"):
         completed(None, None, report(weights="random"))
 

@@ -4,18 +4,8 @@ Private and gated repositories, tokens, the cache, offline mode and ``HF_ENDPOIN
 in with ``hf auth login``, or set ``HF_TOKEN``.
 """
 
-from .merged import merge_to
-from .opening import Adapted, load_adapted, open_adapted
-from .pulling import Pulled, pull
-from .pushing import Pushed, push_adapter
+from .commits import Pushed
+from .pulling import Adapted, load_adapted, merge_to, open_adapted, pull
+from .pushing import push_adapter
 
-__all__ = [
-    "Adapted",
-    "Pulled",
-    "Pushed",
-    "load_adapted",
-    "merge_to",
-    "open_adapted",
-    "pull",
-    "push_adapter",
-]
+__all__ = ["Adapted", "Pushed", "load_adapted", "merge_to", "open_adapted", "pull", "push_adapter"]

@@ -52,7 +52,7 @@ class Row:
 
     Attributes:
         tuned: A target or method; ``"none"`` for the base.
-        own: Whether it is of the adapter that the card describes.
+        own: Whether it was measured with the adapter that the card describes.
         metric: Such as ``accuracy``.
         dataset: What it was measured on.
         measured: The number, with all that belongs to it.
@@ -66,7 +66,7 @@ class Row:
 
     @property
     def is_test(self) -> bool:
-        """Whether nothing was trained on these images, and nothing chosen with them."""
+        """Whether nothing was trained or selected on these images."""
         return self.dataset.partition(" ")[0] not in _CHOOSING and ORACLE not in self.measured.selection
 
 
@@ -89,21 +89,17 @@ def card_rows(report: Report, comparison: Sequence[Report] = ()) -> list[Row]:
     """The rows of a card's table: for each data set and metric the adapter, then none, all, and what else there is.
 
     Args:
-        report: Of the adapter. Its own rows are those of its ``target``.
-        comparison: Reports of other targets, of which the rows with the report's metrics and data sets are taken.
+        report: The adapter's. Its own rows are those of its ``target``.
+        comparison: Reports of other targets; their rows with the report's metrics and data sets are taken.
     """
+    rows = [_row(report, measured) for measured in report]
+    order = {pair: i for i, pair in enumerate(dict.fromkeys((row.metric, row.dataset) for row in rows))}
+    others = [_row(other, measured, own=False) for other in comparison for measured in other]
     found: dict[tuple[str, str, str], Row] = {}
-    for measured in report:
-        row = _row(report, measured)
-        found.setdefault((row.metric, row.dataset, row.tuned), row)
-    wanted = list(dict.fromkeys((metric, dataset) for metric, dataset, _ in found))
-    for other in comparison:
-        for measured in other:
-            row = _row(other, measured, own=False)
-            if (row.metric, row.dataset) in wanted:
-                found.setdefault((row.metric, row.dataset, row.tuned), row)
+    for row in [*rows, *others]:
+        if (row.metric, row.dataset) in order:
+            found.setdefault((row.metric, row.dataset, row.tuned), row)
     rank = {"none": 1, "all": 2}
-    order = {pair: i for i, pair in enumerate(wanted)}
     # Sorting is stable: what has no rank stays in the order in which it was reported.
     return sorted(found.values(), key=lambda r: (order[r.metric, r.dataset], 0 if r.own else rank.get(r.tuned, 3)))
 
@@ -120,9 +116,6 @@ def _row(report: Report, measured: Measurement, own: bool = True) -> Row:
 def interval_name(kind: str) -> str:
     """What a measurement's interval is, in words."""
     return _INTERVALS.get(kind, kind)
-
-
-# --- why this part ---
 
 
 def parents_of(config: SurgicalConfig) -> list[str]:
@@ -149,7 +142,7 @@ def linked(name: str) -> str:
 
 
 def why(config: SurgicalConfig) -> str:
-    """One sentence: who or what chose the target."""
+    """Who or what chose the target, in one sentence."""
     said = config.selection
     if not said:
         return "The target was given by name; no choice from data is recorded."
@@ -167,7 +160,7 @@ def why(config: SurgicalConfig) -> str:
         )
     asked = f"`{said.get('asked', 'a search')}` was asked for, which trains candidates and takes"
     if said.get("split") == "test":
-        return f"{asked} what is best on test images: an oracle's choice, whose accuracy flatters."
+        return f"{asked} what is best on test images: an oracle's choice, whose accuracy is optimistically biased."
     return f"{asked} what validates best."
 
 
@@ -193,14 +186,11 @@ def choices(config: SurgicalConfig) -> list[AlternativesTable]:
 
 
 def _place(block: str) -> tuple[int, int, str]:
-    """In the order in which data flows; a config's JSON is sorted by name."""
+    """A key that sorts blocks in the order in which data flows; a config's JSON is sorted by name."""
     if block in ("embedding", "stem"):
         return 0, 0, block
     number = NUMBERED.fullmatch(block)
     return (1, int(number[2]), block) if number else (2, 0, block)
-
-
-# --- how it was made, and what to beware of ---
 
 
 def moved_of(report: Report | None) -> list[tuple[str, float]]:
@@ -244,9 +234,9 @@ def limits_of(config: SurgicalConfig, report: Report | None, rows: Sequence[Row]
     if own and not any(_is_source(row.dataset) for row in own):
         found.append("What it makes the base forget was not measured.")
     if any(not row.is_test for row in own):
-        found.append("Rows on images that had a say in choosing flatter; their selection rule says so.")
+        found.append("Numbers on images that were selected on are optimistically biased; their selection rule says so.")
     if (config.selection or {}).get("split") == "test" or any(ORACLE in row.measured.selection for row in own):
-        found.append("Test images had a say in choosing the block or the run: an oracle's choice, not an estimate.")
+        found.append("The block or the run was selected on test images: an oracle's choice, not an estimate.")
     if config.scale != 1:
         found.append(f"The deltas are scaled by {config.scale:g}: between the base (0) and what was trained (1).")
     if config.delta_dtype is not None:

@@ -1,46 +1,35 @@
-"""`pull`: an adapter from the Hub or the cache, verified; and the folder of an adapter, wherever it is."""
+"""From the Hub or a folder to a network: `pull`, `open_adapted`, `load_adapted` and `merge_to`."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import ModelCard, snapshot_download
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+import torch
+from huggingface_hub import ModelCard
+from peft import PeftModel
 
-from ..adapters.contents import read_config
-from ..errors import AdapterFileError
+from ..adapters.adapter import Adapter, fetch, locate, read_adapter, read_config
+from ..adapters.remote import FILES
+from ..bases.plain import save_checkpoint
+from ..bases.transforms import Transform
+from ..errors import AdapterFileError, ConfigError
+from ..evaluation import Report
 from ..files import commit, file_sha256
-from ..keys import CARD, CONFIG, PICKLE, WEIGHTS
+from ..keys import CARD, REPORT, WEIGHTS
 from .cards import SHA256
-from .commits import OWN, hub
-from .remote import explained, patiently
+from .rebuilding import BaseName, attached, completed, rebuild, recorded
+from .records import BaseRecord
 
-FILES = tuple(name for name in OWN if name != PICKLE)
-"""What is fetched: nothing else of a repository is of use, and a pickle is of harm."""
-
-
-@dataclass(frozen=True)
-class Pulled:
-    """An adapter that was fetched from the Hub, or found in the cache, and verified.
-
-    Attributes:
-        repo: The repository.
-        folder: Where it is now.
-        oid: Hash of the commit that it is of.
-        sha256: Of the adapter file.
-        in_card: Whether it was compared with the card's.
-    """
-
-    repo: str
-    folder: Path
-    oid: str
-    sha256: str
-    in_card: bool
+LOADING_MERGED = {
+    "timm": 'timm.create_model("local-dir:{folder}", pretrained=True)',
+    "transformers": 'AutoModelForImageClassification.from_pretrained("{folder}")',
+}
+"""What loads a merged checkpoint, by library."""
 
 
 def pull(
@@ -51,7 +40,7 @@ def pull(
     verify: bool = False,
     force: bool = False,
     token: str | bool | None = None,
-) -> Pulled:
+) -> Adapter:
     """Fetch an adapter at one commit, and verify it: whole, unaltered, complete, finite.
 
     Offline, or while the Hub cannot be reached, it comes from huggingface_hub's cache, if it is whole there.
@@ -64,82 +53,36 @@ def pull(
         force: Fetch again what is in the cache.
         token: By default the one that was logged in with.
 
+    Returns:
+        The adapter, with its ``folder`` and ``commit``.
+
     Raises:
-        ConfigError: ``repo`` is no name of a repository.
+        ConfigError: ``repo`` is not the name of a repository.
         AdapterFileError: There is no whole surgical adapter, or the card has another SHA-256.
         AdapterError: The repository cannot be reached.
     """
-    with explained("pull", repo, revision):
-        validate_repo_id(repo)
-        if "/" not in repo:
-            raise HFValidationError(repo)
-        folder = Path(
-            patiently(
-                lambda: snapshot_download(
-                    repo, revision=revision, allow_patterns=list(FILES), force_download=force, token=token
-                )
-            )
-        )
-        if missing := [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]:
-            _refuse(repo, folder.name, missing[0], token)
-    try:
-        config = read_config(folder)
-    except AdapterFileError as error:
-        raise AdapterFileError(f"{repo}: {error} (force=True fetches it again)") from error
-    digest = config.weights_sha256 or file_sha256(folder / WEIGHTS)
+    folder = fetch(repo, revision, token, force)
     if verify:
-        check_card(repo, folder)
+        _check_card(repo, folder)
     target = folder if output is None else _put(folder, Path(output))
-    return Pulled(repo, target, folder.name, digest, verify)
+    return replace(read_adapter(target), name=repo, commit=folder.name)
 
 
-def locate(
-    source: str | os.PathLike[str], *, revision: str | None = None, token: str | bool | None = None
-) -> tuple[Path, bool]:
-    """The folder of an adapter, and whether it is the Hub's.
-
-    Args:
-        source: A folder, or a repository, which is pulled.
-        revision: Of a repository.
-        token: For a repository.
-
-    Raises:
-        ConfigError: It is neither.
-        AdapterFileError: There is no whole surgical adapter.
-        AdapterError: The repository cannot be reached.
-    """
-    place = Path(source)
-    if place.is_dir():
-        return place, False
-    return pull(os.fspath(source), revision=revision, token=token).folder, True
-
-
-def check_card(repo: str, folder: Path) -> None:
+def _check_card(repo: str, folder: Path) -> None:
     """Raise `AdapterFileError` unless the card in a folder has the SHA-256 of the adapter file beside it."""
-    said = None
+    expected = None
     if (folder / CARD).is_file():
-        said = ModelCard.load(folder / CARD, ignore_metadata_errors=True).data.get(SHA256)
-    if said is None:
+        expected = ModelCard.load(folder / CARD, ignore_metadata_errors=True).data.get(SHA256)
+    if expected is None:
         raise AdapterFileError(
             f"the card of {repo} has no {SHA256}, so nothing ties its numbers to this file: push_adapter writes it"
         )
     found = file_sha256(folder / WEIGHTS)
-    if said != found:
+    if expected != found:
         raise AdapterFileError(
-            f"the card of {repo} is of another file (SHA-256 {str(said)[:12]}...) than {WEIGHTS} ({found[:12]}...): "
-            "its numbers are not this adapter's. Ask its author, or take an earlier revision"
+            f"the card of {repo} is of another file (SHA-256 {str(expected)[:12]}...) than {WEIGHTS} "
+            f"({found[:12]}...): its numbers are not this adapter's. Ask its author, or take an earlier revision"
         )
-
-
-def _refuse(repo: str, oid: str, missing: str, token: str | bool | None) -> None:
-    api = hub(token)
-    files = patiently(lambda: api.list_repo_files(repo, revision=oid))
-    pickle = (
-        f" It has {PICKLE}, a pickle, which can run code when it is read: ask its author for {WEIGHTS}."
-        if PICKLE in files
-        else ""
-    )
-    raise AdapterFileError(f"{repo} has no {missing}, so there is no adapter to load.{pickle}")
 
 
 def _put(folder: Path, target: Path) -> Path:
@@ -154,3 +97,118 @@ def _put(folder: Path, target: Path) -> Path:
         if not (folder / name).is_file():
             (target / name).unlink(missing_ok=True)
     return target
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A base with an adapter on it, ready to be used.
+
+    Attributes:
+        model: In ``eval()``.
+        transform: PIL image in RGB -> float tensor (3, h, w), as the base wants it.
+        label_names: What the outputs mean, where it is known.
+        record: What the base is.
+        folder: Where the adapter lies.
+    """
+
+    model: PeftModel
+    transform: Transform
+    label_names: tuple[str, ...] | None
+    record: BaseRecord
+    folder: Path
+
+    @torch.no_grad()
+    def logits(self, *images: Any) -> torch.Tensor:
+        """Logits of PIL images, on the CPU: (classes,) for one image, (n, classes) for several."""
+        parameter = next(self.model.parameters())
+        inputs = torch.stack([self.transform(image.convert("RGB")) for image in images])
+        outputs = self.model(inputs.to(parameter.device, parameter.dtype))
+        found = getattr(outputs, "logits", outputs).cpu()
+        return found[0] if len(images) == 1 else found
+
+
+def open_adapted(
+    source: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    base: BaseName | None = None,
+    strict_base: bool = True,
+    device: str | torch.device | None = None,
+    token: str | bool | None = None,
+) -> Adapted:
+    """Build the base that an adapter names, and put the adapter on it, for bases of timm and transformers.
+
+    ::
+
+        adapted = open_adapted("me/frost-adapter")
+        logits = adapted.logits(Image.open("photo.jpg"))
+
+    The adapter is read at one commit and verified. The base is opened at the commit that the adapter's record
+    (``base.json``) names, and every tensor of it compared with the record. Nothing that is read is executed.
+
+    Args:
+        source: A repository of the Hub, or a folder.
+        revision: A branch, a tag or a commit of the repository.
+        base: The base, where the adapter does not tell it or it is elsewhere here: a repository or a folder, or the
+            arguments of `load_base` as a mapping with ``name``.
+        strict_base: False takes a base that differs, with a warning if tuned tensors do.
+        device: For the model; None leaves it on the CPU.
+        token: For private and gated repositories; by default the one that was logged in with.
+
+    Raises:
+        AdapterFileError: There is no whole surgical adapter, or ``base.json`` is not a record.
+        BaseMismatchError: The base is not the one that it was made on. Names the first tensors that differ.
+        ConfigError: Nothing says which base it is.
+        DataError: There is no such base here, or `load_base` does not open it.
+        AdapterError: A repository cannot be reached, or the adapter does not fit.
+    """
+    folder, oid = locate(source, revision=revision, token=token)
+    config = read_config(folder, strict_base)
+    record = recorded(folder, config)
+    if oid is not None and base is None and record is not None and record.is_folder:
+        raise AdapterFileError(
+            f"the base of {os.fspath(source)} is the folder {record.id} of the machine that it was made on: say base= "
+            "with the place of that base here"
+        )
+    report = Report.load(folder / REPORT) if (folder / REPORT).is_file() else None
+    record = completed(record, base, report)
+    if not strict_base:
+        record = replace(record, fingerprint=None, library=None, architecture=None)
+    opened, record = rebuild(record, config, token=token)
+    model = attached(opened, folder, strict_base)
+    return Adapted(model.to(device) if device else model, opened.transform_eval, opened.label_names, record, folder)
+
+
+def load_adapted(source: str | os.PathLike[str], **how: Any) -> PeftModel:
+    """The model of `open_adapted` alone, which has its arguments and errors."""
+    return open_adapted(source, **how).model
+
+
+def merge_to(source: str | os.PathLike[str], output: str | os.PathLike[str], **how: Any) -> Adapted:
+    """Merge an adapter into its base and write the result as its library writes checkpoints, safetensors only.
+
+    Args:
+        source: A repository of the Hub, or a folder.
+        output: A folder that is empty or does not exist; it appears as a whole or not at all.
+        **how: As for `open_adapted`.
+
+    Returns:
+        What was merged; its ``model`` cannot be used any more.
+
+    Raises:
+        ConfigError: There is something at ``output`` already.
+        AdapterError: The merged tensors are not finite; or as `open_adapted`, with its other errors.
+    """
+    target = Path(output)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"{target} exists and is not empty: name a new folder for the checkpoint")
+    adapted = open_adapted(source, **how)
+    network: Any = adapted.model.merge_and_unload(safe_merge=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
+        place, library = Path(scratch, "merged"), adapted.record.library or "timm"
+        save_checkpoint(library, network, place, label_names=adapted.label_names, transform=adapted.transform)
+        if target.is_dir():
+            target.rmdir()
+        shutil.move(place, target)
+    return adapted

@@ -19,6 +19,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..adapters.remote import explained
 from ..bases.load import Base, load_base
 from ..blocks import anatomy_of
 from ..config import SurgicalConfig
@@ -26,12 +27,12 @@ from ..errors import AdapterError, AdapterFileError, AnatomyError, BaseMismatchE
 from ..evaluation import Report
 from ..extras import require
 from ..files import fingerprint, shown
-from .records import BaseRecord, read_record
-from .remote import explained
+from .records import MOST_PIXELS, BaseRecord, is_count, read_record
 
 BaseName = str | Mapping[str, Any]
 """A base as users name it: an id, or the arguments of `load_base` with ``name``, and ``revision``."""
 
+_ASKED = ("name", "revision", "label_names", "num_classes", "head", "image_size")
 _FILES = (
     "config.json",
     "preprocessor_config.json",
@@ -43,11 +44,11 @@ _FILES = (
 
 
 def record_of(network: nn.Module, config: SurgicalConfig) -> BaseRecord | None:
-    """What a live network says about itself; None for one of neither library, or one that names no origin.
+    """What a live network tells about itself; None for one of neither library, or one that names no origin.
 
     Args:
         network: The base, without an adapter.
-        config: Of the adapter: which modules it holds whole, and how it calls its base.
+        config: The adapter's: which modules it holds whole, and how it calls its base.
     """
     name = config.base_model_name_or_path or getattr(network, "name_or_path", None)
     labels: tuple[str, ...] | None = None
@@ -76,7 +77,7 @@ def record_of(network: nn.Module, config: SurgicalConfig) -> BaseRecord | None:
 
 
 def recorded(folder: Path, config: SurgicalConfig) -> BaseRecord | None:
-    """The record in an adapter's folder, or else what its config says; None where that leads nowhere.
+    """The record in an adapter's folder, or else what its config tells; None where that leads nowhere.
 
     Raises:
         AdapterFileError: The record is none, or another adapter's.
@@ -90,33 +91,34 @@ def recorded(folder: Path, config: SurgicalConfig) -> BaseRecord | None:
 
 
 def completed(record: BaseRecord | None, asked: BaseName | None, report: Report | None) -> BaseRecord:
-    """A record with what the user and the report say about the base.
+    """A record with what the user and the report tell about the base.
 
     Args:
-        record: Of the network or the folder.
+        record: From the network or the folder.
         asked: The base as the user names it: an id, or the arguments of `load_base` (``name``, ``label_names``,
-            ``num_classes``, ``head``) and ``revision``.
-        report: Of ``peft-surgical tune``, whose settings tell how the base was opened.
+            ``num_classes``, ``head``, ``image_size``) and ``revision``.
+        report: That of ``peft-surgical tune``, whose settings tell how the base was opened.
 
     Raises:
-        ConfigError: Nothing says which base it is, or it has random weights.
+        ConfigError: Nothing says which base it is, it has random weights, or the image size is none.
     """
     opened = report.settings.get("open") if report is not None else None
-    opened = opened if isinstance(opened, Mapping) else None
-    # A hash of the weights is what a record has that was read from base.json: proven before, and not to be doubted.
-    if report is not None and opened is not None and (record is None or record.weights_sha256 is None):
+    # Only a record that was read from base.json has a hash of the weights: it was proven before, and is not changed.
+    if report is not None and isinstance(opened, Mapping) and (record is None or record.weights_sha256 is None):
         if opened.get("weights") == "random":
             raise ConfigError("the base of this adapter is random (--random), and nobody can open it: tune a real one")
         labels = tuple(map(str, opened["label_names"])) if opened.get("label_names") else None
-        record = record or BaseRecord(*split_name(report.model))
+        record = replace(record or BaseRecord(*split_name(report.model)), image_size=opened.get("image_size"))
         if record.fingerprint is None:
             record = replace(record, label_names=labels, num_classes=None, head=opened.get("head", "keep"))
         elif record.label_names is None:
             record = replace(record, label_names=labels)
     if asked is not None:
         given: dict[str, Any] = {"name": asked} if isinstance(asked, str) else dict(asked)
-        if "name" not in given or set(given) - {"name", "revision", "label_names", "num_classes", "head"}:
-            raise ConfigError(f"base={asked}: give name=, and revision=, label_names=, num_classes=, head= as needed")
+        if "name" not in given or set(given) - set(_ASKED):
+            raise ConfigError(
+                f"base={asked}: give name=, and revision=, label_names=, num_classes=, head=, image_size= as needed"
+            )
         place, revision = split_name(str(given.pop("name")))
         if given.get("label_names"):
             given["label_names"] = tuple(given["label_names"])
@@ -126,6 +128,10 @@ def completed(record: BaseRecord | None, asked: BaseName | None, report: Report 
             "nothing says which base the adapter was made on: say base=, a repository of the Hub or a folder. "
             "A network of your own takes the adapter by PeftModel.from_pretrained, and is pushed with loading="
         )
+    if not is_count(record.image_size, MOST_PIXELS):
+        raise ConfigError(
+            f"the base is to be opened with image_size={record.image_size!r}, not a number from 1 to {MOST_PIXELS:,}"
+        )
     return record
 
 
@@ -133,7 +139,7 @@ def split_name(name: str) -> tuple[str, str | None]:
     """A base by any of the names that `load_base` takes -> (repository or absolute folder, revision).
 
     Raises:
-        DataError: The name is none of the Hub's and no folder.
+        DataError: The name is neither one of the Hub's nor a folder.
     """
     folder = Path(name.removeprefix("local-dir:")).expanduser()
     if folder.is_dir() or name.startswith("local-dir:") or folder.is_absolute():
@@ -152,14 +158,20 @@ def split_name(name: str) -> tuple[str, str | None]:
 
 
 def is_whole(name: str, config: SurgicalConfig) -> bool:
-    """Whether the adapter holds this tensor of the network whole, by PEFT's rule for ``modules_to_save``."""
+    """Whether the adapter holds this tensor whole, by PEFT's rule for ``modules_to_save``."""
     ends = tuple(config.modules_to_save or ())
     parts = name.split(".")
     return bool(ends) and any(".".join(parts[:n]).endswith(ends) for n in range(1, len(parts)))
 
 
+def fingerprint_without_whole(network: nn.Module, config: SurgicalConfig) -> dict[str, str]:
+    """The fingerprint of all of a base's tensors that an adapter does not hold whole."""
+    tensors = network.state_dict()
+    return fingerprint({name: value for name, value in tensors.items() if not is_whole(name, config)})
+
+
 def _dtype_of(network: nn.Module) -> str | None:
-    """Of all floating-point parameters; None where they have several."""
+    """That of all floating-point parameters; None where they have several."""
     dtypes = {str(p.dtype).removeprefix("torch.") for p in network.parameters() if p.is_floating_point()}
     return dtypes.pop() if len(dtypes) == 1 else None
 
@@ -178,15 +190,13 @@ def _head_of(network: nn.Module, config: SurgicalConfig) -> str:
 def rebuild(record: BaseRecord, config: SurgicalConfig, *, token: str | bool | None = None) -> tuple[Base, BaseRecord]:
     """Build the base at the recorded commit, and check it tensor by tensor where the record has a fingerprint.
 
-    Weights come from safetensors only, and no code is downloaded.
-
     Args:
         record: How.
-        config: Of the adapter: which tensors it brings itself.
+        config: The adapter's: which tensors it brings itself.
         token: For a private or gated base; by default the one that was logged in with.
 
     Returns:
-        The base, and the record with all that was open in it, apart from ``weights_sha256``.
+        The base, and the record with all that was None in it, apart from ``weights_sha256`` and ``image_size``.
 
     Raises:
         DataError: There is no such base.
@@ -195,7 +205,8 @@ def rebuild(record: BaseRecord, config: SurgicalConfig, *, token: str | bool | N
     """
     folder, revision = _fetched(record, token)
     classes = None if record.label_names else record.num_classes
-    base = load_base(folder, classes, label_names=record.label_names, head=record.head)
+    how: dict[str, Any] = {"label_names": record.label_names, "head": record.head, "image_size": record.image_size}
+    base = load_base(folder, classes, **how)
     network: Any = base.model
     if base.library == "timm":
         architecture = str(network.pretrained_cfg["architecture"])
@@ -221,14 +232,9 @@ def rebuild(record: BaseRecord, config: SurgicalConfig, *, token: str | bool | N
                 f"{record.id} is {getattr(found, name)} now, where the adapter's record says {getattr(record, name)}"
             )
     if record.fingerprint is not None:
-        check_fingerprints(record.fingerprint, found.fingerprint or {}, _called(found))
+        place = f"{record.id} at {revision[:12]}" if revision else record.id
+        check_fingerprints(record.fingerprint, found.fingerprint or {}, place)
     return replace(base, name=record.id), found
-
-
-def fingerprint_without_whole(network: nn.Module, config: SurgicalConfig) -> dict[str, str]:
-    """The fingerprint of all of a base's tensors that an adapter does not hold whole."""
-    tensors = network.state_dict()
-    return fingerprint({name: value for name, value in tensors.items() if not is_whole(name, config)})
 
 
 def check_fingerprints(expected: Mapping[str, str], found: Mapping[str, str], name: str) -> None:
@@ -254,10 +260,6 @@ def _fetched(record: BaseRecord, token: str | bool | None) -> tuple[str, str | N
     with explained("open the base", record.id, record.revision, f"there is no folder {Path(record.id).absolute()}"):
         folder = snapshot_download(record.id, revision=record.revision, allow_patterns=list(_FILES), token=token)
     return folder, Path(folder).name
-
-
-def _called(record: BaseRecord) -> str:
-    return f"{record.id} at {record.revision[:12]}" if record.revision else record.id
 
 
 def attached(base: Base, folder: Path, strict_base: bool = True) -> PeftModel:

@@ -1,12 +1,12 @@
 """How the base of an adapter is built again: the record ``base.json`` that lies beside an adapter.
 
 PEFT's config names a base and no more. What else it takes (the commit, the library, the number of classes, what became
-of the head) is recorded in a file of its own, written when an adapter is pushed and proven then: the record is opened,
-the adapter is loaded onto what comes of it, and every tensor of the base is fingerprinted, also those that the adapter
-does not tune. A field of the config would be carried from one base to another with the config object, which people
-reuse; a file that names the SHA-256 of its weights cannot come to lie beside others unnoticed.
+of the head, the size of its images) is recorded in a file of its own, written when an adapter is pushed and proven
+then: the record is opened, the adapter is loaded onto the result, and every tensor of the base is fingerprinted, also
+those that the adapter does not tune. A field of the config would be carried from one base to another with the config
+object, which people reuse; a file that holds the SHA-256 of its weights cannot lie beside other weights unnoticed.
 
-Nothing that is read is executed: a record holds strings, numbers and hashes.
+Nothing that is read is executed: a record holds strings, numbers and hashes. Weights come from safetensors only.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from ..errors import AdapterFileError
 from ..files import canonical_json, write_atomically
@@ -28,25 +29,29 @@ DTYPES = ("float64", "float32", "bfloat16", "float16")
 FORMAT = 1
 _LARGEST = 2**24  # bytes of a record; one of a network with 1,000 tensors has 0.1 MB
 _MOST_CLASSES = 10**6
+MOST_PIXELS = 4096
+"""The largest image size that a record may ask for."""
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
 class BaseRecord:
-    """How to build a base, and what must come of it. What is None is found out by `rebuild`.
+    """How to build a base, and what its tensors must be. What is None is found out by `rebuilding.rebuild`.
 
     Attributes:
         id: A repository of the Hub (``owner/name``), or a folder as an absolute path.
         revision: Commit of the repository; None for a folder.
         library: One of `LIBRARIES`.
         architecture: timm's name of the architecture, or transformers' class.
-        dtype: Of the floating-point tensors, such as ``"float32"``.
-        num_classes: Outputs.
-        label_names: What they mean.
+        dtype: The dtype of its floating-point tensors, such as ``"float32"``.
+        num_classes: Number of outputs.
+        label_names: What the outputs mean.
         head: ``"keep"`` the checkpoint's; ``"zero"``, a new one of zeros, which the adapter's deltas add to; ``"new"``,
             of any values, because the adapter holds the head whole.
-        fingerprint: Tensor -> hash (see `delta.fingerprint`), of all tensors that the adapter does not hold whole.
+        fingerprint: Tensor -> hash (see `files.fingerprint`), of all tensors that the adapter does not hold whole.
         weights_sha256: SHA-256 of the adapter file that the record belongs to.
+        image_size: Height and width of its inputs in pixels, where the adapter was tuned on another size than the
+            checkpoint's.
     """
 
     id: str
@@ -59,6 +64,7 @@ class BaseRecord:
     head: str = "keep"
     fingerprint: Mapping[str, str] | None = None
     weights_sha256: str | None = None
+    image_size: int | None = None
 
     @property
     def is_folder(self) -> bool:
@@ -75,7 +81,7 @@ def read_record(folder: str | os.PathLike[str], weights_sha256: str | None = Non
     """The record in an adapter's folder; None where there is none.
 
     Args:
-        folder: Of the adapter.
+        folder: The adapter's.
         weights_sha256: SHA-256 of the adapter file beside it, if it is known.
 
     Raises:
@@ -104,31 +110,32 @@ def read_record(folder: str | os.PathLike[str], weights_sha256: str | None = Non
     return record
 
 
+def is_count(value: Any, most: int) -> bool:
+    """Whether this is None or a whole number from 1 to ``most``."""
+    return value is None or (type(value) is int and 1 <= value <= most)
+
+
 def _check(record: BaseRecord, file: Path) -> None:
     """Raise `AdapterFileError` unless all fields have their types and the values that this version knows."""
 
-    def refuse(name: str, expected: str) -> None:
-        raise AdapterFileError(f"{file}: {name} is {getattr(record, name)!r}, not {expected}")
+    def text(value: Any) -> bool:
+        return isinstance(value, str | None)
 
-    for name in ("revision", "library", "architecture", "dtype", "weights_sha256"):
-        if not isinstance(getattr(record, name), str | None):
-            refuse(name, "a string")
-    if not isinstance(record.id, str) or not record.id:
-        refuse("id", "a repository of the Hub or a folder")
-    if record.library not in (None, *LIBRARIES):
-        refuse("library", f"one of {', '.join(LIBRARIES)}, which this version can build")
-    if record.head not in RECORDED_HEADS:
-        refuse("head", f"one of {', '.join(RECORDED_HEADS)}")
-    if record.dtype not in (None, *DTYPES):
-        refuse("dtype", f"one of {', '.join(DTYPES)}")
-    if record.revision is not None and not _COMMIT.fullmatch(record.revision):
-        refuse("revision", "a commit of 40 hexadecimal digits")
-    count = record.num_classes
-    if count is not None and (type(count) is not int or not 1 <= count <= _MOST_CLASSES):
-        refuse("num_classes", f"a number from 1 to {_MOST_CLASSES:,}")
-    names = record.label_names
-    if names is not None and (not all(isinstance(n, str) for n in names) or count not in (None, len(names))):
-        refuse("label_names", "a name for each class")
-    prints = record.fingerprint
-    if prints is not None and not (isinstance(prints, dict) and all(isinstance(v, str) for v in prints.values())):
-        refuse("fingerprint", "tensor -> hash")
+    revision, names, prints = record.revision, record.label_names, record.fingerprint
+    named = names is None or (all(map(text, names)) and record.num_classes in (None, len(names)))
+    hashes = prints is None or (isinstance(prints, dict) and all(isinstance(v, str) for v in prints.values()))
+    for name, valid, expected in (
+        ("id", isinstance(record.id, str) and record.id, "a repository of the Hub or a folder"),
+        ("revision", text(revision) and (revision is None or _COMMIT.fullmatch(revision)), "a commit of 40 hex digits"),
+        ("library", record.library in (None, *LIBRARIES), f"one of {', '.join(LIBRARIES)}, which this version builds"),
+        ("architecture", text(record.architecture), "a string"),
+        ("dtype", record.dtype in (None, *DTYPES), f"one of {', '.join(DTYPES)}"),
+        ("num_classes", is_count(record.num_classes, _MOST_CLASSES), f"a number from 1 to {_MOST_CLASSES:,}"),
+        ("label_names", named, "a name for each class"),
+        ("head", record.head in RECORDED_HEADS, f"one of {', '.join(RECORDED_HEADS)}"),
+        ("fingerprint", hashes, "tensor -> hash"),
+        ("weights_sha256", text(record.weights_sha256), "a string"),
+        ("image_size", is_count(record.image_size, MOST_PIXELS), f"a number from 1 to {MOST_PIXELS:,}"),
+    ):
+        if not valid:
+            raise AdapterFileError(f"{file}: {name} is {getattr(record, name)!r}, not {expected}")
