@@ -328,10 +328,10 @@ def test_one_of_several_adapters(hub, base):  # noqa: F811
     assert WEIGHTS in done.files
     model.set_adapter("fog")
     assert torch.equal(logits(load_adapted("me/fog")), logits(model))
-    with pytest.raises(AdapterError, match=r"no surgical adapter 'snow' .* there are default, fog"):
+    with pytest.raises(AdapterError, match=r"no surgical adapter 'snow'; it has default, fog"):
         push_adapter(model, "me/fog", adapter_name="snow", **GIVEN)
     model.base_model.set_adapter(["default", "fog"])
-    with pytest.raises(AdapterError, match="2 surgical adapters are active: say which"):
+    with pytest.raises(AdapterError, match=r"2 adapters are active: pass .* adapter_name= where"):
         push_adapter(model, "me/fog", **GIVEN)
 
 
@@ -836,7 +836,7 @@ def test_a_merged_checkpoint_is_a_plain_one(hub, library, tmp_path):  # noqa: F8
     base = load_base(tmp_path / "merged")
     assert base.label_names == NAMES
     assert torch.equal(base.transform_eval(IMAGE), load_base(BASE).transform_eval(IMAGE))
-    with pytest.raises(ConfigError, match="exists and is not empty"):
+    with pytest.raises(AdapterError, match="exists and is not empty"):
         merge_to("me/frost", tmp_path / "merged")
 
 

@@ -9,18 +9,20 @@ import transformers
 from torch import nn
 
 from peft_surgical import SurgicalConfig
-from peft_surgical.errors import AdapterFileError, BaseMismatchError, ConfigError, DataError
+from peft_surgical.errors import AdapterFileError, ConfigError, DataError
 from peft_surgical.evaluation import Report
-from peft_surgical.hub.rebuilding import (
-    check_fingerprints,
+from peft_surgical.hub.pulling import rebuild
+from peft_surgical.hub.records import (
+    FORMAT,
+    BaseRecord,
     completed,
     is_whole,
-    rebuild,
+    read_record,
     record_of,
     recorded,
     split_name,
+    write_record,
 )
-from peft_surgical.hub.records import FORMAT, BaseRecord, read_record, write_record
 
 FULL = BaseRecord(
     "timm/resnet18.a1_in1k",
@@ -235,11 +237,3 @@ def test_the_record_beside_an_adapter_comes_before_its_config(tmp_path):
 def test_a_folder_that_is_not_here():
     with pytest.raises(DataError, match=r"the folder /nowhere/at/all, which is not on this machine: say base="):
         rebuild(BaseRecord("/nowhere/at/all"), PLAIN)
-
-
-def test_differing_fingerprints_name_the_first_tensors():
-    check_fingerprints({"a": "1", "b": "2"}, {"b": "2", "a": "1"}, "x")
-    with pytest.raises(BaseMismatchError, match=r"The base owner/name is not .* 4 of 4 .*, first a, b, c and 1 more\."):
-        check_fingerprints(dict.fromkeys("abcd", "1"), dict.fromkeys("abcd", "2"), "owner/name")
-    with pytest.raises(BaseMismatchError, match=r"2 of 2 tensors differ, first a, b\."):
-        check_fingerprints({"a": "1"}, {"b": "1"}, "owner/name")

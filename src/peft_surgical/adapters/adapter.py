@@ -25,6 +25,7 @@ from ..keys import CONFIG, HOLDER, PEFT_PREFIX, PICKLE, WEIGHTS
 from .remote import download
 
 _OWN = f"{HOLDER}.surgical_"
+_BLOCKS = ("embedding", "stem", "stage1", "head", "first", "last")
 
 
 @dataclass(frozen=True)
@@ -81,13 +82,11 @@ class Adapter:
             commit(Path(scratch), target)
 
     @property
-    def sha256(self) -> str:
-        """SHA-256 of its file of weights.
-
-        Raises:
-            AdapterError: It is not on disk.
-        """
-        return self.config.weights_sha256 or file_sha256(self._file(WEIGHTS))
+    def sha256(self) -> str | None:
+        """SHA-256 of the file of weights that it was read from; None for what was not read from one."""
+        if self.folder is None:
+            return None
+        return self.config.weights_sha256 or file_sha256(self.folder / WEIGHTS)
 
     def summary(self) -> dict[str, Any]:
         """What it holds, as plain JSON values: what was tuned, how far it moved (L2 norms before scaling), its size.
@@ -99,6 +98,8 @@ class Adapter:
         Raises:
             AdapterError: It is not on disk.
         """
+        if self.folder is None:
+            raise AdapterError(f"the adapter {self.name!r} is not on disk: save it, and read it from there")
         rows = [
             {"name": name, "parameters": delta.numel(), "norm": delta.double().norm().item()}
             for name, delta in self.deltas.items()
@@ -107,14 +108,14 @@ class Adapter:
         groups: dict[str, list[dict[str, Any]]] = {}
         for row in rows:
             groups.setdefault(group_of[row["name"]], []).append(row)
-        file_bytes = self._file(WEIGHTS).stat().st_size
+        file_bytes = (self.folder / WEIGHTS).stat().st_size
         return {
             "folder": str(self.folder),
             "base": self.config.base_model_name_or_path,
             "target": self.config.target,
             "norm_stats": self.config.norm_stats,
             "scale": self.config.scale,
-            "bytes": file_bytes + self._file(CONFIG).stat().st_size,
+            "bytes": file_bytes + (self.folder / CONFIG).stat().st_size,
             "file_bytes": file_bytes,
             "sha256": self.sha256,
             "dtypes": sorted({str(delta.dtype).removeprefix("torch.") for delta in self.deltas.values()}),
@@ -133,11 +134,6 @@ class Adapter:
             "statistics": len(self.statistics),
             "modules_to_save": list(self.config.modules_to_save or ()),
         }
-
-    def _file(self, name: str) -> Path:
-        if self.folder is None:
-            raise AdapterError(f"the adapter {self.name!r} is not on disk: save it, and read it from there")
-        return self.folder / name
 
 
 AdapterSource: TypeAlias = str | os.PathLike[str] | Adapter | PeftModel | tuple[PeftModel, str]
@@ -171,18 +167,7 @@ def read_adapter(source: AdapterSource, *, revision: str | None = None, token: s
 def locate(
     source: str | os.PathLike[str], *, revision: str | None = None, token: str | bool | None = None
 ) -> tuple[Path, str | None]:
-    """The folder of an adapter, and the commit that it was fetched from; None for a folder that was given.
-
-    Args:
-        source: A folder, or a repository, as for `fetch`.
-        revision: A branch, a tag or a commit of the repository.
-        token: For a repository; by default the one that was logged in with.
-
-    Raises:
-        ConfigError: It is neither a folder nor the name of a repository.
-        AdapterFileError: There is no whole surgical adapter in the repository.
-        AdapterError: The repository cannot be reached.
-    """
+    """The folder of an adapter, and the commit that `fetch` found; None for a folder that was given."""
     if Path(source).is_dir():
         return Path(source), None
     folder = fetch(os.fspath(source), revision, token)
@@ -190,10 +175,7 @@ def locate(
 
 
 def fetch(repo: str, revision: str | None = None, token: str | bool | None = None, force: bool = False) -> Path:
-    """The folder of a repository's adapter in huggingface_hub's cache, named after its commit; verified.
-
-    Args and errors are those of `locate`; ``force`` fetches again what is in the cache.
-    """
+    """`download` of a repository's adapter, verified; an `AdapterFileError` where it is not whole."""
     folder = download(repo, revision, token, force)
     try:
         read_config(folder)
@@ -204,10 +186,6 @@ def fetch(repo: str, revision: str | None = None, token: str | bool | None = Non
 
 def read_config(folder: str | os.PathLike[str], strict_base: bool = True) -> SurgicalConfig:
     """The config of the adapter in a folder, whose file has been verified: whole, unaltered, complete, finite.
-
-    Args:
-        folder: That ``save_pretrained`` wrote.
-        strict_base: As in `SurgicalConfig`.
 
     Raises:
         AdapterFileError: If there is no adapter, it is another method's or a pickle, or its file is not whole.
@@ -233,29 +211,36 @@ def read_config(folder: str | os.PathLike[str], strict_base: bool = True) -> Sur
 
 
 def new_folder(folder: str | os.PathLike[str]) -> Path:
-    """The path of a folder to write an adapter to.
-
-    Raises:
-        AdapterError: There is something at that place already.
-    """
+    """The path of a folder to write to; an `AdapterError` where there is something at that place already."""
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise AdapterError(f"{target} exists and is not empty: choose a new folder for the adapter.")
+        raise AdapterError(f"{target} exists and is not empty: choose a new folder.")
     return target
 
 
+def chosen(model: PeftModel, name: str | None) -> str:
+    """The name of a live model's surgical adapter; None stands for the only active one.
+
+    Raises:
+        AdapterError: The model does not have this adapter, or has several active ones and no name was given.
+    """
+    names = model.active_adapters if name is None else [name]
+    if len(names) != 1:
+        raise AdapterError(
+            f"{len(names)} adapters are active: pass (model, name) of one, or adapter_name= where one is pushed."
+        )
+    there = [key for key, config in model.peft_config.items() if isinstance(config, SurgicalConfig)]
+    if names[0] not in there:
+        raise AdapterError(f"The model has no surgical adapter {names[0]!r}; it has {', '.join(there) or 'none'}.")
+    return names[0]
+
+
 def _live(model: PeftModel, name: str | None) -> Adapter:
-    if name is None:
-        if len(model.active_adapters) != 1:
-            raise AdapterError(f"{len(model.active_adapters)} adapters are active: pass (model, name) of one.")
-        name = model.active_adapters[0]
-    config = model.peft_config.get(name)
-    if not isinstance(config, SurgicalConfig):
-        there = ", ".join(key for key, other in model.peft_config.items() if isinstance(other, SurgicalConfig))
-        raise AdapterError(f"The model has no surgical adapter {name!r}; it has {there or 'none'}.")
+    name = chosen(model, name)
     tensors = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     # After the tensors, with which the base's fingerprint is taken. A hash of a file says nothing about what is live.
-    plain = {key: value for key, value in config.to_dict().items() if key not in ("peft_type", "weights_sha256")}
+    config = model.peft_config[name].to_dict()
+    plain = {key: value for key, value in config.items() if key not in ("peft_type", "weights_sha256")}
     copied = {key: value.detach().cpu().clone() for key, value in tensors.items()}
     return _adapter(name, SurgicalConfig(**plain), copied)
 
@@ -290,8 +275,10 @@ def _grouping(names: Iterable[str], config: SurgicalConfig) -> tuple[Mapping[str
     if config.target is not None:
         steps = parse(config.target).steps
         # One block as the whole target holds all tensors; only the base tells which tensors belong to which of several.
-        if len(steps) == 1 and isinstance(steps[0].term, Name) and _is_block(steps[0].term.text):
-            return dict.fromkeys(names, steps[0].term.text), "blocks"
+        if len(steps) == 1 and isinstance(steps[0].term, Name):
+            block = steps[0].term.text
+            if block in _BLOCKS or NUMBERED.fullmatch(block):
+                return dict.fromkeys(names, block), "blocks"
     depth = 1
     paths = [name.rpartition(".")[0].split(".") for name in names]
     while len({tuple(path[:depth]) for path in paths}) == 1 and depth < max(map(len, paths), default=0):
@@ -301,10 +288,6 @@ def _grouping(names: Iterable[str], config: SurgicalConfig) -> tuple[Mapping[str
 
 def _holder(name: str, holders: Mapping[str, str]) -> str | None:
     """The block of the longest path in ``holders`` that is ``name`` or leads to it."""
-    parts = name.split(".")
-    prefixes = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
-    return next((holders[prefix] for prefix in prefixes if prefix in holders), None)
-
-
-def _is_block(text: str) -> bool:
-    return text in ("embedding", "stem", "stage1", "head", "first", "last") or NUMBERED.fullmatch(text) is not None
+    while name and name not in holders:
+        name = name.rpartition(".")[0]
+    return holders.get(name)

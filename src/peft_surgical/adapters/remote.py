@@ -47,7 +47,8 @@ def hub(token: str | bool | None = None) -> HfApi:
 def download(repo: str, revision: str | None = None, token: str | bool | None = None, force: bool = False) -> Path:
     """The folder in huggingface_hub's cache, named after the commit, with the files of an adapter, not yet verified.
 
-    Offline, or while the Hub cannot be reached, it is what was fetched before, if that is whole.
+    Offline, or while the Hub cannot be reached, it is what was fetched before, if that is whole. ``force`` fetches it
+    again.
 
     Raises:
         ConfigError: ``repo`` is not the name of a repository.

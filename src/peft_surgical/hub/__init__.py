@@ -5,7 +5,7 @@ in with ``hf auth login``, or set ``HF_TOKEN``.
 """
 
 from .commits import Pushed
-from .pulling import Adapted, load_adapted, merge_to, open_adapted, pull
+from .pulling import AdaptedNetwork, load_adapted, merge_to, open_adapted, pull
 from .pushing import push_adapter
 
-__all__ = ["Adapted", "Pushed", "load_adapted", "merge_to", "open_adapted", "pull", "push_adapter"]
+__all__ = ["AdaptedNetwork", "Pushed", "load_adapted", "merge_to", "open_adapted", "pull", "push_adapter"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..blocks.spec import NUMBERED
 from ..config import SurgicalConfig
@@ -70,15 +70,8 @@ class Row:
         return self.dataset.partition(" ")[0] not in _CHOOSING and ORACLE not in self.measured.selection
 
 
-@dataclass(frozen=True)
-class AlternativesTable:
-    """A table of what could have been tuned instead, with one number each.
-
-    Attributes:
-        caption: What the numbers are and where they come from.
-        rows: Name and number.
-        percent: Whether the numbers are fractions, to be shown in percent.
-    """
+class AlternativesTable(NamedTuple):
+    """What could have been tuned instead, with one number each; fractions are shown in percent."""
 
     caption: str
     rows: tuple[tuple[str, float], ...]

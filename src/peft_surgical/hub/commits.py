@@ -53,21 +53,11 @@ def commit_files(
     description: str | None,
     token: str | bool | None,
 ) -> Pushed:
-    """Put files into a repository, in one commit on top of the one that is there now.
+    """Put files (path in the repository -> file) into a repository, in one commit on top of the one that is there now.
 
     The repository and its branch are made if they do not exist. Files that an older adapter left there go in the same
     commit. Where the answer is lost, the commit counts if the branch holds exactly these files. If somebody else has
     committed in the meantime, nothing is pushed.
-
-    Args:
-        files: Path in the repository -> file.
-        repo: ``owner/name``.
-        revision: A branch.
-        private: Whether a new repository is private.
-        create_pr: Open a pull request instead.
-        message: First line of the commit's message.
-        description: The rest of it.
-        token: By default the one that was logged in with.
 
     Raises:
         AdapterError: The repository is public and ``private`` was asked for; another commit came first; or what is
@@ -160,13 +150,8 @@ def _differing(api: HfApi, repo: str, commit: str, files: Mapping[str, Path]) ->
     for name, file in files.items():
         entry = there.get(name)
         lfs = getattr(entry, "lfs", None)
-        same = lfs.sha256 == file_sha256(file) if lfs else getattr(entry, "blob_id", None) == _blob(file)
-        if not same:
+        content = file.read_bytes()
+        blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()  # what git calls this content
+        if lfs.sha256 != file_sha256(file) if lfs else getattr(entry, "blob_id", None) != blob:
             wrong.append(name)
     return wrong
-
-
-def _blob(file: Path) -> str:
-    """The name that git gives a file's content."""
-    content = file.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()

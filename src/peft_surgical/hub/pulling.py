@@ -1,4 +1,8 @@
-"""From the Hub or a folder to a network: `pull`, `open_adapted`, `load_adapted` and `merge_to`."""
+"""From the Hub or a folder to a network: `pull`, `rebuild`, `open_adapted`, `load_adapted` and `merge_to`.
+
+A base is built at the commit that the adapter's record names, and checked tensor by tensor. Weights come from
+safetensors only, and no code is downloaded.
+"""
 
 from __future__ import annotations
 
@@ -10,26 +14,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, snapshot_download
 from peft import PeftModel
 
-from ..adapters.adapter import Adapter, fetch, locate, read_adapter, read_config
-from ..adapters.remote import FILES
+from ..adapters.adapter import Adapter, fetch, locate, new_folder, read_adapter, read_config
+from ..adapters.remote import FILES, explained
+from ..bases.load import Base, load_base
 from ..bases.plain import save_checkpoint
 from ..bases.transforms import Transform
-from ..errors import AdapterFileError, ConfigError
+from ..config import SurgicalConfig
+from ..errors import AdapterError, AdapterFileError, BaseMismatchError, DataError
 from ..evaluation import Report
-from ..files import commit, file_sha256
+from ..files import commit, file_sha256, shown
 from ..keys import CARD, REPORT, WEIGHTS
 from .cards import SHA256
-from .rebuilding import BaseName, attached, completed, rebuild, recorded
-from .records import BaseRecord
+from .records import BaseName, BaseRecord, completed, dtype_of, fingerprint_without_whole, recorded
 
 LOADING_MERGED = {
     "timm": 'timm.create_model("local-dir:{folder}", pretrained=True)',
     "transformers": 'AutoModelForImageClassification.from_pretrained("{folder}")',
 }
 """What loads a merged checkpoint, by library."""
+_BASE_FILES = [
+    *("config.json", "preprocessor_config.json", "processor_config.json"),
+    *("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"),
+]
 
 
 def pull(
@@ -93,14 +102,96 @@ def _put(folder: Path, target: Path) -> Path:
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, Path(scratch, name))
         commit(Path(scratch), target)
-    for name in FILES:  # of an older adapter
+    for name in FILES:
         if not (folder / name).is_file():
-            (target / name).unlink(missing_ok=True)
+            (target / name).unlink(missing_ok=True)  # an older adapter's
     return target
 
 
+def rebuild(record: BaseRecord, config: SurgicalConfig, *, token: str | bool | None = None) -> tuple[Base, BaseRecord]:
+    """Build the base at the recorded commit, and check it tensor by tensor where the record has a fingerprint.
+
+    Args:
+        record: How.
+        config: The adapter's: which tensors it brings itself.
+        token: For a private or gated base.
+
+    Returns:
+        The base, and the record with what was None in it, apart from ``weights_sha256`` and ``image_size``.
+
+    Raises:
+        DataError: There is no such base.
+        BaseMismatchError: What is there now is not what was recorded; names the first tensors that differ.
+        AdapterError: Its repository cannot be reached.
+    """
+    folder, revision = _fetched(record, token)
+    how: dict[str, Any] = {"label_names": record.label_names, "head": record.head, "image_size": record.image_size}
+    base = load_base(folder, None if record.label_names else record.num_classes, **how)
+    network: Any = base.model
+    if base.library == "timm":
+        architecture = str(network.pretrained_cfg["architecture"])
+    else:
+        architecture = type(network).__name__
+        network.config._name_or_path = record.id
+    network.name_or_path = record.id  # not the folder of the cache: PEFT copies it into further adapters
+    if record.dtype is not None:
+        network.to(getattr(torch, record.dtype))
+    found = replace(
+        record,
+        revision=revision,
+        library=base.library,
+        architecture=architecture,
+        dtype=dtype_of(network),
+        num_classes=base.classes,
+        label_names=base.label_names,
+        fingerprint=fingerprint_without_whole(network, config),
+    )
+    for name in ("library", "architecture"):
+        if getattr(record, name) not in (None, getattr(found, name)):
+            raise BaseMismatchError(
+                f"{record.id} is {getattr(found, name)} now, where the adapter's record says {getattr(record, name)}"
+            )
+    expected, there = record.fingerprint, found.fingerprint or {}
+    names = {} if expected is None else {**expected, **there}
+    if expected is not None and (wrong := [name for name in names if expected.get(name) != there.get(name)]):
+        place = f"{record.id} at {revision[:12]}" if revision else record.id
+        raise BaseMismatchError(
+            f"The base {place} is not the one that this adapter was made on: {len(wrong)} of {len(names)} tensors "
+            f"differ, first {shown(wrong)}. Ask the adapter's author which base it is, and say base= with that one."
+        )
+    return replace(base, name=record.id), found
+
+
+def _fetched(record: BaseRecord, token: str | bool | None) -> tuple[str, str | None]:
+    """The folder of a base, downloaded if need be, and its commit."""
+    if record.is_folder:
+        if not Path(record.id).is_dir():
+            raise DataError(
+                f"the adapter's base is the folder {record.id}, which is not on this machine: say base= with the "
+                "place where it is here, or with its repository on the Hub"
+            )
+        return record.id, None
+    with explained("open the base", record.id, record.revision, f"there is no folder {Path(record.id).absolute()}"):
+        folder = snapshot_download(record.id, revision=record.revision, allow_patterns=_BASE_FILES, token=token)
+    return folder, Path(folder).name
+
+
+def attached(base: Base, folder: Path, strict_base: bool = True) -> PeftModel:
+    """The adapter in a folder on its base, in ``eval()``; an error where that is another base or has another head."""
+    try:
+        model = PeftModel.from_pretrained(base.model, folder, torch_device="cpu", strict_base=strict_base)
+    except (BaseMismatchError, AdapterFileError):
+        raise
+    except (RuntimeError, ValueError) as error:
+        raise AdapterError(
+            f"the adapter does not fit {base.name} with {base.classes} classes ({error}): say base= with the arguments "
+            "of load_base that open its base"
+        ) from error
+    return model.eval()
+
+
 @dataclass(frozen=True)
-class Adapted:
+class AdaptedNetwork:
     """A base with an adapter on it, ready to be used.
 
     Attributes:
@@ -135,7 +226,7 @@ def open_adapted(
     strict_base: bool = True,
     device: str | torch.device | None = None,
     token: str | bool | None = None,
-) -> Adapted:
+) -> AdaptedNetwork:
     """Build the base that an adapter names, and put the adapter on it, for bases of timm and transformers.
 
     ::
@@ -176,15 +267,16 @@ def open_adapted(
         record = replace(record, fingerprint=None, library=None, architecture=None)
     opened, record = rebuild(record, config, token=token)
     model = attached(opened, folder, strict_base)
-    return Adapted(model.to(device) if device else model, opened.transform_eval, opened.label_names, record, folder)
+    placed = model.to(device) if device else model
+    return AdaptedNetwork(placed, opened.transform_eval, opened.label_names, record, folder)
 
 
 def load_adapted(source: str | os.PathLike[str], **how: Any) -> PeftModel:
-    """The model of `open_adapted` alone, which has its arguments and errors."""
+    """The model of `open_adapted` alone, with its arguments and errors."""
     return open_adapted(source, **how).model
 
 
-def merge_to(source: str | os.PathLike[str], output: str | os.PathLike[str], **how: Any) -> Adapted:
+def merge_to(source: str | os.PathLike[str], output: str | os.PathLike[str], **how: Any) -> AdaptedNetwork:
     """Merge an adapter into its base and write the result as its library writes checkpoints, safetensors only.
 
     Args:
@@ -192,16 +284,11 @@ def merge_to(source: str | os.PathLike[str], output: str | os.PathLike[str], **h
         output: A folder that is empty or does not exist; it appears as a whole or not at all.
         **how: As for `open_adapted`.
 
-    Returns:
-        What was merged; its ``model`` cannot be used any more.
-
     Raises:
-        ConfigError: There is something at ``output`` already.
-        AdapterError: The merged tensors are not finite; or as `open_adapted`, with its other errors.
+        AdapterError: There is something at ``output`` already, or the merged tensors are not finite; or as
+            `open_adapted`, with its other errors.
     """
-    target = Path(output)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"{target} exists and is not empty: name a new folder for the checkpoint")
+    target = new_folder(output)
     adapted = open_adapted(source, **how)
     network: Any = adapted.model.merge_and_unload(safe_merge=True)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,7 @@ from ..training.search import NONE
 from .card_text import card_rows, moved_of
 from .cards import About, card_of, check, draw_figure
 from .commits import Pushed, commit_files
-from .rebuilding import BaseName
+from .records import BaseName
 from .staging import stage_folder, stage_model, with_base, without_paths
 
 Place = str | os.PathLike[str]
@@ -192,8 +192,8 @@ def _add_card(folder: Path, report: Report | None, figure: Place | None, about: 
     card.save(folder / CARD)
 
 
-def redirected(original: Callable[..., str], push: Callable[..., Pushed] = push_adapter) -> Callable[..., str]:
-    """Wrap ``PeftModel.push_to_hub``: surgical adapters go through ``push``, those of other methods as before.
+def redirected(original: Callable[..., str]) -> Callable[..., str]:
+    """Wrap ``PeftModel.push_to_hub``: surgical adapters go through `push_adapter`, those of other methods as before.
 
     The original writes a card of its own over the adapter's, which says neither what it is nor what it was made on.
     """
@@ -204,7 +204,7 @@ def redirected(original: Callable[..., str], push: Callable[..., Pushed] = push_
             return original(self, repo_id, **kwargs)
         kwargs.pop("max_shard_size", None)  # an adapter is one file
         given = {name: value for name, value in kwargs.items() if value is not None}
-        return push(self, repo_id, **{"complete": False, **given}).url
+        return push_adapter(self, repo_id, **{"complete": False, **given}).url
 
     return push_to_hub
 

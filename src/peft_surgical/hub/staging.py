@@ -17,18 +17,24 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-import torch
 from peft import PeftModel, get_peft_model_state_dict
 
-from ..adapters.adapter import read_config
-from ..config import SurgicalConfig
+from ..adapters.adapter import chosen, read_config
 from ..errors import AdapterError, ConfigError, DataError
 from ..evaluation import Report
-from ..files import canonical_json, shown, write_atomically
+from ..files import canonical_json, fingerprint, shown, write_atomically
 from ..keys import CONFIG, FIGURE, REPORT, WEIGHTS
 from .cards import About
-from .rebuilding import BaseName, attached, completed, fingerprint_without_whole, rebuild, record_of, recorded
-from .records import BaseRecord, write_record
+from .pulling import attached, rebuild
+from .records import (
+    BaseName,
+    BaseRecord,
+    completed,
+    fingerprint_without_whole,
+    record_of,
+    recorded,
+    write_record,
+)
 
 _UNNAMED = "a network that is not on the Hub"
 _BRING_THE_BASE = """\
@@ -49,7 +55,7 @@ def stage_model(model: PeftModel, adapter_name: str | None, folder: Path) -> tup
     Raises:
         AdapterError: There is no such adapter, or what is loaded is not what was saved.
     """
-    name = _chosen(model, adapter_name)
+    name = chosen(model, adapter_name)
     scratch = folder / "saved"
     model.save_pretrained(scratch, selected_adapters=[name])
     saved = scratch if name == "default" else scratch / name
@@ -63,9 +69,10 @@ def stage_model(model: PeftModel, adapter_name: str | None, folder: Path) -> tup
         record = replace(record, fingerprint=fingerprint_without_whole(network, config))
     again = PeftModel.from_pretrained(network, saved, adapter_name=name, torch_device="cpu")
     before, after = (
-        get_peft_model_state_dict(m, adapter_name=name, save_embedding_layers=False) for m in (model, again)
+        fingerprint(get_peft_model_state_dict(m, adapter_name=name, save_embedding_layers=False))
+        for m in (model, again)
     )
-    wrong = [key for key in {**before, **after} if not _equal(before.get(key), after.get(key))]
+    wrong = [key for key in {**before, **after} if before.get(key) != after.get(key)]
     if wrong or again.peft_config[name].scale != model.peft_config[name].scale:
         raise AdapterError(
             f"adapter {name!r} is not what was saved when it is loaded again ({shown(wrong or ['scale'])}): nothing "
@@ -75,30 +82,6 @@ def stage_model(model: PeftModel, adapter_name: str | None, folder: Path) -> tup
         shutil.move(saved / file, folder / file)
     shutil.rmtree(scratch)
     return record, parameters
-
-
-def _chosen(model: PeftModel, adapter_name: str | None) -> str:
-    names = [name for name, config in model.peft_config.items() if isinstance(config, SurgicalConfig)]
-    if adapter_name is None:
-        active = [name for name in model.active_adapters if name in names]
-        if len(active) != 1:
-            raise AdapterError(
-                f"{len(active)} surgical adapters are active: say which one to push, adapter_name= one of {names}"
-            )
-        return active[0]
-    if adapter_name not in names:
-        raise AdapterError(
-            f"no surgical adapter {adapter_name!r} on this model; there are {', '.join(names) or 'none'}"
-        )
-    return adapter_name
-
-
-def _equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
-    """Whether two tensors are the same bytes: 0.0 and -0.0 differ, NaN equals itself."""
-    if one is None or other is None or one.dtype != other.dtype or one.shape != other.shape:
-        return False
-    first, second = (t.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for t in (one, other))
-    return torch.equal(first, second)
 
 
 def stage_folder(source: Path, folder: Path) -> BaseRecord | None:
