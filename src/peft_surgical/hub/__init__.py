@@ -1,7 +1,7 @@
 """Adapters on the Hub, from one place: push, pull, open and merge.
 
-Private and gated repositories, tokens, the cache, offline mode and ``HF_ENDPOINT`` are huggingface_hub's business: log
-in with ``hf auth login``, or set ``HF_TOKEN``.
+huggingface_hub handles private and gated repositories, tokens, the cache, offline mode and ``HF_ENDPOINT``: log in with
+``hf auth login``, or set ``HF_TOKEN``.
 """
 
 from .commits import Pushed

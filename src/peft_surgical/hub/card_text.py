@@ -117,8 +117,8 @@ def parents_of(config: SurgicalConfig) -> list[str]:
     They are the ``parents`` of the config's ``selection``, or of its ``combined``: names, or mappings with ``adapter``
     and perhaps ``weight``, ``scale`` and ``sha256``.
     """
-    said = config.selection or {}
-    rows = said.get("parents", said.get("combined", {}).get("parents", ()))
+    choice = config.selection or {}
+    rows = choice.get("parents", choice.get("combined", {}).get("parents", ()))
     return [_parent({"adapter": row} if isinstance(row, str) else row) for row in rows]
 
 
@@ -136,33 +136,34 @@ def linked(name: str) -> str:
 
 def why(config: SurgicalConfig) -> str:
     """Who or what chose the target, in one sentence."""
-    said = config.selection
-    if not said:
+    choice = config.selection
+    if not choice:
         return "The target was given by name; no choice from data is recorded."
-    if "combined" in said or "parents" in said:
-        how = said.get("combined", said)
+    if "combined" in choice or "parents" in choice:
+        how = choice.get("combined", choice)
         options = [f"{name} {how[name]}" for name in ("density", "majority_sign", "seed") if name in how]
         extra = f" ({', '.join(options)})" if options else ""
         return f"The adapter was not trained: it is combined from others by `{how.get('method', 'linear')}`{extra}."
-    if "block_scores" in said:
-        labels = "with" if said.get("uses_labels", True) else "without"
-        limit = f" and at most {said['budget']:.0%} of the parameters" if said.get("budget") else ""
+    if "block_scores" in choice:
+        labels = "with" if choice.get("uses_labels", True) else "without"
+        limit = f" and at most {choice['budget']:.0%} of the parameters" if choice.get("budget") else ""
         return (
-            f"`{said['asked']}` was asked for{limit}: the block was chosen by its `{said['criterion']}` score on "
-            f"{said['num_samples']} {said['split']} images in {said['num_batches']} batches, {labels} their labels."
+            f"`{choice['asked']}` was asked for{limit}: the block was chosen by its `{choice['criterion']}` score on "
+            f"{choice['num_samples']} {choice['split']} images in {choice['num_batches']} batches, {labels} their "
+            "labels."
         )
-    asked = f"`{said.get('asked', 'a search')}` was asked for, which trains candidates and takes"
-    if said.get("split") == "test":
+    asked = f"`{choice.get('asked', 'a search')}` was asked for, which trains candidates and takes"
+    if choice.get("split") == "test":
         return f"{asked} what is best on test images: an oracle's choice, whose accuracy is optimistically biased."
     return f"{asked} what validates best."
 
 
 def choices(config: SurgicalConfig) -> list[AlternativesTable]:
     """The numbers behind the choice of the target, as the config's ``selection`` has them."""
-    said = config.selection or {}
+    choice = config.selection or {}
     found = []
-    nested = said.get("scores")
-    for scores in (said, nested if isinstance(nested, Mapping) else {}):
+    nested = choice.get("scores")
+    for scores in (choice, nested if isinstance(nested, Mapping) else {}):
         if "block_scores" in scores:
             rows = sorted(scores["block_scores"].items(), key=lambda item: _place(item[0]))
             caption = f"`{scores['criterion']}` of every block, higher means tune this"
@@ -173,8 +174,8 @@ def choices(config: SurgicalConfig) -> list[AlternativesTable]:
         ("rows", "validation of every row, mean over the seeds"),
         ("test", "test accuracy of every candidate"),
     ):
-        if isinstance(said.get(key), Mapping):
-            found.append(AlternativesTable(caption, tuple(said[key].items()), percent=True))
+        if isinstance(choice.get(key), Mapping):
+            found.append(AlternativesTable(caption, tuple(choice[key].items()), percent=True))
     return found
 
 

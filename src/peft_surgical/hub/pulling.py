@@ -1,7 +1,6 @@
 """From the Hub or a folder to a network: `pull`, `rebuild`, `open_adapted`, `load_adapted` and `merge_to`.
 
-A base is built at the commit that the adapter's record names, and checked tensor by tensor. Weights come from
-safetensors only, and no code is downloaded.
+A base is built at the recorded commit and checked tensor by tensor. Only safetensors are read; no code is downloaded.
 """
 
 from __future__ import annotations

@@ -173,11 +173,10 @@ def _scrubbed(value: Any, names: Mapping[str, str] | None = None) -> Any:
     if not isinstance(value, str):
         return value
     if names is None and _is_absolute(value):
-        return PureWindowsPath(value).name
+        return PureWindowsPath(value).name  # it knows both separators
     for path in sorted(names or (), key=len, reverse=True):
         value = value.replace(path, (names or {})[path])
-    # PureWindowsPath knows both separators.
-    return _PATH.sub(lambda found: PureWindowsPath(found[0]).name, value)
+    return _PATH.sub(lambda found: re.split(r"[/\\]", found[0].rstrip("/\\"))[-1], value)
 
 
 def _is_absolute(text: str) -> bool:
