@@ -22,17 +22,16 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from peft_surgical import SurgicalConfig
+from peft_surgical.adapters.adapter import read_adapter
 from peft_surgical.evaluation import ORACLE, Report
-from peft_surgical.hub.card_figure import draw_figure
 from peft_surgical.hub.card_text import card_rows, moved_of
-from peft_surgical.hub.cards import About, Weights, card_of
-from peft_surgical.hub.staging import Staged, weights_of
+from peft_surgical.hub.cards import About, card_of, draw_figure
 from peft_surgical.training.ledger import Ledger
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
@@ -139,18 +138,16 @@ def render(name: str) -> str:
     """The card of a recipe's adapter."""
     report, comparison, about = RECIPES[name]()
     config, weights = read(name)
-    about = replace(about, comparison=tuple(comparison), figure=f"{name}.png")
+    known = {"base_parameters": inputs(name)["base_parameters"], "figure": f"{name}.png"}
+    about = replace(about, comparison=tuple(comparison), **known)
     return str(card_of(config, report, weights, about))
 
 
-def read(name: str) -> tuple[SurgicalConfig, Weights]:
-    """Config and file of a recipe's adapter."""
+def read(name: str) -> tuple[SurgicalConfig, dict[str, Any]]:
+    """The config of a recipe's adapter, and the summary of its file."""
     found = inputs(name)
     config = SurgicalConfig(**{key: value for key, value in found["config"].items() if key != "peft_type"})
-    weights = found["weights"]
-    weights |= {name: tuple(map(tuple, weights[name])) for name in ("parts", "largest")}
-    weights["dtypes"] = tuple(weights["dtypes"])
-    return config, Weights(**weights)
+    return config, found["weights"]
 
 
 def figure(name: str) -> None:
@@ -181,11 +178,11 @@ def collect(demo: Path, runs: Path) -> None:
 
 
 def _write(name: str, folder: Path, network: Any, selection: dict[str, Any] | None = None, **more: Any) -> None:
-    config = SurgicalConfig.from_pretrained(folder)
-    config.selection = selection
-    weights = weights_of(Staged(folder, config, None, sum(p.numel() for p in network.parameters())))
-    plain = {"config": config.to_dict(), "weights": asdict(weights), **more}
-    plain["config"]["weights_sha256"] = config.weights_sha256
+    adapter = read_adapter(folder)
+    weights = {name: value for name, value in adapter.summary().items() if name != "folder"}
+    base_parameters = sum(p.numel() for p in network.parameters())
+    plain = {"config": adapter.config.to_dict(), "weights": weights, "base_parameters": base_parameters, **more}
+    plain["config"] |= {"selection": selection, "weights_sha256": adapter.config.weights_sha256}
     (HERE / "inputs").mkdir(exist_ok=True)
     text = json.dumps(plain, indent=1, sort_keys=True) + "\n"
     (HERE / "inputs" / f"{name}.json").write_text(text, encoding="utf-8")

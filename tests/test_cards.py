@@ -16,24 +16,28 @@ from peft_surgical import SurgicalConfig
 from peft_surgical.errors import ConfigError
 from peft_surgical.evaluation import Report, measure
 from peft_surgical.hub import cards
-from peft_surgical.hub.card_figure import draw_figure
 from peft_surgical.hub.card_text import card_rows, choices, limits_of, parents_of, protocol_of, why
-from peft_surgical.hub.cards import About, Weights, card_of
+from peft_surgical.hub.cards import About, card_of, draw_figure
 
 RENDER = Path(__file__).parents[1] / "hub_cards" / "render.py"
-WEIGHTS = Weights(
-    bytes=79_568,
-    sha256="ab" * 32,
-    tensors=3,
-    parameters=250,
-    base_parameters=1_000,
-    dtypes=("float32",),
-    statistics=0,
-    parts=(("block1", 250, 1.5),),
-    parts_are="block",
-    largest=(("conv1.weight", 1.2), ("bn1.weight", 0.9)),
+WEIGHTS = {
+    "file_bytes": 79_568,
+    "sha256": "ab" * 32,
+    "tensors": 3,
+    "parameters": 250,
+    "dtypes": ["float32"],
+    "statistics": 0,
+    "blocks": [{"name": "block1", "tensors": 3, "parameters": 250, "norm": 1.5}],
+    "largest": [{"name": "conv1.weight", "norm": 1.2}, {"name": "bn1.weight", "norm": 0.9}],
+}
+ABOUT = About(
+    "me/frost",
+    "apache-2.0",
+    ("uoft-cs/cifar10",),
+    "timm/resnet18.a1_in1k",
+    base_revision="c" * 40,
+    base_parameters=1000,
 )
-ABOUT = About("me/frost", "apache-2.0", ("uoft-cs/cifar10",), "timm/resnet18.a1_in1k", base_revision="c" * 40)
 CONFIG = SurgicalConfig(target="block1", tensor_names=["conv1.weight"])
 
 
@@ -212,7 +216,9 @@ def test_what_was_tuned():
         modules_to_save=["fc"],
         tensor_names=["conv1.weight"],
     )
-    weights = replace(WEIGHTS, dtypes=("bfloat16",), parts=(("conv1", 200, 1.0), ("fc", 50, 2.0)), parts_are="module")
+    modules = [{"name": "conv1", "parameters": 200, "norm": 1.0}, {"name": "fc", "parameters": 50, "norm": 2.0}]
+    weights = {name: value for name, value in WEIGHTS.items() if name != "blocks"}
+    weights |= {"dtypes": ["bfloat16"], "modules": modules}
     text = str(card_of(config, report(moved={"block1": 0.042, "block2": 0.0, "block10": 0.01}), weights, ABOUT))
     for line in (
         "| target | `block1 + head` |",
@@ -282,7 +288,7 @@ def test_why_by_a_search_that_scores_had_nominated_for():
 
 def test_an_oracles_choice_is_called_one():
     config = SurgicalConfig(target="block1", selection={**SCORES, "split": "test"})
-    oracle = "Test images had a say in choosing"
+    oracle = "was selected on test images: an oracle's choice"
     assert any(oracle in line for line in limits_of(config, None, []))
     assert not any(oracle in line for line in limits_of(CONFIG, report(), card_rows(report())))
     own = report(measured(selection="target: oracle"))

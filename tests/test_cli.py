@@ -24,12 +24,16 @@ from rich.console import Console  # noqa: E402
 import peft_surgical  # noqa: E402
 from peft_surgical import SurgicalConfig  # noqa: E402
 from peft_surgical.adaptation.objectives import COLLAPSE_WINDOW  # noqa: E402
-from peft_surgical.adapters.contents import contents_of  # noqa: E402
+from peft_surgical.adapters.adapter import read_adapter, read_config  # noqa: E402
 from peft_surgical.bases.transforms import AUGMENTS  # noqa: E402
 from peft_surgical.choosing import BlockScores  # noqa: E402
 from peft_surgical.choosing.scores import CRITERIA  # noqa: E402
 from peft_surgical.config import DELTA_DTYPES, NormPolicy  # noqa: E402
-from peft_surgical.errors import AdapterFileError, ConfigError  # noqa: E402
+from peft_surgical.errors import (  # noqa: E402
+    AdapterError,
+    AdapterFileError,
+    ConfigError,
+)
 from peft_surgical.experiment.choosing import SCORED  # noqa: E402
 from peft_surgical.experiment.planning import BATCH_SIZES, STEPS_PER_EPOCH  # noqa: E402
 from peft_surgical.experiment.progress import Bar  # noqa: E402
@@ -62,63 +66,79 @@ def adapter(folder, network=None, value=2.0, **config):
     return folder
 
 
-# Contents of a folder
+# What a folder holds
 
 
-def test_contents_by_hand(tmp_path):
-    found = contents_of(adapter(tmp_path, target="head", scale=0.5))
-    assert (found.target, found.norm_stats, found.scale, found.dtypes) == ("head", "frozen", 0.5, ("float32",))
-    assert [(part.name, part.parameters) for part in found.parts] == [("head", 45)]
-    assert found.parts_are == "block"
-    assert [(d.name, d.parameters) for d in found.deltas] == [("fc.weight", 40), ("fc.bias", 5)]
-    assert found.deltas[0].norm == pytest.approx(2 * 40**0.5)
-    assert found.parts[0].norm == pytest.approx(2 * 45**0.5)
+def summary(*args, **config):
+    return read_adapter(adapter(*args, **config)).summary()
+
+
+def test_summary_by_hand(tmp_path):
+    found = summary(tmp_path, target="head", scale=0.5)
+    assert (found["target"], found["norm_stats"], found["scale"], found["dtypes"]) == (
+        "head",
+        "frozen",
+        0.5,
+        ["float32"],
+    )
+    norm = pytest.approx(2 * 45**0.5)
+    assert found["blocks"] == [{"name": "head", "tensors": 2, "parameters": 45, "norm": norm}]
+    assert [(row["name"], row["parameters"]) for row in found["largest"]] == [("fc.weight", 40), ("fc.bias", 5)]
+    assert found["largest"][0]["norm"] == pytest.approx(2 * 40**0.5)
+    assert (found["tensors"], found["parameters"]) == (2, 45)
     files = [tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"]
-    assert found.bytes == sum(file.stat().st_size for file in files)
+    assert found["bytes"] == sum(file.stat().st_size for file in files)
+    assert found["file_bytes"] == files[0].stat().st_size
 
 
-def test_contents_by_module_where_only_the_base_knows_the_blocks(tmp_path):
-    found = contents_of(adapter(tmp_path, target="block1 + head"))
-    assert found.parts_are == "module"
-    assert [part.name for part in found.parts] == ["conv1", "bn1", "layer1", "fc"]
+@pytest.mark.parametrize(
+    ("config", "names"),
+    [
+        ({"target": "block1 + head"}, ["conv1", "bn1", "layer1", "fc"]),  # only the base knows the blocks
+        ({"target_modules": ["layer1.0", "layer1.1"]}, ["layer1.0", "layer1.1"]),  # as deep as it takes
+    ],
+)
+def test_summary_by_module(tmp_path, config, names):
+    found = summary(tmp_path, **config)
+    assert [part["name"] for part in found["modules"]] == names
+    assert "blocks" not in found
 
 
-def test_modules_are_named_as_deep_as_it_takes_to_tell_them_apart(tmp_path):
-    found = contents_of(adapter(tmp_path, target_modules=["layer1.0", "layer1.1"]))
-    assert [part.name for part in found.parts] == ["layer1.0", "layer1.1"]
-
-
-def test_contents_by_the_blocks_of_the_config(tmp_path):
+def test_summary_by_the_blocks_of_the_config(tmp_path):
     blocks = {"block1": ["conv1", "bn1", "layer1"], "block2": ["layer2"], "head": ["fc"]}
-    found = contents_of(adapter(tmp_path, target="all", blocks=blocks))
-    assert [part.name for part in found.parts] == ["block1", "block2", "head"]
+    found = summary(tmp_path, target="all", blocks=blocks)
+    assert [part["name"] for part in found["blocks"]] == ["block1", "block2", "head"]
 
 
-def test_contents_with_statistics_and_modules_saved_whole(tmp_path):
-    found = contents_of(adapter(tmp_path, target="block1", norm_stats="target", modules_to_save=["fc"]))
-    assert found.statistics == 6
-    assert found.modules_to_save == ("fc",)
-    assert len(found.deltas) == 7
+def test_summary_with_statistics_and_modules_saved_whole(tmp_path):
+    found = summary(tmp_path, target="block1", norm_stats="target", modules_to_save=["fc"])
+    assert (found["statistics"], found["modules_to_save"], found["tensors"]) == (6, ["fc"], 7)
 
 
-def test_contents_of_root_parameters_and_half_precision(tmp_path):
-    found = contents_of(adapter(tmp_path, tiny.RootTokens(), target=["cls_token", "pos_embed"], delta_dtype="bfloat16"))
-    assert [part.name for part in found.parts] == ["cls_token", "pos_embed"]
-    assert found.dtypes == ("bfloat16",)
+def test_summary_of_root_parameters_and_half_precision(tmp_path):
+    found = summary(tmp_path, tiny.RootTokens(), target=["cls_token", "pos_embed"], delta_dtype="bfloat16")
+    assert [part["name"] for part in found["modules"]] == ["cls_token", "pos_embed"]
+    assert found["dtypes"] == ["bfloat16"]
+
+
+def test_a_live_adapter_has_no_file_to_sum_up():
+    model = get_peft_model(tiny.ConvNet(torch.nn.BatchNorm2d), SurgicalConfig(target="head"))
+    with pytest.raises(AdapterError, match="the adapter 'default' is not on disk: save it"):
+        read_adapter(model).summary()
 
 
 def test_folders_that_are_no_adapter(tmp_path):
     with pytest.raises(AdapterFileError, match=r"nowhere is no folder: pass a folder that save_pretrained wrote"):
-        contents_of(tmp_path / "nowhere")
+        read_config(tmp_path / "nowhere")
     with pytest.raises(AdapterFileError, match=r"has no adapter_config\.json"):
-        contents_of(tmp_path)
+        read_adapter(tmp_path)
     get_peft_model(tiny.ConvNet(torch.nn.BatchNorm2d), LoraConfig(target_modules=["fc"])).save_pretrained(tmp_path)
     with pytest.raises(AdapterFileError, match="is a LORA adapter: only surgical ones"):
-        contents_of(tmp_path)
+        read_adapter(tmp_path)
     adapter(tmp_path / "a", target="head")
     (tmp_path / "a" / "adapter_config.json").write_text("{")
     with pytest.raises(AdapterFileError, match=r"adapter_config\.json cannot be read"):
-        contents_of(tmp_path / "a")
+        read_adapter(tmp_path / "a")
 
 
 # Commands
@@ -216,7 +236,7 @@ def test_tune_and_compare(run, data, tmp_path):
     assert "learning rate and epoch by validation accuracy on these images" in out
     assert "load_base(report.model, **report.settings" in out
     assert "The head is new" in out
-    assert contents_of(tmp_path / "a").target == "head"
+    assert read_adapter(tmp_path / "a").config.target == "head"
     code, out, err = run(
         "compare", "test_resnet", data, "--methods", "none", "head", "--seeds", "0,1", "--output", tmp_path / "b",
         "--head-lr", "1e-2", "--workers", 1, *how,

@@ -14,11 +14,10 @@ from peft import PeftModel, get_peft_model  # noqa: E402
 from timm.models import save_for_hf  # noqa: E402
 
 from peft_surgical import SurgicalConfig  # noqa: E402
+from peft_surgical.adapters.remote import FILES, LONGEST_WAIT, TRIES, explained, patiently  # noqa: E402
 from peft_surgical.bases import load_base  # noqa: E402
 from peft_surgical.errors import AdapterError, ConfigError  # noqa: E402
 from peft_surgical.hub import load_adapted, pull, push_adapter  # noqa: E402
-from peft_surgical.hub.pulling import FILES  # noqa: E402
-from peft_surgical.hub.remote import LONGEST_WAIT, TRIES, explained, patiently  # noqa: E402
 from peft_surgical.tuner import saving  # noqa: E402
 
 BASE, REPO = "lab/base", "me/frost"

@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from peft_surgical.adapters.contents import read_config
+from peft_surgical.adapters.adapter import read_adapter
 from peft_surgical.data.layouts import is_hub_id
 from peft_surgical.errors import ConfigError
 from peft_surgical.evaluation import Report
 from peft_surgical.experiment.outputs import LOADING
 from peft_surgical.hub.cards import About, card_of
 from peft_surgical.hub.pushing import push_adapter
-from peft_surgical.hub.staging import Staged, weights_of
 from peft_surgical.keys import CARD, REPORT
 
 from .findings import ADAPTER
@@ -81,8 +80,8 @@ def hand_over(args: argparse.Namespace, report: Report, folder: Path) -> str | N
             loading=lines,
             opens=False,
         )
-        config = read_config(adapter)
-        card_of(config, report, weights_of(Staged(adapter, config, None)), about).save(adapter / CARD)
+        saved = read_adapter(adapter)
+        card_of(saved.config, report, saved.summary(), about).save(adapter / CARD)
     if args.push_to_hub is None:
         return None
     pushed = push_adapter(adapter, args.push_to_hub, license=args.license, datasets=datasets_of(args), report=report)

@@ -41,8 +41,7 @@ if TYPE_CHECKING:
     from .choosing.pace import Pace
     from .choosing.resolve import resolve_target, score_blocks
     from .choosing.scores import BlockScores
-    from .hub.opening import load_adapted
-    from .hub.pulling import pull
+    from .hub.pulling import load_adapted, pull
     from .hub.pushing import push_adapter
 
 __all__ = [
@@ -76,7 +75,7 @@ _MODULES = {
     "SurgicalCallback": "choosing.callback",
     "combine_adapters": "adapters.combination",
     "diff": "adapters.difference",
-    "load_adapted": "hub.opening",
+    "load_adapted": "hub.pulling",
     "pull": "hub.pulling",
     "push_adapter": "hub.pushing",
     "read_adapter": "adapters.adapter",

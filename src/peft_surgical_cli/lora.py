@@ -35,7 +35,7 @@ def to_lora_command(
     """Write an adapter as a LoRA adapter that PEFT loads without this package."""
     from peft_surgical.adapters.adapter import new_folder, read_adapter
     from peft_surgical.adapters.lora import to_lora
-    from peft_surgical.hub.opening import open_adapted
+    from peft_surgical.hub.pulling import open_adapted
 
     new_folder(output)  # before a base is fetched
     opened = open_adapted(adapter, revision=revision, base=base)

@@ -19,7 +19,7 @@ def merge_command(
     base: BaseOption = None,
 ) -> None:
     """Merge an adapter into its base; timm or transformers loads the result without this package."""
-    from peft_surgical.hub.merged import LOADING_MERGED, merge_to
+    from peft_surgical.hub.pulling import LOADING_MERGED, merge_to
 
     record = merge_to(adapter, output, revision=revision, base=base).record
     how = LOADING_MERGED[record.library or "timm"].format(folder=output)

@@ -27,5 +27,5 @@ def pull_command(
     from peft_surgical.hub.pulling import pull
 
     found = pull(repo, output, revision=revision, verify=verify, force=force)
-    card = ", as in its card" if found.in_card else ""
-    console().print(escape(f"{found.folder}\ncommit {found.oid}\nSHA-256 {found.sha256}{card}"), soft_wrap=True)
+    card = ", as in its card" if verify else ""
+    console().print(escape(f"{found.folder}\ncommit {found.commit}\nSHA-256 {found.sha256}{card}"), soft_wrap=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json as to_json
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.filesize import decimal
@@ -11,9 +11,6 @@ from rich.markup import escape
 
 from .pull import Revision
 from .terminal import console, table
-
-if TYPE_CHECKING:
-    from peft_surgical.adapters.contents import Contents
 
 
 def show_command(
@@ -23,30 +20,31 @@ def show_command(
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Verify an adapter's file and print what was tuned, and how far it moved."""
-    from peft_surgical.adapters.contents import contents_of
-    from peft_surgical.hub.pulling import locate
+    from peft_surgical.adapters.adapter import read_adapter
 
-    folder, is_remote = locate(adapter, revision=revision)
-    contents = contents_of(folder)
+    found = read_adapter(adapter, revision=revision)
+    summary = found.summary()
+    summary["largest"] = summary["largest"][:top]
     if json:
-        typer.echo(to_json.dumps(contents.to_dict(top), indent=2))
+        typer.echo(to_json.dumps(summary, indent=2))
     else:
-        _print(contents, top, f"{adapter}, commit {folder.name}" if is_remote else contents.folder)
+        _print(summary, f"{adapter}, commit {found.commit}" if found.commit else summary["folder"])
 
 
-def _print(contents: Contents, top: int, place: str) -> None:
+def _print(summary: dict[str, Any], place: str) -> None:
     out = console()
     facts = table("", "")
     facts.show_header = False
+    target, statistics = summary["target"], summary["statistics"]
     for name, value in (
         ("adapter", place),
-        ("base", contents.base or "not named in its config"),
-        ("target", contents.target if isinstance(contents.target, str) else " + ".join(contents.target or ["modules"])),
-        ("norm policy", contents.norm_stats + (f", {contents.statistics} statistics" if contents.statistics else "")),
-        ("scale", f"{contents.scale:g}"),
-        ("size", f"{decimal(contents.bytes)}, {', '.join(contents.dtypes)}"),
-        ("SHA-256", contents.sha256),
-        ("saved whole", ", ".join(contents.modules_to_save)),
+        ("base", summary["base"] or "not named in its config"),
+        ("target", target if isinstance(target, str) else " + ".join(target or ["modules"])),
+        ("norm policy", summary["norm_stats"] + (f", {statistics} statistics" if statistics else "")),
+        ("scale", f"{summary['scale']:g}"),
+        ("size", f"{decimal(summary['bytes'])}, {', '.join(summary['dtypes'])}"),
+        ("SHA-256", summary["sha256"]),
+        ("saved whole", ", ".join(summary["modules_to_save"])),
         ("file", "verified: whole, unaltered, finite"),
     ):
         if value:
@@ -54,13 +52,14 @@ def _print(contents: Contents, top: int, place: str) -> None:
     out.print(facts)
     out.print()
     numbers = ("tensors", "parameters", "L2 norm")
-    parts = table(contents.parts_are, *numbers, numbers=numbers)
-    for part in contents.parts:
-        parts.add_row(escape(part.name), str(len(part.deltas)), f"{part.parameters:,}", f"{part.norm:.4g}")
+    kind = "block" if "blocks" in summary else "module"
+    parts = table(kind, *numbers, numbers=numbers)
+    for part in summary[f"{kind}s"]:
+        parts.add_row(escape(part["name"]), str(part["tensors"]), f"{part['parameters']:,}", f"{part['norm']:.4g}")
     out.print(parts)
-    if top:
+    if summary["largest"]:
         out.print()
         largest = table("largest deltas", "parameters", "L2 norm", numbers=("parameters", "L2 norm"))
-        for delta in contents.deltas[:top]:
-            largest.add_row(escape(delta.name), f"{delta.parameters:,}", f"{delta.norm:.4g}")
+        for delta in summary["largest"]:
+            largest.add_row(escape(delta["name"]), f"{delta['parameters']:,}", f"{delta['norm']:.4g}")
         out.print(largest)

@@ -30,9 +30,9 @@ class Stored:
         name: Repository, or folder.
         base: What it calls its base, or `UNNAMED`.
         target: What it tunes, in words.
-        bytes: Of its file; 0 where it was not fetched as a whole.
+        bytes: Size of its file; 0 where it was not fetched as a whole.
         folder: Where it lies.
-        commit: Of the repository; None for a folder.
+        commit: The repository's; None for a folder.
         refs: Branches and tags that were at that commit when it was fetched.
     """
 
@@ -54,17 +54,13 @@ class Stored:
         return {**asdict(self), "refs": list(self.refs)}
 
 
-def cached_adapters(cache_dir: str | os.PathLike[str] | None = None) -> list[Stored]:
-    """The surgical adapters in huggingface_hub's cache, one entry for each commit that was fetched.
-
-    Args:
-        cache_dir: By default that of ``HF_HUB_CACHE``.
-    """
+def cached_adapters() -> list[Stored]:
+    """The surgical adapters in huggingface_hub's cache, one entry for each commit that was fetched."""
     from huggingface_hub import constants, scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
     try:
-        info = scan_cache_dir(Path(cache_dir or constants.HF_HUB_CACHE))
+        info = scan_cache_dir(Path(constants.HF_HUB_CACHE))
     except CacheNotFound:
         return []
     found = []
@@ -75,21 +71,18 @@ def cached_adapters(cache_dir: str | os.PathLike[str] | None = None) -> list[Sto
             if config is not None:
                 refs = tuple(sorted(revision.refs))
                 found.append(_stored(repo.repo_id, place, config, revision.commit_hash, refs))
-    return _sorted(found)
+    return found
 
 
 def adapters_in(folders: Iterable[str | os.PathLike[str]]) -> list[Stored]:
-    """The surgical adapters in folders and in the folders below them.
-
-    Left out below them are checkpoints of training, and what an experiment keeps until it is over.
-    """
+    """The surgical adapters in folders and below them, without checkpoints of training and unfinished experiments."""
     found = []
     for folder in folders:
         for file in Path(folder).rglob(CONFIG_FILE):
             config = _config_in(file.parent)
             if config is not None and (file.parent == Path(folder) or not _is_intermediate(file.parent)):
                 found.append(_stored(str(file.parent), file.parent, config))
-    return _sorted(found)
+    return found
 
 
 def by_base(adapters: Iterable[Stored]) -> dict[str, list[Stored]]:
@@ -106,8 +99,7 @@ def _config_in(folder: Path) -> dict[str, Any] | None:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    ours = isinstance(config, dict) and config.get("peft_type") == METHOD
-    return config if ours else None
+    return config if isinstance(config, dict) and config.get("peft_type") == METHOD else None
 
 
 def _is_intermediate(folder: Path) -> bool:
@@ -119,14 +111,9 @@ def _is_intermediate(folder: Path) -> bool:
 def _stored(
     name: str, folder: Path, config: dict[str, Any], commit: str | None = None, refs: tuple[str, ...] = ()
 ) -> Stored:
-    said = config.get("target") or config.get("target_modules")
-    tensors = config.get("tensor_names") or []
-    target = f"{len(tensors)} tensors" if not said else said if isinstance(said, str) else " + ".join(map(str, said))
+    terms = config.get("target") or config.get("target_modules") or f"{len(config.get('tensor_names') or [])} tensors"
+    target = terms if isinstance(terms, str) else " + ".join(map(str, terms))
     file = folder / WEIGHTS_FILE
     size = file.stat().st_size if file.is_file() else 0
     base = str(config.get("base_model_name_or_path") or UNNAMED)
     return Stored(name, base, target, size, str(folder), commit, refs)
-
-
-def _sorted(adapters: list[Stored]) -> list[Stored]:
-    return sorted(adapters, key=lambda adapter: (adapter.name, adapter.commit or ""))

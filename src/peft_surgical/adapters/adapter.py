@@ -7,23 +7,25 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
+from ..blocks import Name, parse
+from ..blocks.parsing import NUMBERED
 from ..config import SurgicalConfig
-from ..errors import AdapterError
-from ..files import commit
-from ..hub.pulling import locate
-from ..keys import HOLDER, PEFT_PREFIX, WEIGHTS
-from .contents import read_config
+from ..errors import AdapterError, AdapterFileError
+from ..files import commit, file_sha256
+from ..keys import CONFIG, HOLDER, PEFT_PREFIX, PICKLE, WEIGHTS
+from .remote import download
 
 _OWN = f"{HOLDER}.surgical_"
+_BLOCKS = ("embedding", "stem", "stage1", "head", "first", "last")
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class Adapter:
         deltas: Tensor name -> delta, before scaling, in the dtype of the file.
         statistics: Buffer name -> value of the normalisation statistics that it owns.
         whole: Tensor name -> value of everything in its ``modules_to_save``.
+        folder: Where its files are on this machine; None unless it was read from there.
+        commit: Hash of the Hub's commit that it was fetched from; None unless it was.
     """
 
     name: str
@@ -43,10 +47,12 @@ class Adapter:
     deltas: Mapping[str, torch.Tensor]
     statistics: Mapping[str, torch.Tensor]
     whole: Mapping[str, torch.Tensor]
+    folder: Path | None = None
+    commit: str | None = None
 
     @property
     def label(self) -> str:
-        """Its name as others may see it: of a folder the last part, without the path on this machine."""
+        """Its name as others may see it: the last part of a folder's path, without the rest."""
         return Path(self.name).resolve().name if Path(self.name).is_dir() else self.name
 
     def scaled(self) -> dict[str, torch.Tensor]:
@@ -75,6 +81,60 @@ class Adapter:
             self.config.save_pretrained(scratch)
             commit(Path(scratch), target)
 
+    @property
+    def sha256(self) -> str | None:
+        """SHA-256 of the file of weights that it was read from; None for what was not read from one."""
+        if self.folder is None:
+            return None
+        return self.config.weights_sha256 or file_sha256(self.folder / WEIGHTS)
+
+    def summary(self) -> dict[str, Any]:
+        """What it holds, as plain JSON values: what was tuned, how far it moved (L2 norms before scaling), its size.
+
+        The deltas are grouped under ``blocks``, or under ``modules`` where the config does not tell the blocks.
+        ``bytes`` is the size of weights and config together, ``file_bytes`` that of the weights; ``largest`` lists all
+        deltas, those with the largest norm first.
+
+        Raises:
+            AdapterError: It is not on disk.
+        """
+        if self.folder is None:
+            raise AdapterError(f"the adapter {self.name!r} is not on disk: save it, and read it from there")
+        rows = [
+            {"name": name, "parameters": delta.numel(), "norm": delta.double().norm().item()}
+            for name, delta in self.deltas.items()
+        ]
+        group_of, kind = _grouping(self.deltas, self.config)
+        groups: dict[str, list[dict[str, Any]]] = {}
+        for row in rows:
+            groups.setdefault(group_of[row["name"]], []).append(row)
+        file_bytes = (self.folder / WEIGHTS).stat().st_size
+        return {
+            "folder": str(self.folder),
+            "base": self.config.base_model_name_or_path,
+            "target": self.config.target,
+            "norm_stats": self.config.norm_stats,
+            "scale": self.config.scale,
+            "bytes": file_bytes + (self.folder / CONFIG).stat().st_size,
+            "file_bytes": file_bytes,
+            "sha256": self.sha256,
+            "dtypes": sorted({str(delta.dtype).removeprefix("torch.") for delta in self.deltas.values()}),
+            "tensors": len(rows),
+            "parameters": sum(row["parameters"] for row in rows),
+            kind: [
+                {
+                    "name": name,
+                    "tensors": len(members),
+                    "parameters": sum(row["parameters"] for row in members),
+                    "norm": sum(row["norm"] ** 2 for row in members) ** 0.5,
+                }
+                for name, members in groups.items()
+            ],
+            "largest": sorted(rows, key=lambda row: -row["norm"]),
+            "statistics": len(self.statistics),
+            "modules_to_save": list(self.config.modules_to_save or ()),
+        }
+
 
 AdapterSource: TypeAlias = str | os.PathLike[str] | Adapter | PeftModel | tuple[PeftModel, str]
 """What is read as an adapter: a folder, a Hub id, an `Adapter`, a model (its active adapter), or (model, name)."""
@@ -85,7 +145,7 @@ def read_adapter(source: AdapterSource, *, revision: str | None = None, token: s
 
     Args:
         source: A folder that ``save_pretrained`` wrote, a Hub id, or an adapter of a live model.
-        revision: Of a Hub id: a branch, a tag or a commit.
+        revision: A branch, a tag or a commit, for a Hub id.
         token: For a Hub id.
 
     Raises:
@@ -100,52 +160,134 @@ def read_adapter(source: AdapterSource, *, revision: str | None = None, token: s
         return _live(source, None)
     if isinstance(source, tuple):
         return _live(*source)
-    folder, _ = locate(source, revision=revision, token=token)
-    return _adapter(os.fspath(source), read_config(folder), load_file(folder / WEIGHTS))
+    folder, oid = locate(source, revision=revision, token=token)
+    return _adapter(os.fspath(source), read_config(folder), load_file(folder / WEIGHTS), folder, oid)
+
+
+def locate(
+    source: str | os.PathLike[str], *, revision: str | None = None, token: str | bool | None = None
+) -> tuple[Path, str | None]:
+    """The folder of an adapter, and the commit that `fetch` found; None for a folder that was given."""
+    if Path(source).is_dir():
+        return Path(source), None
+    folder = fetch(os.fspath(source), revision, token)
+    return folder, folder.name
+
+
+def fetch(repo: str, revision: str | None = None, token: str | bool | None = None, force: bool = False) -> Path:
+    """`download` of a repository's adapter, verified; an `AdapterFileError` where it is not whole."""
+    folder = download(repo, revision, token, force)
+    try:
+        read_config(folder)
+    except AdapterFileError as error:
+        raise AdapterFileError(f"{repo}: {error} (force=True fetches it again)") from error
+    return folder
+
+
+def read_config(folder: str | os.PathLike[str], strict_base: bool = True) -> SurgicalConfig:
+    """The config of the adapter in a folder, whose file has been verified: whole, unaltered, complete, finite.
+
+    Raises:
+        AdapterFileError: If there is no adapter, it is another method's or a pickle, or its file is not whole.
+    """
+    place = Path(folder)
+    if missing := [name for name in (CONFIG, WEIGHTS) if not (place / name).is_file()]:
+        what = f"has no {missing[0]}" if place.is_dir() else "is no folder"
+        if (place / PICKLE).is_file():
+            what += f", only {PICKLE}, a pickle, which can run code when it is read and is not read here"
+        raise AdapterFileError(
+            f"{place} {what}: pass a folder that save_pretrained wrote (peft-surgical pull fetches one from the Hub)"
+        )
+    try:
+        config = SurgicalConfig.from_pretrained(place, strict_base=strict_base)
+    except AdapterFileError:
+        raise
+    except (ValueError, TypeError, KeyError) as error:
+        raise AdapterFileError(f"{place / CONFIG} cannot be read ({error}): save or download it again") from error
+    if not isinstance(config, SurgicalConfig):
+        method = getattr(config.peft_type, "value", config.peft_type)
+        raise AdapterFileError(f"{place} is a {method} adapter: only surgical ones are read here")
+    return config
 
 
 def new_folder(folder: str | os.PathLike[str]) -> Path:
-    """The path of a folder to write an adapter to.
-
-    Raises:
-        AdapterError: There is something at that place already.
-    """
+    """The path of a folder to write to; an `AdapterError` where there is something at that place already."""
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise AdapterError(f"{target} exists and is not empty: choose a new folder for the adapter.")
+        raise AdapterError(f"{target} exists and is not empty: choose a new folder.")
     return target
 
 
+def chosen(model: PeftModel, name: str | None) -> str:
+    """The name of a live model's surgical adapter; None stands for the only active one.
+
+    Raises:
+        AdapterError: The model does not have this adapter, or has several active ones and no name was given.
+    """
+    names = model.active_adapters if name is None else [name]
+    if len(names) != 1:
+        raise AdapterError(
+            f"{len(names)} adapters are active: pass (model, name) of one, or adapter_name= where one is pushed."
+        )
+    there = [key for key, config in model.peft_config.items() if isinstance(config, SurgicalConfig)]
+    if names[0] not in there:
+        raise AdapterError(f"The model has no surgical adapter {names[0]!r}; it has {', '.join(there) or 'none'}.")
+    return names[0]
+
+
 def _live(model: PeftModel, name: str | None) -> Adapter:
-    if name is None:
-        if len(model.active_adapters) != 1:
-            raise AdapterError(f"{len(model.active_adapters)} adapters are active: pass (model, name) of one.")
-        name = model.active_adapters[0]
-    config = model.peft_config.get(name)
-    if not isinstance(config, SurgicalConfig):
-        there = ", ".join(key for key, other in model.peft_config.items() if isinstance(other, SurgicalConfig))
-        raise AdapterError(f"The model has no surgical adapter {name!r}; it has {there or 'none'}.")
+    name = chosen(model, name)
     tensors = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     # After the tensors, with which the base's fingerprint is taken. A hash of a file says nothing about what is live.
-    plain = {key: value for key, value in config.to_dict().items() if key not in ("peft_type", "weights_sha256")}
+    config = model.peft_config[name].to_dict()
+    plain = {key: value for key, value in config.items() if key not in ("peft_type", "weights_sha256")}
     copied = {key: value.detach().cpu().clone() for key, value in tensors.items()}
     return _adapter(name, SurgicalConfig(**plain), copied)
 
 
-def _adapter(name: str, config: SurgicalConfig, tensors: Mapping[str, torch.Tensor]) -> Adapter:
+def _adapter(name: str, config: SurgicalConfig, tensors: Mapping[str, torch.Tensor], *place: Any) -> Adapter:
     parts: dict[str, dict[str, torch.Tensor]] = {"delta": {}, "stats": {}, "whole": {}}
     for key, tensor in tensors.items():
         plain = key.removeprefix(PEFT_PREFIX)
         path, own, rest = plain.rpartition(_OWN)
         kind, _, leaf = rest.partition(".")
         parts[kind if own else "whole"][path + leaf if own else plain] = tensor
-    place = {tensor: i for i, tensor in enumerate(config.tensor_names or ())}  # the file sorts them by dtype and key
-    ordered = {
-        kind: dict(sorted(found.items(), key=lambda item: place.get(item[0], 0))) for kind, found in parts.items()
-    }
-    return Adapter(name, config, ordered["delta"], ordered["stats"], ordered["whole"])
+    order = {tensor: i for i, tensor in enumerate(config.tensor_names or ())}  # the file sorts them by dtype and key
+    delta, stats, whole = (
+        dict(sorted(found.items(), key=lambda item: order.get(item[0], 0))) for found in parts.values()
+    )
+    return Adapter(name, config, delta, stats, whole, *place)
 
 
 def _key(name: str, kind: str) -> str:
     path, dot, leaf = name.rpartition(".")
     return f"{PEFT_PREFIX}{path}{dot}{_OWN}{kind}.{leaf}"
+
+
+def _grouping(names: Iterable[str], config: SurgicalConfig) -> tuple[Mapping[str, str], str]:
+    """Tensor -> the block that holds it and ``"blocks"``, where the config alone tells; else modules."""
+    names = list(names)
+    if config.blocks is not None:
+        holders = {path: block for block, paths in config.blocks.items() for path in paths}
+        found = {name: _holder(name, holders) for name in names}
+        if all(found.values()):
+            return {name: str(block) for name, block in found.items()}, "blocks"
+    if config.target is not None:
+        steps = parse(config.target).steps
+        # One block as the whole target holds all tensors; only the base tells which tensors belong to which of several.
+        if len(steps) == 1 and isinstance(steps[0].term, Name):
+            block = steps[0].term.text
+            if block in _BLOCKS or NUMBERED.fullmatch(block):
+                return dict.fromkeys(names, block), "blocks"
+    depth = 1
+    paths = [name.rpartition(".")[0].split(".") for name in names]
+    while len({tuple(path[:depth]) for path in paths}) == 1 and depth < max(map(len, paths), default=0):
+        depth += 1
+    return {n: ".".join(path[:depth]) or n for n, path in zip(names, paths, strict=True)}, "modules"
+
+
+def _holder(name: str, holders: Mapping[str, str]) -> str | None:
+    """The block of the longest path in ``holders`` that is ``name`` or leads to it."""
+    while name and name not in holders:
+        name = name.rpartition(".")[0]
+    return holders.get(name)

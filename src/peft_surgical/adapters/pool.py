@@ -25,11 +25,10 @@ from torch import nn
 
 from ..config import SurgicalConfig
 from ..errors import AdapterError
-from ..hub.pulling import locate
 from ..tuner.attach import bare, surgical_layers
 from ..tuner.mixed import BASE
 from ..tuner.plan import make_plan
-from .contents import read_config
+from .adapter import locate, read_config
 from .turns import Turns
 
 Loader = Callable[[str], "str | os.PathLike[str]"]

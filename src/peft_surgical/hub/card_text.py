@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..blocks.parsing import NUMBERED
 from ..config import SurgicalConfig
@@ -52,7 +52,7 @@ class Row:
 
     Attributes:
         tuned: A target or method; ``"none"`` for the base.
-        own: Whether it is of the adapter that the card describes.
+        own: Whether it was measured with the adapter that the card describes.
         metric: Such as ``accuracy``.
         dataset: What it was measured on.
         measured: The number, with all that belongs to it.
@@ -66,19 +66,12 @@ class Row:
 
     @property
     def is_test(self) -> bool:
-        """Whether nothing was trained on these images, and nothing chosen with them."""
+        """Whether nothing was trained or selected on these images."""
         return self.dataset.partition(" ")[0] not in _CHOOSING and ORACLE not in self.measured.selection
 
 
-@dataclass(frozen=True)
-class AlternativesTable:
-    """A table of what could have been tuned instead, with one number each.
-
-    Attributes:
-        caption: What the numbers are and where they come from.
-        rows: Name and number.
-        percent: Whether the numbers are fractions, to be shown in percent.
-    """
+class AlternativesTable(NamedTuple):
+    """What could have been tuned instead, with one number each; fractions are shown in percent."""
 
     caption: str
     rows: tuple[tuple[str, float], ...]
@@ -89,21 +82,17 @@ def card_rows(report: Report, comparison: Sequence[Report] = ()) -> list[Row]:
     """The rows of a card's table: for each data set and metric the adapter, then none, all, and what else there is.
 
     Args:
-        report: Of the adapter. Its own rows are those of its ``target``.
-        comparison: Reports of other targets, of which the rows with the report's metrics and data sets are taken.
+        report: The adapter's. Its own rows are those of its ``target``.
+        comparison: Reports of other targets; their rows with the report's metrics and data sets are taken.
     """
+    rows = [_row(report, measured) for measured in report]
+    order = {pair: i for i, pair in enumerate(dict.fromkeys((row.metric, row.dataset) for row in rows))}
+    others = [_row(other, measured, own=False) for other in comparison for measured in other]
     found: dict[tuple[str, str, str], Row] = {}
-    for measured in report:
-        row = _row(report, measured)
-        found.setdefault((row.metric, row.dataset, row.tuned), row)
-    wanted = list(dict.fromkeys((metric, dataset) for metric, dataset, _ in found))
-    for other in comparison:
-        for measured in other:
-            row = _row(other, measured, own=False)
-            if (row.metric, row.dataset) in wanted:
-                found.setdefault((row.metric, row.dataset, row.tuned), row)
+    for row in [*rows, *others]:
+        if (row.metric, row.dataset) in order:
+            found.setdefault((row.metric, row.dataset, row.tuned), row)
     rank = {"none": 1, "all": 2}
-    order = {pair: i for i, pair in enumerate(wanted)}
     # Sorting is stable: what has no rank stays in the order in which it was reported.
     return sorted(found.values(), key=lambda r: (order[r.metric, r.dataset], 0 if r.own else rank.get(r.tuned, 3)))
 
@@ -122,17 +111,14 @@ def interval_name(kind: str) -> str:
     return _INTERVALS.get(kind, kind)
 
 
-# --- why this part ---
-
-
 def parents_of(config: SurgicalConfig) -> list[str]:
     """The adapters that this one was combined from, with what is known of each; nothing for one that was trained.
 
     They are the ``parents`` of the config's ``selection``, or of its ``combined``: names, or mappings with ``adapter``
     and perhaps ``weight``, ``scale`` and ``sha256``.
     """
-    said = config.selection or {}
-    rows = said.get("parents", said.get("combined", {}).get("parents", ()))
+    choice = config.selection or {}
+    rows = choice.get("parents", choice.get("combined", {}).get("parents", ()))
     return [_parent({"adapter": row} if isinstance(row, str) else row) for row in rows]
 
 
@@ -149,34 +135,35 @@ def linked(name: str) -> str:
 
 
 def why(config: SurgicalConfig) -> str:
-    """One sentence: who or what chose the target."""
-    said = config.selection
-    if not said:
+    """Who or what chose the target, in one sentence."""
+    choice = config.selection
+    if not choice:
         return "The target was given by name; no choice from data is recorded."
-    if "combined" in said or "parents" in said:
-        how = said.get("combined", said)
+    if "combined" in choice or "parents" in choice:
+        how = choice.get("combined", choice)
         options = [f"{name} {how[name]}" for name in ("density", "majority_sign", "seed") if name in how]
         extra = f" ({', '.join(options)})" if options else ""
         return f"The adapter was not trained: it is combined from others by `{how.get('method', 'linear')}`{extra}."
-    if "block_scores" in said:
-        labels = "with" if said.get("uses_labels", True) else "without"
-        limit = f" and at most {said['budget']:.0%} of the parameters" if said.get("budget") else ""
+    if "block_scores" in choice:
+        labels = "with" if choice.get("uses_labels", True) else "without"
+        limit = f" and at most {choice['budget']:.0%} of the parameters" if choice.get("budget") else ""
         return (
-            f"`{said['asked']}` was asked for{limit}: the block was chosen by its `{said['criterion']}` score on "
-            f"{said['num_samples']} {said['split']} images in {said['num_batches']} batches, {labels} their labels."
+            f"`{choice['asked']}` was asked for{limit}: the block was chosen by its `{choice['criterion']}` score on "
+            f"{choice['num_samples']} {choice['split']} images in {choice['num_batches']} batches, {labels} their "
+            "labels."
         )
-    asked = f"`{said.get('asked', 'a search')}` was asked for, which trains candidates and takes"
-    if said.get("split") == "test":
-        return f"{asked} what is best on test images: an oracle's choice, whose accuracy flatters."
+    asked = f"`{choice.get('asked', 'a search')}` was asked for, which trains candidates and takes"
+    if choice.get("split") == "test":
+        return f"{asked} what is best on test images: an oracle's choice, whose accuracy is optimistically biased."
     return f"{asked} what validates best."
 
 
 def choices(config: SurgicalConfig) -> list[AlternativesTable]:
     """The numbers behind the choice of the target, as the config's ``selection`` has them."""
-    said = config.selection or {}
+    choice = config.selection or {}
     found = []
-    nested = said.get("scores")
-    for scores in (said, nested if isinstance(nested, Mapping) else {}):
+    nested = choice.get("scores")
+    for scores in (choice, nested if isinstance(nested, Mapping) else {}):
         if "block_scores" in scores:
             rows = sorted(scores["block_scores"].items(), key=lambda item: _place(item[0]))
             caption = f"`{scores['criterion']}` of every block, higher means tune this"
@@ -187,20 +174,17 @@ def choices(config: SurgicalConfig) -> list[AlternativesTable]:
         ("rows", "validation of every row, mean over the seeds"),
         ("test", "test accuracy of every candidate"),
     ):
-        if isinstance(said.get(key), Mapping):
-            found.append(AlternativesTable(caption, tuple(said[key].items()), percent=True))
+        if isinstance(choice.get(key), Mapping):
+            found.append(AlternativesTable(caption, tuple(choice[key].items()), percent=True))
     return found
 
 
 def _place(block: str) -> tuple[int, int, str]:
-    """In the order in which data flows; a config's JSON is sorted by name."""
+    """A key that sorts blocks in the order in which data flows; a config's JSON is sorted by name."""
     if block in ("embedding", "stem"):
         return 0, 0, block
     number = NUMBERED.fullmatch(block)
     return (1, int(number[2]), block) if number else (2, 0, block)
-
-
-# --- how it was made, and what to beware of ---
 
 
 def moved_of(report: Report | None) -> list[tuple[str, float]]:
@@ -244,9 +228,9 @@ def limits_of(config: SurgicalConfig, report: Report | None, rows: Sequence[Row]
     if own and not any(_is_source(row.dataset) for row in own):
         found.append("What it makes the base forget was not measured.")
     if any(not row.is_test for row in own):
-        found.append("Rows on images that had a say in choosing flatter; their selection rule says so.")
+        found.append("Numbers on images that were selected on are optimistically biased; their selection rule says so.")
     if (config.selection or {}).get("split") == "test" or any(ORACLE in row.measured.selection for row in own):
-        found.append("Test images had a say in choosing the block or the run: an oracle's choice, not an estimate.")
+        found.append("The block or the run was selected on test images: an oracle's choice, not an estimate.")
     if config.scale != 1:
         found.append(f"The deltas are scaled by {config.scale:g}: between the base (0) and what was trained (1).")
     if config.delta_dtype is not None:

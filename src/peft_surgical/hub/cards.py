@@ -1,4 +1,4 @@
-"""Model cards of adapters: (config, report) and what neither of them knows -> `huggingface_hub.ModelCard`.
+"""Model cards of adapters, and their figure, from config, report, the file and what none of them knows (`About`).
 
 Every number on a card is a `Measurement` of the report or a property of the adapter's file. A field that is missing is
 an error that says how to give it; nothing is filled with a placeholder, and without a report the card says that nothing
@@ -8,8 +8,9 @@ was measured. The template is ``templates/adapter.md.jinja`` beside this module.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -18,9 +19,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..config import SurgicalConfig
 from ..errors import ConfigError
 from ..evaluation import Report
+from ..extras import require
 from ..tuner.saving import IMPORT, LOAD_WITH, PAGE_MARK, TAGS, is_repository, target_of
 from . import card_text
-from .card_text import Row, card_rows, choices, limits_of, linked, parents_of, protocol_of, why
+from .card_text import Row, card_rows
 
 TEMPLATE = "adapter.md.jinja"
 TASK = "image-classification"
@@ -44,40 +46,12 @@ _HOW = {
     "base": 'the base that it was made on: base="timm/resnet50.a1_in1k"',
     "loading": "the lines of Python that load it: loading=, as its base cannot be opened by name",
 }
-
-
-@dataclass(frozen=True)
-class Weights:
-    """An adapter's file, in numbers.
-
-    Attributes:
-        bytes: Of the file.
-        sha256: Of its content.
-        tensors: Tuned tensors.
-        parameters: Values in their deltas.
-        base_parameters: Values in the parameters of the whole base, where it is known.
-        dtypes: Of the deltas.
-        statistics: Normalisation statistics in the file.
-        parts: Block (or module, where the file does not tell the blocks), number of values, L2 norm of its deltas.
-        parts_are: ``"block"`` or ``"module"``.
-        largest: The tensors whose deltas have the largest L2 norms, with these, largest first.
-    """
-
-    bytes: int
-    sha256: str
-    tensors: int
-    parameters: int
-    base_parameters: int | None
-    dtypes: tuple[str, ...]
-    statistics: int
-    parts: tuple[tuple[str, int, float], ...]
-    parts_are: str
-    largest: tuple[tuple[str, float], ...]
+_LARGEST = 10  # tensors that the figure has room for
 
 
 @dataclass(frozen=True)
 class About:
-    """What a card needs to be told. What is None is missing, and an error.
+    """What a card shows that neither config nor report nor file knows. What is None is missing.
 
     Attributes:
         repo: The repository, ``owner/name``.
@@ -85,8 +59,9 @@ class About:
         datasets: Repositories of the data; empty where it is not on the Hub.
         base: The base's repository; in words where it is not on the Hub.
         loading: Lines of Python that load the adapter; None for a base that `hub.open_adapted` opens.
-        base_revision: Its commit.
-        opens: Whether `hub.open_adapted` can open it, which is what the card's lines do then.
+        base_revision: The base's commit.
+        base_parameters: Number of values in the parameters of the base.
+        opens: Whether `hub.open_adapted` can open the base; the card's lines call it then.
         labelled: Whether the record of the base names the classes.
         license_name: For ``"other"``.
         license_link: For ``"other"``, if there is a text to link to.
@@ -103,6 +78,7 @@ class About:
     base: str | None = None
     loading: str | None = None
     base_revision: str | None = None
+    base_parameters: int | None = None
     opens: bool = True
     labelled: bool = False
     license_name: str | None = None
@@ -114,42 +90,43 @@ class About:
     page: bool = False
 
 
-def card_of(config: SurgicalConfig, report: Report | None, weights: Weights, about: About) -> ModelCard:
+def card_of(config: SurgicalConfig, report: Report | None, weights: Mapping[str, Any], about: About) -> ModelCard:
     """The card of an adapter.
 
     Args:
-        config: Of the adapter, as it is on disk.
-        report: Its numbers; None says that there are none.
-        weights: Its file.
-        about: What neither of them knows.
+        config: The adapter's, as it is on disk.
+        report: Its numbers; None where nothing was measured.
+        weights: Its file: `Adapter.summary`.
+        about: What none of them knows.
 
     Raises:
         ConfigError: Something is missing; names all of it, and how to give it.
     """
     check(about)
     rows = card_rows(report, about.comparison) if report is not None else []
+    answer = "adapted.label_names[logits.argmax()]" if about.labelled else "logits.softmax(-1)"
+    # Not `ModelCard.from_template`, which would write an empty string for a name that nothing gives.
     text = (
         _environment()
         .get_template(TEMPLATE)
         .render(
-            metadata=metadata_of(config, rows, weights, about).to_yaml(),
+            metadata=_metadata(rows, weights["sha256"], about).to_yaml(),
             name=about.repo.rpartition("/")[2],
             config=config,
-            report=report,
             weights=weights,
             about=about,
-            base=linked(str(about.base)) if is_repository(str(about.base)) else about.base,
+            base=card_text.linked(str(about.base)) if is_repository(str(about.base)) else about.base,
             norm=card_text.NORMS[config.norm_stats],
             target=target_of(config),
             mark=PAGE_MARK,
-            parents=parents_of(config),
-            why=why(config),
-            choices=choices(config),
+            parents=card_text.parents_of(config),
+            why=card_text.why(config),
+            choices=card_text.choices(config),
             rows=rows,
             moved=card_text.moved_of(report),
-            protocol=protocol_of(report),
-            limits=limits_of(config, report, rows),
-            loading=about.loading or _OPEN.format(repo=about.repo, answer=_answer(about)),
+            protocol=card_text.protocol_of(report),
+            limits=card_text.limits_of(config, report, rows),
+            loading=about.loading or _OPEN.format(repo=about.repo, answer=answer),
         )
     )
     return ModelCard(text)
@@ -160,7 +137,7 @@ def check(about: About, later: Sequence[str] = ()) -> None:
 
     Args:
         about: What there is.
-        later: Names of what will be known in time.
+        later: Fields that may still be None, because they are filled in before the card is written.
     """
     needed = ("license", "datasets", "base") if about.complete else ("base",)
     missing = [name for name in needed if getattr(about, name) is None and name not in later]
@@ -173,15 +150,14 @@ def check(about: About, later: Sequence[str] = ()) -> None:
         raise ConfigError(f"the card of {about.repo} lacks {lines}")
 
 
-def metadata_of(config: SurgicalConfig, rows: Sequence[Row], weights: Weights, about: About) -> ModelCardData:
+def _metadata(rows: Sequence[Row], sha256: str, about: About) -> ModelCardData:
     """The card's metadata, with an evaluation result for each measurement of the adapter on test images.
 
     Values are fractions, as `evaluate` has them; the interval, n, seeds and the selection rule stand beside each.
     """
     on_hub = about.base is not None and is_repository(about.base)
     own = [row for row in rows if row.own and row.is_test]
-    tags = [*TAGS, *([f"base_model:adapter:{about.base}"] if on_hub else []), *about.tags]
-    own_keys: dict[str, Any] = {LOAD_WITH: IMPORT, SHA256: weights.sha256}
+    own_keys: dict[str, Any] = {LOAD_WITH: IMPORT, SHA256: sha256}
     return ModelCardData(
         base_model=about.base if on_hub else None,
         base_model_relation="adapter" if on_hub else None,
@@ -191,10 +167,10 @@ def metadata_of(config: SurgicalConfig, rows: Sequence[Row], weights: Weights, a
         license=about.license,
         license_name=about.license_name,
         license_link=about.license_link,
-        metrics=sorted({_identifier(row.metric) for row in own}) or None,
+        metrics=sorted({row.metric.replace(" ", "_") for row in own}) or None,
         model_name=about.repo.rpartition("/")[2] if own else None,
         pipeline_tag=TASK,
-        tags=tags,
+        tags=[*TAGS, *([f"base_model:adapter:{about.base}"] if on_hub else []), *about.tags],
         **own_keys,
     )
 
@@ -209,7 +185,7 @@ def _result(row: Row, about: About) -> EvalResult:
         # Results are grouped by type, config and split: without either, two data sets would become one.
         dataset_config=None if split else row.dataset,
         dataset_split=split,
-        metric_type=_identifier(row.metric),
+        metric_type=row.metric.replace(" ", "_"),
         metric_value=measured.value,
         metric_name=f"{row.metric.replace('_', ' ')} (a fraction, 0 to 1)",
         metric_args={
@@ -220,17 +196,6 @@ def _result(row: Row, about: About) -> EvalResult:
             "selection": measured.selection,
         },
     )
-
-
-def _identifier(metric: str) -> str:
-    return metric.replace(" ", "_")
-
-
-def _answer(about: About) -> str:
-    return "adapted.label_names[logits.argmax()]" if about.labelled else "logits.softmax(-1)"
-
-
-# --- rendering ---
 
 
 @functools.cache
@@ -244,20 +209,57 @@ def _environment() -> jinja2.Environment:
         keep_trailing_newline=True,
         autoescape=False,  # Markdown
     )
-    found.filters |= {"cell": _cell, "percent": _percent, "size": size, "number": "{:.4g}".format}
-    found.filters |= {"code": lambda text: f"`{text}`", "interval": card_text.interval_name}
+    found.filters |= {
+        # Text that stays within its cell of a table.
+        "cell": lambda value: " ".join(str(value).split()).replace("|", "\\|"),
+        "percent": lambda value: f"{100 * value:.1f}",
+        "size": lambda n: f"{n / 1e6:.1f} MB" if n >= 1e6 else f"{n / 1e3:.1f} kB",
+        "number": "{:.4g}".format,
+        "code": lambda text: f"`{text}`",
+        "interval": card_text.interval_name,
+    }
     return found
 
 
-def _cell(value: Any) -> str:
-    """Text that stays within its cell of a table."""
-    return " ".join(str(value).split()).replace("|", "\\|")
+def draw_figure(
+    rows: Sequence[Row], weights: Mapping[str, Any], moved: Sequence[tuple[str, float]], file: Path
+) -> None:
+    """Draw accuracy of what was tuned and of what could have been, and how far each part moved; nothing without rows.
 
+    Args:
+        rows: The card's table.
+        weights: The adapter's file: `Adapter.summary`.
+        moved: Block and its relative change, which is drawn where it is known; else the norms of each part's deltas,
+            or of each tensor's where there is one part alone.
+        file: A .png file to write.
 
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f}"
-
-
-def size(n: int) -> str:
-    """A number of bytes, for people: ``79.6 kB``."""
-    return f"{n / 1e6:.1f} MB" if n >= 1e6 else f"{n / 1e3:.1f} kB"
+    Raises:
+        DataError: matplotlib is not installed.
+    """
+    figures = require("matplotlib.figure", "drawing a figure", "plots")
+    if not rows:
+        return
+    # Test images first: other numbers are optimistically biased.
+    shown = next((row for row in rows if row.own and row.is_test), rows[0])
+    accuracies = [row for row in rows if (row.metric, row.dataset) == (shown.metric, shown.dataset)]
+    groups = weights.get("blocks") or weights.get("modules") or []
+    norms = groups if len(groups) > 1 else weights["largest"][:_LARGEST]
+    parts = list(moved) or [(part["name"], part["norm"]) for part in norms]
+    height = 1.5 + 0.3 * max(len(accuracies), len(parts), 3)
+    figure = figures.Figure(figsize=(10, height), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    values = [100 * row.measured.value for row in accuracies]
+    left.barh(range(len(values)), values, color=["C1" if row.own else "C0" for row in accuracies])
+    ends = [[100 * (row.measured.value - row.measured.low) for row in accuracies]]
+    ends.append([100 * (row.measured.high - row.measured.value) for row in accuracies])
+    left.errorbar(values, range(len(values)), xerr=ends, fmt="none", color="black", capsize=2)
+    left.set_yticks(range(len(values)), [row.tuned for row in accuracies])
+    left.set_xlabel(f"{shown.metric.replace('_', ' ')} (%), 95 % interval")
+    left.set_title(shown.dataset)
+    right.barh(range(len(parts)), [value for _, value in parts], color="C2")
+    right.set_yticks(range(len(parts)), [name for name, _ in parts])
+    right.set_xlabel("L2 norm of the change / of the block" if moved else "L2 norm of the deltas")
+    right.set_title("what moved")
+    for axes in (left, right):
+        axes.invert_yaxis()
+    figure.savefig(file, dpi=120)

@@ -1,52 +1,67 @@
 """How the base of an adapter is built again: the record ``base.json`` that lies beside an adapter.
 
 PEFT's config names a base and no more. What else it takes (the commit, the library, the number of classes, what became
-of the head) is recorded in a file of its own, written when an adapter is pushed and proven then: the record is opened,
-the adapter is loaded onto what comes of it, and every tensor of the base is fingerprinted, also those that the adapter
-does not tune. A field of the config would be carried from one base to another with the config object, which people
-reuse; a file that names the SHA-256 of its weights cannot come to lie beside others unnoticed.
+of the head, the size of its images) is recorded in a file of its own, written when an adapter is pushed and proven
+then: the record is opened, the adapter is loaded onto the result, and every tensor of the base is fingerprinted, also
+those that the adapter does not tune. A field of the config would be carried from one base to another with the config
+object, which people reuse; a file that holds the SHA-256 of its weights cannot lie beside other weights unnoticed.
 
-Nothing that is read is executed: a record holds strings, numbers and hashes.
+Nothing that is read is executed: a record holds strings, numbers and hashes. Weights come from safetensors only.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
-from ..errors import AdapterFileError
-from ..files import canonical_json, write_atomically
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..blocks import anatomy_of
+from ..config import SurgicalConfig
+from ..errors import AdapterFileError, AnatomyError, ConfigError, DataError
+from ..evaluation import Report
+from ..extras import require
+from ..files import canonical_json, fingerprint, write_atomically
 from ..keys import RECORD_FILE
 
+BaseName = str | Mapping[str, Any]
+"""A base as users name it: an id, or the arguments of `load_base` with ``name``, and ``revision``."""
 LIBRARIES = ("timm", "transformers")
 RECORDED_HEADS = ("keep", "new", "zero")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 FORMAT = 1
 _LARGEST = 2**24  # bytes of a record; one of a network with 1,000 tensors has 0.1 MB
 _MOST_CLASSES = 10**6
+_MOST_PIXELS = 4096
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_ASKED = ("name", "revision", "label_names", "num_classes", "head", "image_size")
 
 
 @dataclass(frozen=True)
 class BaseRecord:
-    """How to build a base, and what must come of it. What is None is found out by `rebuild`.
+    """How to build a base, and what its tensors must be. What is None is found out by `pulling.rebuild`.
 
     Attributes:
         id: A repository of the Hub (``owner/name``), or a folder as an absolute path.
         revision: Commit of the repository; None for a folder.
         library: One of `LIBRARIES`.
         architecture: timm's name of the architecture, or transformers' class.
-        dtype: Of the floating-point tensors, such as ``"float32"``.
-        num_classes: Outputs.
-        label_names: What they mean.
+        dtype: The dtype of its floating-point tensors, such as ``"float32"``.
+        num_classes: Number of outputs.
+        label_names: What the outputs mean.
         head: ``"keep"`` the checkpoint's; ``"zero"``, a new one of zeros, which the adapter's deltas add to; ``"new"``,
             of any values, because the adapter holds the head whole.
-        fingerprint: Tensor -> hash (see `delta.fingerprint`), of all tensors that the adapter does not hold whole.
+        fingerprint: Tensor -> hash (see `files.fingerprint`), of all tensors that the adapter does not hold whole.
         weights_sha256: SHA-256 of the adapter file that the record belongs to.
+        image_size: Height and width of its inputs in pixels, where the adapter was tuned on another size than the
+            checkpoint's.
     """
 
     id: str
@@ -59,6 +74,7 @@ class BaseRecord:
     head: str = "keep"
     fingerprint: Mapping[str, str] | None = None
     weights_sha256: str | None = None
+    image_size: int | None = None
 
     @property
     def is_folder(self) -> bool:
@@ -72,11 +88,7 @@ def write_record(folder: str | os.PathLike[str], record: BaseRecord) -> None:
 
 
 def read_record(folder: str | os.PathLike[str], weights_sha256: str | None = None) -> BaseRecord | None:
-    """The record in an adapter's folder; None where there is none.
-
-    Args:
-        folder: Of the adapter.
-        weights_sha256: SHA-256 of the adapter file beside it, if it is known.
+    """The record in an adapter's folder, whose weights have this SHA-256; None where there is none.
 
     Raises:
         AdapterFileError: It is no record, was written by a later version, or belongs to another adapter.
@@ -104,31 +116,160 @@ def read_record(folder: str | os.PathLike[str], weights_sha256: str | None = Non
     return record
 
 
+def _is_count(value: Any, most: int) -> bool:
+    return value is None or (type(value) is int and 1 <= value <= most)
+
+
 def _check(record: BaseRecord, file: Path) -> None:
     """Raise `AdapterFileError` unless all fields have their types and the values that this version knows."""
 
-    def refuse(name: str, expected: str) -> None:
-        raise AdapterFileError(f"{file}: {name} is {getattr(record, name)!r}, not {expected}")
+    def text(value: Any) -> bool:
+        return isinstance(value, str | None)
 
-    for name in ("revision", "library", "architecture", "dtype", "weights_sha256"):
-        if not isinstance(getattr(record, name), str | None):
-            refuse(name, "a string")
-    if not isinstance(record.id, str) or not record.id:
-        refuse("id", "a repository of the Hub or a folder")
-    if record.library not in (None, *LIBRARIES):
-        refuse("library", f"one of {', '.join(LIBRARIES)}, which this version can build")
-    if record.head not in RECORDED_HEADS:
-        refuse("head", f"one of {', '.join(RECORDED_HEADS)}")
-    if record.dtype not in (None, *DTYPES):
-        refuse("dtype", f"one of {', '.join(DTYPES)}")
-    if record.revision is not None and not _COMMIT.fullmatch(record.revision):
-        refuse("revision", "a commit of 40 hexadecimal digits")
-    count = record.num_classes
-    if count is not None and (type(count) is not int or not 1 <= count <= _MOST_CLASSES):
-        refuse("num_classes", f"a number from 1 to {_MOST_CLASSES:,}")
-    names = record.label_names
-    if names is not None and (not all(isinstance(n, str) for n in names) or count not in (None, len(names))):
-        refuse("label_names", "a name for each class")
-    prints = record.fingerprint
-    if prints is not None and not (isinstance(prints, dict) and all(isinstance(v, str) for v in prints.values())):
-        refuse("fingerprint", "tensor -> hash")
+    revision, names, prints = record.revision, record.label_names, record.fingerprint
+    named = names is None or (all(map(text, names)) and record.num_classes in (None, len(names)))
+    hashes = prints is None or (isinstance(prints, dict) and all(isinstance(v, str) for v in prints.values()))
+    for name, valid, expected in (
+        ("id", isinstance(record.id, str) and record.id, "a repository of the Hub or a folder"),
+        ("revision", text(revision) and (revision is None or _COMMIT.fullmatch(revision)), "a commit of 40 hex digits"),
+        ("library", record.library in (None, *LIBRARIES), f"one of {', '.join(LIBRARIES)}, which this version builds"),
+        ("architecture", text(record.architecture), "a string"),
+        ("dtype", record.dtype in (None, *DTYPES), f"one of {', '.join(DTYPES)}"),
+        ("num_classes", _is_count(record.num_classes, _MOST_CLASSES), f"a number from 1 to {_MOST_CLASSES:,}"),
+        ("label_names", named, "a name for each class"),
+        ("head", record.head in RECORDED_HEADS, f"one of {', '.join(RECORDED_HEADS)}"),
+        ("fingerprint", hashes, "tensor -> hash"),
+        ("weights_sha256", text(record.weights_sha256), "a string"),
+        ("image_size", _is_count(record.image_size, _MOST_PIXELS), f"a number from 1 to {_MOST_PIXELS:,}"),
+    ):
+        if not valid:
+            raise AdapterFileError(f"{file}: {name} is {getattr(record, name)!r}, not {expected}")
+
+
+def record_of(network: nn.Module, config: SurgicalConfig) -> BaseRecord | None:
+    """What a live base tells about itself; None for one of neither library, or one that names no origin."""
+    name = config.base_model_name_or_path or getattr(network, "name_or_path", None)
+    labels: tuple[str, ...] | None = None
+    described: dict[str, Any] = getattr(network, "pretrained_cfg", None) or {}
+    count: Any
+    if isinstance(network, PreTrainedModel):
+        count = network.config.num_labels
+        named = tuple(str(network.config.id2label[i]) for i in sorted(network.config.id2label))
+        labels = None if all(re.fullmatch(r"LABEL_\d+", label) for label in named) else named
+    elif "architecture" in described:
+        name = name or described.get("hf_hub_id")
+        count = network.num_classes
+    else:
+        return None
+    if not name:
+        return None
+    place, revision = split_name(str(name))
+    return BaseRecord(
+        place,
+        revision or config.revision,
+        dtype=dtype_of(network),
+        num_classes=count,
+        label_names=labels,
+        head=_head_of(network, config),
+    )
+
+
+def recorded(folder: Path, config: SurgicalConfig) -> BaseRecord | None:
+    """`read_record`, or else what the adapter's config tells; None where that leads nowhere."""
+    record = read_record(folder, config.weights_sha256)
+    if record is None and config.base_model_name_or_path:
+        with contextlib.suppress(DataError):  # no error yet: the user may say which base it is
+            place, revision = split_name(config.base_model_name_or_path)
+            record = BaseRecord(place, revision or config.revision)
+    return record
+
+
+def completed(record: BaseRecord | None, asked: BaseName | None, report: Report | None) -> BaseRecord:
+    """A record with what the user (``asked``) and the settings of a report of ``tune`` tell about the base.
+
+    Raises:
+        ConfigError: Nothing says which base it is, it has random weights, or the image size is none.
+    """
+    opened = report.settings.get("open") if report is not None else None
+    # Only a record that was read from base.json has a hash of the weights: it was proven before, and is not changed.
+    if report is not None and isinstance(opened, Mapping) and (record is None or record.weights_sha256 is None):
+        if opened.get("weights") == "random":
+            raise ConfigError("the base of this adapter is random (--random), and nobody can open it: tune a real one")
+        labels = tuple(map(str, opened["label_names"])) if opened.get("label_names") else None
+        record = replace(record or BaseRecord(*split_name(report.model)), image_size=opened.get("image_size"))
+        if record.fingerprint is None:
+            record = replace(record, label_names=labels, num_classes=None, head=opened.get("head", "keep"))
+        elif record.label_names is None:
+            record = replace(record, label_names=labels)
+    if asked is not None:
+        given: dict[str, Any] = {"name": asked} if isinstance(asked, str) else dict(asked)
+        if "name" not in given or set(given) - set(_ASKED):
+            raise ConfigError(
+                f"base={asked}: give name=, and revision=, label_names=, num_classes=, head=, image_size= as needed"
+            )
+        place, revision = split_name(str(given.pop("name")))
+        if given.get("label_names"):
+            given["label_names"] = tuple(given["label_names"])
+        record = replace(record or BaseRecord(place), id=place, **{"revision": revision, **given})
+    if record is None:
+        raise ConfigError(
+            "nothing says which base the adapter was made on: say base=, a repository of the Hub or a folder. "
+            "A network of your own takes the adapter by PeftModel.from_pretrained, and is pushed with loading="
+        )
+    if not _is_count(record.image_size, _MOST_PIXELS):
+        raise ConfigError(
+            f"the base is to be opened with image_size={record.image_size!r}, not a number from 1 to {_MOST_PIXELS:,}"
+        )
+    return record
+
+
+def split_name(name: str) -> tuple[str, str | None]:
+    """A base by any of the names that `load_base` takes -> (repository or absolute folder, revision).
+
+    Raises:
+        DataError: The name is neither one of the Hub's nor a folder.
+    """
+    folder = Path(name.removeprefix("local-dir:")).expanduser()
+    if folder.is_dir() or name.startswith("local-dir:") or folder.is_absolute():
+        return str(folder.absolute()), None
+    name, _, revision = re.sub(r"^hf[-_]hub:", "", name).partition("@")
+    if "/" not in name:
+        timm = require("timm", "finding a base by timm's name for it", "timm")
+        found = timm.get_pretrained_cfg(name) if timm.is_model(name.partition(".")[0]) else None
+        if found is None or not found.hf_hub_id:
+            raise DataError(
+                f"the base {name!r} is no repository of the Hub (owner/name), no folder ({folder.absolute()}), and "
+                "none of timm's networks with weights on the Hub: say base= with one of these"
+            )
+        name = found.hf_hub_id
+    return name, revision or None
+
+
+def is_whole(name: str, config: SurgicalConfig) -> bool:
+    """Whether the adapter holds this tensor whole, by PEFT's rule for ``modules_to_save``."""
+    ends = tuple(config.modules_to_save or ())
+    parts = name.split(".")
+    return bool(ends) and any(".".join(parts[:n]).endswith(ends) for n in range(1, len(parts)))
+
+
+def fingerprint_without_whole(network: nn.Module, config: SurgicalConfig) -> dict[str, str]:
+    """The fingerprint of all of a base's tensors that an adapter does not hold whole."""
+    tensors = network.state_dict()
+    return fingerprint({name: value for name, value in tensors.items() if not is_whole(name, config)})
+
+
+def dtype_of(network: nn.Module) -> str | None:
+    """That of all floating-point parameters; None where they have several."""
+    dtypes = {str(p.dtype).removeprefix("torch.") for p in network.parameters() if p.is_floating_point()}
+    return dtypes.pop() if len(dtypes) == 1 else None
+
+
+def _head_of(network: nn.Module, config: SurgicalConfig) -> str:
+    try:
+        names = anatomy_of(network, config.blocks)["head"].tensors
+    except (AnatomyError, KeyError):
+        return "keep"
+    if all(is_whole(name, config) for name in names):
+        return "new"
+    values = network.state_dict()
+    return "keep" if any(bool(values[name].any()) for name in names) else "zero"

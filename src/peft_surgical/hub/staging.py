@@ -1,68 +1,61 @@
-"""What is pushed, gathered in a folder of its own: a whole adapter, proven, before anything is sent.
+"""What is pushed, gathered in a folder of its own and proven there, before anything is sent.
 
 A live model is saved, loaded again onto its own base and compared bit for bit. The record of the base is opened, and
-the adapter loaded onto what comes of it. So nothing is pushed that cannot be loaded.
+the adapter loaded onto the result. So nothing is pushed that cannot be loaded.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import os
+import json
 import re
 import shutil
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-import torch
 from peft import PeftModel, get_peft_model_state_dict
 
-from ..adapters.contents import contents_of, read_config
-from ..config import SurgicalConfig
+from ..adapters.adapter import chosen, read_config
 from ..errors import AdapterError, ConfigError, DataError
 from ..evaluation import Report
-from ..files import canonical_json, shown, write_atomically
+from ..files import canonical_json, fingerprint, shown, write_atomically
 from ..keys import CONFIG, FIGURE, REPORT, WEIGHTS
-from .cards import Weights
-from .rebuilding import BaseName, attached, completed, fingerprint_without_whole, rebuild, record_of, recorded
-from .records import BaseRecord, write_record
+from .cards import About
+from .pulling import attached, rebuild
+from .records import (
+    BaseName,
+    BaseRecord,
+    completed,
+    fingerprint_without_whole,
+    record_of,
+    recorded,
+    write_record,
+)
 
-_FOLDERS = re.compile(r"(?<!\S)/(?:[^/\s]+/)+(?=[^/\s])")
-"""What comes before the name in an absolute path that is a word of a text."""
-_LARGEST = 10  # tensors that a card's figure has room for
+_UNNAMED = "a network that is not on the Hub"
+_BRING_THE_BASE = """\
+import peft_surgical
+from peft import PeftModel
 
-
-@dataclass(frozen=True)
-class Staged:
-    """An adapter in the folder from which it will be pushed.
-
-    Attributes:
-        folder: Where config and weights lie.
-        config: The config, read from there.
-        record: Of the base, as far as it is known; None where nothing says how it is built.
-        base_parameters: Values in the parameters of the base, where the base is at hand.
-    """
-
-    folder: Path
-    config: SurgicalConfig
-    record: BaseRecord | None
-    base_parameters: int | None = None
+model = PeftModel.from_pretrained(base, "{repo}").eval()  # base: the network that it was made on"""
+_PATH = re.compile(r"(?<!\S)(?:/|[A-Za-z]:[/\\])[^\s,;]+")
+"""A word of a text that is an absolute path."""
 
 
-def stage_model(model: PeftModel, adapter_name: str | None, folder: Path) -> Staged:
+def stage_model(model: PeftModel, adapter_name: str | None, folder: Path) -> tuple[BaseRecord | None, int]:
     """Save an adapter of a live model, load it again onto the model's own base, and compare.
 
-    Args:
-        model: With one surgical adapter or more; it stays as it is.
-        adapter_name: Which; None takes the only active one.
-        folder: Empty.
+    Returns:
+        The record of the base as far as the network tells it, and the number of values in the base's parameters.
 
     Raises:
         AdapterError: There is no such adapter, or what is loaded is not what was saved.
     """
-    name = _chosen(model, adapter_name)
+    name = chosen(model, adapter_name)
     scratch = folder / "saved"
     model.save_pretrained(scratch, selected_adapters=[name])
     saved = scratch if name == "default" else scratch / name
@@ -76,9 +69,10 @@ def stage_model(model: PeftModel, adapter_name: str | None, folder: Path) -> Sta
         record = replace(record, fingerprint=fingerprint_without_whole(network, config))
     again = PeftModel.from_pretrained(network, saved, adapter_name=name, torch_device="cpu")
     before, after = (
-        get_peft_model_state_dict(m, adapter_name=name, save_embedding_layers=False) for m in (model, again)
+        fingerprint(get_peft_model_state_dict(m, adapter_name=name, save_embedding_layers=False))
+        for m in (model, again)
     )
-    wrong = [key for key in {**before, **after} if not _equal(before.get(key), after.get(key))]
+    wrong = [key for key in {**before, **after} if before.get(key) != after.get(key)]
     if wrong or again.peft_config[name].scale != model.peft_config[name].scale:
         raise AdapterError(
             f"adapter {name!r} is not what was saved when it is loaded again ({shown(wrong or ['scale'])}): nothing "
@@ -87,122 +81,103 @@ def stage_model(model: PeftModel, adapter_name: str | None, folder: Path) -> Sta
     for file in (CONFIG, WEIGHTS):
         shutil.move(saved / file, folder / file)
     shutil.rmtree(scratch)
-    return Staged(folder, config, record, parameters)
+    return record, parameters
 
 
-def stage_folder(source: Path, folder: Path) -> Staged:
-    """Copy an adapter that was saved, with the report and the figure that lie beside it, after verifying it.
-
-    Raises:
-        AdapterFileError: It is not a whole surgical adapter.
-    """
+def stage_folder(source: Path, folder: Path) -> BaseRecord | None:
+    """Copy a saved adapter with the report and the figure beside it, and verify it; the record of its base."""
     for name in (CONFIG, WEIGHTS, REPORT, FIGURE):
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
     # The copy is what is verified and pushed, whatever becomes of the source meanwhile.
     config = read_config(folder if (folder / WEIGHTS).is_file() and (folder / CONFIG).is_file() else source)
-    return Staged(folder, config, recorded(source, config))
+    return recorded(source, config)
 
 
-def base_for_others(staged: Staged, asked: BaseName | None, report: Report | None) -> BaseRecord:
-    """What others are to open as the adapter's base.
+def with_base(
+    folder: Path,
+    record: BaseRecord | None,
+    asked: BaseName | None,
+    report: Report | None,
+    about: About,
+    token: str | bool | None,
+) -> About:
+    """Open the base as others will, put the adapter in the folder on it, and write down there what the base is.
 
-    Args:
-        staged: The adapter.
-        asked: The base as the user names it: an id, or the arguments of `load_base` (``name``, ``label_names``,
-            ``num_classes``, ``head``) and ``revision``. None trusts the record, or what the report says.
-        report: Of ``peft-surgical tune``, which tells how the base was opened.
-
-    Raises:
-        ConfigError: Nothing says which base it is, or others cannot open it.
-    """
-    record = completed(staged.record, asked, report)
-    if record.is_folder:
-        raise ConfigError(
-            f"the base is the folder {record.id}, which nobody else has: push it too, and say base= with its repository"
-        )
-    return record
-
-
-def prove(staged: Staged, record: BaseRecord, token: str | bool | None) -> Staged:
-    """Open the base as its record says, put the adapter on it, and write both down.
-
-    Args:
-        staged: The adapter.
-        record: Of the base, from `base_for_others`.
-        token: For the base.
+    Returns:
+        ``about`` with what is known of the base.
 
     Raises:
-        ConfigError: It cannot be opened with the head that it had.
+        ConfigError: Nothing says which base it is, or others cannot open it with the head that it had.
         BaseMismatchError: It is another one.
     """
-    base, found = rebuild(record, staged.config, token=token)
-    parameters = sum(p.numel() for p in base.model.parameters())
-    attached(base, staged.folder)
-    found = replace(found, weights_sha256=staged.config.weights_sha256)
-    write_record(staged.folder, found)
-    return replace(_named(staged, found.id, found.revision), record=found, base_parameters=parameters)
-
-
-def described(staged: Staged, words: str | None) -> Staged:
-    """The adapter of a network that nobody can open by name: what its config says is in words, or nothing."""
-    return replace(_named(staged, words, None), record=None)
-
-
-def _named(staged: Staged, base: str | None, revision: str | None) -> Staged:
-    """Write into the config what others call the base: on this machine, it may have been a folder."""
-    plain = {**staged.config.to_dict(), "base_model_name_or_path": base, "revision": revision}
-    plain["selection"] = _without_folders(plain["selection"])
-    write_atomically(staged.folder / CONFIG, canonical_json(plain))
-    return replace(staged, config=read_config(staged.folder))
-
-
-def _without_folders(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {_without_folders(key): _without_folders(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_folders(part) for part in value]
-    if not isinstance(value, str):
-        return value
-    return Path(value).name if os.path.isabs(value) else _FOLDERS.sub("", value)
-
-
-def weights_of(staged: Staged) -> Weights:
-    """The adapter's file in numbers, for its card."""
-    contents = contents_of(staged.folder)
-    return Weights(
-        bytes=contents.file_bytes,
-        sha256=contents.sha256,
-        tensors=len(contents.deltas),
-        parameters=sum(part.parameters for part in contents.parts),
-        base_parameters=staged.base_parameters,
-        dtypes=contents.dtypes,
-        statistics=contents.statistics,
-        parts=tuple((part.name, part.parameters, part.norm) for part in contents.parts),
-        parts_are=contents.parts_are,
-        largest=tuple((delta.name, delta.norm) for delta in contents.deltas[:_LARGEST]),
+    if about.loading is not None:
+        _name_base(folder, about.base, None)
+        return about
+    try:
+        record = completed(record, asked, report)
+        if record.is_folder:
+            raise ConfigError(
+                f"the base is the folder {record.id}, which nobody else has: push it too, and say base= with its "
+                "repository"
+            )
+    except ConfigError as error:
+        if about.complete:
+            raise
+        warnings.warn(f"the card does not name the base, and others have to bring it: {error}", stacklevel=4)
+        _name_base(folder, None, None)
+        return replace(about, base=_UNNAMED, loading=_BRING_THE_BASE.format(repo=about.repo), opens=False)
+    config = read_config(folder)
+    opened, found = rebuild(record, config, token=token)
+    parameters = sum(p.numel() for p in opened.model.parameters())
+    attached(opened, folder)
+    write_record(folder, replace(found, weights_sha256=config.weights_sha256))
+    _name_base(folder, found.id, found.revision)
+    return replace(
+        about,
+        base=found.id,
+        base_revision=found.revision,
+        base_parameters=parameters,
+        labelled=found.label_names is not None,
     )
 
 
-def _chosen(model: PeftModel, adapter_name: str | None) -> str:
-    names = [name for name, config in model.peft_config.items() if isinstance(config, SurgicalConfig)]
-    if adapter_name is None:
-        active = [name for name in model.active_adapters if name in names]
-        if len(active) != 1:
-            raise AdapterError(
-                f"{len(active)} surgical adapters are active: say which one to push, adapter_name= one of {names}"
-            )
-        return active[0]
-    if adapter_name not in names:
-        raise AdapterError(
-            f"no surgical adapter {adapter_name!r} on this model; there are {', '.join(names) or 'none'}"
-        )
-    return adapter_name
+def _name_base(folder: Path, base: str | None, revision: str | None) -> None:
+    """Write into the config what others call the base: on this machine, it may have been a folder."""
+    plain = {**read_config(folder).to_dict(), "base_model_name_or_path": base, "revision": revision}
+    plain["selection"] = _scrubbed(plain["selection"])
+    write_atomically(folder / CONFIG, canonical_json(plain))
 
 
-def _equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
-    """Whether two tensors are the same bytes: 0.0 and -0.0 differ, NaN equals itself."""
-    if one is None or other is None or one.dtype != other.dtype or one.shape != other.shape:
-        return False
-    first, second = (t.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for t in (one, other))
-    return torch.equal(first, second)
+def without_paths(report: Report, base: str | None = None) -> Report:
+    """The report without absolute paths of this machine; the base's, where it is one, becomes ``base``."""
+    places = [report.model, *(report.settings.get(name) for name in ("model", "data_from", "source_from"))]
+    names = {text: PureWindowsPath(text).name for text in places if isinstance(text, str) and _is_absolute(text)}
+    if base is not None and report.model in names:
+        names[report.model] = base
+    return Report.from_json(json.dumps(_scrubbed(json.loads(report.to_json()), names)))
+
+
+def _scrubbed(value: Any, names: Mapping[str, str] | None = None) -> Any:
+    """Plain JSON values without absolute paths: the last part of each path stays.
+
+    Args:
+        value: Strings are searched for paths at any depth.
+        names: Path -> what to write for it, wherever it occurs. None takes a string that begins with a path for one
+            path, blanks included.
+    """
+    if isinstance(value, Mapping):
+        return {_scrubbed(key, names): _scrubbed(part, names) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_scrubbed(part, names) for part in value]
+    if not isinstance(value, str):
+        return value
+    if names is None and _is_absolute(value):
+        return PureWindowsPath(value).name  # it knows both separators
+    for path in sorted(names or (), key=len, reverse=True):
+        value = value.replace(path, (names or {})[path])
+    return _PATH.sub(lambda found: re.split(r"[/\\]", found[0].rstrip("/\\"))[-1], value)
+
+
+def _is_absolute(text: str) -> bool:
+    return PurePosixPath(text).is_absolute() or PureWindowsPath(text).is_absolute()

@@ -1,12 +1,15 @@
-"""Talking to the Hub through huggingface_hub: with patience where asking again does no harm, and errors in words."""
+"""Talking to the Hub through huggingface_hub: downloads of adapters, retries of requests, and errors in words."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
 
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -17,45 +20,82 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id
 
-from ..errors import AdapterError, ConfigError, SurgicalError
+from ..errors import AdapterError, AdapterFileError, ConfigError, SurgicalError
+from ..keys import CARD, CONFIG, FIGURE, PICKLE, RECORD_FILE, REPORT, WEIGHTS
 
 _T = TypeVar("_T")
 
+FILES = (CARD, CONFIG, WEIGHTS, RECORD_FILE, REPORT, FIGURE)
+"""The files of an adapter in a repository. Nothing else is downloaded, and no pickle."""
 HUB_ERRORS = (HTTPError, OSError, EntryNotFoundError, RuntimeError, ValueError)
-"""What huggingface_hub raises: of a request, a file, an upload in a thread, an answer or an argument."""
+"""What huggingface_hub raises for a request, a file, an upload in a thread, an answer or an argument."""
 
 TRIES = 5
-LONGEST_WAIT = 60.0  # seconds: what a server asks for beyond this is told to the user
+LONGEST_WAIT = 60.0
+"""Seconds; a server that asks for a longer wait is an error."""
 _AGAIN = frozenset({408, 429, 500, 502, 503, 504})
 _LOGIN = "log in with `hf auth login`, set HF_TOKEN, or pass token="
+
+
+def hub(token: str | bool | None = None) -> HfApi:
+    """huggingface_hub's client, which reads endpoint, proxies and stored tokens from the environment."""
+    return HfApi(token=token, library_name="peft-surgical", library_version=version("peft-surgical"))
+
+
+def download(repo: str, revision: str | None = None, token: str | bool | None = None, force: bool = False) -> Path:
+    """The folder in huggingface_hub's cache, named after the commit, with the files of an adapter, not yet verified.
+
+    Offline, or while the Hub cannot be reached, it is what was fetched before, if that is whole. ``force`` fetches it
+    again.
+
+    Raises:
+        ConfigError: ``repo`` is not the name of a repository.
+        AdapterFileError: Config or weights are missing there.
+        AdapterError: The repository cannot be reached.
+    """
+    with explained("pull", repo, revision):
+        validate_repo_id(repo)
+        if "/" not in repo:
+            raise HFValidationError(repo)
+        options: dict[str, Any] = {"allow_patterns": list(FILES), "force_download": force, "token": token}
+        folder = Path(patiently(lambda: snapshot_download(repo, revision=revision, **options)))
+        if missing := [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]:
+            files = patiently(lambda: hub(token).list_repo_files(repo, revision=folder.name))
+            pickle = f" It has {PICKLE}, a pickle, which can run code when it is read: ask its author for {WEIGHTS}."
+            raise AdapterFileError(
+                f"{repo} has no {missing[0]}, so there is no adapter to load.{pickle if PICKLE in files else ''}"
+            )
+    return folder
 
 
 def patiently(call: Callable[[], _T]) -> _T:
     """Call again after a timeout, a lost connection, 429 or 5xx: for what may be done twice.
 
-    huggingface_hub is patient by itself when it downloads and uploads files, but not with its other requests.
+    huggingface_hub retries by itself when it downloads and uploads files, but not its other requests.
     """
-    for attempt in range(TRIES):
+    attempt = 0
+    while True:
         try:
             return call()
         except HUB_ERRORS as error:
-            wait = waits(error, attempt)
-            if wait is None or attempt == TRIES - 1:
+            wait = _wait(error, attempt)
+            attempt += 1
+            if wait is None or attempt == TRIES:
                 raise
-            time.sleep(wait)
-    raise AssertionError("unreachable: the last attempt returns or raises")
+        time.sleep(wait)
 
 
-def waits(error: Exception, attempt: int = 0) -> float | None:
+def _wait(error: Exception, attempt: int) -> float | None:
     """Seconds after which to ask again, as the server says or doubling; None if asking again will not help."""
     cause = _first(error, HTTPError)
     status = status_of(error)
     if cause is None or (status is not None and status not in _AGAIN):
         return None
     response = getattr(cause, "response", None)
-    said = response.headers.get("Retry-After", "") if response is not None else ""
-    wait = float(said) if said.isdigit() else float(2**attempt)
+    asked = response.headers.get("Retry-After", "") if response is not None else ""
+    wait = float(asked) if asked.isdigit() else float(2**attempt)
     return wait if wait <= LONGEST_WAIT else None
 
 
@@ -78,13 +118,13 @@ def explained(doing: str, repo: str, revision: str | None = None, tried: str = "
     """Turn what huggingface_hub raises into an error of this package that says what to do.
 
     Args:
-        doing: What is being done: ``"pull"``.
+        doing: What is being done, such as ``"pull"``.
         repo: The repository.
-        revision: Of it.
+        revision: The branch, tag or commit that is asked for.
         tried: What was looked for elsewhere before, in words.
 
     Raises:
-        ConfigError: The name of the repository is none.
+        ConfigError: ``repo`` is not the name of a repository.
         AdapterError: Everything else, with the original as its cause.
     """
     try:
@@ -117,11 +157,8 @@ def _reason(error: Exception, repo: str, revision: str | None) -> str:
         return "too many requests, the Hub asks to wait: try again later"
     if status is not None and status >= 500:
         return f"the Hub answered with an error of its own ({status}): try again later"
-    if isinstance(error, (LocalEntryNotFoundError, HTTPError)) and status is None:
-        return f"the Hub cannot be reached ({_short(error)}), and {place} is not in the cache: try again"
-    return _short(error)
-
-
-def _short(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) < 300 else f"{text[:300]}..."
+    short = text if len(text) < 300 else f"{text[:300]}..."
+    if isinstance(error, (LocalEntryNotFoundError, HTTPError)) and status is None:
+        return f"the Hub cannot be reached ({short}), and {place} is not in the cache: try again"
+    return short
