@@ -15,7 +15,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from ..adaptation.objectives import Memo, Tent, norm_target
-from ..adaptation.pixels import halves
+from ..adaptation.views import halves
 from ..adaptation.streams import STREAM_OPTIMIZERS, Record
 from ..adaptation.views import AugMix
 from ..bases.load import Base, load_base
