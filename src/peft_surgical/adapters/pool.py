@@ -1,8 +1,8 @@
 """Many adapters on one base, within a budget of memory: loaded on demand, evicted when others need the room.
 
-One network has one set of active adapters, so its users take turns (`turns`): all who want the same adapter at the
-same time, or one mixed batch. Switching between adapters that are there sets one list for each tuned module; files are
-fetched while others compute, and read in a turn.
+One network has one set of active adapters, so the threads that use it take turns (`Turns`): all who want the same
+adapter at the same time, or one mixed batch. Switching between adapters that are loaded sets one list for each tuned
+module; files are fetched while others compute, and read in a turn.
 """
 
 from __future__ import annotations
@@ -10,17 +10,19 @@ from __future__ import annotations
 import functools
 import os
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
 import torch
 from peft import PeftModel
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+
 from ..config import SurgicalConfig
 from ..errors import AdapterError
 from ..hub.pulling import locate
@@ -28,12 +30,6 @@ from ..tuner.attach import bare, surgical_layers
 from ..tuner.mixed import BASE
 from ..tuner.plan import is_wrapper, make_plan
 from .contents import read_config
-from collections import deque
-from collections.abc import Callable, Hashable, Iterator
-
-
-Loader = Callable[[str], "str | os.PathLike[str]"]
-"""Id of an adapter -> the folder in which it lies."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +56,6 @@ class PoolState:
         return sum(self.resident.values())
 
 
-@dataclass(frozen=True)
-class _Entry:
-    name: str  # the adapter's on the model: ids have dots and slashes, which PEFT's names must not have
-    bytes: int
-
-
 class AdapterPool:
     """Adapters of one base on one model, by id, in a bounded memory; for inference, from any number of threads.
 
@@ -87,26 +77,32 @@ class AdapterPool:
         budget_bytes: What the adapters may take together, in the model's memory: deltas in at least float32,
             statistics, and modules that are saved whole. A new adapter is put on before others are taken off, so for a
             moment there is one more.
-        loader: Id -> folder, called outside of any turn and once at a time for an id. By default an id is a folder or
-            a repository of the Hub.
+        loader: Id -> the folder in which the adapter lies, called outside of any turn and once at a time for an id. By
+            default an id is a folder or a repository of the Hub.
+
+    Raises:
+        AdapterError: The budget is not positive, or an adapter is merged into the model.
     """
 
-    def __init__(self, model: nn.Module, budget_bytes: int, loader: Loader | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, budget_bytes: int, loader: Callable[[str], str | os.PathLike[str]] | None = None
+    ) -> None:
         if budget_bytes <= 0:
             raise AdapterError(f"budget_bytes={budget_bytes}: give the memory for adapters, in bytes, above 0.")
         self.budget_bytes = budget_bytes
-        if isinstance(model, PeftModel) and any(layer.merged_adapters for _, layer in surgical_layers(model)):
+        self._model = model if isinstance(model, PeftModel) else None
+        self._given = model
+        self._given_active = [] if self._model is None else list(self._model.active_adapters)
+        self._network = model if self._model is None else self._model.get_base_model()
+        self._find_layers()
+        if any(layer.merged_adapters for layer in self._layers):
             raise AdapterError("An adapter is merged into this model: call model.unmerge_adapter() first.")
-        self._network = model.get_base_model() if isinstance(model, PeftModel) else model
-        self._model: PeftModel | None = model if isinstance(model, PeftModel) else None
-        self._owns_model = self._model is None
-        self._loader = loader if loader is not None else lambda source: locate(source)[0]
+        self._loader = loader or (lambda source: locate(source)[0])
         self._folders: dict[str, Future[Path]] = {}
         self._lock = threading.Lock()  # of _folders
         self._turns = Turns()
-        self._entries: OrderedDict[str, _Entry] = OrderedDict()
-        self._switch = _Switch(self._network)
-        self._given = [] if self._model is None else list(self._model.active_adapters)
+        # Id -> name on the model, and bytes. Ids have dots and slashes, which PEFT's names must not have.
+        self._resident: OrderedDict[str, tuple[str, int]] = OrderedDict()
         self._made = self._requests = self._loads = self._evictions = 0
 
     # --- using ---
@@ -122,10 +118,8 @@ class AdapterPool:
             AdapterError: It is larger than the budget, or belongs to another base; or this thread is in a turn already.
             AdapterFileError: It cannot be read.
         """
-        self._fetch([adapter])
-        with self._turns.turn(adapter, lambda: self._bring([adapter])):
-            self._count(1)
-            yield self._active()
+        with self._turn(adapter, [adapter]) as model:
+            yield model
 
     @contextmanager
     def mixed(self, adapters: Sequence[str | None]) -> Iterator[Callable[..., Any]]:
@@ -141,108 +135,133 @@ class AdapterPool:
         wanted = list(dict.fromkeys(adapter for adapter in adapters if adapter is not None))
         if not wanted:
             raise AdapterError("A mixed batch of the base alone: give one adapter or more.")
-        self._fetch(wanted)
-        with self._turns.turn(object(), lambda: self._bring(wanted)):  # shared with nobody
-            self._count(len(wanted))
-            names = [BASE if adapter is None else self._entries[adapter].name for adapter in adapters]
-            yield functools.partial(self._active(), adapter_names=names)
+        with self._turn(object(), wanted) as model:  # an object of its own is shared with nobody
+            names = [BASE if adapter is None else self._resident[adapter][0] for adapter in adapters]
+            yield functools.partial(model, adapter_names=names)
 
     def state(self) -> PoolState:
         """What the pool holds now."""
         with self._turns.pause():
-            resident = {adapter: entry.bytes for adapter, entry in self._entries.items()}
+            resident = {adapter: size for adapter, (_, size) in self._resident.items()}
             return PoolState(resident, self.budget_bytes, self._requests, self._loads, self._evictions)
 
     def clear(self) -> nn.Module:
         """Take all adapters off, once nobody uses the model; the base as it was given."""
         with self._turns.turn(object(), lambda: None):
-            self._take_off(list(self._entries.values()), self._given)
-            self._entries.clear()
+            self._take_off([name for name, _ in self._resident.values()], self._given_active)
+            self._resident.clear()
         with self._lock:
             self._folders.clear()
-        return self._network if self._owns_model or self._model is None else self._model
+        return self._given
 
-    # --- fetching: outside of turns ---
-
-    def _fetch(self, adapters: Sequence[str]) -> None:
+    @contextmanager
+    def _turn(self, shared: Hashable, adapters: Sequence[str]) -> Iterator[PeftModel]:
         for adapter in adapters:
-            with self._lock:
-                mine = adapter not in self._folders
-                future = self._folders.setdefault(adapter, Future())
-            if mine:
-                try:
-                    future.set_result(Path(self._loader(adapter)))
-                except BaseException as error:
-                    with self._lock:
-                        self._folders.pop(adapter, None)
-                    future.set_exception(error)
-            future.result()  # whoever waited for it gets the same error
+            self._fetch(adapter)
+        with self._turns.turn(shared, lambda: self._bring(adapters)):
+            with self._turns.pause():
+                self._requests += len(adapters)
+            assert self._model is not None
+            yield self._model
+
+    def _fetch(self, adapter: str) -> None:
+        """Find the folder of an adapter, outside of any turn."""
+        with self._lock:
+            mine = adapter not in self._folders
+            future = self._folders.setdefault(adapter, Future())
+        if mine:
+            try:
+                future.set_result(Path(self._loader(adapter)))
+            except BaseException as error:
+                with self._lock:
+                    self._folders.pop(adapter, None)
+                future.set_exception(error)
+        future.result()  # whoever waited for it gets the same error
 
     # --- loading: in a turn, while nobody uses the model ---
 
     def _bring(self, adapters: Sequence[str]) -> None:
-        missing = [adapter for adapter in adapters if adapter not in self._entries]
-        if missing:
+        if missing := [adapter for adapter in adapters if adapter not in self._resident]:
             self._load(missing, adapters)
         for adapter in adapters:
-            self._entries.move_to_end(adapter)
-        self._switch.to(self._active(), [self._entries[adapters[0]].name])
-        while sum(entry.bytes for entry in self._entries.values()) > self.budget_bytes:
-            _, entry = self._entries.popitem(last=False)
-            self._active().delete_adapter(entry.name)
+            self._resident.move_to_end(adapter)
+        self._activate([self._resident[adapters[0]][0]])
+        while sum(size for _, size in self._resident.values()) > self.budget_bytes:
+            _, (name, _) = self._resident.popitem(last=False)
+            self._take_off([name])
             self._evictions += 1
 
     def _load(self, missing: Sequence[str], adapters: Sequence[str]) -> None:
         folders = {adapter: self._folders[adapter].result() for adapter in missing}
         sizes = {adapter: adapter_bytes(self._network, read_config(folder)) for adapter, folder in folders.items()}
-        sizes |= {adapter: self._entries[adapter].bytes for adapter in adapters if adapter in self._entries}
+        sizes |= {adapter: self._resident[adapter][1] for adapter in adapters if adapter in self._resident}
         if sum(sizes.values()) > self.budget_bytes:
             named = ", ".join(f"{adapter} ({size:,} bytes)" for adapter, size in sizes.items())
             raise AdapterError(
                 f"{named} do{'es' * (len(sizes) == 1)} not fit into the pool's budget of {self.budget_bytes:,} bytes. "
                 "Give the pool a larger budget_bytes, or split the batch."
             )
-        added: dict[str, _Entry] = {}
+        added: dict[str, tuple[str, int]] = {}
         before = [] if self._model is None else list(self._model.active_adapters)
         try:
             for adapter, folder in folders.items():
                 self._made += 1
-                added[adapter] = _Entry(f"pooled{self._made}", sizes[adapter])
-                self._attach(folder, added[adapter].name)
+                name = f"pooled{self._made}"
+                added[adapter] = name, sizes[adapter]
+                if self._model is None:
+                    self._model = PeftModel.from_pretrained(self._network, folder, adapter_name=name).eval()
+                else:
+                    self._model.load_adapter(folder, name)
         except BaseException:
-            self._take_off(list(added.values()), before)
+            self._take_off([name for name, _ in added.values()], before)
             raise
-        self._entries.update(added)
+        self._resident.update(added)
         self._loads += len(added)
-        self._switch = _Switch(self._network)
+        self._find_layers()
 
-    def _attach(self, folder: Path, name: str) -> None:
-        if self._model is None:
-            self._model = PeftModel.from_pretrained(self._network, folder, adapter_name=name).eval()
-        else:
-            self._model.load_adapter(folder, name)
-
-    def _take_off(self, entries: Sequence[_Entry], active: list[str]) -> None:
-        """Remove adapters, those that are not there included, and make others active; with the last one the model."""
+    def _take_off(self, names: Sequence[str], active: list[str] | None = None) -> None:
+        """Remove adapters, of which some may not be there, and make others active; with the last one the model."""
         if self._model is None:
             return
-        names = [entry.name for entry in entries if entry.name in self._model.peft_config]
-        if self._owns_model and len(names) == len(self._model.peft_config):
+        names = [name for name in names if name in self._model.peft_config]
+        if self._given is self._network and len(names) == len(self._model.peft_config):
             self._model.unload()
             self._model = None
-            self._switch = _Switch(self._network)
+            self._find_layers()
             return
-        self._switch.to(self._model, active)  # before: PEFT warns where an active one is deleted
+        if active is not None:  # before: PEFT warns where an active one is deleted
+            self._activate(active)
         for name in names:
             self._model.delete_adapter(name)
 
-    def _count(self, requests: int) -> None:
-        with self._turns.pause():
-            self._requests += requests
+    def _find_layers(self) -> None:
+        """Note what `_activate` has to set."""
+        self._layers = [layer for _, layer in surgical_layers(self._network)]
+        self._caching = [
+            layer for layer in self._layers if any(_has_cache(m) for k in layer._sites for m, _ in layer.sites(k))
+        ]
+        self._wrappers = [module for module in self._network.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
 
-    def _active(self) -> PeftModel:
+    def _activate(self, names: list[str]) -> None:
+        """Make adapters of the model the active ones, in microseconds.
+
+        PEFT's ``set_adapter`` walks all modules and sets ``requires_grad`` of all adapters' tensors, which takes longer
+        the more there are. The pool's adapters are never trained, so only the lists of active names change.
+        """
         assert self._model is not None
-        return self._model
+        for layer in self._layers:
+            # Past nn.Module.__setattr__, which looks for parameters first and takes most of the time.
+            layer.__dict__.update(_active_adapter=list(names), _movable=set())
+        for layer in self._caching:
+            layer.forget()
+        for wrapper in self._wrappers:
+            own = [name for name in names if name in wrapper._adapters]
+            wrapper.set_adapter(own[0] if own else [], inference_mode=True)
+        self._model.active_adapter = self._model.base_model.active_adapter = names[0] if len(names) == 1 else names
+
+
+def _has_cache(module: nn.Module) -> bool:
+    return any(name.endswith("_cache") and isinstance(kept, dict) for name, kept in vars(module).items())
 
 
 def adapter_bytes(network: nn.Module, config: SurgicalConfig) -> int:
@@ -253,64 +272,21 @@ def adapter_bytes(network: nn.Module, config: SurgicalConfig) -> int:
         config: The adapter's, from disk.
     """
     plan = make_plan(network, config)
-    total = sum(base.numel() * _delta_size(base.dtype) for base in plan.base().values())
+    total = sum(base.numel() * torch.promote_types(base.dtype, torch.float32).itemsize for base in plan.base().values())
     with bare(network, is_wrapper):
-        for entry in plan.modules:
-            total += sum(_size(getattr(entry.module, name)) for name in entry.statistics)
+        held = [getattr(entry.module, name) for entry in plan.modules for name in entry.statistics]
         saved = tuple(config.modules_to_save or ())
         for path, module in network.named_modules() if saved else ():
             if path.endswith(saved):
-                total += sum(_size(tensor) for tensor in (*module.parameters(), *module.buffers()))
-    return total
-
-
-def _size(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
-def _delta_size(dtype: torch.dtype) -> int:
-    return torch.promote_types(dtype, torch.float32).itemsize
-
-
-class _Switch:
-    """Makes adapters of a model the active ones, in microseconds.
-
-    PEFT's ``set_adapter`` walks all modules and sets ``requires_grad`` of all adapters' tensors, which takes longer the
-    more there are. The pool's adapters are never trained, so only the lists of active names change.
-    """
-
-    def __init__(self, network: nn.Module) -> None:
-        self._layers = [layer for _, layer in surgical_layers(network)]
-        self._caching = [
-            layer for layer in self._layers if any(_keeps(m) for k in layer._sites for m, _ in layer.sites(k))
-        ]
-        self._wrappers = [module for module in network.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
-
-    def to(self, model: PeftModel, names: list[str]) -> None:
-        """Activate adapters that are on the model."""
-        for layer in self._layers:
-            # Past nn.Module.__setattr__, which looks for parameters first and takes most of the time.
-            layer.__dict__.update(_active_adapter=list(names), _movable=set())
-        for layer in self._caching:
-            layer.forget()
-        for wrapper in self._wrappers:
-            own = [name for name in names if name in wrapper._adapters]
-            wrapper.set_adapter(own[0] if own else [], inference_mode=True)
-        model.active_adapter = model.base_model.active_adapter = names[0] if len(names) == 1 else names
-
-
-def _keeps(module: nn.Module) -> bool:
-    return any(name.endswith("_cache") and isinstance(kept, dict) for name, kept in vars(module).items())
-
-
-# --- Threads take turns at one thing, in order of arrival; those who want the same of it share a turn. ---
+                held += [*module.parameters(), *module.buffers()]
+        return total + sum(tensor.numel() * tensor.element_size() for tensor in held)
 
 
 class Turns:
-    """A queue for a model that can be in one state at a time.
+    """A queue of threads for a model that can be in one state at a time.
 
-    Nobody overtakes: who wants the state of the running turn joins it only if nobody else waits, so that a popular
-    state does not keep the others out for ever.
+    No thread overtakes another: one that wants the state of the running turn joins it only if nobody else waits, so
+    that a popular state does not keep the others out for ever.
     """
 
     def __init__(self) -> None:
