@@ -15,9 +15,8 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from ..adaptation.objectives import Memo, Tent, norm_target
-from ..adaptation.views import halves
 from ..adaptation.streams import STREAM_OPTIMIZERS, Record
-from ..adaptation.views import AugMix
+from ..adaptation.views import AugMix, halves
 from ..bases.load import Base, load_base
 from ..blocks import parse
 from ..choosing.forward import logits_of
