@@ -113,7 +113,7 @@ def is_owned(module: nn.Module) -> bool:
 
 @contextmanager
 def _specialised(modules: Sequence[Any], trait: type) -> Iterator[None]:
-    classes = [type(module) for module in modules]
+    classes: list[Any] = [type(module) for module in modules]
     try:
         for module, before in zip(modules, classes, strict=True):
             module.__class__ = _with(trait, before)

@@ -157,7 +157,8 @@ def _sums(a: torch.Tensor | None, b: torch.Tensor | None) -> _Sums:
     )
     moved = (one != 0) & (two != 0)
     equal = moved & ((one > 0) == (two > 0))
-    products = (float(x @ y) for x, y in ((one, one), (two, two), (one, two), (one - two, one - two)))
+    away = one - two
+    products = (float(one @ one), float(two @ two), float(one @ two), float(away @ away))
     return _Sums(known.numel(), *products, int(moved.sum()), int(equal.sum()))
 
 

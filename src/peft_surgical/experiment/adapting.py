@@ -5,14 +5,14 @@ from __future__ import annotations
 import csv
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..adaptation.objectives import Memo, Tent, norm_target
 from ..adaptation.streams import STREAM_OPTIMIZERS, Record
@@ -23,27 +23,22 @@ from ..choosing.forward import logits_of
 from ..config import SurgicalConfig
 from ..data.incoming import Incoming
 from ..errors import AdapterError, ConfigError, DataError
-from ..evaluation import Measurement, Report, accuracy, measure, predict_logits, wilson_interval
+from ..evaluation import Report, accuracy, measure, predict_logits, wilson_interval
 from ..extras import require
 from ..keys import CONFIG, FIGURE, REPORT, WEIGHTS
 from ..tuner.card import write_card
 
-METHODS, MODES = ("memo", "tent"), ("online", "episodic")
-NORM = "norm"
-"""The target that stands for `norm_target`."""
+ADAPTATION_METHODS, MODES = ("memo", "tent"), ("online", "episodic")
 PREDICTIONS = "predictions.csv"
 STREAM = "stream"
 SAVED = "stream, with the saved adapter"
-"""The data set of an accuracy that was measured after the stream, with the adapter loaded again."""
-SELECTION = "settings as given; nothing was chosen with these images"
-_BATCH = 64  # images that a loaded adapter predicts at a time
-_MEMO_BATCH = 16  # images that are read at a time; MEMO takes them one by one
-_CHECKED = 16  # images on which the saved adapter is compared
+"""The dataset of an accuracy that was measured after the stream, with the adapter loaded again."""
+_BATCH, _MEMO_BATCH = 64, 16  # images at a time: that a loaded adapter predicts; that are read for MEMO
 
 
 @dataclass(frozen=True)
 class AdaptSettings:
-    """How to adapt.
+    """How to adapt; where nothing else is said, see `Memo`.
 
     Attributes:
         method: ``memo`` or ``tent``.
@@ -52,15 +47,18 @@ class AdaptSettings:
         lr: Learning rate, absolute. Without labels nothing can choose it.
         optimizer: ``sgd``, ``adam`` or ``adamw``; None for the method's own: for MEMO SGD online and AdamW episodic
             (Lee et al. 2023), for TENT Adam.
-        steps: Per image or batch.
-        views: Per image, of MEMO.
-        crop: Of the views, see `AugMix`.
-        batch_size: Of TENT.
-        prior_strength: Of MEMO, for BatchNorms; see `Memo`.
+        steps: Optimizer steps for each image, with TENT for each batch.
+        views: Views of each image, for MEMO.
+        crop: How views are cropped, see `AugMix`.
+        batch_size: Images that TENT takes at a time.
+        prior_strength: For MEMO and BatchNorms alone.
         norm_stats: The adapter's policy; None for ``all`` with TENT, which normalises with the stream's statistics, and
             ``frozen`` with MEMO.
         seed: Of the views.
-        reset_on_collapse: See `Memo`.
+        reset_on_collapse: Whether a collapse puts the deltas back to the start.
+
+    Raises:
+        ConfigError: A setting is unknown or out of range, or needs labels.
     """
 
     method: str
@@ -78,17 +76,16 @@ class AdaptSettings:
     reset_on_collapse: bool = False
 
     def __post_init__(self) -> None:
-        for name, choices in (("method", METHODS), ("mode", MODES)):
-            if getattr(self, name) not in choices:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(choices)}")
+        choices = {"method": ADAPTATION_METHODS, "mode": MODES, "optimizer": (None, *STREAM_OPTIMIZERS)}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(filter(None, known))}")
         if parse(self.target).needs_data:
             raise ConfigError(
                 f"target={self.target!r}: scores and searches need labels, which a stream has not. Name a block, such "
                 "as target='stem'"
             )
         AugMix(self.views, self.crop)  # refuses what cannot be made
-        if self.chosen_optimizer not in STREAM_OPTIMIZERS:
-            raise ConfigError(f"optimizer={self.optimizer!r}: choose one of {', '.join(STREAM_OPTIMIZERS)}")
         if self.batch_size < 1:
             raise ConfigError(f"batch_size={self.batch_size}: give 1 or more")
         if self.prior_strength is not None and self.method != "memo":
@@ -105,24 +102,19 @@ class AdaptSettings:
         """The adapter's policy for normalisation statistics."""
         return self.norm_stats or ("all" if self.method == "tent" else "frozen")
 
-    def adapter(self, base: Base) -> Any:
-        """A fresh adapter on the base, which is changed."""
-        target = norm_target(base.model) if self.target == NORM else self.target
-        return get_peft_model(base.model, SurgicalConfig(target=target, norm_stats=self.chosen_norm_stats))
-
-    def method_on(self, model: nn.Module, normalise: Callable[[Tensor], Tensor]) -> Memo | Tent:
-        """The method, ready for the first image."""
-        shared: dict[str, Any] = {"lr": self.lr, "steps": self.steps, "optimizer": self.chosen_optimizer}
-        shared |= {"episodic": self.mode == "episodic", "preprocess": normalise}
-        shared |= {"reset_on_collapse": self.reset_on_collapse}
-        if self.method == "tent":
-            return Tent(model, **shared)
-        views = AugMix(self.views, self.crop)
-        return Memo(model, views=views, seed=self.seed, prior_strength=self.prior_strength, **shared)
+    def method_on(self, network: Any, normalise: Callable[[Tensor], Tensor], device: Any) -> Memo | Tent:
+        """The method, ready for the first image, on a fresh adapter of the network."""
+        target = norm_target(network) if self.target == "norm" else self.target
+        model: Any = get_peft_model(network, SurgicalConfig(target=target, norm_stats=self.chosen_norm_stats))
+        shared: dict[str, Any] = {name: getattr(self, name) for name in ("lr", "steps", "reset_on_collapse")}
+        shared |= {"optimizer": self.chosen_optimizer, "episodic": self.mode == "episodic", "preprocess": normalise}
+        if self.method == "memo":
+            shared |= {"views": AugMix(self.views, self.crop), "seed": self.seed, "prior_strength": self.prior_strength}
+        return (Tent if self.method == "tent" else Memo)(model.to(device).eval(), **shared)
 
 
 @dataclass(frozen=True)
-class Adapted:
+class AdaptResult:
     """What a stream gave.
 
     Attributes:
@@ -130,8 +122,6 @@ class Adapted:
         before: Logits (n, classes) without adaptation, on the CPU.
         after: Logits (n, classes) along the stream.
         record: What happened.
-        input: Pixels -> the network's input.
-        first: Pixels of the first images.
         names: What the outputs mean, by the network or else by the data; None where neither says so.
         keeps_statistics: Whether a saved adapter normalises as the predictions did.
     """
@@ -140,24 +130,18 @@ class Adapted:
     before: Tensor
     after: Tensor
     record: Record
-    input: Callable[[Tensor], Tensor]
-    first: Tensor
     names: tuple[str, ...] | None = None
     keeps_statistics: bool = True
-
-
-Tell = Callable[[int, int, float | None, float | None], None]
-"""Called with the images that are done, all images, and the accuracy so far with and without adaptation."""
 
 
 def open_base(name: str, images: Incoming, weights: str = "pretrained", head: str = "auto") -> Base:
     """The base, with the head that it was trained with.
 
     Args:
-        name: As for `load_base`.
+        name: As for `load_base`, like ``weights`` and ``head``, which is ``auto`` or ``keep``.
         images: The stream.
-        weights: As for `load_base`.
-        head: ``auto`` or ``keep``, as for `load_base`.
+        weights: ``pretrained`` or ``random``.
+        head: ``auto`` or ``keep``.
 
     Raises:
         ConfigError: For another ``head``.
@@ -184,8 +168,12 @@ def numbered_as(base: Base, images: Incoming) -> Incoming:
 
 
 def adapt(
-    base: Base, images: Incoming, settings: AdaptSettings, device: torch.device | str = "cpu", tell: Tell | None = None
-) -> Adapted:
+    base: Base,
+    images: Incoming,
+    settings: AdaptSettings,
+    device: torch.device | str = "cpu",
+    tell: Callable[[int, int, float | None, float | None], None] | None = None,
+) -> AdaptResult:
     """Adapt a base to a stream, and predict every image of it, with and without.
 
     Args:
@@ -193,32 +181,34 @@ def adapt(
         images: The stream.
         settings: How.
         device: Where to compute.
-        tell: Progress.
+        tell: Called with the number of images that are done, of all images, and the accuracy so far with and without
+            adaptation.
 
     Warns:
         UserWarning: If no adapter can be saved, because none can hold the statistics of the predictions.
     """
     to_pixels, normalise = halves(base.transform_eval)
-    model = settings.adapter(base).to(device).eval()
-    method = settings.method_on(model, normalise)
+    method = settings.method_on(base.model, normalise, device)
+    model: Any = method.model
     if settings.mode == "online" and not method.keeps_statistics:
         warnings.warn(f"No adapter will be saved: {_unkept(settings)}", stacklevel=2)
     size = settings.batch_size if settings.method == "tent" else _MEMO_BATCH
     before: list[Tensor] = []
     after: list[Tensor] = []
-    first: list[Tensor] = []
     for start in range(0, len(images), size):
-        batch = torch.stack([to_pixels(images.read(i)) for i in range(start, min(start + size, len(images)))])
-        batch = batch.to(device)
+        rows = range(start, min(start + size, len(images)))
+        batch = torch.stack([to_pixels(images.read(i)) for i in rows]).to(device)
         with model.disable_adapter(), torch.no_grad():
             before.append(logits_of(model(normalise(batch))).float().cpu())
         after.append(method(batch).float().cpu())
-        first.extend(batch[: _CHECKED - len(first)].cpu())
         if tell is not None:
-            tell(start + len(batch), len(images), _so_far(after, images), _so_far(before, images))
-    results = torch.cat(before), torch.cat(after), method.record
+            tell(rows.stop, len(images), *(_so_far(torch.cat(logits), images.labels) for logits in (after, before)))
     names = base.label_names or images.label_names
-    return Adapted(model, *results, normalise, torch.stack(first), names, method.keeps_statistics)
+    return AdaptResult(model, torch.cat(before), torch.cat(after), method.record, names, method.keeps_statistics)
+
+
+def _so_far(logits: Tensor, labels: Tensor | None) -> float | None:
+    return None if labels is None else accuracy(_ranked(logits), labels[: len(logits)])
 
 
 def _unkept(settings: AdaptSettings) -> str:
@@ -234,20 +224,18 @@ def _unkept(settings: AdaptSettings) -> str:
     )
 
 
-def _so_far(logits: list[Tensor], images: Incoming) -> float | None:
-    if images.labels is None:
-        return None
-    found = torch.cat(logits)
-    return accuracy(_ranked(found), images.labels[: len(found)])
-
-
 def _ranked(logits: Tensor) -> Tensor:
     """Predicted classes; -1, which is wrong, where the logits are not finite."""
     return torch.where(torch.isfinite(logits).all(1), logits.argmax(1), -1)
 
 
 def write_adapted(
-    folder: Path, name: str, images: Incoming, settings: AdaptSettings, adapted: Adapted, weights: str = "pretrained"
+    folder: Path,
+    name: str,
+    images: Incoming,
+    settings: AdaptSettings,
+    adapted: AdaptResult,
+    weights: str = "pretrained",
 ) -> Report:
     """Predictions, report, figure, and after an online stream the adapter, loaded again, compared and measured.
 
@@ -260,42 +248,41 @@ def write_adapted(
         UserWarning: If adaptation made predictions worse.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    before, after, record = _ranked(adapted.before), _ranked(adapted.after), adapted.record
+    before, after, labels = _ranked(adapted.before), _ranked(adapted.after), images.labels
     _write_predictions(folder / PREDICTIONS, images, adapted)
-    opening: dict[str, Any] = {
-        "label_names": list(images.label_names) if images.label_names else None,
-        "weights": weights,
-    }
+    opening = {"label_names": list(images.label_names) if images.label_names else None, "weights": weights}
     saved = settings.mode == "online" and adapted.keeps_statistics
     found = {STREAM: after}
     if saved:
         adapted.model.eval().save_pretrained(folder)
-        base = load_base(name, **opening)
-        again = _reloaded(folder, base, adapted)
-        if images.labels is not None:
-            found[SAVED] = _ranked(_predicted(again, base, images))
+        logits = _predicted_again(folder, load_base(name, **opening), images, adapted)  # type: ignore[arg-type]
+        found |= {} if logits is None else {SAVED: _ranked(logits)}
     else:
-        for file in (CONFIG, WEIGHTS):  # of another stream, earlier
+        for file in (CONFIG, WEIGHTS):  # of an earlier stream
             (folder / file).unlink(missing_ok=True)
-    report = Report(
-        name,
-        settings.target,
-        tuple(_measured(before, found, images, settings)),
-        {
-            **asdict(settings),
-            "optimizer": settings.chosen_optimizer,
-            "norm_stats": settings.chosen_norm_stats,
-            **asdict(record),
-            "collapses": list(record.collapses),
-            "images": len(images),
-            "changed": int((before != after).sum()),
-            "most_common": [list(pair) for pair in Counter(after.tolist()).most_common(3)],
-            "data": images.fingerprint,
-            "open": opening,
-            "saved": saved,
-            "worse": [part for part, predicted in found.items() if _is_worse(before, predicted, images)],
-        },
-    )
+    measured = []
+    if labels is not None:
+        rows = [("accuracy before", STREAM, before, "none")]
+        rule = "settings as given; nothing was chosen with these images"
+        rows += [("accuracy", part, predicted, rule) for part, predicted in found.items()]
+        for metric, part, predicted, rule in rows:
+            value, n = accuracy(predicted, labels), len(images)
+            measured.append(measure(metric, [value], dataset=part, n=n, seeds=[settings.seed], selection=rule))
+    facts = {
+        **asdict(settings),
+        "optimizer": settings.chosen_optimizer,
+        "norm_stats": settings.chosen_norm_stats,
+        **asdict(adapted.record),
+        "collapses": list(adapted.record.collapses),
+        "images": len(images),
+        "changed": int((before != after).sum()),
+        "most_common": [list(pair) for pair in Counter(after.tolist()).most_common(3)],
+        "data": images.fingerprint,
+        "open": opening,
+        "saved": saved,
+        "worse": [part for part, predicted in found.items() if _is_worse(before, predicted, labels)],
+    }
+    report = Report(name, settings.target, tuple(measured), facts)
     report.save(folder / REPORT)
     write_card(folder, report)
     for part in report.settings["worse"]:
@@ -313,28 +300,16 @@ def write_adapted(
     return report
 
 
-def _measured(
-    before: Tensor, found: Mapping[str, Tensor], images: Incoming, settings: AdaptSettings
-) -> Iterator[Measurement]:
-    if images.labels is None:
-        return
-    rows = [("accuracy before", STREAM, before, "none")]
-    rows += [("accuracy", part, predicted, SELECTION) for part, predicted in found.items()]
-    for metric, part, predicted, rule in rows:
-        value = accuracy(predicted, images.labels)
-        yield measure(metric, [value], dataset=part, n=len(images), seeds=[settings.seed], selection=rule)
-
-
-def _is_worse(before: Tensor, after: Tensor, images: Incoming) -> bool:
+def _is_worse(before: Tensor, after: Tensor, labels: Tensor | None) -> bool:
     """Whether more predictions turned wrong than right, by more than chance: the 95% interval of their share."""
-    if images.labels is None:
+    if labels is None:
         return False
-    lost = int(((before == images.labels) & (after != images.labels)).sum())
-    gained = int(((before != images.labels) & (after == images.labels)).sum())
+    lost = int(((before == labels) & (after != labels)).sum())
+    gained = int(((before != labels) & (after == labels)).sum())
     return lost > 0 and wilson_interval(lost, lost + gained).low > 0.5
 
 
-def _write_predictions(file: Path, images: Incoming, adapted: Adapted) -> None:
+def _write_predictions(file: Path, images: Incoming, adapted: AdaptResult) -> None:
     names, classes, labels = adapted.names, _ranked(adapted.after).tolist(), images.labels
     sure = adapted.after.softmax(1).amax(1).tolist()
     with file.open("w", newline="", encoding="utf-8") as out:
@@ -346,7 +321,21 @@ def _write_predictions(file: Path, images: Incoming, adapted: Adapted) -> None:
             writer.writerow(row + ([int(labels[i])] if labels is not None else []))
 
 
-def _draw(file: Path, images: Incoming, adapted: Adapted) -> None:
+def _predicted_again(folder: Path, base: Base, images: Incoming, adapted: AdaptResult) -> Tensor | None:
+    """Logits (n, classes) of the saved adapter on a base that was opened anew, if there are labels to compare with."""
+    again = PeftModel.from_pretrained(base.model, folder).to(next(adapted.model.parameters()).device)
+    logits: list[Tensor] = []
+    for rows in torch.arange(len(images)).split(_BATCH):
+        inputs = torch.stack([base.transform_eval(images.read(i)) for i in rows.tolist()])
+        logits.append(predict_logits(again, inputs))
+        if len(logits) == 1 and not torch.equal(predict_logits(adapted.model, inputs), logits[0]):
+            raise AdapterError(f"{folder} does not reload to what the stream left: do not use it, and report this")
+        if images.labels is None:
+            return None
+    return torch.cat(logits).float()
+
+
+def _draw(file: Path, images: Incoming, adapted: AdaptResult) -> None:
     """Accuracy so far along the stream (compare Lee et al. 2023, Figure 4, right); without labels the confidence."""
     figures = require("matplotlib.figure", "drawing a figure", "plots")
     figure = figures.Figure(figsize=(6, 4), layout="constrained")
@@ -363,22 +352,3 @@ def _draw(file: Path, images: Incoming, adapted: Adapted) -> None:
     axes.set(xlabel="images of the stream", ylabel=f"{what} so far (%)")
     axes.legend()
     figure.savefig(file, dpi=120)
-
-
-def _reloaded(folder: Path, base: Base, adapted: Adapted) -> Any:
-    """The adapter that was just saved, on a base that was opened anew."""
-    device = next(adapted.model.parameters()).device
-    inputs = adapted.input(adapted.first.to(device))
-    again = PeftModel.from_pretrained(base.model, folder).to(device)
-    if not torch.equal(predict_logits(adapted.model, inputs), predict_logits(again, inputs)):
-        raise AdapterError(f"{folder} does not reload to what the stream left: do not use it, and report this")
-    return again
-
-
-def _predicted(model: nn.Module, base: Base, images: Incoming) -> Tensor:
-    """Logits (n, classes) of all images of a stream, on the CPU."""
-    found = []
-    for start in range(0, len(images), _BATCH):
-        rows = range(start, min(start + _BATCH, len(images)))
-        found.append(predict_logits(model, torch.stack([base.transform_eval(images.read(i)) for i in rows])).float())
-    return torch.cat(found)
