@@ -203,7 +203,6 @@ def test_a_loss_that_may_be_chance_is_none(photos):
     after[1:4] = 1 - after[1:4]
     assert module._is_worse(before, after, images.labels)
     assert not module._is_worse(after, before, images.labels)
-    assert not module._is_worse(before, after, None)
 
 
 def test_predictions_are_named_by_the_network_where_the_data_has_no_names(run, photos, tmp_path):

@@ -30,32 +30,28 @@ from ..tuner.card import write_card
 
 ADAPTATION_METHODS, MODES = ("memo", "tent"), ("online", "episodic")
 PREDICTIONS = "predictions.csv"
-STREAM = "stream"
-SAVED = "stream, with the saved adapter"
-"""The dataset of an accuracy that was measured after the stream, with the adapter loaded again."""
+STREAM, SAVED = "stream", "stream, with the saved adapter"  # datasets of measurements
+_UNKEPT = {
+    "tent": "TENT predicts with the statistics of each batch, which norm_stats={!r} does not keep for every BatchNorm, "
+    "so that a loaded adapter would give other numbers. norm_stats='all' (--norm-stats all) keeps them",
+    "memo": "with prior_strength (--prior-strength) MEMO predicts with statistics of each image, which no adapter "
+    "holds, so that a loaded one would give other numbers. Leave it out to save one",
+}
 _BATCH, _MEMO_BATCH = 64, 16  # images at a time: that a loaded adapter predicts; that are read for MEMO
 
 
 @dataclass(frozen=True)
 class AdaptSettings:
-    """How to adapt; where nothing else is said, see `Memo`.
+    """How to adapt. What is not described here is described in `Memo`, ``views`` and ``crop`` in `AugMix`.
 
     Attributes:
         method: ``memo`` or ``tent``.
         target: What moves; ``norm`` for scale and shift of all normalisations.
         mode: ``online`` or ``episodic``.
-        lr: Learning rate, absolute. Without labels nothing can choose it.
-        optimizer: ``sgd``, ``adam`` or ``adamw``; None for the method's own: for MEMO SGD online and AdamW episodic
-            (Lee et al. 2023), for TENT Adam.
-        steps: Optimizer steps for each image, with TENT for each batch.
-        views: Views of each image, for MEMO.
-        crop: How views are cropped, see `AugMix`.
+        optimizer: None for the method's own: for MEMO SGD online and AdamW episodic (Lee et al. 2023), for TENT Adam.
         batch_size: Images that TENT takes at a time.
-        prior_strength: For MEMO and BatchNorms alone.
         norm_stats: The adapter's policy; None for ``all`` with TENT, which normalises with the stream's statistics, and
             ``frozen`` with MEMO.
-        seed: Of the views.
-        reset_on_collapse: Whether a collapse puts the deltas back to the start.
 
     Raises:
         ConfigError: A setting is unknown or out of range, or needs labels.
@@ -90,24 +86,16 @@ class AdaptSettings:
             raise ConfigError(f"batch_size={self.batch_size}: give 1 or more")
         if self.prior_strength is not None and self.method != "memo":
             raise ConfigError("prior_strength is MEMO's: TENT normalises with the batch's statistics alone")
-
-    @property
-    def chosen_optimizer(self) -> str:
-        """The optimizer's name."""
-        own = "adam" if self.method == "tent" else "sgd" if self.mode == "online" else "adamw"
-        return self.optimizer or own
-
-    @property
-    def chosen_norm_stats(self) -> str:
-        """The adapter's policy for normalisation statistics."""
-        return self.norm_stats or ("all" if self.method == "tent" else "frozen")
+        tent, online = self.method == "tent", self.mode == "online"
+        object.__setattr__(self, "optimizer", self.optimizer or ("adam" if tent else "sgd" if online else "adamw"))
+        object.__setattr__(self, "norm_stats", self.norm_stats or ("all" if tent else "frozen"))
 
     def method_on(self, network: Any, normalise: Callable[[Tensor], Tensor], device: Any) -> Memo | Tent:
         """The method, ready for the first image, on a fresh adapter of the network."""
         target = norm_target(network) if self.target == "norm" else self.target
-        model: Any = get_peft_model(network, SurgicalConfig(target=target, norm_stats=self.chosen_norm_stats))
+        model: Any = get_peft_model(network, SurgicalConfig(target=target, norm_stats=self.norm_stats or "frozen"))
         shared: dict[str, Any] = {name: getattr(self, name) for name in ("lr", "steps", "reset_on_collapse")}
-        shared |= {"optimizer": self.chosen_optimizer, "episodic": self.mode == "episodic", "preprocess": normalise}
+        shared |= {"optimizer": self.optimizer, "episodic": self.mode == "episodic", "preprocess": normalise}
         if self.method == "memo":
             shared |= {"views": AugMix(self.views, self.crop), "seed": self.seed, "prior_strength": self.prior_strength}
         return (Tent if self.method == "tent" else Memo)(model.to(device).eval(), **shared)
@@ -135,13 +123,7 @@ class AdaptResult:
 
 
 def open_base(name: str, images: Incoming, weights: str = "pretrained", head: str = "auto") -> Base:
-    """The base, with the head that it was trained with.
-
-    Args:
-        name: As for `load_base`, like ``weights`` and ``head``, which is ``auto`` or ``keep``.
-        images: The stream.
-        weights: ``pretrained`` or ``random``.
-        head: ``auto`` or ``keep``.
+    """The base for a stream, with the head that it was trained with; ``head`` is ``auto`` or ``keep``.
 
     Raises:
         ConfigError: For another ``head``.
@@ -161,10 +143,9 @@ def open_base(name: str, images: Incoming, weights: str = "pretrained", head: st
 
 def numbered_as(base: Base, images: Incoming) -> Incoming:
     """The images with their classes in the numbers, and by the names, of the base that was opened for them."""
-    if images.label_names is None:
-        return images
-    names = base.label_names or tuple(map(str, range(base.classes)))
-    return images.among(base.outputs or range(base.classes), names)
+    numbers = range(base.classes)
+    names = base.label_names or tuple(map(str, numbers))
+    return images if images.label_names is None else images.among(base.outputs or numbers, names)
 
 
 def adapt(
@@ -181,8 +162,7 @@ def adapt(
         images: The stream.
         settings: How.
         device: Where to compute.
-        tell: Called with the number of images that are done, of all images, and the accuracy so far with and without
-            adaptation.
+        tell: Called with the number of images done, of all images, and the accuracy so far with and without adaptation.
 
     Warns:
         UserWarning: If no adapter can be saved, because none can hold the statistics of the predictions.
@@ -191,7 +171,8 @@ def adapt(
     method = settings.method_on(base.model, normalise, device)
     model: Any = method.model
     if settings.mode == "online" and not method.keeps_statistics:
-        warnings.warn(f"No adapter will be saved: {_unkept(settings)}", stacklevel=2)
+        reason = _UNKEPT[settings.method].format(settings.norm_stats)
+        warnings.warn(f"No adapter will be saved: {reason}", stacklevel=2)
     size = settings.batch_size if settings.method == "tent" else _MEMO_BATCH
     before: list[Tensor] = []
     after: list[Tensor] = []
@@ -202,26 +183,10 @@ def adapt(
             before.append(logits_of(model(normalise(batch))).float().cpu())
         after.append(method(batch).float().cpu())
         if tell is not None:
-            tell(rows.stop, len(images), *(_so_far(torch.cat(logits), images.labels) for logits in (after, before)))
+            shares = (_share(_ranked(torch.cat(logits)), images.labels) for logits in (after, before))
+            tell(rows.stop, len(images), *shares)
     names = base.label_names or images.label_names
     return AdaptResult(model, torch.cat(before), torch.cat(after), method.record, names, method.keeps_statistics)
-
-
-def _so_far(logits: Tensor, labels: Tensor | None) -> float | None:
-    return None if labels is None else accuracy(_ranked(logits), labels[: len(logits)])
-
-
-def _unkept(settings: AdaptSettings) -> str:
-    if settings.method == "tent":
-        return (
-            f"TENT predicts with the statistics of each batch, which norm_stats={settings.chosen_norm_stats!r} does "
-            "not keep for every BatchNorm, so that a loaded adapter would give other numbers. norm_stats='all' "
-            "(--norm-stats all) keeps them"
-        )
-    return (
-        "with prior_strength (--prior-strength) MEMO predicts with statistics of each image, which no adapter holds, "
-        "so that a loaded one would give other numbers. Leave it out to save one"
-    )
 
 
 def _ranked(logits: Tensor) -> Tensor:
@@ -229,13 +194,12 @@ def _ranked(logits: Tensor) -> Tensor:
     return torch.where(torch.isfinite(logits).all(1), logits.argmax(1), -1)
 
 
+def _share(predicted: Tensor, labels: Tensor | None) -> float | None:
+    return None if labels is None else accuracy(predicted, labels[: len(predicted)])
+
+
 def write_adapted(
-    folder: Path,
-    name: str,
-    images: Incoming,
-    settings: AdaptSettings,
-    adapted: AdaptResult,
-    weights: str = "pretrained",
+    folder: Path, name: str, images: Incoming, settings: AdaptSettings, result: AdaptResult, weights: str = "pretrained"
 ) -> Report:
     """Predictions, report, figure, and after an online stream the adapter, loaded again, compared and measured.
 
@@ -248,39 +212,36 @@ def write_adapted(
         UserWarning: If adaptation made predictions worse.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    before, after, labels = _ranked(adapted.before), _ranked(adapted.after), images.labels
-    _write_predictions(folder / PREDICTIONS, images, adapted)
+    before, after, labels = _ranked(result.before), _ranked(result.after), images.labels
+    _write_predictions(folder / PREDICTIONS, images, result)
     opening = {"label_names": list(images.label_names) if images.label_names else None, "weights": weights}
-    saved = settings.mode == "online" and adapted.keeps_statistics
+    saved = settings.mode == "online" and result.keeps_statistics
     found = {STREAM: after}
     if saved:
-        adapted.model.eval().save_pretrained(folder)
-        logits = _predicted_again(folder, load_base(name, **opening), images, adapted)  # type: ignore[arg-type]
+        result.model.eval().save_pretrained(folder)
+        logits = _predicted_again(folder, load_base(name, **opening), images, result)  # type: ignore[arg-type]
         found |= {} if logits is None else {SAVED: _ranked(logits)}
     else:
         for file in (CONFIG, WEIGHTS):  # of an earlier stream
             (folder / file).unlink(missing_ok=True)
-    measured = []
-    if labels is not None:
-        rows = [("accuracy before", STREAM, before, "none")]
-        rule = "settings as given; nothing was chosen with these images"
-        rows += [("accuracy", part, predicted, rule) for part, predicted in found.items()]
-        for metric, part, predicted, rule in rows:
-            value, n = accuracy(predicted, labels), len(images)
-            measured.append(measure(metric, [value], dataset=part, n=n, seeds=[settings.seed], selection=rule))
+    rule = "settings as given; nothing was chosen with these images"
+    rows = [("accuracy before", STREAM, before, "none"), *(("accuracy", *part, rule) for part in found.items())]
+    measured = [
+        measure(metric, [accuracy(at, labels)], dataset=part, n=len(images), seeds=[settings.seed], selection=selection)
+        for metric, part, at, selection in rows
+        if labels is not None
+    ]
     facts = {
         **asdict(settings),
-        "optimizer": settings.chosen_optimizer,
-        "norm_stats": settings.chosen_norm_stats,
-        **asdict(adapted.record),
-        "collapses": list(adapted.record.collapses),
+        **asdict(result.record),
+        "collapses": list(result.record.collapses),
         "images": len(images),
         "changed": int((before != after).sum()),
         "most_common": [list(pair) for pair in Counter(after.tolist()).most_common(3)],
         "data": images.fingerprint,
         "open": opening,
         "saved": saved,
-        "worse": [part for part, predicted in found.items() if _is_worse(before, predicted, labels)],
+        "worse": [part for part, at in found.items() if labels is not None and _is_worse(before, at, labels)],
     }
     report = Report(name, settings.target, tuple(measured), facts)
     report.save(folder / REPORT)
@@ -294,31 +255,28 @@ def write_adapted(
             stacklevel=2,
         )
     try:
-        _draw(folder / FIGURE, images, adapted)
+        _draw(folder / FIGURE, images, result)
     except DataError as error:  # without matplotlib the numbers are worth having, too
         warnings.warn(f"no figure: {error}", stacklevel=2)
     return report
 
 
-def _is_worse(before: Tensor, after: Tensor, labels: Tensor | None) -> bool:
+def _is_worse(before: Tensor, after: Tensor, labels: Tensor) -> bool:
     """Whether more predictions turned wrong than right, by more than chance: the 95% interval of their share."""
-    if labels is None:
-        return False
-    lost = int(((before == labels) & (after != labels)).sum())
-    gained = int(((before != labels) & (after == labels)).sum())
+    lost, gained = (int(((x == labels) & (y != labels)).sum()) for x, y in ((before, after), (after, before)))
     return lost > 0 and wilson_interval(lost, lost + gained).low > 0.5
 
 
 def _write_predictions(file: Path, images: Incoming, adapted: AdaptResult) -> None:
-    names, classes, labels = adapted.names, _ranked(adapted.after).tolist(), images.labels
-    sure = adapted.after.softmax(1).amax(1).tolist()
+    labels = [] if images.labels is None else [[label] for label in images.labels.tolist()]
+    classes, before = _ranked(adapted.after).tolist(), _ranked(adapted.before).tolist()
     with file.open("w", newline="", encoding="utf-8") as out:
         writer = csv.writer(out)
-        writer.writerow(["file", "class", "name", "confidence", "class before"] + ["label"] * (labels is not None))
-        for i, before in enumerate(_ranked(adapted.before).tolist()):
-            called = names[classes[i]] if names and classes[i] >= 0 else ""
-            row = [images.files[i], classes[i], called, f"{sure[i]:.4f}", before]
-            writer.writerow(row + ([int(labels[i])] if labels is not None else []))
+        writer.writerow(["file", "class", "name", "confidence", "class before", *(["label"] if labels else [])])
+        for i, confidence in enumerate(adapted.after.softmax(1).amax(1).tolist()):
+            name = adapted.names[classes[i]] if adapted.names and classes[i] >= 0 else ""
+            row = [images.files[i], classes[i], name, f"{confidence:.4f}", before[i]]
+            writer.writerow([*row, *(labels[i] if labels else [])])
 
 
 def _predicted_again(folder: Path, base: Base, images: Incoming, adapted: AdaptResult) -> Tensor | None:
