@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -27,6 +27,7 @@ from ..config import SurgicalConfig
 from ..errors import AdapterError
 from ..hub.pulling import locate
 from ..tuner.attach import bare, surgical_layers
+from ..tuner.layer import SurgicalLayer
 from ..tuner.mixed import BASE
 from ..tuner.plan import is_wrapper, make_plan
 from .contents import read_config
@@ -39,9 +40,9 @@ class PoolState:
     Attributes:
         resident: Id -> bytes of the adapters on the model, the least recently used first.
         budget_bytes: What they may take together.
-        requests: Adapters that were used, each time.
-        loads: Adapters that were put on the model for it.
-        evictions: Adapters that were taken off for others.
+        requests: How often an adapter was asked for.
+        loads: How often one was put on the model for it.
+        evictions: How often one was taken off to make room.
     """
 
     resident: Mapping[str, int]
@@ -68,8 +69,8 @@ class AdapterPool:
             logits = model(three_images)
 
     Threads that use one adapter compute at the same time; others wait for their turn, in order of arrival. An id is
-    resolved to a folder once: a repository of the Hub stays at the commit that was found first. A load that fails, for
-    whatever reason, leaves pool and model as they were, and is tried again at the next request.
+    resolved to a folder once: a repository of the Hub stays at the commit that was found first. A load that fails
+    leaves pool and model as they were, and is tried again at the next request.
 
     Args:
         model: The base, or a model with adapters of its own, which stay and do not count. It belongs to the pool until
@@ -109,10 +110,7 @@ class AdapterPool:
 
     @contextmanager
     def use(self, adapter: str) -> Iterator[PeftModel]:
-        """The model with this adapter active, for as long as the block lasts.
-
-        Args:
-            adapter: Its id.
+        """The model with the adapter of this id active, for as long as the block lasts.
 
         Raises:
             AdapterError: It is larger than the budget, or belongs to another base; or this thread is in a turn already.
@@ -123,16 +121,13 @@ class AdapterPool:
 
     @contextmanager
     def mixed(self, adapters: Sequence[str | None]) -> Iterator[Callable[..., Any]]:
-        """The model as a function of a mixed batch, each sample through its own adapter.
-
-        Args:
-            adapters: The id for each row of the batch; None is the base.
+        """The model as a function of a mixed batch: for each row the id of its adapter, or None for the base.
 
         Raises:
             AdapterError: As `use`; or the adapters do not fit into the budget together.
             AdapterFileError: One of them cannot be read.
         """
-        wanted = list(dict.fromkeys(adapter for adapter in adapters if adapter is not None))
+        wanted = [adapter for adapter in dict.fromkeys(adapters) if adapter is not None]
         if not wanted:
             raise AdapterError("A mixed batch of the base alone: give one adapter or more.")
         with self._turn(object(), wanted) as model:  # an object of its own is shared with nobody
@@ -141,13 +136,13 @@ class AdapterPool:
 
     def state(self) -> PoolState:
         """What the pool holds now."""
-        with self._turns.pause():
+        with self._turns.changed:
             resident = {adapter: size for adapter, (_, size) in self._resident.items()}
             return PoolState(resident, self.budget_bytes, self._requests, self._loads, self._evictions)
 
     def clear(self) -> nn.Module:
         """Take all adapters off, once nobody uses the model; the base as it was given."""
-        with self._turns.turn(object(), lambda: None):
+        with self._turns.turn(object()):
             self._take_off([name for name, _ in self._resident.values()], self._given_active)
             self._resident.clear()
         with self._lock:
@@ -159,10 +154,9 @@ class AdapterPool:
         for adapter in adapters:
             self._fetch(adapter)
         with self._turns.turn(shared, lambda: self._bring(adapters)):
-            with self._turns.pause():
+            with self._turns.changed:
                 self._requests += len(adapters)
-            assert self._model is not None
-            yield self._model
+            yield cast(PeftModel, self._model)
 
     def _fetch(self, adapter: str) -> None:
         """Find the folder of an adapter, outside of any turn."""
@@ -201,13 +195,12 @@ class AdapterPool:
                 f"{named} do{'es' * (len(sizes) == 1)} not fit into the pool's budget of {self.budget_bytes:,} bytes. "
                 "Give the pool a larger budget_bytes, or split the batch."
             )
-        added: dict[str, tuple[str, int]] = {}
+        self._made += len(missing)
+        added = {adapter: (f"pooled{self._made - i}", sizes[adapter]) for i, adapter in enumerate(missing)}
         before = [] if self._model is None else list(self._model.active_adapters)
         try:
-            for adapter, folder in folders.items():
-                self._made += 1
-                name = f"pooled{self._made}"
-                added[adapter] = name, sizes[adapter]
+            for adapter, (name, _) in added.items():
+                folder = folders[adapter]
                 if self._model is None:
                     self._model = PeftModel.from_pretrained(self._network, folder, adapter_name=name).eval()
                 else:
@@ -229,17 +222,15 @@ class AdapterPool:
             self._model = None
             self._find_layers()
             return
-        if active is not None:  # before: PEFT warns where an active one is deleted
-            self._activate(active)
+        if active is not None:
+            self._activate(active)  # first, as PEFT warns when an active one is deleted
         for name in names:
             self._model.delete_adapter(name)
 
     def _find_layers(self) -> None:
         """Note what `_activate` has to set."""
         self._layers = [layer for _, layer in surgical_layers(self._network)]
-        self._caching = [
-            layer for layer in self._layers if any(_has_cache(m) for k in layer._sites for m, _ in layer.sites(k))
-        ]
+        self._caching = [layer for layer in self._layers if _has_cache(layer)]
         self._wrappers = [module for module in self._network.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
 
     def _activate(self, names: list[str]) -> None:
@@ -260,17 +251,13 @@ class AdapterPool:
         self._model.active_adapter = self._model.base_model.active_adapter = names[0] if len(names) == 1 else names
 
 
-def _has_cache(module: nn.Module) -> bool:
-    return any(name.endswith("_cache") and isinstance(kept, dict) for name, kept in vars(module).items())
+def _has_cache(layer: SurgicalLayer) -> bool:
+    modules = (module for key in layer._sites for module, _ in layer.sites(key))
+    return any(name.endswith("_cache") for module in modules for name in vars(module))
 
 
 def adapter_bytes(network: nn.Module, config: SurgicalConfig) -> int:
-    """The memory that an adapter takes on a network: deltas, statistics, and the modules that it holds whole.
-
-    Args:
-        network: The base, with or without adapters.
-        config: The adapter's, from disk.
-    """
+    """The memory that a saved adapter takes on its base: deltas, statistics, and the modules that it holds whole."""
     plan = make_plan(network, config)
     total = sum(base.numel() * torch.promote_types(base.dtype, torch.float32).itemsize for base in plan.base().values())
     with bare(network, is_wrapper):
@@ -283,34 +270,31 @@ def adapter_bytes(network: nn.Module, config: SurgicalConfig) -> int:
 
 
 class Turns:
-    """A queue of threads for a model that can be in one state at a time.
+    """A queue of threads for a model that can be in one state at a time; ``changed`` is held while a turn is prepared.
 
     No thread overtakes another: one that wants the state of the running turn joins it only if nobody else waits, so
     that a popular state does not keep the others out for ever.
     """
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
+        self.changed = threading.Condition()
         self._queue: deque[object] = deque()
         self._shared: Hashable = None
         self._users: set[int] = set()  # threads
 
     @contextmanager
-    def turn(self, shared: Hashable, prepare: Callable[[], None]) -> Iterator[None]:
-        """Wait for a turn and take it.
+    def turn(self, shared: Hashable, prepare: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Wait for a turn and take it, together with all who ask for an equal ``shared``.
 
-        Args:
-            shared: Those who ask for an equal one may share.
-            prepare: Called by the first, before the turn begins and while nobody else has one. If it raises, there is
-                no turn.
+        The first of them calls ``prepare``, before the turn begins. If it raises, there is no turn.
         """
         me, ticket = threading.get_ident(), object()
-        with self._changed:
+        with self.changed:
             if me in self._users:
                 raise AdapterError("This thread uses the pool's model already: end that block before the next begins.")
             self._queue.append(ticket)
             try:
-                self._changed.wait_for(lambda: self._queue[0] is ticket and (not self._users or self._shared == shared))
+                self.changed.wait_for(lambda: self._queue[0] is ticket and (not self._users or self._shared == shared))
                 if not self._users:
                     self._shared = None
                     prepare()
@@ -318,16 +302,10 @@ class Turns:
                 self._users.add(me)
             finally:
                 self._queue.remove(ticket)
-                self._changed.notify_all()
+                self.changed.notify_all()
         try:
             yield
         finally:
-            with self._changed:
+            with self.changed:
                 self._users.discard(me)
-                self._changed.notify_all()
-
-    @contextmanager
-    def pause(self) -> Iterator[None]:
-        """Nobody prepares a turn within this block."""
-        with self._changed:
-            yield
+                self.changed.notify_all()

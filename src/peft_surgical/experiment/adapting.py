@@ -155,7 +155,7 @@ def adapt(
     device: torch.device | str = "cpu",
     tell: Callable[[int, int, float | None, float | None], None] | None = None,
 ) -> AdaptResult:
-    """Adapt a base to a stream, and predict every image of it, with and without.
+    """Adapt a base to a stream, and predict every image of it, with and without; warn if no adapter can be saved.
 
     Args:
         base: It is changed: an adapter is added.
@@ -164,8 +164,6 @@ def adapt(
         device: Where to compute.
         tell: Called with the number of images done, of all images, and the accuracy so far with and without adaptation.
 
-    Warns:
-        UserWarning: If no adapter can be saved, because none can hold the statistics of the predictions.
     """
     to_pixels, normalise = halves(base.transform_eval)
     method = settings.method_on(base.model, normalise, device)
@@ -183,8 +181,9 @@ def adapt(
             before.append(logits_of(model(normalise(batch))).float().cpu())
         after.append(method(batch).float().cpu())
         if tell is not None:
-            shares = (_share(_ranked(torch.cat(logits)), images.labels) for logits in (after, before))
-            tell(rows.stop, len(images), *shares)
+            labels = None if images.labels is None else images.labels[: rows.stop]
+            right = [labels if labels is None else accuracy(_ranked(torch.cat(at)), labels) for at in (after, before)]
+            tell(rows.stop, len(images), *right)
     names = base.label_names or images.label_names
     return AdaptResult(model, torch.cat(before), torch.cat(after), method.record, names, method.keeps_statistics)
 
@@ -194,22 +193,16 @@ def _ranked(logits: Tensor) -> Tensor:
     return torch.where(torch.isfinite(logits).all(1), logits.argmax(1), -1)
 
 
-def _share(predicted: Tensor, labels: Tensor | None) -> float | None:
-    return None if labels is None else accuracy(predicted, labels[: len(predicted)])
-
-
 def write_adapted(
     folder: Path, name: str, images: Incoming, settings: AdaptSettings, result: AdaptResult, weights: str = "pretrained"
 ) -> Report:
-    """Predictions, report, figure, and after an online stream the adapter, loaded again, compared and measured.
+    """Write predictions, report, figure, and after an online stream the adapter, loaded again, compared and measured.
 
     No adapter is saved if none can hold the statistics that the predictions were made with; `adapt` has warned of it.
+    A warning says so if adaptation made predictions worse.
 
     Raises:
         AdapterError: If what is reloaded does not give the logits of what was saved, bit for bit.
-
-    Warns:
-        UserWarning: If adaptation made predictions worse.
     """
     folder.mkdir(parents=True, exist_ok=True)
     before, after, labels = _ranked(result.before), _ranked(result.after), images.labels
@@ -248,12 +241,9 @@ def write_adapted(
     write_card(folder, report)
     for part in report.settings["worse"]:
         right, earlier = report.find("accuracy", part).value, report.find("accuracy before").value
-        warnings.warn(
-            f"adaptation made it worse: {right:.1%} of the {part} is predicted right, without it {earlier:.1%}. Take a "
-            "smaller lr (--lr), larger and mixed batches for TENT, or another target (--target stem); or leave the "
-            "network as it is",
-            stacklevel=2,
-        )
+        worse = f"{right:.1%} of the {part} is predicted right, without it {earlier:.1%}. Take a smaller lr (--lr), "
+        worse += "larger and mixed batches for TENT, or another target (--target stem); or leave the network as it is"
+        warnings.warn(f"adaptation made it worse: {worse}", stacklevel=2)
     try:
         _draw(folder / FIGURE, images, result)
     except DataError as error:  # without matplotlib the numbers are worth having, too
