@@ -7,8 +7,7 @@
 adapts the ResNet-26 to a stream of 800 noisy images, one after the other, and shows the accuracy of the predictions:
 58.8 % with the stem, 52.8 % with all tensors, 52.9 % without. One image takes about 0.1 s on a CPU core. PATH is a
 folder of ``<corruption>.parquet`` or of the published ``<corruption>.npy``; ``--models`` holds the networks' weights.
-Processes share a ledger (``--shard 1/2``) and can be killed and started again; without ``--target`` and the like the
-whole table is computed.
+Processes share a ledger (``--shard 1/2``). Without ``--target`` and the like the whole table is computed.
 
     python recipes/memo_cifar10c.py --table --markdown table.md --figure figure.png
     python recipes/memo_cifar10c.py --network resnet32 --method none bn tent --data PATH       # TENT with BatchNorm
@@ -79,8 +78,8 @@ def stream_of(args: argparse.Namespace, key: dict[str, Any]) -> tuple[Tensor, Te
     parts = split(images.labels, key["seed"], 1000, args.validation_images)
     generator = torch.Generator().manual_seed(key["seed"])
     # A longer test stream goes on with the images that the other recipes tune on, a validation stream begins again.
-    again = -(-key["images"] // len(parts.validation))
-    pools = [parts.test, parts.tune] if key["part"] == "test" else [parts.validation] * again
+    validation = [parts.validation] * math.ceil(key["images"] / len(parts.validation))
+    pools = [parts.test, parts.tune] if key["part"] == "test" else validation
     rows = torch.cat([pool[torch.randperm(len(pool), generator=generator)] for pool in pools])[: key["images"]]
     return images.pixels[rows].float() / 255, images.labels[rows]
 
@@ -99,9 +98,8 @@ def predict(args: argparse.Namespace, key: dict[str, Any], images: Tensor) -> tu
             batches = images.split(key["batch_size"] or 100)
             return torch.cat([logits_of(network(normalise(batch))) for batch in batches]), Record()
     target = norm_target(network) if key["target"] == "norm" else key["target"]
-    how = {"lr": key["lr"], "steps": key["steps"], "optimizer": key["optimizer"], "preprocess": normalise}
-    how |= {"episodic": key["mode"] == "episodic"}
-    how |= {"views": key["views"], "seed": key["seed"]} if key["method"] == "memo" else {}
+    how = {name: key[name] for name in ("lr", "steps", "optimizer", *(("views", "seed") if key["views"] else ()))}
+    how |= {"episodic": key["mode"] == "episodic", "preprocess": normalise}
     method = (Memo if key["method"] == "memo" else Tent)(get_peft_model(network, SurgicalConfig(target=target)), **how)
     found: list[Tensor] = []
     with warnings.catch_warnings():
@@ -120,13 +118,10 @@ def adapt(args: argparse.Namespace, key: dict[str, Any]) -> dict[str, Any]:
     start, cpu = time.perf_counter(), time.process_time()
     logits, record = predict(args, key, images)
     right = (logits.argmax(1) == labels) & torch.isfinite(logits).all(1)
-    result = {"accuracy": int(right.sum()) / len(labels), "n": len(labels), "steps": record.steps}
-    result |= {"skipped": record.skipped, "collapses": list(record.collapses)}
-    result |= {"right": "".join(map(str, right.int().tolist()))}
+    result = {"right": "".join(map(str, right.int().tolist())), "accuracy": int(right.sum()) / len(labels)}
+    result |= {"n": len(labels), "steps": record.steps, "skipped": record.skipped, "collapses": [*record.collapses]}
     result |= {"seconds": round(time.perf_counter() - start, 1), "cpu_seconds": round(time.process_time() - cpu, 1)}
-    named = ("network", "corruption", "method", "mode", "target", "part", "lr", "steps", "seed")
-    run = " ".join(str(key[name]) for name in named)
-    print(f"{run}: {100 * result['accuracy']:.1f} %, {result['seconds']} s", flush=True)
+    print(f"{key}: {100 * result['accuracy']:.1f} %, {result['seconds']} s", flush=True)
     return result | {"versions": {name: version(name) for name in ("peft-surgical", "peft", "torch")}}
 
 
@@ -200,19 +195,18 @@ def show(args: argparse.Namespace, ledger: Ledger) -> None:
     base = cells.get(("none", "none", "none"), {})
     accuracies, gains, costs = [], [], []
     for row, found in cells.items():
-        own = [row[0], row[2], row[1]]
+        own, runs = [row[0], row[2], row[1]], [run for some in found.values() for run in some]
         published = dict(zip(LISTED, PUBLISHED.get(row, []) if args.network == "resnet26" else [], strict=False))
         beside = {c: f" ({published[c]:.1f})" if c in published and found[c] else "" for c in args.corruption}
         accuracies.append([*own, *(shown(some) + beside[c] for c, some in found.items())])
         if row[0] == "none":
             continue
         gains.append([*own, *(gain(some, base[c]) if some and base.get(c) else "-" for c, some in found.items())])
-        runs = [run for some in found.values() for run in some]
         key, each = runs[0].key, fmean(run.result["cpu_seconds"] / run.result["n"] for run in runs)
         rate = "-" if key["lr"] is None else f"{key['lr']:g}"
-        did = [str(key["optimizer"] or "-"), rate, str(key["steps"] or "-"), f"{1000 * each:.0f}"]
         trouble = [sum(run.result["skipped"] for run in runs), sum(bool(run.result["collapses"]) for run in runs)]
-        costs.append([*own, *did, *map(str, trouble)])
+        did = (key["optimizer"] or "-", rate, key["steps"] or "-", f"{1000 * each:.0f}", *trouble)
+        costs.append([*own, *map(str, did)])
     n = args.episodic_images
     if any(row[2] == "episodic" for row in cells) and n < args.images:  # what their accuracy is to be compared with
         accuracies.insert(1, ["none", f"first {n}", "none", *(shown(base.get(c, []), n) for c in args.corruption)])

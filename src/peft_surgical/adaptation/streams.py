@@ -119,7 +119,8 @@ class Stream:
             raise ConfigError(f"steps={steps}: give 1 or more")
         if collapse_window < 0 or collapse_window == 1:
             raise ConfigError(f"collapse_window={collapse_window}: give 2 predictions or more, or 0 not to look")
-        self.model, self.steps, self.episodic = model, steps, episodic
+        self.model: Any = model
+        self.steps, self.episodic = steps, episodic
         self.preprocess = preprocess or nn.Identity()
         self.reset_on_collapse = reset_on_collapse
         self.position = 0

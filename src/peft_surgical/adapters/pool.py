@@ -1,8 +1,7 @@
 """Many adapters on one base, within a budget of memory: loaded on demand, evicted when others need the room.
 
 One network has one set of active adapters, so the threads that use it take turns (`Turns`): all who want the same
-adapter at the same time, or one mixed batch. Switching between adapters that are loaded sets one list for each tuned
-module; files are fetched while others compute, and read in a turn.
+adapter at the same time, or one mixed batch. Files are fetched while others compute, and read in a turn.
 """
 
 from __future__ import annotations
@@ -80,9 +79,6 @@ class AdapterPool:
             moment there is one more.
         loader: Id -> the folder in which the adapter lies, called outside of any turn and once at a time for an id. By
             default an id is a folder or a repository of the Hub.
-
-    Raises:
-        AdapterError: The budget is not positive, or an adapter is merged into the model.
     """
 
     def __init__(
@@ -105,8 +101,6 @@ class AdapterPool:
         # Id -> name on the model, and bytes. Ids have dots and slashes, which PEFT's names must not have.
         self._resident: OrderedDict[str, tuple[str, int]] = OrderedDict()
         self._made = self._requests = self._loads = self._evictions = 0
-
-    # --- using ---
 
     @contextmanager
     def use(self, adapter: str) -> Iterator[PeftModel]:
@@ -172,8 +166,6 @@ class AdapterPool:
                 future.set_exception(error)
         future.result()  # whoever waited for it gets the same error
 
-    # --- loading: in a turn, while nobody uses the model ---
-
     def _bring(self, adapters: Sequence[str]) -> None:
         if missing := [adapter for adapter in adapters if adapter not in self._resident]:
             self._load(missing, adapters)
@@ -228,16 +220,14 @@ class AdapterPool:
             self._model.delete_adapter(name)
 
     def _find_layers(self) -> None:
-        """Note what `_activate` has to set."""
         self._layers = [layer for _, layer in surgical_layers(self._network)]
         self._caching = [layer for layer in self._layers if _has_cache(layer)]
         self._wrappers = [module for module in self._network.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
 
     def _activate(self, names: list[str]) -> None:
-        """Make adapters of the model the active ones, in microseconds.
+        """Make adapters of the model the active ones, in microseconds: only the lists of active names change.
 
-        PEFT's ``set_adapter`` walks all modules and sets ``requires_grad`` of all adapters' tensors, which takes longer
-        the more there are. The pool's adapters are never trained, so only the lists of active names change.
+        PEFT's ``set_adapter`` walks all modules and sets ``requires_grad`` of all adapters' tensors.
         """
         assert self._model is not None
         for layer in self._layers:
@@ -272,8 +262,7 @@ def adapter_bytes(network: nn.Module, config: SurgicalConfig) -> int:
 class Turns:
     """A queue of threads for a model that can be in one state at a time; ``changed`` is held while a turn is prepared.
 
-    No thread overtakes another: one that wants the state of the running turn joins it only if nobody else waits, so
-    that a popular state does not keep the others out for ever.
+    A thread that wants the state of the running turn joins it only if nobody waits, so that none waits for ever.
     """
 
     def __init__(self) -> None:

@@ -160,14 +160,13 @@ def adapt(
     Args:
         base: It is changed: an adapter is added.
         images: The stream.
-        settings: How.
+        settings: How to adapt.
         device: Where to compute.
         tell: Called with the number of images done, of all images, and the accuracy so far with and without adaptation.
 
     """
     to_pixels, normalise = halves(base.transform_eval)
     method = settings.method_on(base.model, normalise, device)
-    model: Any = method.model
     if settings.mode == "online" and not method.keeps_statistics:
         reason = _UNKEPT[settings.method].format(settings.norm_stats)
         warnings.warn(f"No adapter will be saved: {reason}", stacklevel=2)
@@ -177,15 +176,15 @@ def adapt(
     for start in range(0, len(images), size):
         rows = range(start, min(start + size, len(images)))
         batch = torch.stack([to_pixels(images.read(i)) for i in rows]).to(device)
-        with model.disable_adapter(), torch.no_grad():
-            before.append(logits_of(model(normalise(batch))).float().cpu())
+        with method.model.disable_adapter(), torch.no_grad():
+            before.append(logits_of(method.model(normalise(batch))).float().cpu())
         after.append(method(batch).float().cpu())
         if tell is not None:
             labels = None if images.labels is None else images.labels[: rows.stop]
             right = [labels if labels is None else accuracy(_ranked(torch.cat(at)), labels) for at in (after, before)]
             tell(rows.stop, len(images), *right)
     names = base.label_names or images.label_names
-    return AdaptResult(model, torch.cat(before), torch.cat(after), method.record, names, method.keeps_statistics)
+    return AdaptResult(method.model, torch.cat(before), torch.cat(after), method.record, names, method.keeps_statistics)
 
 
 def _ranked(logits: Tensor) -> Tensor:
@@ -266,7 +265,7 @@ def _write_predictions(file: Path, images: Incoming, adapted: AdaptResult) -> No
         for i, confidence in enumerate(adapted.after.softmax(1).amax(1).tolist()):
             name = adapted.names[classes[i]] if adapted.names and classes[i] >= 0 else ""
             row = [images.files[i], classes[i], name, f"{confidence:.4f}", before[i]]
-            writer.writerow([*row, *(labels[i] if labels else [])])
+            writer.writerow(row + (labels[i] if labels else []))
 
 
 def _predicted_again(folder: Path, base: Base, images: Incoming, adapted: AdaptResult) -> Tensor | None:
@@ -285,8 +284,7 @@ def _predicted_again(folder: Path, base: Base, images: Incoming, adapted: AdaptR
 
 def _draw(file: Path, images: Incoming, adapted: AdaptResult) -> None:
     """Accuracy so far along the stream (compare Lee et al. 2023, Figure 4, right); without labels the confidence."""
-    figures = require("matplotlib.figure", "drawing a figure", "plots")
-    figure = figures.Figure(figsize=(6, 4), layout="constrained")
+    figure = require("matplotlib.figure", "drawing a figure", "plots").Figure(figsize=(6, 4), layout="constrained")
     axes, count = figure.subplots(), torch.arange(1, len(images) + 1)
     for name, logits in (("without", adapted.before), ("adapted", adapted.after)):
         if images.labels is not None:
