@@ -7,8 +7,7 @@
 adapts the ResNet-26 to a stream of 800 noisy images, one after the other, and shows the accuracy of the predictions:
 58.8 % with the stem, 52.8 % with all tensors, 52.9 % without. One image takes about 0.1 s on a CPU core. PATH is a
 folder of ``<corruption>.parquet`` or of the published ``<corruption>.npy``; ``--models`` holds the networks' weights.
-Processes share a ledger (``--shard 1/2``) and can be killed and started again; without ``--target`` and the like the
-whole table is computed.
+Processes share a ledger (``--shard 1/2``). Without ``--target`` and the like the whole table is computed.
 
     python recipes/memo_cifar10c.py --table --markdown table.md --figure figure.png
     python recipes/memo_cifar10c.py --network resnet32 --method none bn tent --data PATH       # TENT with BatchNorm
@@ -17,14 +16,15 @@ Protocol: the test images of ``recipes/cifar10c.py`` (800 per corruption and see
 image is predicted after the step on its own views; online keeps what was learnt, episodic does not. SGD without
 momentum online, AdamW episodic, as in the paper; 32 views. Learning rate (and steps) are those with the most accurate
 stream of the 200 validation images of ``--select-on``, seed 0, for each method, target and mode; they are kept for all
-corruptions and seeds, so at all sites but one no label had a say. Online, that stream begins the 200 again until it is
-as long as the test stream, since too large a rate may take hundreds of images to show; a candidate that collapses ends
-there. Departures from the paper: it streams 10,000 images, and tries 1 and 2 steps (``--steps 1 2``).
+corruptions and seeds, so the labels of the other corruptions choose nothing. Online, that stream begins the 200 again
+until it is as long as the test stream, since too large a rate may take hundreds of images to show; a candidate that
+collapses ends there. Departures from the paper: it streams 10,000 images, and tries 1 and 2 steps (``--steps 1 2``).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import math
 import sys
@@ -47,7 +47,7 @@ from peft_surgical import SurgicalConfig
 from peft_surgical.adaptation import CollapseWarning, Memo, Record, Tent, batch_statistics, norm_target
 from peft_surgical.choosing.models import logits_of
 from peft_surgical.errors import DataError, run_in_words
-from peft_surgical.evaluation import TextTable, mean_interval, plus_minus
+from peft_surgical.evaluation import TextTable, plus_minus
 from peft_surgical.training.ledger import Ledger, Run
 from peft_surgical.training.search import SELECTION_SEED
 
@@ -77,77 +77,72 @@ def stream_of(args: argparse.Namespace, key: dict[str, Any]) -> tuple[Tensor, Te
     parts = split(images.labels, key["seed"], 1000, args.validation_images)
     generator = torch.Generator().manual_seed(key["seed"])
     # A longer test stream goes on with the images that the other recipes tune on, a validation stream begins again.
-    again = -(-key["images"] // len(parts.validation))
-    pools = [parts.test, parts.tune] if key["part"] == "test" else [parts.validation] * again
+    validation = [parts.validation] * math.ceil(key["images"] / len(parts.validation))
+    pools = [parts.test, parts.tune] if key["part"] == "test" else validation
     rows = torch.cat([pool[torch.randperm(len(pool), generator=generator)] for pool in pools])[: key["images"]]
     return images.pixels[rows].float() / 255, images.labels[rows]
 
 
-def adapt(args: argparse.Namespace, key: dict[str, Any]) -> dict[str, Any]:
-    """One stream: which of its predictions were right, and what it cost."""
-    images, labels = stream_of(args, key)
+def predict(args: argparse.Namespace, key: dict[str, Any], images: Tensor) -> tuple[Tensor, Record]:
+    """Logits along one stream, and what happened; a validation stream that collapses ends, its other rows are NaN."""
     network = load_network(key["network"], args.models)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (NETWORKS[args.network].mean, NETWORKS[args.network].std))
 
     def normalise(x: Tensor) -> Tensor:
         return (x - mean) / std
 
-    start, cpu, record = time.perf_counter(), time.process_time(), Record()
-    batches = images.split(key["batch_size"] or len(images))
     if key["method"] in {"none", "bn"}:
-        with torch.no_grad():
-            if key["method"] == "none":
-                logits = torch.cat([network(normalise(batch)) for batch in images.split(100)])
-            else:
-                with batch_statistics(network):
-                    logits = torch.cat([logits_of(network(normalise(batch))) for batch in batches])
-    else:
-        target = norm_target(network) if key["target"] == "norm" else key["target"]
-        model = get_peft_model(network, SurgicalConfig(target=target))
-        how: dict[str, Any] = {"lr": key["lr"], "steps": key["steps"], "optimizer": key["optimizer"]}
-        how |= {"episodic": key["mode"] == "episodic", "preprocess": normalise}
-        method: Any = (
-            Memo(model, views=key["views"], seed=key["seed"], **how) if key["method"] == "memo" else Tent(model, **how)
-        )
-        found: list[Tensor] = []
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", CollapseWarning)  # on the record
-            for batch in images.split(key["batch_size"] or 50):
-                found.append(method(batch))
-                if method.record.collapses and key["part"] == "validation":  # the rest counts as wrong
-                    found.append(torch.full((len(images) - method.record.images, found[0].shape[1]), torch.nan))
-                    break
-        logits, record = torch.cat(found), method.record
+        statistics = batch_statistics(network) if key["method"] == "bn" else contextlib.nullcontext()
+        with torch.no_grad(), statistics:
+            batches = images.split(key["batch_size"] or 100)
+            return torch.cat([logits_of(network(normalise(batch))) for batch in batches]), Record()
+    target = norm_target(network) if key["target"] == "norm" else key["target"]
+    how = {name: key[name] for name in ("lr", "steps", "optimizer", *(("views", "seed") if key["views"] else ()))}
+    how |= {"episodic": key["mode"] == "episodic", "preprocess": normalise}
+    method = (Memo if key["method"] == "memo" else Tent)(get_peft_model(network, SurgicalConfig(target=target)), **how)
+    found: list[Tensor] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CollapseWarning)  # it is in the record
+        for batch in images.split(key["batch_size"] or 50):
+            found.append(method(batch))
+            if method.record.collapses and key["part"] == "validation":
+                found.append(torch.full((len(images) - method.record.images, found[0].shape[1]), torch.nan))
+                break
+    return torch.cat(found), method.record
+
+
+def adapt(args: argparse.Namespace, key: dict[str, Any]) -> dict[str, Any]:
+    """One stream: which of its predictions were right, and what it cost."""
+    images, labels = stream_of(args, key)
+    start, cpu = time.perf_counter(), time.process_time()
+    logits, record = predict(args, key, images)
     right = (logits.argmax(1) == labels) & torch.isfinite(logits).all(1)
-    result = {"accuracy": int(right.sum()) / len(labels), "n": len(labels), "steps": record.steps}
-    result |= {"skipped": record.skipped, "collapses": list(record.collapses)}
-    result |= {"right": "".join(map(str, right.int().tolist()))}
+    result = {"right": "".join(map(str, right.int().tolist())), "accuracy": int(right.sum()) / len(labels)}
+    result |= {"n": len(labels), "steps": record.steps, "skipped": record.skipped, "collapses": [*record.collapses]}
     result |= {"seconds": round(time.perf_counter() - start, 1), "cpu_seconds": round(time.process_time() - cpu, 1)}
-    said = " ".join(str(key[name]) for name in ("network", "corruption", "method", "mode", "target", "part"))
-    rate = "" if key["lr"] is None else f" lr={key['lr']:g} steps={key['steps']}"
-    print(f"{said}{rate} seed={key['seed']}: {100 * result['accuracy']:.1f} %, {result['seconds']} s", flush=True)
+    print(f"{key}: {100 * result['accuracy']:.1f} %, {result['seconds']} s", flush=True)
     return result | {"versions": {name: version(name) for name in ("peft-surgical", "peft", "torch")}}
 
 
 def candidates(args: argparse.Namespace, row: Row) -> list[dict[str, Any]]:
     """The settings among which validation images choose; of equals the first."""
     method, target, mode = row
-    optimizer = {"tent": "adam"}.get(method, "adamw" if mode == "episodic" else "sgd")
-    rates = {"tent": args.tent_lr}.get(method, args.episodic_lr if mode == "episodic" else args.lr)
-    rates = args.head_lr if target == "head" else rates
     own: dict[str, Any] = {"method": method, "target": target, "mode": mode, "network": args.network}
     own |= {"recipe": "memo_cifar10c", "severity": args.severity, "views": args.views if method == "memo" else None}
     own |= {"batch_size": args.batch_size if method in {"bn", "tent"} else None}
     if method in {"none", "bn"}:
         return [own | {"optimizer": None, "lr": None, "steps": None}]
+    optimizer, rates = ("adamw", args.episodic_lr) if mode == "episodic" else ("sgd", args.lr)
+    optimizer, rates = ("adam", args.tent_lr) if method == "tent" else (optimizer, rates)
+    rates = args.head_lr if target == "head" else rates
     return [own | {"optimizer": optimizer, "lr": lr, "steps": steps} for steps in args.steps for lr in rates]
 
 
 def settings(args: argparse.Namespace, one: dict[str, Any], corruption: str, part: str, seed: int) -> dict[str, Any]:
-    episodic = one["mode"] == "episodic"  # then images do not depend on each other, and some will do
-    tested = args.episodic_images if episodic else args.images
-    # What an online stream becomes shows on one that is as long.
-    images = tested if part == "test" else args.validation_images if episodic else args.images
+    """The key of a run. What an online stream becomes shows on one as long; of episodic ones a short one will do."""
+    episodic = one["mode"] == "episodic"
+    images = args.validation_images if episodic and part == "validation" else args.images
+    images = args.episodic_images if episodic and part == "test" else images
     key = one | {"corruption": corruption, "part": part, "seed": seed, "images": images}
     return key | {"data": read_once(args.data, corruption, args.severity)[1]} if args.data else key
 
@@ -167,22 +162,18 @@ def runs_of(args: argparse.Namespace, ledger: Ledger, row: Row, corruption: str)
     tried = candidates(args, row)
     if len(tried) > 1:
         validated = [run(one, args.select_on, "validation", SELECTION_SEED) for one in tried]
-        if not all(validated):
+        shares = [one.result["accuracy"] for one in validated if one]
+        if len(shares) < len(tried):
             return []
-        best = max(range(len(tried)), key=lambda i: validated[i].result["accuracy"])  # type: ignore[union-attr]
-        tried = [tried[best]]
-    reported = [run(tried[0], corruption, "test", seed) for seed in args.seeds]
-    return [one for one in reported if one] if all(reported) else []
+        tried = [tried[shares.index(max(shares))]]
+    reported = [one for seed in args.seeds if (one := run(tried[0], corruption, "test", seed))]
+    return reported if len(reported) == len(args.seeds) else []
 
 
-def interval(runs: list[Run]) -> str:
-    return plus_minus([run.result["accuracy"] for run in runs], runs[0].result["n"])
-
-
-def first_of(run: Run, n: int) -> Run:
-    """The first n images of a stream in which images do not depend on each other."""
-    right = run.result["right"][:n]
-    return Run(run.key, {**run.result, "right": right, "n": len(right), "accuracy": right.count("1") / len(right)})
+def shown(runs: list[Run], n: int | None = None) -> str:
+    """Accuracy with its interval; on the first n images of a stream in which images do not depend on each other."""
+    rights = [run.result["right"][:n] for run in runs]
+    return plus_minus([right.count("1") / len(right) for right in rights], len(rights[0])) if runs else "-"
 
 
 def gain(runs: list[Run], base: list[Run]) -> str:
@@ -191,9 +182,8 @@ def gain(runs: list[Run], base: list[Run]) -> str:
         [int(a) - int(b) for a, b in zip(one.result["right"], other.result["right"], strict=False)]
         for one, other in zip(runs, base, strict=True)
     ]
-    if len(each) > 1:
-        value, low, high = mean_interval([fmean(one) for one in each])
-        return f"{100 * value:+.1f} ± {50 * (high - low):.1f}"
+    if len(each) != 1:
+        return plus_minus([fmean(one) for one in each], sign="+")
     return f"{100 * fmean(each[0]):+.1f} ± {196 * stdev(each[0]) / math.sqrt(len(each[0])):.1f}"
 
 
@@ -202,47 +192,48 @@ def show(args: argparse.Namespace, ledger: Ledger) -> None:
     cells = {row: {c: runs_of(args, ledger, row, c) for c in args.corruption} for row in rows_of(args)}
     cells = {row: found for row, found in cells.items() if any(found.values())}
     base = cells.get(("none", "none", "none"), {})
-    names = ["method", "mode", "target"]
-    tables: list[tuple[list[str], list[list[str]]]] = [([*names, *args.corruption], []) for _ in range(2)]
-    tables.append(([*names, "optimizer", "lr", "steps", "ms per image", "skipped", "collapsed streams"], []))
+    accuracies, gains, costs = [], [], []
     for row, found in cells.items():
-        own = [row[0], row[2], row[1]]
+        own, runs = [row[0], row[2], row[1]], [run for some in found.values() for run in some]
         published = dict(zip(LISTED, PUBLISHED.get(row, []) if args.network == "resnet26" else [], strict=False))
-        beside = {c: f" ({published[c]:.1f})" if c in published else "" for c in args.corruption}
-        tables[0][1].append([*own, *(interval(runs) + beside[c] if runs else "-" for c, runs in found.items())])
-        runs = [run for some in found.values() for run in some]
-        if row[0] != "none":
-            gains = [gain(some, base[c]) if some and base.get(c) else "-" for c, some in found.items()]
-            tables[1][1].append([*own, *gains])
-            key, each = runs[0].key, fmean(run.result["cpu_seconds"] / run.result["n"] for run in runs)
-            rate = "-" if key["lr"] is None else f"{key['lr']:g}"
-            did = [str(key["optimizer"] or "-"), rate, str(key["steps"] or "-"), f"{1000 * each:.0f}"]
-            trouble = [sum(run.result["skipped"] for run in runs), sum(bool(run.result["collapses"]) for run in runs)]
-            tables[2][1].append([*own, *did, *map(str, trouble)])
+        beside = {c: f" ({published[c]:.1f})" if c in published and found[c] else "" for c in args.corruption}
+        accuracies.append([*own, *(shown(some) + beside[c] for c, some in found.items())])
+        if row[0] == "none":
+            continue
+        gains.append([*own, *(gain(some, base[c]) if some and base.get(c) else "-" for c, some in found.items())])
+        key, each = runs[0].key, fmean(run.result["cpu_seconds"] / run.result["n"] for run in runs)
+        rate = "-" if key["lr"] is None else f"{key['lr']:g}"
+        trouble = [sum(run.result["skipped"] for run in runs), sum(bool(run.result["collapses"]) for run in runs)]
+        did = (key["optimizer"] or "-", rate, key["steps"] or "-", f"{1000 * each:.0f}", *trouble)
+        costs.append([*own, *map(str, did)])
     n = args.episodic_images
     if any(row[2] == "episodic" for row in cells) and n < args.images:  # what their accuracy is to be compared with
-        first = {c: [first_of(run, n) for run in runs] for c, runs in base.items()}
-        own = ["none", f"first {n}", "none"]
-        tables[0][1].insert(1, [*own, *(interval(first[c]) if first.get(c) else "-" for c in args.corruption)])
+        accuracies.insert(1, ["none", f"first {n}", "none", *(shown(base.get(c, []), n) for c in args.corruption)])
     counts = sorted({run.result["n"] for found in cells.values() for runs in found.values() for run in runs})
     kind = "Wilson's" if len(args.seeds) == 1 else "Student's t over seeds"
-    captions = [
+    caption = (
         f"{args.network}, CIFAR-10-C severity {args.severity}: accuracy in percent of the predictions made along the "
         f"stream, ± half the 95% interval ({kind}); seeds {', '.join(map(str, args.seeds))}, streams of "
         f"{', '.join(map(str, counts))} test images. In brackets the paper's Table 9, on streams of 10,000. Selection: "
         f"learning rate and steps by the accuracy on a stream of the {args.validation_images} validation images of "
         f"{args.select_on}, seed {SELECTION_SEED}, which online begins again until it is as long as the test stream; "
-        "for each method, mode and target; no test image had a say.",
+        "for each method, mode and target; nothing was selected on test images."
+    )
+    compared = (
         "Points above no adaptation on the same images, ± half the 95% interval of the mean difference. The images of "
-        "an online stream are not independent, so its interval is too short.",
-        "Time: of a CPU core, everything included.",
+        "an online stream are not independent, so its interval is too short."
+    )
+    names = ["method", "mode", "target"]
+    did = ["optimizer", "lr", "steps", "ms per image", "skipped", "collapsed streams"]
+    tables = [
+        TextTable([*names, *args.corruption], accuracies, caption),
+        TextTable([*names, *args.corruption], gains, compared),
+        TextTable([*names, *did], costs, "Time: of a CPU core, everything included."),
     ]
-    text = ""
-    for (header, lines), caption in zip(tables, captions, strict=True):
-        table = TextTable(header, lines, caption)
+    for table in tables:
         table.show()
-        text += table.markdown() + "\n"
     if args.markdown:
+        text = "\n".join(table.markdown() for table in tables)
         Path(args.markdown).write_text(text.rstrip() + "\n", encoding="utf-8")
     if args.figure:
         plot(args, cells)
@@ -252,18 +243,16 @@ def plot(args: argparse.Namespace, cells: dict[Row, dict[str, list[Run]]]) -> No
     """Gain over no adaptation in right predictions so far (compare the paper's Figure 4, right)."""
     from matplotlib.figure import Figure
 
+    def so_far(runs: list[Run]) -> Tensor:
+        return torch.tensor([[int(x) for x in run.result["right"]] for run in runs]).float().mean(0).cumsum(0)
+
     figure = Figure(figsize=(4 * len(args.corruption), 4), layout="constrained")
-    base = cells[("none", "none", "none")]
-    for axes, corruption in zip(
-        figure.subplots(1, len(args.corruption), squeeze=False)[0], args.corruption, strict=True
-    ):
+    base, panels = cells[("none", "none", "none")], figure.subplots(1, len(args.corruption), squeeze=False)[0]
+    for axes, corruption in zip(panels, args.corruption, strict=True):
         for row, found in cells.items():
             if row[0] != "none" and found[corruption] and base[corruption]:
-                right, before = (
-                    torch.tensor([[int(x) for x in run.result["right"]] for run in runs]).float().mean(0).cumsum(0)
-                    for runs in (found[corruption], base[corruption])
-                )
-                gained = right - before[: len(right)]
+                right = so_far(found[corruption])
+                gained = right - so_far(base[corruption])[: len(right)]
                 axes.plot(range(1, len(right) + 1), gained, label=" ".join((row[0], row[2], row[1])))
         axes.set(xlabel="images of the stream", ylabel="right predictions gained so far", title=corruption)
         axes.axhline(0, linestyle=":", color="black")

@@ -19,12 +19,12 @@ OUTPUT/ledger.jsonl and not repeated.
 from __future__ import annotations
 
 import argparse
-import functools
 import hashlib
 import sys
 import time
 import warnings
 from collections.abc import Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +41,17 @@ from peft_surgical.extras import accelerator_or_cpu, require
 from peft_surgical.training.ledger import Ledger, Run
 from peft_surgical.training.search import SELECTION_SEED
 
+Row = tuple[str, str, str]  # method, target, mode
 
-@functools.lru_cache(maxsize=1)
+
+@lru_cache(maxsize=1)
 def class_numbers() -> dict[str, int]:
     """ImageNet-1k's number of each wnid: a part of the folders is enough."""
     info = require("timm.data", "reading ImageNet-C", "timm").ImageNetInfo("imagenet-1k")
     return {info.index_to_label_name(i): i for i in range(info.num_classes())}
 
 
-@functools.lru_cache(maxsize=4)
+@lru_cache(maxsize=4)
 def listed(root: str, corruption: str, severity: int) -> tuple[tuple[str, ...], str]:
     """``wnid/file`` of every image, sorted, and a digest of the names."""
     folder = Path(root, corruption, str(severity))
@@ -95,34 +97,29 @@ def run(args: argparse.Namespace, key: dict[str, Any]) -> dict[str, Any]:
     }
     result |= {"right": "".join(map(str, right.int().tolist())), "skipped": found.record.skipped}
     result |= {"collapses": list(found.record.collapses), "seconds": round(time.perf_counter() - start, 1)}
-    said = " ".join(str(key[name]) for name in ("corruption", "severity", "method", "mode", "target", "part", "lr"))
-    print(f"{said}: {result['before']:.1%} -> {result['accuracy']:.1%}, {result['seconds']} s", flush=True)
+    named = " ".join(str(key[name]) for name in ("corruption", "severity", "method", "mode", "target", "part", "lr"))
+    print(f"{named}: {result['before']:.1%} -> {result['accuracy']:.1%}, {result['seconds']} s", flush=True)
     return result
 
 
-def candidates(args: argparse.Namespace, method: str, target: str, mode: str) -> list[dict[str, Any]]:
-    rates = args.tent_lr if method == "tent" else args.lr if mode == "online" else args.episodic_lr
+def chosen(args: argparse.Namespace, ledger: Ledger, row: Row, corruption: str, severity: int) -> list[Run]:
+    """The test streams of one cell, one for each seed, at the rate that validates best."""
+    method, target, mode = row
     key = {"recipe": "memo_imagenet_c", "model": args.model, "method": method, "target": target, "mode": mode}
     key |= {"optimizer": None, "steps": args.steps, "views": args.views, "batch_size": args.batch_size}
     key |= {"prior_strength": args.prior_strength if method == "memo" else None}
-    return [key | {"lr": lr} for lr in rates]
+    rates = args.tent_lr if method == "tent" else args.lr if mode == "online" else args.episodic_lr
 
-
-def chosen(
-    args: argparse.Namespace, ledger: Ledger, row: tuple[str, str, str], corruption: str, severity: int
-) -> list[Run]:
-    """The test streams of one cell, one for each seed."""
-
-    def at(one: dict[str, Any], corruption: str, severity: int, part: str, seed: int) -> Run:
+    def at(lr: float, corruption: str, severity: int, part: str, seed: int) -> Run:
         images = args.validation_images if part == "validation" else args.images
-        key = one | {"corruption": corruption, "severity": severity, "part": part, "seed": seed, "images": images}
-        return ledger.run(key | {"data": listed(args.data, corruption, severity)[1]}, functools.partial(run, args))
+        where = {"lr": lr, "corruption": corruption, "severity": severity, "part": part, "seed": seed, "images": images}
+        return ledger.run(key | where | {"data": listed(args.data, corruption, severity)[1]}, partial(run, args))
 
-    tried = candidates(args, *row)
-    if len(tried) > 1:
-        seen = [at(one, args.select_on, args.severity[-1], "validation", SELECTION_SEED).result for one in tried]
-        tried = [tried[max(range(len(seen)), key=lambda i: seen[i]["accuracy"])]]
-    return [at(tried[0], corruption, severity, "test", seed) for seed in args.seeds]
+    lr = rates[0]
+    if len(rates) > 1:
+        seen = [at(one, args.select_on, args.severity[-1], "validation", SELECTION_SEED).result for one in rates]
+        lr = rates[max(range(len(seen)), key=lambda i: seen[i]["accuracy"])]
+    return [at(lr, corruption, severity, "test", seed) for seed in args.seeds]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -154,19 +151,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     ledger = Ledger(Path(args.output, "ledger.jsonl"))
     rows = [("memo", target, mode) for mode in args.mode for target in args.target if "memo" in args.method]
     rows += [("tent", "norm", "online")] if "tent" in args.method else []
-    lines, places = [], [(c, s) for c in args.corruption for s in args.severity]
+    places = [(c, s) for c in args.corruption for s in args.severity]
+    lines = []
     for row in rows:
         runs = [chosen(args, ledger, row, *place) for place in places]
-        for name in ("before", "accuracy"):
-            if name == "before" and lines:
-                continue
-            own = ["none", "-", "-", "-"] if name == "before" else [row[0], row[2], row[1], f"{runs[0][0].key['lr']:g}"]
-            lines.append([*own, *(plus_minus([r.result[name] for r in some], some[0].result["n"]) for some in runs)])
+        own = [row[0], row[2], row[1], f"{runs[0][0].key['lr']:g}"]
+        for name in ("accuracy",) if lines else ("before", "accuracy"):
+            cells = (plus_minus([r.result[name] for r in some], some[0].result["n"]) for some in runs)
+            lines.append([*(["none", "-", "-", "-"] if name == "before" else own), *cells])
     caption = (
         f"{args.model}, ImageNet-C: accuracy in percent of the predictions along streams of {args.images} images, ± "
         f"half the 95% interval ({'Wilson over images' if len(args.seeds) == 1 else 'Student over seeds'}); seeds "
         f"{', '.join(map(str, args.seeds))}. Selection: learning rate by the accuracy on {args.validation_images} "
-        f"validation images of {args.select_on}; no test image had a say."
+        f"validation images of {args.select_on}; nothing was selected on test images."
     )
     table = TextTable(["method", "mode", "target", "lr", *(f"{c} {s}" for c, s in places)], lines, caption)
     table.show()

@@ -23,7 +23,7 @@ from rich.console import Console  # noqa: E402
 
 import peft_surgical  # noqa: E402
 from peft_surgical import SurgicalConfig  # noqa: E402
-from peft_surgical.adaptation.objectives import COLLAPSE_WINDOW  # noqa: E402
+from peft_surgical.adaptation.streams import COLLAPSE_WINDOW  # noqa: E402
 from peft_surgical.adapters.adapter import read_adapter, read_config  # noqa: E402
 from peft_surgical.bases.transforms import AUGMENTS  # noqa: E402
 from peft_surgical.choosing import BlockScores  # noqa: E402

@@ -126,7 +126,7 @@ def test_other_bases_are_named(base, tmp_path):
 
 
 def test_other_shapes_are_refused():
-    with pytest.raises(BaseMismatchError, match=r"w has the shape \(2,\) in one and \(1,\) in two"):
+    with pytest.raises(BaseMismatchError, match=r"w has the shape \(2,\) in one, \(1,\) in two"):
         diff(adapter("one", w=[1.0, 2.0]), adapter("two", w=[1.0]))
 
 

@@ -148,10 +148,6 @@ def imported_by(file):
     return found
 
 
-# Clashes in folders that are to be taken apart: each name goes from here when it is gone from there.
-STILL_SHARED = {"METHODS"}
-
-
 def test_no_two_public_things_have_one_name():
     """Classes, functions, constants and aliases that a module defines, in both packages."""
     places = {}
@@ -160,12 +156,7 @@ def test_no_two_public_things_have_one_name():
             for name in names_defined(node):
                 if not name.startswith("_"):
                     places.setdefault(name, set()).add(module_of(file))
-    shared = {name: sorted(found) for name, found in places.items() if len(found) > 1}
-    assert {name: found for name, found in shared.items() if name not in STILL_SHARED} == {}
-    assert set(shared) == STILL_SHARED
-    apart = ("experiments.",)
-    for name, found in shared.items():
-        assert len([module for module in found if not module.startswith(apart)]) <= 1, name
+    assert {name: sorted(found) for name, found in places.items() if len(found) > 1} == {}
 
 
 def names_defined(node):

@@ -6,7 +6,7 @@ import torch
 import transformers
 from PIL import Image
 
-from peft_surgical.adaptation.pixels import halves
+from peft_surgical.adaptation.views import halves
 from peft_surgical.bases.transforms import of_processor, of_timm
 from peft_surgical.errors import DataError
 

@@ -15,8 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny import CASES, bits, disturb, images, outputs, same, snapshot, train, vit
 
 from peft_surgical import SurgicalConfig
-from peft_surgical.adapters.pool import AdapterPool, adapter_bytes
-from peft_surgical.adapters.turns import Turns
+from peft_surgical.adapters.pool import AdapterPool, Turns, adapter_bytes
 from peft_surgical.config import SurgicalConfig as Config
 from peft_surgical.errors import AdapterError, AdapterFileError, BaseMismatchError, ConfigError
 

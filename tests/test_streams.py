@@ -10,8 +10,6 @@ from tiny import CASES, disturb, same, snapshot
 from peft_surgical import SurgicalConfig
 from peft_surgical.adaptation.streams import (
     CollapseWarning,
-    CollapseWatch,
-    Moving,
     Record,
     Stream,
     evaluating,
@@ -24,6 +22,10 @@ def adapted(target="stem", case="conv+BN", **config):
     model = get_peft_model(CASES[case].network(), SurgicalConfig(target=target, **config))
     disturb(model)
     return model
+
+
+def stream_of(model, window):
+    return Stream(model, optimizer="sgd", lr=0.1, collapse_window=window)
 
 
 def logits(*classes, of=4):
@@ -55,7 +57,7 @@ def test_statistics_move_with_the_policy(policy, expected):
 def test_a_step_by_hand():
     model = adapted("conv1")
     (delta,) = moving_deltas(model).values()
-    before, deltas = delta.detach().clone(), Moving(model, "sgd", 0.5, weight_decay=0.1)
+    before, deltas = delta.detach().clone(), Stream(model, optimizer="sgd", lr=0.5, weight_decay=0.1)
     assert deltas.step((delta * 3).sum()) is True
     assert torch.allclose(delta, before - 0.5 * (3 + 0.1 * before))
     deltas.restore()
@@ -64,7 +66,7 @@ def test_a_step_by_hand():
 
 def test_restoring_forgets_adams_moments():
     model = adapted("conv1")
-    (delta,), deltas = moving_deltas(model).values(), Moving(model, "adam", 0.1)
+    (delta,), deltas = moving_deltas(model).values(), Stream(model, optimizer="adam", lr=0.1)
     results = []
     for _ in range(2):
         deltas.step(delta.square().sum())
@@ -87,7 +89,7 @@ def test_restoring_forgets_adams_moments():
 )
 def test_a_step_that_would_not_be_finite_is_not_taken(loss):
     model = adapted("conv1")
-    (delta,), deltas = moving_deltas(model).values(), Moving(model, "sgd", 1e10)
+    (delta,), deltas = moving_deltas(model).values(), Stream(model, optimizer="sgd", lr=1e10)
     before = snapshot(model)
     assert deltas.step(loss(delta)) is False
     assert same(before, snapshot(model))
@@ -97,28 +99,40 @@ def test_a_step_that_would_not_be_finite_is_not_taken(loss):
 def test_a_tensor_that_the_loss_does_not_reach_stays():
     model = adapted("stem")
     before, found = snapshot(model), moving_deltas(model)
-    Moving(model, "adam", 0.1).step(next(iter(found.values())).sum())
+    Stream(model, optimizer="adam", lr=0.1).step(next(iter(found.values())).sum())
     moved = [name for name, value in snapshot(model).items() if not torch.equal(value, before[name])]
     assert [name.split(".surgery")[0] for name in moved] == ["base_model.model.conv1"]
 
 
 def test_a_watch_by_hand():
-    watch = CollapseWatch(3)
-    assert watch.collapsed(logits(1, 1)) is False
-    assert watch.collapsed(logits(1)) is True
-    assert watch.collapsed(logits(1, 1)) is False  # it still is
-    assert watch.collapsed(logits(2, 1, 1)) is False
-    assert watch.collapsed(logits(1, 0)) is True  # also when it is over at the end of the batch
-    assert watch.collapsed(torch.full((5, 4), torch.nan)) is False
-    assert list(watch.recent) == [1, 1, 0]
-    assert CollapseWatch(0).collapsed(logits(1, 1, 1)) is False
-    assert CollapseWatch(2).collapsed(torch.zeros(5, 1)) is False  # one class is no collapse where there is one
+    def watch(window):
+        stream = stream_of(adapted("conv1"), window)
+
+        def collapsed(found):
+            before = stream.record.collapses
+            stream.predicted(found)
+            return stream.record.collapses != before
+
+        return stream, collapsed
+
+    stream, collapsed = watch(3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CollapseWarning)
+        assert collapsed(logits(1, 1)) is False
+        assert collapsed(logits(1)) is True
+        assert collapsed(logits(1, 1)) is False  # it still is
+        assert collapsed(logits(2, 1, 1)) is False
+        assert collapsed(logits(1, 0)) is True  # also when it is over at the end of the batch
+        assert collapsed(torch.full((5, 4), torch.nan)) is False
+        assert stream.state_dict()["recent"] == [1, 1, 0]
+        assert watch(0)[1](logits(1, 1, 1)) is False
+        assert watch(2)[1](torch.zeros(5, 1)) is False  # one class is no collapse where there is one
 
 
 def test_a_stream_counts_and_starts_again():
     model = adapted("conv1")
     (delta,), before = moving_deltas(model).values(), snapshot(model)
-    stream = Stream(Moving(model, "sgd", 0.1), CollapseWatch(2), reset_on_collapse=False)
+    stream = stream_of(model, 2)
     stream.step(delta.sum())
     stream.step(delta.sum() * float("nan"))
     with warnings.catch_warnings():
@@ -127,12 +141,12 @@ def test_a_stream_counts_and_starts_again():
     with pytest.warns(CollapseWarning, match="up to image 2 are all class 1"):
         stream.predicted(logits(1))
     assert stream.record == Record(images=3, steps=1, skipped=1, collapses=(2,))
-    other = Stream(Moving(adapted("conv1"), "sgd", 0.1), CollapseWatch(2), reset_on_collapse=False)
+    other = stream_of(adapted("conv1"), 2)
     other.load_state_dict(stream.state_dict())
-    assert (other.record, other.position, list(other.watch.recent)) == (stream.record, 3, [1, 1])
+    assert (other.record, other.position, other.state_dict()["recent"]) == (stream.record, 3, [1, 1])
     stream.reset()
     assert same(before, snapshot(model))
-    assert (stream.record, stream.position, len(stream.watch.recent)) == (Record(), 0, 0)
+    assert (stream.record, stream.position, stream.state_dict()["recent"]) == (Record(), 0, [])
 
 
 def test_modes_come_back_also_those_that_a_norm_hides():

@@ -13,7 +13,7 @@ from .terminal import console, table
 
 if TYPE_CHECKING:
     from peft_surgical.evaluation import Report
-    from peft_surgical.experiment.adapting import Adapted
+    from peft_surgical.experiment.adapting import AdaptResult
 
 StreamArgument = Annotated[
     str,
@@ -126,7 +126,7 @@ def adapt_command(
         raise typer.Exit(HARMED)
 
 
-def _print(report: Report, adapted: Adapted, output: object) -> None:
+def _print(report: Report, adapted: AdaptResult, output: object) -> None:
     from peft_surgical.experiment.adapting import PREDICTIONS, STREAM
     from peft_surgical.keys import FIGURE, REPORT
 

@@ -9,7 +9,7 @@ which reads its statistics elsewhere (compare `specialise`).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,32 +24,18 @@ from ..keys import HOLDER
 class _ReadsBatch:
     """Has no running statistics, so that PyTorch takes the batch's in ``eval()``, too, and writes none."""
 
-    @property
-    def running_mean(self) -> None:
-        """None, as in a BatchNorm without ``track_running_stats``."""
-
-    @property
-    def running_var(self) -> None:
-        """The same."""
+    running_mean = running_var = None
 
 
 class _ReadsMixture:
     """Normalises with prior * source + (1 - prior) * batch; the batch's part carries no gradient, as in MEMO's code."""
 
     _mixing: dict[str, Any]
-
-    @property
-    def running_mean(self) -> Tensor:
-        """(channels,), of the input at hand."""
-        return self._mixing["mean"]
-
-    @property
-    def running_var(self) -> Tensor:
-        """(channels,), of the input at hand; the batch's variance is the unbiased one."""
-        return self._mixing["var"]
+    running_mean = property(lambda self: self._mixing["mean"])
+    running_var = property(lambda self: self._mixing["var"])
 
     def forward(self, input: Tensor) -> Any:
-        """Mix the statistics, then the module's own forward."""
+        """Mix the statistics, of which the batch's variance is the unbiased one; then the module's own forward."""
         mixing = self._mixing
         dims = [dim for dim in range(input.ndim) if dim != 1]
         with torch.no_grad():
@@ -57,11 +43,6 @@ class _ReadsMixture:
             mixing["mean"] = torch.lerp(mean.to(mixing["source_mean"].dtype), mixing["source_mean"], mixing["prior"])
             mixing["var"] = torch.lerp(var.to(mixing["source_var"].dtype), mixing["source_var"], mixing["prior"])
         return super().forward(input)  # type: ignore[misc]
-
-
-@functools.cache
-def _with(trait: type, base: Any) -> Any:
-    return type(base.__name__, (trait, base), {"__module__": base.__module__, "__doc__": base.__doc__})
 
 
 @contextmanager
@@ -72,9 +53,10 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
     (``norm_stats="target"`` or ``"all"``) follow the batches as in training, and are saved with the adapter. Other
     norms, among them InstanceNorm, are left alone.
     """
-    owners = [module for module in _batchnorms(model) if _owned(module)]
+    norms = batchnorms(model)
+    owners = [module for module in norms if is_owned(module)]
     modes = [vars(module)["training"] for module in owners]
-    with _specialised(model, _ReadsBatch, lambda module: not _owned(module)):
+    with _specialised([module for module in norms if not is_owned(module)], _ReadsBatch):
         try:
             for module in owners:
                 module.training = True
@@ -106,47 +88,41 @@ def mixed_statistics(model: nn.Module, strength: float) -> Iterator[None]:
     Raises:
         ConfigError: As `prior_share`.
     """
-    prior = prior_share(strength)
-    chosen = list(_batchnorms(model))
-    for module in chosen:
+    prior, norms = prior_share(strength), batchnorms(model)
+    for module in norms:
         sources = {"source_mean": module.running_mean, "source_var": module.running_var}
         module.__dict__["_mixing"] = {"prior": prior, **sources}
     try:
-        with _specialised(model, _ReadsMixture, lambda module: True):
+        with _specialised(norms, _ReadsMixture):
             yield
     finally:
-        for module in chosen:
+        for module in norms:
             module.__dict__.pop("_mixing", None)
 
 
-def has_batchnorms(model: nn.Module) -> bool:
-    """Whether a BatchNorm of ``model`` has running statistics."""
-    return any(True for _ in _batchnorms(model))
+def batchnorms(model: nn.Module) -> list[_BatchNorm]:
+    """The BatchNorms of ``model`` that have running statistics."""
+    return [module for module in model.modules() if isinstance(module, _BatchNorm) and module.running_mean is not None]
 
 
-def owns_statistics(model: nn.Module) -> bool:
-    """Whether active, trainable adapters own the running statistics of every BatchNorm of ``model`` that has any."""
-    return all(_owned(module) for module in _batchnorms(model))
-
-
-def _batchnorms(model: nn.Module) -> Iterator[_BatchNorm]:
-    for module in model.modules():
-        if isinstance(module, _BatchNorm) and module.running_mean is not None:
-            yield module
-
-
-def _owned(module: nn.Module) -> bool:
+def is_owned(module: nn.Module) -> bool:
+    """Whether an active, trainable adapter owns the running statistics of this norm."""
     holder: Any = module._modules.get(HOLDER)
     return holder is not None and holder.statistics_move()
 
 
 @contextmanager
-def _specialised(model: nn.Module, trait: type, wanted: Callable[[nn.Module], bool]) -> Iterator[None]:
-    changed: list[tuple[Any, Any]] = [(m, type(m)) for m in _batchnorms(model) if wanted(m)]
+def _specialised(modules: Sequence[Any], trait: type) -> Iterator[None]:
+    classes: list[Any] = [type(module) for module in modules]
     try:
-        for module, before in changed:
+        for module, before in zip(modules, classes, strict=True):
             module.__class__ = _with(trait, before)
         yield
     finally:
-        for module, before in changed:
+        for module, before in zip(modules, classes, strict=True):
             module.__class__ = before
+
+
+@functools.cache
+def _with(trait: type, base: Any) -> Any:
+    return type(base.__name__, (trait, base), {"__module__": base.__module__, "__doc__": base.__doc__})

@@ -8,18 +8,15 @@ keeps improving it (Lee et al. 2023, Sec. 3.2, Table 9)::
     logits = memo(images)  # (n, classes), one image after the other
     model.save_pretrained("site-a")  # what was learnt is an adapter like any other
 
-What is computed: views are made and predicted in one forward and one backward, and the image itself in one forward
-without a graph, after the step. Autograd records no graph before the first tensor that moves, and computes no gradient
-below it or for frozen tensors; a network whose head alone moves runs its trunk backward not at all. What comes before
-a moving tensor is still run forward for every view, as views differ from step to step.
+The views of an image are predicted in one forward and one backward, and the image itself in one forward without a
+graph, after the step. Autograd records nothing before the first tensor that moves.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +24,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..choosing.models import logits_of
 from ..errors import ConfigError, TargetError
-from .batchnorm import batch_statistics, has_batchnorms, mixed_statistics, owns_statistics, prior_share
-from .streams import CollapseWatch, Moving, Record, Stream, checked_images, evaluating
+from .batchnorm import batch_statistics, batchnorms, is_owned, mixed_statistics, prior_share
+from .streams import COLLAPSE_WINDOW, Stream, evaluating
 from .views import AugMix, Views, generator_at
-
-COLLAPSE_WINDOW = 100
 
 
 def log_marginal(logits: Tensor) -> Tensor:
@@ -57,11 +52,11 @@ def mean_entropy(logits: Tensor) -> Tensor:
 def norm_target(network: nn.Module) -> list[str]:
     """The target that TENT adapts: scale and shift of every normalisation (Wang et al. 2021, Sec. 3.2).
 
-    Globs say the same where norms are named after what they are: ``"*norm*"`` for most transformers. In timm's ResNets
-    ``"*bn*"`` leaves out those of the shortcuts and of deep stems, which are numbered.
+    A glob does the same where norms are named after what they are: ``"*norm*"`` for most transformers. In timm's
+    ResNets ``"*bn*"`` leaves out the norms of the shortcuts and of deep stems, which are numbered.
 
     Args:
-        network: Without an adapter.
+        network: A network without an adapter.
 
     Returns:
         Tensor names, to be used as ``SurgicalConfig(target=norm_target(network))``.
@@ -82,30 +77,7 @@ def norm_target(network: nn.Module) -> list[str]:
     return names
 
 
-class _Streamed:
-    """What both methods let one do with the stream that they adapt to."""
-
-    stream: Stream
-
-    @property
-    def record(self) -> Record:
-        """What has happened so far."""
-        return self.stream.record
-
-    def reset(self) -> None:
-        """Deltas as at construction, statistics as they were, a fresh optimizer, bit for bit, and position 0."""
-        self.stream.reset()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where the stream is, what moved and the optimizer's state, as tensors and plain values."""
-        return self.stream.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken: the results are those of a stream that was never interrupted."""
-        self.stream.load_state_dict(state)
-
-
-class Memo(_Streamed):
+class Memo(Stream):
     """MEMO (Zhang, Levine and Finn 2022): make the views of an image agree, then predict it.
 
     For each image: ``steps`` times, make views, and step down the entropy of their mean prediction; then predict the
@@ -115,7 +87,7 @@ class Memo(_Streamed):
     Args:
         model: A PeftModel whose surgical adapter is active and trainable. Its deltas need not be zero: a trained
             adapter is adapted further.
-        views: How many views, of `AugMix`; or a callable as `views.Views` says.
+        views: How many views `AugMix` makes of an image; or a callable that makes them, as `views.Views` says.
         steps: Optimizer steps per image; each has views of its own.
         optimizer: ``sgd`` (no momentum), ``adam`` or ``adamw``. MEMO on CIFAR-10: ``sgd`` with lr 0.005, all tensors.
         lr: Learning rate, absolute.
@@ -124,8 +96,8 @@ class Memo(_Streamed):
             learnt stays (Lee et al. 2023, Sec. 3.2).
         preprocess: Images (n, c, h, w) in [0, 1] -> the network's input; None for the images themselves.
         prior_strength: For BatchNorms, N of `mixed_statistics`; None for the source's statistics.
-        seed: Of the views. They depend on it and on the position in the stream alone.
-        collapse_window: So many predictions of one class are a collapse; 0 not to look.
+        seed: Of the views, which depend on it and on the position in the stream alone.
+        collapse_window: Number of predictions in a row that are a collapse if they are one class; 0 not to look.
         reset_on_collapse: Whether a collapse puts the deltas and the optimizer back to the start.
 
     Raises:
@@ -149,17 +121,23 @@ class Memo(_Streamed):
         collapse_window: int = COLLAPSE_WINDOW,
         reset_on_collapse: bool = False,
     ) -> None:
-        self.model = model
+        super().__init__(
+            model,
+            lr=lr,
+            steps=steps,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            episodic=episodic,
+            preprocess=preprocess,
+            collapse_window=collapse_window,
+            reset_on_collapse=reset_on_collapse,
+        )
+        if seed < 0:
+            raise ConfigError(f"seed={seed}: give 0 or more")
         self.views: Views = AugMix(views) if isinstance(views, int) else views
-        self.steps = _positive("steps", steps)
-        self.episodic = episodic
-        self.preprocess = preprocess or _same
-        self.prior_strength = prior_strength
-        self.seed = _seed(seed)
+        self.prior_strength, self.seed = prior_strength, seed
         if prior_strength is not None:
             prior_share(prior_strength)  # refused here rather than at the first image
-        moving, watch = Moving(model, optimizer, lr, weight_decay), CollapseWatch(collapse_window)
-        self.stream = Stream(moving, watch, reset_on_collapse)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Adapt to and predict one image after the other.
@@ -176,39 +154,34 @@ class Memo(_Streamed):
         Warns:
             CollapseWarning: If all predictions of a window have become one class.
         """
-        images = checked_images(images).to(self.stream.deltas.device)
+        images = self.received(images)
         logits = []
-        with evaluating(self.model), self._statistics():
+        prior = self.prior_strength
+        with evaluating(self.model), nullcontext() if prior is None else mixed_statistics(self.model, prior):
             for image in images:
+                generator = generator_at(self.seed, self.position)
                 try:
-                    self._adapt(image)
+                    for _ in range(self.steps):
+                        with torch.no_grad():
+                            inputs = self.preprocess(self.views(image, generator))
+                        with torch.enable_grad():
+                            loss = marginal_entropy(_wide(logits_of(self.model(inputs))))
+                        self.step(loss)
                     with torch.no_grad():
                         logits.append(logits_of(self.model(self.preprocess(image[None]))))
                 finally:
                     if self.episodic:
-                        self.stream.deltas.restore()
-                self.stream.predicted(logits[-1])
+                        self.restore()
+                self.predicted(logits[-1])
         return torch.cat(logits) if logits else images.new_zeros(0, 0)
 
     @property
     def keeps_statistics(self) -> bool:
         """Whether a saved adapter normalises as the predictions did: not with a ``prior_strength``, in a BatchNorm."""
-        return self.prior_strength is None or not has_batchnorms(self.model)
-
-    def _adapt(self, image: Tensor) -> None:
-        generator = generator_at(self.seed, self.stream.position)
-        for _ in range(self.steps):
-            with torch.no_grad():
-                inputs = self.preprocess(self.views(image, generator))
-            with torch.enable_grad():
-                loss = marginal_entropy(_wide(logits_of(self.model(inputs))))
-            self.stream.step(loss)
-
-    def _statistics(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.prior_strength is None else mixed_statistics(self.model, self.prior_strength)
+        return self.prior_strength is None or not batchnorms(self.model)
 
 
-class Tent(_Streamed):
+class Tent(Stream):
     """TENT (Wang et al. 2021): step down the mean entropy of each batch, and predict from the same forward.
 
     The target is the scale and shift of every normalisation: ``SurgicalConfig(target=norm_target(network))``; any other
@@ -223,38 +196,14 @@ class Tent(_Streamed):
         model: As for `Memo`.
         lr: Learning rate, absolute. The paper: 1e-3 with Adam for batches of 200 CIFAR images.
         steps: Optimizer steps per batch; the predictions are from the forward of the last.
-        optimizer: ``sgd`` (no momentum), ``adam`` or ``adamw``.
-        weight_decay: Acts on the deltas.
+        optimizer: ``adam``, or as for `Memo`.
         episodic: Put everything back after every batch, bit for bit.
-        preprocess: As for `Memo`.
-        collapse_window: As for `Memo`.
-        reset_on_collapse: As for `Memo`.
+        weight_decay, preprocess, collapse_window, reset_on_collapse: As for `Memo`.
 
     Raises:
         ConfigError: For a setting that is out of range.
         AdapterError: If nothing of the model can move.
     """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        lr: float,
-        steps: int = 1,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        episodic: bool = False,
-        preprocess: Callable[[Tensor], Tensor] | None = None,
-        collapse_window: int = COLLAPSE_WINDOW,
-        reset_on_collapse: bool = False,
-    ) -> None:
-        self.model = model
-        self.steps = _positive("steps", steps)
-        self.episodic = episodic
-        self.preprocess = preprocess or _same
-        self.stream = Stream(
-            Moving(model, optimizer, lr, weight_decay), CollapseWatch(collapse_window), reset_on_collapse
-        )
 
     def __call__(self, images: Tensor) -> Tensor:
         """Adapt to and predict one batch.
@@ -271,42 +220,26 @@ class Tent(_Streamed):
         Warns:
             CollapseWarning: If all predictions of a window have become one class.
         """
-        images = checked_images(images).to(self.stream.deltas.device)
+        images = self.received(images)
         if not len(images):
             return images.new_zeros(0, 0)
         with evaluating(self.model), batch_statistics(self.model), torch.enable_grad():
             try:
                 for _ in range(self.steps):
                     logits = logits_of(self.model(self.preprocess(images)))
-                    self.stream.step(mean_entropy(_wide(logits)))
+                    self.step(mean_entropy(_wide(logits)))
             finally:
                 if self.episodic:
-                    self.stream.deltas.restore()
-        self.stream.predicted(logits.detach())
+                    self.restore()
+        self.predicted(logits.detach())
         return logits.detach()
 
     @property
     def keeps_statistics(self) -> bool:
         """Whether a saved adapter has statistics of the stream for every BatchNorm: all belong to the adapter."""
-        return owns_statistics(self.model)
-
-
-def _same(images: Tensor) -> Tensor:
-    return images
+        return all(map(is_owned, batchnorms(self.model)))
 
 
 def _wide(logits: Tensor) -> Tensor:
     """In float32 at least: an entropy in bfloat16 has two digits."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def _positive(name: str, value: int) -> int:
-    if value < 1:
-        raise ConfigError(f"{name}={value}: give 1 or more")
-    return value
-
-
-def _seed(seed: int) -> int:
-    if seed < 0:
-        raise ConfigError(f"seed={seed}: give 0 or more")
-    return seed

@@ -1,7 +1,7 @@
-"""What every test-time adaptation needs around its loss: the tensors that move, their start, and a watch over them.
+"""What every test-time adaptation needs around its loss: `Stream`.
 
-`Moving` moves exactly the active adapter's deltas and can put them back bit for bit; `CollapseWatch` notices when all
-predictions become one class; `Stream` is both with a place in the stream of images.
+It moves exactly the active adapter's deltas along a stream of images, can put them back bit for bit, counts what
+happens, and notices when all predictions become one class.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,12 +21,13 @@ from ..errors import AdapterError, ConfigError, DataError
 from ..keys import join
 from ..tuner.attach import surgical_layers
 
+COLLAPSE_WINDOW = 100
 STREAM_OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
 }
-"""Without momentum for SGD, as in MEMO's code: one image's gradient says little about the next one's."""
+"""SGD has no momentum, as in MEMO's code: one image's gradient says little about the next one's."""
 
 
 class CollapseWarning(UserWarning):
@@ -91,36 +92,98 @@ def moving_buffers(model: nn.Module) -> list[Tensor]:
     ]
 
 
-class Moving:
-    """The active adapter's deltas, their values at the start, and the optimizer that moves them.
+class Stream:
+    """A model at a place in a stream of images: what moves along it, what has happened, and a watch for a collapse.
 
-    Nothing else of the model is moved: not the base, not other adapters, not ``modules_to_save``.
-
-    Args:
-        model: A model with a trainable surgical adapter.
-        optimizer: One of `STREAM_OPTIMIZERS`.
-        lr: Learning rate, absolute.
-        weight_decay: Pulls the deltas to zero, that is, towards the pretrained weights.
-
-    Raises:
-        ConfigError: For an unknown optimizer or a rate that is not positive.
-        AdapterError: As `moving_deltas`.
+    Only trainable deltas of active adapters move, and the statistics that they own: not the base, not other adapters,
+    not ``modules_to_save``. The arguments are described in `Memo`.
     """
 
-    def __init__(self, model: nn.Module, optimizer: str, lr: float, weight_decay: float = 0.0) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        lr: float,
+        steps: int = 1,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        episodic: bool = False,
+        preprocess: Callable[[Tensor], Tensor] | None = None,
+        collapse_window: int = COLLAPSE_WINDOW,
+        reset_on_collapse: bool = False,
+    ) -> None:
         if optimizer not in STREAM_OPTIMIZERS:
             raise ConfigError(f"optimizer={optimizer!r}: choose one of {', '.join(STREAM_OPTIMIZERS)}")
         if not 0 < lr < float("inf") or not 0 <= weight_decay < float("inf"):
             raise ConfigError(f"lr={lr}, weight_decay={weight_decay}: the rate must be positive, the decay 0 or more")
-        self.parameters = moving_deltas(model)
-        self.optimizer = STREAM_OPTIMIZERS[optimizer](self.parameters.values(), lr=lr, weight_decay=weight_decay)
-        self._moving = [*self.parameters.values(), *moving_buffers(model)]
+        if steps < 1:
+            raise ConfigError(f"steps={steps}: give 1 or more")
+        if collapse_window < 0 or collapse_window == 1:
+            raise ConfigError(f"collapse_window={collapse_window}: give 2 predictions or more, or 0 not to look")
+        self.model: Any = model
+        self.steps, self.episodic = steps, episodic
+        self.preprocess = preprocess or nn.Identity()
+        self.reset_on_collapse = reset_on_collapse
+        self.position = 0
+        self.record = Record()
+        self._recent: deque[int] = deque(maxlen=collapse_window)
+        self._deltas = list(moving_deltas(model).values())
+        self._optimizer = STREAM_OPTIMIZERS[optimizer](self._deltas, lr=lr, weight_decay=weight_decay)
+        self._moving = [*self._deltas, *moving_buffers(model)]
         self._start = [tensor.detach().clone() for tensor in self._moving]
 
-    @property
-    def device(self) -> torch.device:
-        """Where the first delta lies."""
-        return next(iter(self.parameters.values())).device
+    def reset(self) -> None:
+        """Deltas as at construction, statistics as they were, a fresh optimizer, bit for bit, and position 0."""
+        self.restore()
+        self._recent.clear()
+        self.position, self.record = 0, Record()
+
+    def restore(self) -> None:
+        """Put deltas, statistics and optimizer back, bit for bit, and stay at this place in the stream."""
+        _copy(self._start, self._moving)
+        self._optimizer.state.clear()
+
+    def received(self, images: Tensor) -> Tensor:
+        """Images (n, c, h, w) on the device of the deltas.
+
+        Raises:
+            DataError: They are no floats in [0, 1]; NaN is let through, for the step to be skipped.
+        """
+        if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point():
+            what = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+            raise DataError(
+                f"images must be floats (n, channels, height, width) in [0, 1], got {what}: divide bytes by 255"
+            )
+        if images.numel() and (images.min() < 0 or images.max() > 1):
+            raise DataError(
+                f"images lie in [{images.min():.3g}, {images.max():.3g}], not in [0, 1]: pass them before they are "
+                "normalised, and the normalisation as preprocess="
+            )
+        return images.to(self._deltas[0].device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream is, what moved and the optimizer's state, as tensors and plain values."""
+        return {
+            "tensors": [tensor.detach().clone() for tensor in self._moving],
+            "optimizer": copy.deepcopy(self._optimizer.state_dict()),
+            "position": self.position,
+            "recent": list(self._recent),
+            "record": vars(self.record),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken: the results are those of a stream that was never interrupted.
+
+        Raises:
+            DataError: If the state is of other tensors.
+        """
+        if [tensor.shape for tensor in state["tensors"]] != [tensor.shape for tensor in self._moving]:
+            raise DataError("this state is of an adapter with other tensors: use the one that it was taken from")
+        _copy(state["tensors"], self._moving)
+        self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+        self.position, self.record = state["position"], Record(**state["record"])
+        self._recent.clear()
+        self._recent.extend(state["recent"])
 
     def step(self, loss: Tensor) -> bool:
         """One optimizer step down the gradient of ``loss``, unless NaN or Inf would get into the deltas.
@@ -135,108 +198,25 @@ class Moving:
             raise AdapterError(
                 "the loss has no gradient: adapt outside of torch.inference_mode(), with the adapter active and enabled"
             )
-        parameters = list(self.parameters.values())
-        if not bool(torch.isfinite(loss)):
-            return False
+        taken = bool(torch.isfinite(loss)) and self._move(loss)
+        count = "steps" if taken else "skipped"
+        self.record = replace(self.record, **{count: getattr(self.record, count) + 1})
+        return taken
+
+    def _move(self, loss: Tensor) -> bool:
         # Asked for by name, so that nothing else that requires a gradient (modules_to_save) accumulates one.
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-        norm = torch.nn.utils.get_total_norm([g for g in gradients if g is not None])
-        if not bool(torch.isfinite(norm)):
+        gradients = torch.autograd.grad(loss, self._deltas, allow_unused=True)
+        if not _are_finite([gradient for gradient in gradients if gradient is not None]):
             return False
-        before = [parameter.detach().clone() for parameter in parameters]
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        finite = bool(torch.isfinite(torch.nn.utils.get_total_norm([p.detach() for p in parameters])))
+        before = [delta.detach().clone() for delta in self._deltas]
+        for delta, gradient in zip(self._deltas, gradients, strict=True):
+            delta.grad = gradient
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        finite = _are_finite([delta.detach() for delta in self._deltas])
         if not finite:  # a finite gradient times a rate that is far too large
-            _copy(before, parameters)
+            _copy(before, self._deltas)
         return finite
-
-    def restore(self) -> None:
-        """Put deltas, the statistics that move with them, and the optimizer back to the start, bit for bit."""
-        _copy(self._start, self._moving)
-        self.optimizer.state.clear()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Deltas, statistics and the optimizer's state: copies."""
-        return {
-            "tensors": [tensor.detach().clone() for tensor in self._moving],
-            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave; the start stays what it was.
-
-        Raises:
-            DataError: If it is of other tensors.
-        """
-        shapes = [tuple(tensor.shape) for tensor in self._moving]
-        if [tuple(tensor.shape) for tensor in state["tensors"]] != shapes:
-            raise DataError("this state is of an adapter with other tensors: use the one that it was taken from")
-        _copy(state["tensors"], self._moving)
-        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
-
-
-@torch.no_grad()
-def _copy(values: list[Tensor], tensors: list[Any]) -> None:
-    torch._foreach_copy_(tensors, values)  # one call for hundreds of small tensors, as torch's optimizers do
-
-
-class CollapseWatch:
-    """Notices the collapse to one class.
-
-    Args:
-        window: Number of predictions that must be one class; 0 for no watch.
-
-    Raises:
-        ConfigError: For a window of 1 or less than 0.
-    """
-
-    def __init__(self, window: int) -> None:
-        if window < 0 or window == 1:
-            raise ConfigError(f"collapse_window={window}: give 2 predictions or more, or 0 not to look")
-        self.recent: deque[int] = deque(maxlen=window)
-
-    def collapsed(self, logits: Tensor) -> bool:
-        """Take note of predictions (n, classes); whether a window has just become one class with one of them.
-
-        Rows with NaN are no predictions. What has collapsed counts once, until there is another class again.
-        """
-        if not self.recent.maxlen or logits.shape[-1] < 2:
-            return False
-        found = False
-        for prediction in logits[torch.isfinite(logits).all(1)].argmax(1).tolist():
-            was = self._is_one_class()
-            self.recent.append(prediction)
-            found |= self._is_one_class() and not was
-        return found
-
-    def _is_one_class(self) -> bool:
-        return len(self.recent) == self.recent.maxlen and len(set(self.recent)) == 1
-
-
-class Stream:
-    """A place in a stream of images, with the deltas that move along it and the watch over them.
-
-    Args:
-        deltas: What moves.
-        watch: What looks for a collapse.
-        reset_on_collapse: Whether a collapse puts the deltas back to the start.
-    """
-
-    def __init__(self, deltas: Moving, watch: CollapseWatch, reset_on_collapse: bool) -> None:
-        self.deltas = deltas
-        self.watch = watch
-        self.reset_on_collapse = reset_on_collapse
-        self.position = 0
-        self.record = Record()
-
-    def step(self, loss: Tensor) -> None:
-        """As `Moving.step`, on the record."""
-        taken = self.deltas.step(loss)
-        counts = {"steps": self.record.steps + taken, "skipped": self.record.skipped + (not taken)}
-        self.record = Record(**{**vars(self.record), **counts})
 
     def predicted(self, logits: Tensor) -> None:
         """Go on by the n images of these logits (n, classes).
@@ -245,44 +225,46 @@ class Stream:
             CollapseWarning: If all predictions of a window have become one class.
         """
         self.position += len(logits)
-        collapses = self.record.collapses
-        if self.watch.collapsed(logits):
-            collapses += (self.position - 1,)
-            then = "back to the start" if self.reset_on_collapse else "lower the rate, or pass reset_on_collapse=True"
-            warnings.warn(
-                f"the last {self.watch.recent.maxlen} predictions up to image {self.position - 1} are all class "
-                f"{self.watch.recent[-1]}: {then}",
-                CollapseWarning,
-                stacklevel=4,
-            )
-            if self.reset_on_collapse:
-                self.deltas.restore()
-                self.watch.recent.clear()
-        images = self.record.images + len(logits)
-        self.record = Record(**{**vars(self.record), "images": images, "collapses": collapses})
+        self.record = replace(self.record, images=self.record.images + len(logits))
+        if not self._collapsed(logits):
+            return
+        self.record = replace(self.record, collapses=(*self.record.collapses, self.position - 1))
+        then = "back to the start" if self.reset_on_collapse else "lower the rate, or pass reset_on_collapse=True"
+        warnings.warn(
+            f"the last {self._recent.maxlen} predictions up to image {self.position - 1} are all class "
+            f"{self._recent[-1]}: {then}",
+            CollapseWarning,
+            stacklevel=3,
+        )
+        if self.reset_on_collapse:
+            self.restore()
+            self._recent.clear()
 
-    def reset(self) -> None:
-        """Back to the beginning: deltas, statistics and optimizer bit for bit, position 0, nothing on the record."""
-        self.deltas.restore()
-        self.watch.recent.clear()
-        self.position, self.record = 0, Record()
+    def _collapsed(self, logits: Tensor) -> bool:
+        """Whether a window of predictions has become one class with one of these (n, classes).
 
-    def state_dict(self) -> dict[str, Any]:
-        """All that `load_state_dict` needs to go on as if nothing had been interrupted."""
-        return {
-            "deltas": self.deltas.state_dict(),
-            "position": self.position,
-            "recent": list(self.watch.recent),
-            "record": vars(self.record),
-        }
+        Rows with NaN are no predictions. What has collapsed counts once, until there is another class again.
+        """
+        if not self._recent.maxlen or logits.shape[-1] < 2:
+            return False
+        found = False
+        for prediction in logits[torch.isfinite(logits).all(1)].argmax(1).tolist():
+            before = self._is_one_class()
+            self._recent.append(prediction)
+            found |= self._is_one_class() and not before
+        return found
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
-        self.deltas.load_state_dict(state["deltas"])
-        self.position = state["position"]
-        self.watch.recent.clear()
-        self.watch.recent.extend(state["recent"])
-        self.record = Record(**state["record"])
+    def _is_one_class(self) -> bool:
+        return len(self._recent) == self._recent.maxlen and len(set(self._recent)) == 1
+
+
+def _are_finite(tensors: list[Tensor]) -> bool:
+    return bool(torch.isfinite(torch.nn.utils.get_total_norm(tensors)))
+
+
+@torch.no_grad()
+def _copy(values: list[Tensor], tensors: list[Any]) -> None:
+    torch._foreach_copy_(tensors, values)  # one call for hundreds of small tensors, as torch's optimizers do
 
 
 @contextmanager
@@ -296,22 +278,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
-
-
-def checked_images(images: Tensor) -> Tensor:
-    """Images (n, c, h, w) as they are, if they are floats in [0, 1].
-
-    Raises:
-        DataError: They are not; NaN is let through, for the step to be skipped.
-    """
-    if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point():
-        what = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
-        raise DataError(
-            f"images must be floats (n, channels, height, width) in [0, 1], got {what}: divide bytes by 255"
-        )
-    if images.numel() and (images.min() < 0 or images.max() > 1):
-        raise DataError(
-            f"images lie in [{images.min():.3g}, {images.max():.3g}], not in [0, 1]: pass them before they are "
-            "normalised, and the normalisation as preprocess="
-        )
-    return images

@@ -1,4 +1,4 @@
-"""Random views of one image: what MEMO asks a network to agree on.
+"""Random views of one image, which MEMO asks a network to agree on, and the images in [0, 1] of which they are made.
 
 The recipe is that of MEMO (Zhang, Levine and Finn 2022, Sec. 3), itself after AugMix (Hendrycks et al. 2020): a random
 crop and flip, then a random mixture of the crop and three chains of one to three mild operations. All views of an
@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,15 +38,11 @@ _LEAST_LEVEL = 0.1
 _MOST_LEVEL = 10.0  # the level at which an operation has the full magnitude below
 _DEGREES, _SHEAR, _SHIFT, _SOLARIZED, _BITS = 30.0, 0.3, 1 / 3, 1.0, 4
 _GREY = 0.5
+_TOLERANCE = 1e-4  # of pixel values, in telling how a transform normalises
 
 
 def generator_at(seed: int, position: int) -> torch.Generator:
-    """A generator on the CPU for one position of a stream: no two positions or seeds share their numbers.
-
-    Args:
-        seed: Of the stream, 0 or more.
-        position: Number of the image in the stream, from 0.
-    """
+    """A generator on the CPU for one position of a stream, from 0: no two positions or seeds share their numbers."""
     state = np.random.SeedSequence((seed, position)).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]))
 
@@ -136,13 +133,9 @@ def _crops(image: Tensor, n: int, crop: str, generator: torch.Generator) -> Tens
 
 
 def _apply(images: Tensor, operations: Tensor, shares: Tensor, signs: Tensor) -> None:
-    """One operation on each image (m, c, h, w) in [0, 1], in place: a number of `OPERATIONS`, or -1 for none.
+    """One operation on each image (m, c, h, w) in [0, 1], in place.
 
-    Args:
-        images: Written to.
-        operations: int64 (m,).
-        shares: (m,), magnitudes as shares of the full one.
-        signs: (m,), 1 or -1: the direction of a geometric operation.
+    Each has its number of `OPERATIONS` or -1 for none, a magnitude as a share of the full one, and a direction.
     """
     for number, name in enumerate(COLOUR):
         if len(rows := torch.nonzero(operations == number).flatten()):
@@ -179,8 +172,8 @@ def affine(kinds: Tensor, shares: Tensor, height: int, width: int) -> Tensor:
     Args:
         kinds: int64 (m,), numbers of `GEOMETRY`.
         shares: (m,), in [-1, 1]: signed magnitudes as shares of the full one (30 degrees, shear 0.3, a third).
-        height: Of the images in pixels.
-        width: The same.
+        height: Pixels of the images.
+        width: Pixels of the images.
     """
     angle = torch.where(kinds == 0, shares * math.radians(_DEGREES), 0)
     theta = torch.zeros(len(kinds), 2, 3)
@@ -197,3 +190,40 @@ def affine(kinds: Tensor, shares: Tensor, height: int, width: int) -> Tensor:
 def _sampled(images: Tensor, theta: Tensor, padding: str) -> Tensor:
     grid = F.affine_grid(theta.to(images.device, images.dtype), list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode=padding, align_corners=False)
+
+
+# --- the images in [0, 1] that views are made of ---
+
+
+def halves(transform: Callable[[Any], Tensor]) -> tuple[Callable[[Any], Tensor], Callable[[Tensor], Tensor]]:
+    """Cut an evaluation transform before its normalisation, which is read off two solid images.
+
+    Args:
+        transform: PIL image in RGB -> float tensor (3, h, w), whose last step is (x - mean) / std for each channel of
+            an image in [0, 1], such as a base's ``transform_eval``.
+
+    Returns:
+        PIL image -> pixels (3, h, w) in [0, 1]; and pixels (n, 3, h, w) -> the network's input.
+
+    Raises:
+        DataError: If the transform does not end so.
+    """
+    pillow = require("PIL.Image", "adapting to images")
+    solid = [transform(pillow.new("RGB", (64, 64), (value,) * 3)) for value in (0, 51, 255)]
+    black, grey, white = (image.flatten(1).mean(1) for image in solid)
+    even = all(float(image.flatten(1).std(1).max()) < _TOLERANCE for image in solid)
+    straight = torch.allclose(torch.lerp(black, white, 51 / 255), grey, atol=_TOLERANCE)
+    if not even or not straight or bool((white - black).abs().min() < _TOLERANCE):
+        raise DataError(
+            "the transform of this base does not end with (x - mean) / std of an image in [0, 1], so views cannot be "
+            "made before it: adapt from Python, with preprocess= and images of your own"
+        )
+    low, span = black.view(3, 1, 1), (white - black).view(3, 1, 1)
+
+    def to_pixels(image: Any) -> Tensor:
+        return ((transform(image) - low) / span).clamp(0, 1)
+
+    def normalise(pixels: Tensor) -> Tensor:
+        return pixels * span.to(pixels) + low.to(pixels)
+
+    return to_pixels, normalise

@@ -1,7 +1,8 @@
 """Several adapters become one ordinary adapter, from their files: no base is needed.
 
-Deltas of one base add up (`combine`), so an adapter of block 1 and one of the head make an adapter of both, equal to
-the two being active together. Adapters of different bases do not, and are refused by their fingerprints.
+Deltas of one base add up (`combine_adapters`), so an adapter of block 1 and one of the head make an adapter of both,
+equal to the two being active together. Adapters of different bases do not add up, and are refused by their
+fingerprints.
 
 Norm statistics and the modules of ``modules_to_save`` are *values*, which do not add up. The result carries a value
 that one parent alone brings with the factor 1; in every other case the caller names the parent to take them from.
@@ -11,8 +12,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Collection, Sequence
 
 import torch
 
@@ -20,15 +20,6 @@ from ..errors import AdapterError, BaseMismatchError
 from ..files import shown
 from ..tuner.combine import Combination, check_weights, combine_deltas, combined_config
 from .adapter import Adapter, AdapterSource, read_adapter
-
-
-class _Values(NamedTuple):
-    """What of a combined adapter is no delta; see `Adapter`."""
-
-    statistics: dict[str, torch.Tensor]
-    whole: dict[str, torch.Tensor]
-    norm_stats: str
-    modules_to_save: list[str] | None
 
 
 def combine_adapters(
@@ -58,7 +49,7 @@ def combine_adapters(
     Args:
         adapters: Folders, Hub ids, or live adapters; see `read_adapter`.
         weights: One factor for each; 1 by default, which adds them up.
-        method: How overlapping deltas are combined; this and what follows is described in `Combination`.
+        method: How overlapping deltas are combined; this and the next three are described in `Combination`.
         density: Share of the values to keep.
         majority_sign: How TIES elects a sign.
         seed: Of what DARE drops.
@@ -80,75 +71,83 @@ def combine_adapters(
     if values_from is not None and not 0 <= values_from < len(adapters):
         raise AdapterError(f"values_from={values_from}: give a position from 0 to {len(adapters) - 1}.")
     parents = [read_adapter(source) for source in adapters]
-    _check_shapes(parents)
-    fingerprint = _common_base(parents, strict_base)
-    values = _values(parents, weights, values_from)
+    for a, b in itertools.combinations(parents, 2):
+        check_shapes(a, b)
+    if strict_base:
+        _check_one_base(parents)
+    kept = _parents_with_values(parents, weights, values_from)
+    statistics = {name: value for parent in kept for name, value in parent.statistics.items()}
+    whole = {name: value for parent in kept for name, value in parent.whole.items()}
+    policies = {parent.config.norm_stats for parent in kept if parent.statistics}
+    modules = dict.fromkeys(module for parent in kept for module in parent.config.modules_to_save or ())
     deltas = combine_deltas([parent.scaled() for parent in parents], weights, how)
-    _check(deltas, values)
-    record = {**how.record(), "parents": [_row(*pair) for pair in zip(parents, weights, strict=True)]}
+    _check_result(deltas, whole)
+
+    rows = [
+        {
+            "adapter": parent.label,
+            "weight": weight,
+            "scale": parent.config.scale,
+            "sha256": parent.config.weights_sha256,
+        }
+        for parent, weight in zip(parents, weights, strict=True)
+    ]
+    record = {**how.record(), "parents": rows}
+    fingerprints = {name: mark for parent in reversed(parents) for name, mark in _fingerprint(parent).items()}
     config = combined_config(
         [parent.config for parent in parents],
-        [*deltas, *values.statistics],
+        [*deltas, *statistics],
         record if values_from is None else {**record, "values_from": values_from},
-        norm_stats=values.norm_stats,
-        modules_to_save=values.modules_to_save,
-        base_fingerprint={name: fingerprint[name] for name in deltas if name in fingerprint},
+        norm_stats=next((policy for policy in ("all", "target") if policy in policies), "frozen"),
+        modules_to_save=list(modules) or None,
+        base_fingerprint={name: fingerprints[name] for name in deltas if name in fingerprints},
     )
     if config.delta_dtype is not None:
         deltas = {name: delta.to(getattr(torch, config.delta_dtype)) for name, delta in deltas.items()}
-    combined = Adapter(os.fspath(output or "combined"), config, deltas, values.statistics, values.whole)
+    combined = Adapter(os.fspath(output or "combined"), config, deltas, statistics, whole)
     if output is not None:
         combined.save(output)
     return combined
 
 
-def _row(parent: Adapter, weight: float) -> dict[str, Any]:
-    config = parent.config
-    return {"adapter": parent.label, "weight": weight, "scale": config.scale, "sha256": config.weights_sha256}
+def check_shapes(a: Adapter, b: Adapter) -> None:
+    """Raise `BaseMismatchError` if a tensor that both adapters tune has another shape in each."""
+    for name in a.deltas:
+        if name in b.deltas and a.deltas[name].shape != b.deltas[name].shape:
+            shapes = f"{tuple(a.deltas[name].shape)} in {a.label}, {tuple(b.deltas[name].shape)} in {b.label}"
+            raise BaseMismatchError(
+                f"{name} has the shape {shapes}: the adapters belong to other architectures or heads. Take two of one "
+                "base."
+            )
 
 
-def _check_shapes(parents: Sequence[Adapter]) -> None:
-    for a, b in itertools.combinations(parents, 2):
-        for name in a.deltas:
-            if name in b.deltas and a.deltas[name].shape != b.deltas[name].shape:
-                shapes = f"{tuple(a.deltas[name].shape)} in {a.label}, {tuple(b.deltas[name].shape)} in {b.label}"
-                raise BaseMismatchError(f"{name} has the shape {shapes}: they belong to other architectures or heads.")
+def _fingerprint(adapter: Adapter) -> dict[str, str]:
+    return adapter.config.base_fingerprint or {}
 
 
-def _common_base(parents: Sequence[Adapter], strict: bool) -> dict[str, str]:
-    """The parents' fingerprints together."""
-    together: dict[str, str] = {}
-    for parent in parents:
-        together = {**(parent.config.base_fingerprint or {}), **together}
-    if not strict:
-        return together
+def _check_one_base(parents: Sequence[Adapter]) -> None:
     way_out = "Combine adapters of one base; or, if you know that the deltas fit together, say strict_base=False."
     for parent in parents:
-        expected = parent.config.base_fingerprint or {}
-        if unknown := [name for name in parent.deltas if name not in expected]:
+        if unknown := [name for name in parent.deltas if name not in _fingerprint(parent)]:
             raise BaseMismatchError(f"{parent.label} does not say what its base is at {shown(unknown)}. {way_out}")
     for a, b in itertools.combinations(parents, 2):
+        one, other = (parent.config.base_model_name_or_path or None for parent in (a, b))
         common = [name for name in a.deltas if name in b.deltas]
-        marks, others = (parent.config.base_fingerprint or {} for parent in (a, b))
-        if wrong := [name for name in common if marks[name] != others[name]]:
+        if wrong := [name for name in common if _fingerprint(a)[name] != _fingerprint(b)[name]]:
             raise BaseMismatchError(
-                f"{a.label} and {b.label} were trained on different bases ({_base(a)}, {_base(b)}): {len(wrong)} of "
-                f"their {len(common)} common tensors differ there, first {shown(wrong)}. {way_out}"
+                f"{a.label} and {b.label} were trained on different bases ({one}, {other}): {len(wrong)} of their "
+                f"{len(common)} common tensors differ there, first {shown(wrong)}. {way_out}"
             )
         # Without a common tensor only the names can tell, and the fingerprint when the result is loaded.
-        if not common and None not in (names := (_base(a), _base(b))) and names[0] != names[1]:
+        if not common and None not in (one, other) and one != other:
             raise BaseMismatchError(
-                f"{a.label} was trained on {names[0]} and {b.label} on {names[1]}, and they have no tensor in common "
-                f"by which to tell whether that is one base. {way_out}"
+                f"{a.label} was trained on {one} and {b.label} on {other}, and they have no tensor in common by which "
+                f"to tell whether that is one base. {way_out}"
             )
-    return together
 
 
-def _base(adapter: Adapter) -> str | None:
-    return adapter.config.base_model_name_or_path or None
-
-
-def _values(parents: Sequence[Adapter], weights: Sequence[float], chosen: int | None) -> _Values:
+def _parents_with_values(parents: Sequence[Adapter], weights: Sequence[float], chosen: int | None) -> list[Adapter]:
+    """Those whose statistics and whole modules the result gets."""
     if chosen is not None:
         one = parents[chosen]
         if one.statistics and one.config.scale != 1:
@@ -156,43 +155,34 @@ def _values(parents: Sequence[Adapter], weights: Sequence[float], chosen: int | 
                 f"{one.label} has the scale {one.config.scale:g}, which shows statistics between the base's and its "
                 "own; the base's are not in the file. Set its scale to 1, or take the values from another adapter."
             )
-        kept = [one]
-    else:
-        kept = [parent for parent in parents if parent.statistics or parent.whole]
-        _refuse_unclear(kept, parents, weights)
-    policies = {parent.config.norm_stats for parent in kept if parent.statistics}
-    modules = dict.fromkeys(module for parent in kept for module in parent.config.modules_to_save or ())
-    return _Values(
-        {name: value for parent in kept for name, value in parent.statistics.items()},
-        {name: value for parent in kept for name, value in parent.whole.items()},
-        next((policy for policy in ("all", "target") if policy in policies), "frozen"),
-        list(modules) or None,
-    )
-
-
-def _refuse_unclear(kept: Sequence[Adapter], parents: Sequence[Adapter], weights: Sequence[float]) -> None:
+        return [one]
     way_out = "Say values_from=POSITION of the adapter whose values to take as they are."
-    for a, b in itertools.combinations(kept, 2):
-        if both := [name for name in (*a.statistics, *a.whole) if name in b.statistics or name in b.whole]:
+    factors = [weight * parent.config.scale for parent, weight in zip(parents, weights, strict=True)]
+    carrying = [(parent, factor) for parent, factor in zip(parents, factors, strict=True) if _value_names(parent)]
+    for (a, _), (b, _) in itertools.combinations(carrying, 2):
+        if both := [name for name in _value_names(a) if name in _value_names(b)]:
             raise AdapterError(
                 f"{a.label} and {b.label} both carry {shown(both)}. Norm statistics and modules_to_save are values, "
                 f"which do not add up. {way_out}"
             )
-    for parent, weight in zip(parents, weights, strict=True):
-        factor = weight * parent.config.scale
-        # A whole module is not scaled by a live model either; but what half of it would be, nobody can say.
-        if (parent.statistics or parent.whole) and factor != 1:
-            first = next(iter((*parent.statistics, *parent.whole)))
+    for parent, factor in carrying:
+        # A live model does not scale a whole module either; but what half of one would be is not defined.
+        if factor != 1:
             raise AdapterError(
-                f"{parent.label} carries {first}, a value, and enters with the factor {factor:g}. Values are kept as "
-                f"they are, with the factor 1 or not at all. {way_out}"
+                f"{parent.label} carries {_value_names(parent)[0]}, a value, and enters with the factor {factor:g}. "
+                f"Values are kept as they are, with the factor 1 or not at all. {way_out}"
             )
+    return [parent for parent, _ in carrying]
 
 
-def _check(deltas: dict[str, torch.Tensor], values: _Values) -> None:
+def _value_names(adapter: Adapter) -> list[str]:
+    return [*adapter.statistics, *adapter.whole]
+
+
+def _check_result(deltas: dict[str, torch.Tensor], whole: Collection[str]) -> None:
     if broken := [name for name, delta in deltas.items() if not bool(torch.isfinite(delta).all())]:
         raise AdapterError(f"{shown(broken)} would not be finite: choose smaller weights.")
-    if both := [name for name in deltas if name in values.whole]:
+    if both := [name for name in deltas if name in whole]:
         raise AdapterError(
             f"{shown(both)} is tuned by one adapter and saved whole by another (modules_to_save): its delta belongs to "
             "another value. Take the values from the adapter with the delta (values_from), or leave one of them out."

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from ..errors import BaseMismatchError
 from .adapter import Adapter, AdapterSource, read_adapter
+from .combination import check_shapes
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+_COLUMNS = ("tuned by", "norm a", "norm b", "distance", "cosine", "signs")
 _SETTINGS = ("target", "norm_stats", "scale", "delta_dtype", "modules_to_save", "base_model_name_or_path")
 
 
@@ -76,9 +76,10 @@ class Difference:
         return {**asdict(self), "same": self.same, "settings": {key: list(pair) for key, pair in self.settings.items()}}
 
     def __str__(self) -> str:
-        width = max(len(row.name) for row in (*self.tensors, self.overall))
-        lines = [f"{row.name:<{width}}  " + "  ".join(f"{cell:>9}" for cell in _cells(row)) for row in self._rows()]
-        return "\n".join([f"{self.a} (a) and {self.b} (b)", " " * width + "  " + _HEADER, *lines])
+        rows = [("", _COLUMNS), *((row.name, _cells(row)) for row in (*self.tensors, self.overall))]
+        width = max(len(name) for name, _ in rows)
+        lines = ["  ".join([f"{name:<{width}}", *(f"{cell:>9}" for cell in cells)]) for name, cells in rows]
+        return "\n".join([f"{self.a} (a) and {self.b} (b)", *lines])
 
     def __rich__(self) -> Table:
         """For ``rich.print``; the last row is that of all tensors together."""
@@ -88,23 +89,16 @@ class Difference:
         table = Table("tensor", title=escape(f"{self.a} (a) and {self.b} (b)"), title_justify="left", box=None)
         for column in _COLUMNS:
             table.add_column(column, justify="right", no_wrap=True)
-        for row in self._rows():
+        for row in (*self.tensors, self.overall):
             table.add_row(escape(row.name), *_cells(row))
         return table
 
-    def _rows(self) -> tuple[TensorDifference, ...]:
-        return (*self.tensors, self.overall)
 
-
-_COLUMNS = ("tuned by", "norm a", "norm b", "distance", "cosine", "signs")
-_HEADER = "  ".join(f"{column:>9}" for column in _COLUMNS)
-
-
-def _cells(row: TensorDifference) -> list[str]:
-    numbers = [f"{value:.4g}" for value in (row.norm_a, row.norm_b, row.distance)]
+def _cells(row: TensorDifference) -> tuple[str, ...]:
+    numbers = (f"{value:.4g}" for value in (row.norm_a, row.norm_b, row.distance))
     cosine = "-" if row.cosine is None else f"{row.cosine:+.4f}"
     signs = "-" if row.sign_agreement is None else f"{row.sign_agreement:.1%}"
-    return [row.tuned_by, *numbers, cosine, signs]
+    return (row.tuned_by, *numbers, cosine, signs)
 
 
 def diff(a: AdapterSource, b: AdapterSource) -> Difference:
@@ -123,105 +117,71 @@ def diff(a: AdapterSource, b: AdapterSource) -> Difference:
         BaseMismatchError: A common tensor has two shapes: the adapters are of different architectures or heads.
     """
     first, second = read_adapter(a), read_adapter(b)
+    check_shapes(first, second)
     deltas_a, deltas_b = first.scaled(), second.scaled()
-    rows, products = [], 0.0
-    for name in dict.fromkeys((*deltas_a, *deltas_b)):
-        one, two = deltas_a.get(name), deltas_b.get(name)
-        if one is not None and two is not None and one.shape != two.shape:
-            raise BaseMismatchError(
-                f"{name} has the shape {tuple(one.shape)} in {first.label} and {tuple(two.shape)} in {second.label}: "
-                "they belong to other architectures or heads and cannot be compared."
-            )
-        row, product = _compare(name, one, two)
-        rows.append(row)
-        products += product
+    sums = {name: _sums(deltas_a.get(name), deltas_b.get(name)) for name in {**deltas_a, **deltas_b}}
+    tuned_by = {name: "a" if name not in deltas_b else "both" if name in deltas_a else "b" for name in sums}
+    tuners = {*tuned_by.values()}
+    together = _Sums(*(sum(column) for column in zip(_Sums(), *sums.values(), strict=True)))
+    settings = {name: (getattr(first.config, name), getattr(second.config, name)) for name in _SETTINGS}
+    marks_a, marks_b = first.config.base_fingerprint or {}, second.config.base_fingerprint or {}
     return Difference(
         first.label,
         second.label,
-        tuple(rows),
-        _overall(rows, products, deltas_a, deltas_b),
+        tuple(_row(name, tuned_by[name], found) for name, found in sums.items()),
+        _row("all", tuners.pop() if len(tuners) == 1 else "both", together),
         _values(first, second),
-        _settings(first, second),
-        _other_bases(first, second),
+        {name: pair for name, pair in settings.items() if pair[0] != pair[1]},
+        tuple(name for name in marks_a if name in marks_b and marks_a[name] != marks_b[name]),
     )
 
 
-def _compare(name: str, a: torch.Tensor | None, b: torch.Tensor | None) -> tuple[TensorDifference, float]:
-    """The row of one tensor, and the deltas' inner product."""
+class _Sums(NamedTuple):
+    """What adds up over tensors: numbers of values, and inner products of two deltas."""
+
+    values: int = 0
+    a_a: float = 0.0
+    b_b: float = 0.0
+    a_b: float = 0.0
+    squared_distance: float = 0.0
+    moved: int = 0  # values that are zero in neither
+    equal: int = 0  # those of them whose signs are equal
+
+
+def _sums(a: torch.Tensor | None, b: torch.Tensor | None) -> _Sums:
     known = a if a is not None else b
     assert known is not None
-    one = torch.zeros(known.numel(), dtype=torch.float64) if a is None else a.double().flatten()
-    two = torch.zeros(known.numel(), dtype=torch.float64) if b is None else b.double().flatten()
-    product = float(one @ two)
-    row = TensorDifference(
-        name,
-        "both" if a is not None and b is not None else "b" if a is None else "a",
-        known.numel(),
-        float(one.norm()),
-        float(two.norm()),
-        float((one - two).norm()),
-        _cosine(product, float(one.norm()), float(two.norm())),
-        _agreement(*_signs(one, two)),
+    one, two = (
+        torch.zeros(known.numel(), dtype=torch.float64) if delta is None else delta.double().flatten()
+        for delta in (a, b)
     )
-    return row, product
-
-
-def _signs(one: torch.Tensor, two: torch.Tensor) -> tuple[int, int]:
-    """How many values are zero in neither, and in how many of these the signs are equal."""
     moved = (one != 0) & (two != 0)
-    return int(moved.sum()), int((moved & ((one > 0) == (two > 0))).sum())
+    equal = moved & ((one > 0) == (two > 0))
+    away = one - two
+    products = (float(one @ one), float(two @ two), float(one @ two), float(away @ away))
+    return _Sums(known.numel(), *products, int(moved.sum()), int(equal.sum()))
 
 
-def _agreement(moved: int, equal: int) -> float | None:
-    return equal / moved if moved else None
-
-
-def _cosine(product: float, norm_a: float, norm_b: float) -> float | None:
-    if norm_a == 0 or norm_b == 0:
-        return None
-    return max(-1.0, min(1.0, product / norm_a / norm_b))
-
-
-def _overall(
-    rows: Sequence[TensorDifference],
-    products: float,
-    a: Mapping[str, torch.Tensor],
-    b: Mapping[str, torch.Tensor],
-) -> TensorDifference:
-    norm_a, norm_b, distance = (
-        math.sqrt(sum(getattr(row, field) ** 2 for row in rows)) for field in ("norm_a", "norm_b", "distance")
-    )
-    counts = [_signs(a[name].flatten(), b[name].flatten()) for name in a if name in b]
-    agreement = _agreement(sum(moved for moved, _ in counts), sum(equal for _, equal in counts))
-    tuned_by = {row.tuned_by for row in rows}
+def _row(name: str, tuned_by: str, sums: _Sums) -> TensorDifference:
+    norm_a, norm_b = sums.a_a**0.5, sums.b_b**0.5
     return TensorDifference(
-        "all",
-        tuned_by.pop() if len(tuned_by) == 1 else "both",
-        sum(row.values for row in rows),
+        name,
+        tuned_by,
+        sums.values,
         norm_a,
         norm_b,
-        distance,
-        _cosine(products, norm_a, norm_b),
-        agreement,
+        sums.squared_distance**0.5,
+        max(-1.0, min(1.0, sums.a_b / norm_a / norm_b)) if norm_a and norm_b else None,
+        sums.equal / sums.moved if sums.moved else None,
     )
 
 
 def _values(a: Adapter, b: Adapter) -> dict[str, float | None]:
     found: dict[str, float | None] = {}
     ours, theirs = {**a.statistics, **a.whole}, {**b.statistics, **b.whole}
-    for name in dict.fromkeys((*ours, *theirs)):
+    for name in {**ours, **theirs}:
         if name not in ours or name not in theirs or ours[name].shape != theirs[name].shape:
             found[name] = None
         elif not torch.equal(ours[name], theirs[name]):
             found[name] = float((ours[name].double() - theirs[name].double()).abs().max())
     return found
-
-
-def _settings(a: Adapter, b: Adapter) -> dict[str, tuple[Any, Any]]:
-    pairs = {name: (getattr(a.config, name), getattr(b.config, name)) for name in _SETTINGS}
-    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
-
-
-def _other_bases(a: Adapter, b: Adapter) -> tuple[str, ...]:
-    ours, theirs = a.config.base_fingerprint or {}, b.config.base_fingerprint or {}
-    return tuple(name for name in ours if name in theirs and ours[name] != theirs[name])

@@ -4,7 +4,9 @@ Each delta of a linear map or convolution becomes two factors (`low_rank`). What
 beside LoRA: a bias as the bias of ``lora_B``, other modules (norms, grouped convolutions) whole. What PEFT has no place
 for is named.
 
-`peft.convert_to_lora` does the first part for tuners of linear layers; it knows neither convolutions nor the rest.
+`peft.tuners.lora.conversion.convert_to_lora` is not used, as it converts a live model all or nothing: it refuses one
+with any module but linear ones, and any bias, and gives zero deltas factors of the full rank. What remains of it is the
+singular value decomposition, to which `low_rank` is compared in the tests.
 """
 
 from __future__ import annotations
@@ -23,11 +25,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..errors import AdapterError
-from ..keys import join
+from ..keys import PEFT_PREFIX, join
 from ..tuner.attach import bare, base_value, surgical_layers
-from ..tuner.plan import Plan, check_fingerprint, make_plan
+from ..tuner.plan import check_fingerprint, make_plan
 from .adapter import Adapter, AdapterSource, new_folder, read_adapter
-from .low_rank import PEFT_PREFIX, LoraPlan, as_matrix, lora_config, lora_tensors, low_rank, plan_lora
+from .low_rank import LoraPlan, as_matrix, lora_config, lora_tensors, low_rank, plan_lora
 
 
 @dataclass(frozen=True)
@@ -105,13 +107,6 @@ class LoraConversion:
         self.config.save_pretrained(str(target))
 
 
-def _bytes(tensors: Mapping[str, torch.Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-
-
-# --- conversion ---
-
-
 def to_lora(
     source: AdapterSource,
     base: nn.Module | None = None,
@@ -160,24 +155,34 @@ def to_lora(
             f"{adapter.label} tunes nothing that has factors (the weights of linear maps, plain convolutions and "
             "embeddings). Share it as it is, or merged into its base."
         )
-    tensors, ranks, errors = _factorise(chosen, deltas, rank, energy)
-    wholes = _whole_values(network, chosen, adapter)
-    tensors |= {PEFT_PREFIX + name: value for name, value in (*wholes.items(), *adapter.whole.items())}
-    config = lora_config(adapter.config, chosen, {path: kept for path, (kept, _) in ranks.items()}, network, rank)
-    before, after = (None, None) if evaluate is None else _evaluate(evaluate, network, plan, adapter, config, tensors)
-    found = LoraConversion(
-        adapter.label,
-        config,
-        tensors,
-        tuple(_row(name, delta, chosen, wholes, ranks, errors) for name, delta in deltas.items()),
-        chosen.nothing,
-        _bytes(adapter.state_dict()),
-        before,
-        after,
-    )
+    tensors, factors = _factorise(chosen, deltas, rank, energy)
+    whole = {
+        join(path, name): value.cpu().clone()
+        for path in chosen.whole
+        for name, value in _tuned_copy(network, path, adapter).state_dict().items()
+    }
+    tensors |= {PEFT_PREFIX + name: value for name, value in {**whole, **adapter.whole}.items()}
+    ranks = {name.removesuffix(".weight"): row.rank or 0 for name, row in factors.items()}
+    config = lora_config(adapter.config, chosen, ranks, network, rank)
+    rows = []
+    for name, delta in deltas.items():
+        norm = float(delta.double().norm())
+        kept = "whole" if name in whole else "nothing" if norm == 0 or name in chosen.nothing else "bias"
+        other = Converted(name, kept, None, None, norm, float(kept == "nothing" and norm > 0))
+        rows.append(factors.get(name, other))
+    before = after = None
+    if evaluate is not None:
+        before = float(evaluate(_tuned_copy(network, "", adapter).eval()))
+        after = float(evaluate(_lora_model(network, config, tensors).eval()))
+    size = _bytes(adapter.state_dict())
+    found = LoraConversion(adapter.label, config, tensors, tuple(rows), chosen.nothing, size, before, after)
     if output is not None:
         found.save(output)
     return found
+
+
+def _bytes(tensors: Mapping[str, torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def _check_amount(rank: int | None, energy: float | None) -> None:
@@ -206,95 +211,51 @@ def _network_of(source: AdapterSource, base: nn.Module | None) -> nn.Module:
 
 def _factorise(
     chosen: LoraPlan, deltas: Mapping[str, torch.Tensor], rank: int | None, energy: float | None
-) -> tuple[dict[str, torch.Tensor], dict[str, tuple[int, int]], dict[str, float]]:
-    """The tensors of all factors; module -> its rank and full rank; name of a weight -> relative error."""
+) -> tuple[dict[str, torch.Tensor], dict[str, Converted]]:
+    """The tensors of all factors, and name of each weight -> what became of it."""
     tensors: dict[str, torch.Tensor] = {}
-    ranks: dict[str, tuple[int, int]] = {}
-    errors: dict[str, float] = {}
+    rows: dict[str, Converted] = {}
     for path, entry in chosen.factors.items():
         name = join(path, "weight")
         shape = base_value(entry.module, "weight").shape
-        # A module of which the bias alone moved still has factors: of rank 1, and zero.
-        delta = deltas.get(name, torch.zeros(shape))
-        matrix = as_matrix(entry.module, delta)
+        # A module whose bias alone moved has factors, too: of rank 1, and zero.
+        matrix = as_matrix(entry.module, deltas.get(name, torch.zeros(shape)))
         a, b = low_rank(matrix, *((rank, energy) if matrix.any() else (1, None)))
         tensors |= lora_tensors(path, entry.module, shape, a, b)
         if chosen.bias:
             bias = deltas.get(join(path, "bias"))
             tensors[f"{PEFT_PREFIX}{path}.lora_B.bias"] = torch.zeros(len(b), dtype=b.dtype) if bias is None else bias
-        ranks[path] = (len(a), min(matrix.shape))
-        errors[name] = float((matrix - b @ a).double().norm() / matrix.double().norm()) if matrix.any() else 0.0
-    return {key: tensor.contiguous().clone() for key, tensor in tensors.items()}, ranks, errors
+        norm, lost = (float(part.double().norm()) for part in (matrix, matrix - b @ a))
+        rows[name] = Converted(name, "factors", len(a), min(matrix.shape), norm, lost / norm if norm else 0.0)
+    return {key: tensor.contiguous().clone() for key, tensor in tensors.items()}, rows
 
 
-def _whole_values(network: nn.Module, chosen: LoraPlan, adapter: Adapter) -> dict[str, torch.Tensor]:
-    """Full name -> value of every tensor in the modules that are kept whole."""
+def _tuned_copy(network: nn.Module, path: str, adapter: Adapter) -> nn.Module:
+    """A copy of one of the base's modules, with the values that a forward with the adapter reads in it."""
     with bare(network):
-        places = {
-            join(path, join(inner, name)): (module, name)
-            for path in chosen.whole
-            for inner, module in network.get_submodule(path).named_modules()
-            for name in (
-                *module._parameters,
-                *(b for b in module._buffers if b not in module._non_persistent_buffers_set),
-            )
-            if getattr(module, name) is not None
-        }
-    return {name: _tuned(name, base_value(*place), adapter).cpu().clone() for name, place in places.items()}
+        module = copy.deepcopy(network.get_submodule(path))
+    tensors = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers())}
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            tensor.copy_(_tuned(join(path, name), tensor, adapter))
+    return module
 
 
 def _tuned(name: str, base: torch.Tensor, adapter: Adapter) -> torch.Tensor:
-    """A tensor as a forward with the adapter reads it."""
-    base, scale = base.detach(), adapter.config.scale
+    scale = adapter.config.scale
     if name in adapter.deltas:
         delta = adapter.deltas[name].to(base.device)
         wide = delta.to(torch.promote_types(delta.dtype, torch.float32))
-        return torch.add(base, wide, alpha=scale).to(base.dtype)
-    own = adapter.statistics.get(name)
-    if own is None:
-        return base
-    own = own.to(base.device)
-    return own if scale == 1 or not own.is_floating_point() else torch.lerp(base, own.to(base.dtype), scale)
+        return torch.add(base, wide, alpha=scale)
+    own = adapter.whole.get(name, adapter.statistics.get(name, base)).to(base.device)
+    partly = name in adapter.statistics and scale != 1 and own.is_floating_point()
+    return torch.lerp(base, own.to(base.dtype), scale) if partly else own
 
 
-def _row(
-    name: str,
-    delta: torch.Tensor,
-    chosen: LoraPlan,
-    wholes: Mapping[str, torch.Tensor],
-    ranks: Mapping[str, tuple[int, int]],
-    errors: Mapping[str, float],
-) -> Converted:
-    path = name.rpartition(".")[0]
-    norm = float(delta.double().norm())
-    if name in errors:
-        return Converted(name, "factors", *ranks[path], norm, errors[name])
-    if name in wholes:
-        return Converted(name, "whole", None, None, norm, 0.0)
-    if norm == 0 or name in chosen.nothing:
-        return Converted(name, "nothing", None, None, norm, 1.0 if norm else 0.0)
-    return Converted(name, "bias", None, None, norm, 0.0)
-
-
-def _evaluate(
-    evaluate: Callable[[nn.Module], float],
-    network: nn.Module,
-    plan: Plan,
-    adapter: Adapter,
-    config: LoraConfig,
-    tensors: Mapping[str, torch.Tensor],
-) -> tuple[float, float]:
+def _lora_model(network: nn.Module, config: LoraConfig, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
     with bare(network):
-        tuned, plain = copy.deepcopy(network), copy.deepcopy(network)
+        plain = copy.deepcopy(network)
     plain.__dict__.pop("peft_config", None)  # where PEFT notes the adapters that a live model has
-    own = {**dict(tuned.named_parameters(remove_duplicate=False)), **dict(tuned.named_buffers())}
-    with torch.no_grad():
-        for name in plan.names:
-            own[name].copy_(_tuned(name, own[name], adapter))
-        for name, value in adapter.whole.items():
-            own[name].copy_(value)
-    before = float(evaluate(tuned.eval()))
-    del tuned, own
     model = get_peft_model(plain, copy.deepcopy(config))
     set_peft_model_state_dict(model, dict(tensors))
-    return before, float(evaluate(model.eval()))
+    return model

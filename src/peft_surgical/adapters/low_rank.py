@@ -13,13 +13,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..config import SurgicalConfig
-from ..keys import join
+from ..keys import PEFT_PREFIX, join
 from ..tuner.attach import bare
 from ..tuner.plan import Plan
 from ..tuner.specialise import base_class
 from ..tuner.support import ModulePlan
 
-PEFT_PREFIX = "base_model.model."
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # They take their children's weights without calling the children, so a LoRA layer in a child's place would not be run.
 _READS_CHILDREN = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -72,19 +71,6 @@ def lora_tensors(
     return {f"{PEFT_PREFIX}{path}.lora_A.weight": a, f"{PEFT_PREFIX}{path}.lora_B.weight": b}
 
 
-def has_factors(module: nn.Module) -> bool:
-    """Whether PEFT's LoRA on this module is the same as a delta of its weight.
-
-    Exact classes: a subclass may use its weight otherwise (timm's weight-standardised convolutions). PEFT's LoRA of a
-    convolution takes over kernel, stride and padding, and nothing else.
-    """
-    kind = base_class(module)
-    if kind in _CONVOLUTIONS:
-        plain: tuple[object, ...] = (module.groups, set(module.dilation), module.padding_mode)  # type: ignore[arg-type]
-        return plain == (1, {1}, "zeros")
-    return kind in (nn.Linear, Conv1D) or (kind is nn.Embedding and module.max_norm is None)
-
-
 # --- what is kept how ---
 
 
@@ -116,72 +102,81 @@ def plan_lora(network: nn.Module, plan: Plan, moved: Collection[str], saved: Seq
         keep: Whether to keep anything but factors.
     """
     with bare(network):
-        return _plan(dict(network.named_modules()), plan, moved, saved, keep)
+        modules = dict(network.named_modules())
+        factors, others, nothing = _sorted_by_kind(plan, moved, modules)
+        biased = [path for path in factors if join(path, "bias") in moved]
+        bias = False
+        if not keep:
+            nothing += [join(path, "bias") for path in biased]
+            factors = {path: entry for path, entry in factors.items() if join(path, "weight") in moved}
+        elif biased:
+            # PEFT's lora_bias is for all targets, and merges only into those that have a bias: either these are kept
+            # whole or the others, whichever has fewer values.
+            without = [path for path in factors if getattr(modules[path], "bias", None) is None]
+            sizes = [sum(p.numel() for path in some for p in modules[path].parameters()) for some in (without, biased)]
+            bias = sizes[0] < sizes[1]
+            others |= {path: factors.pop(path) for path in (without if bias else biased)}
+        whole = _unambiguous(_units(others, modules) if keep else set(), factors, modules, saved)
+        kept = tuple(path for path in modules if path in whole)
+        factors = {path: entry for path, entry in factors.items() if path not in whole}
+        for path, entry in others.items():
+            if not _within(path, kept):
+                nothing += _moved_in(entry, moved)
+        return LoraPlan(factors, bias, kept, tuple(sorted(nothing, key=plan.names.index)))
 
 
-def _plan(
-    modules: Mapping[str, nn.Module], plan: Plan, moved: Collection[str], saved: Sequence[str], keep: bool
-) -> LoraPlan:
+def _sorted_by_kind(
+    plan: Plan, moved: Collection[str], modules: Mapping[str, nn.Module]
+) -> tuple[dict[str, ModulePlan], dict[str, ModulePlan], list[str]]:
+    """The modules that can have factors, the others, and the tensors of which nothing can be kept."""
     factors: dict[str, ModulePlan] = {}
     others: dict[str, ModulePlan] = {}
     nothing: list[str] = []
     for entry in plan.modules:
-        names = [name for name in (*entry.parameters, *entry.statistics) if join(entry.path, name) in moved]
-        if any(len(entry.parameters.get(name, ())) > 1 for name in names):
+        names = _moved_in(entry, moved)
+        leaves = {name.rpartition(".")[2] for name in names}
+        parent = modules.get(entry.path.rpartition(".")[0])
+        if any(len(entry.parameters.get(leaf, ())) > 1 for leaf in leaves):
             # A tied tensor: LoRA and a whole copy would change it in one of the places that read it.
-            nothing += [join(entry.path, name) for name in names]
-        elif names and set(names) <= {"weight", "bias"} and _can_have_factors(entry, modules):
+            nothing += names
+        elif not names:
+            continue
+        elif entry.path and leaves <= {"weight", "bias"} and _has_factors(entry.module, parent):
             factors[entry.path] = entry
-        elif names:
+        else:
             others[entry.path] = entry
-    biased = [path for path, entry in factors.items() if "bias" in entry.parameters and join(path, "bias") in moved]
-    bias = False
-    if not keep:
-        nothing += [join(path, "bias") for path in biased]
-        factors = {path: entry for path, entry in factors.items() if join(path, "weight") in moved}
-    elif biased:
-        # PEFT's lora_bias is for all targets, and merges only into those that have a bias: either these are kept whole
-        # or the others, whichever is less.
-        without = [path for path in factors if getattr(modules[path], "bias", None) is None]
-        bias = _weight(without, modules) < _weight(biased, modules)
-        others |= {path: factors.pop(path) for path in (without if bias else biased)}
-    whole = _units(others, modules) if keep else set()
-    whole = _unambiguous(whole, factors, modules, saved)
-    kept = tuple(path for path in modules if path in whole)
-    for path in kept:
-        factors.pop(path, None)
-    nothing += [
-        join(path, name)
-        for path, entry in others.items()
-        for name in (*entry.parameters, *entry.statistics)
-        if join(path, name) in moved and not _within(path, kept)
-    ]
-    order = {name: i for i, name in enumerate(plan.names)}
-    return LoraPlan(factors, bias, kept, tuple(sorted(nothing, key=lambda name: order[name])))
+    return factors, others, nothing
 
 
-def _weight(paths: Iterable[str], modules: Mapping[str, nn.Module]) -> int:
-    return sum(parameter.numel() for path in paths for parameter in modules[path].parameters())
+def _moved_in(entry: ModulePlan, moved: Collection[str]) -> list[str]:
+    names = (join(entry.path, name) for name in (*entry.parameters, *entry.statistics))
+    return [name for name in names if name in moved]
 
 
-def _can_have_factors(entry: ModulePlan, modules: Mapping[str, nn.Module]) -> bool:
-    parent = modules.get(entry.path.rpartition(".")[0])
-    return bool(entry.path) and has_factors(entry.module) and not isinstance(parent, _READS_CHILDREN)
+def _has_factors(module: nn.Module, parent: nn.Module | None) -> bool:
+    """Whether PEFT's LoRA on this module is the same as a delta of its weight.
+
+    Exact classes: a subclass may use its weight otherwise (timm's weight-standardised convolutions). PEFT's LoRA of a
+    convolution takes over kernel, stride and padding, and nothing else.
+    """
+    kind = base_class(module)
+    if isinstance(parent, _READS_CHILDREN):
+        return False
+    if kind in _CONVOLUTIONS:
+        plain: tuple[object, ...] = (module.groups, set(module.dilation), module.padding_mode)  # type: ignore[arg-type]
+        return plain == (1, {1}, "zeros")
+    return kind in (nn.Linear, Conv1D) or (kind is nn.Embedding and module.max_norm is None)
 
 
 def _units(entries: Iterable[str], modules: Mapping[str, nn.Module]) -> set[str]:
     """The modules to keep whole for these: themselves, where no other module's tensors would come along."""
-    chosen = {path for path in entries if path and (_is_leaf(modules[path]) or _is_attention(modules[path]))}
-    return {path for path in chosen if not _within(path, [other for other in chosen if other != path])}
+    chosen = {path for path in entries if path and isinstance(modules[path], nn.MultiheadAttention)}
+    chosen |= {path for path in entries if path and _is_leaf(modules[path])}
+    return {path for path in chosen if not _within(path, chosen - {path})}
 
 
 def _is_leaf(module: nn.Module) -> bool:
-    own = len(module._parameters) + len(module._buffers)
-    return own == sum(len(child._parameters) + len(child._buffers) for child in module.modules())
-
-
-def _is_attention(module: nn.Module) -> bool:
-    return isinstance(module, nn.MultiheadAttention)
+    return not any(child._parameters or child._buffers for child in module.modules() if child is not module)
 
 
 def _within(path: str, roots: Iterable[str]) -> bool:
@@ -191,7 +186,7 @@ def _within(path: str, roots: Iterable[str]) -> bool:
 def _unambiguous(
     whole: set[str], factors: Mapping[str, ModulePlan], modules: Mapping[str, nn.Module], saved: Sequence[str]
 ) -> set[str]:
-    """The modules that ``modules_to_save`` can name, with those that it names besides.
+    """The modules that ``modules_to_save`` can name, and those that it then names besides.
 
     PEFT takes every module whose path *ends in* the text, so that the final ``norm`` names all of a network's; and it
     adds no LoRA to a module of which a part of the path matches.
