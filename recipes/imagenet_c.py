@@ -35,7 +35,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 from paper.corruptions import CORRUPTIONS, check_cells, open_classifier, read_imagenet_c
-from paper.over_corruptions import Cells, summary_of, table_of
+from paper.over_corruptions import Cells, corruption_table, summary_of
 from paper.protocol import Protocol, parser_of
 from paper.study import run_study
 from peft_surgical.entry import run_in_words
@@ -94,7 +94,7 @@ def write(folder: Path, cells: Cells) -> Report:
     """The summary over all cells, as report, table and figure."""
     summary = summary_of(cells)
     summary.save(folder / "report.json")
-    text = table_of(summary, PROTOCOL.published, PUBLISHED_MCE)
+    text = corruption_table(summary, PROTOCOL.published, PUBLISHED_MCE)
     (folder / "table.md").write_text(text, encoding="utf-8")
     severity = max(summary.settings["severities"])
     shown = [one for one in summary if f"severity {severity}," in one.dataset]

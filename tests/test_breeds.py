@@ -16,7 +16,7 @@ from paper.breeds import (
     draw_superclasses,
     read_hierarchy,
 )
-from paper.imagenet_files import imagenet_files
+from paper.subpopulations import imagenet_files
 from peft_surgical.errors import DataError
 
 CLASSES = [[number, f"n0000010{number}", f"class {number}, alias"] for number in range(9)]

@@ -22,16 +22,15 @@ from peft_surgical.errors import DataError
 from peft_surgical.evaluation import ALEXNET_ERRORS, SEVERITIES
 from peft_surgical.extras import require
 
-from .listings import cut, images_of
-from .parts import Published
+from .parts import Published, cut, images_of
 
 CORRUPTIONS = tuple(ALEXNET_ERRORS)
 """The 15 corruptions that are reported; the four others of ImageNet-C are for validation (Hendrycks & Dietterich)."""
 
-EACH = 5
+IMAGENET_C_EACH = 5
 """Images of each class to tune on (paper: 5,000 of 1,000 classes)."""
 
-HUB_ID = "WNJXYK/TTA-ImageNet-C"
+IMAGENET_C_HUB_ID = "WNJXYK/TTA-ImageNet-C"
 """A copy on the Hub, as parquet files ``data/<corruption>/severity_<1-5>/*.parquet``."""
 
 
@@ -60,8 +59,8 @@ def read_imagenet_c(
     Chosen here, since the paper does not say: how many images validate.
 
     Args:
-        source: The folder with ``<corruption>/<1-5>/<WordNet id>/*.JPEG``; a Hub id such as `HUB_ID`; or a copy of
-            that repository. Its files need the columns ``image`` and ``label``, the number of the class.
+        source: The folder with ``<corruption>/<1-5>/<WordNet id>/*.JPEG``; a Hub id such as `IMAGENET_C_HUB_ID`; or a
+            copy of that repository. Its files need the columns ``image`` and ``label``, the number of the class.
         corruption: One of `CORRUPTIONS`.
         severity: 1 to 5.
         seed: Of the draw. Draws of one seed are nested: ``tuning=1000`` is a part of ``tuning=5000``.
@@ -76,7 +75,7 @@ def read_imagenet_c(
     if severity not in SEVERITIES:
         raise DataError(f"severity={severity!r}: choose one of {', '.join(map(str, SEVERITIES))}")
     cell = _read(source, corruption, severity)
-    usual = EACH * len(cell.names)
+    usual = IMAGENET_C_EACH * len(cell.names)
     # Tuning last, so that its draws are nested.
     sizes = {"validation": usual if validation is None else validation, "tuning": usual if tuning is None else tuning}
     each = {part: per_class(size, cell.labels, part) for part, size in sizes.items()}
@@ -89,13 +88,13 @@ def read_imagenet_c(
     return cut(
         "imagenet-c",
         cell.images,
-        cell.files,
         cell.labels,
         np.zeros(len(cell.labels), dtype=np.int64),
         parts,
         label_names=cell.names,
         group_names=(shown,),
         origin={**drawn, "test": f"the rest of {shown}"},
+        files=cell.files,
     )
 
 
@@ -159,7 +158,9 @@ def _folder(place: Path, corruption: str, severity: int) -> Path:
         if folder.is_dir():
             return folder
     if not place.is_dir():
-        raise DataError(f"{place} does not exist: pass the folder of ImageNet-C's corruptions, or the Hub id {HUB_ID}")
+        raise DataError(
+            f"{place} does not exist: pass the folder of ImageNet-C's corruptions, or the Hub id {IMAGENET_C_HUB_ID}"
+        )
     if (place / corruption).is_dir():
         there = ", ".join(entry.name for entry in visible(place / corruption)) or "nothing"
         raise DataError(

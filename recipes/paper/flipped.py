@@ -22,8 +22,7 @@ from peft_surgical.errors import DataError
 from peft_surgical.extras import require
 
 from .cifar import Images, read_images, split
-from .listings import cut
-from .parts import Published
+from .parts import Published, cut
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 """The classes of CIFAR-10, in the order of their own numbers."""
@@ -62,13 +61,13 @@ def read_cifar_flip(
     found = cut(
         "cifar-flip",
         _table(images),
-        [f"row {row}" for row in range(len(labels))],
         labels.numpy(),
         images.labels.numpy(),
         rows,
         label_names=CLASSES,
         group_names=CLASSES,
         origin={**origin, "test": f"drawn: seed {seed}, the rest"},
+        files=[f"row {row}" for row in range(len(labels))],
     )
     # Which rows these are says nothing about the images, and a corrupted copy has the same labels.
     whole = hashlib.sha256(found.fingerprint.encode() + images.pixels.numpy().tobytes())

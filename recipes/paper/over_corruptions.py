@@ -109,7 +109,7 @@ def _measured(
     return Measurement(name, dataset, value, low, high, kind, n, tuple(seeds), selection)
 
 
-def table_of(summary: Report, published: Mapping[str, float], published_mce: Mapping[str, float]) -> str:
+def corruption_table(summary: Report, published: Mapping[str, float], published_mce: Mapping[str, float]) -> str:
     """The summary as Markdown, in percent.
 
     Args:

@@ -34,11 +34,9 @@ from peft_surgical.training.search import NONE
 from peft_surgical.training.watch import Watch, logging_to
 
 from .corruptions import open_classifier
-from .findings import held_out, write_study
-from .handover import check_handover, hand_over
+from .findings import check_handover, hand_over, held_out, write_study
 from .parts import Published
-from .pretraining import REPORT as SOURCE_REPORT
-from .pretraining import SourceTraining, train_source
+from .pretraining import SOURCE_REPORT, SourceTraining, train_source
 from .protocol import Protocol, rows_of
 
 SOURCE = "source"
