@@ -10,6 +10,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from torch import nn
+
 from peft_surgical.adapters.contents import read_config
 from peft_surgical.data.tables import is_hub_id
 from peft_surgical.errors import ConfigError
@@ -139,22 +141,21 @@ def held_out(protocol: Protocol, parts: Mapping[str, Any]) -> Any:
     raise ConfigError(f"--forgetting: {protocol.name} has no held-out images of the source here; leave it out")
 
 
+def source_accuracy(protocol: Protocol, experiment: Experiment, network: nn.Module, seed: int) -> tuple[float, int]:
+    """Accuracy of a network on the held-out images of the source, and how many these are."""
+    part = held_out(protocol, experiment.data(seed).parts)
+    rows = Rows(part, experiment.base(seed).transform_eval, False, experiment.outputs)
+    return accuracy(experiment.logits(network, rows), rows.label_tensor), len(rows)
+
+
 def _forgotten(protocol: Protocol, experiment: Experiment, kept: Kept, seed: int) -> list[Measurement]:
-    rows = Rows(
-        held_out(protocol, experiment.data(seed).parts), experiment.base(seed).transform_eval, False, experiment.outputs
-    )
-    networks = {"accuracy before": experiment.base(seed).model, "accuracy": kept.model}
-    return [
-        measure(
-            name,
-            [accuracy(experiment.logits(network, rows), rows.label_tensor)],
-            dataset=f"{protocol.name}, source",
-            n=len(rows),
-            seeds=[seed],
-            selection="none" if name == "accuracy before" else "the adapter that is kept; source images had no say",
-        )
-        for name, network in networks.items()
-    ]
+    measured = []
+    for name, network in (("accuracy before", experiment.base(seed).model), ("accuracy", kept.model)):
+        value, n = source_accuracy(protocol, experiment, network, seed)
+        rule = "none" if name == "accuracy before" else "the adapter that is kept; no source image selects"
+        dataset = f"{protocol.name}, source"
+        measured.append(measure(name, [value], dataset=dataset, n=n, seeds=[seed], selection=rule))
+    return measured
 
 
 def findings_table(protocol: Protocol, report: Report, rows: Sequence[str]) -> str:

@@ -68,7 +68,10 @@ def parser_of(protocol: Protocol, doc: str | None) -> argparse.ArgumentParser:
         protocol: The defaults.
         doc: The recipe's docstring, shown by ``--help``.
     """
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    # A recipe may give an option anew, such as several numbers of images in place of one.
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, conflict_handler="resolve"
+    )
     fitting, paper = protocol.fitting, protocol.reference
 
     def stated(option: str, default: str = "%(default)s") -> str:
