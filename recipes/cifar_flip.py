@@ -36,7 +36,7 @@ from collections.abc import Sequence
 
 from paper.cifar_networks import open_network
 from paper.cifar_tasks import CIFAR10_HUB_ID, read_cifar
-from paper.protocol import Protocol, parser_of
+from paper.protocol import TABLE_4, Protocol, parser_of
 from paper.study import run_study
 from peft_surgical.entry import run_in_words
 from peft_surgical.training.fitting import FitSettings
@@ -46,20 +46,11 @@ PROTOCOL = Protocol(
     data=CIFAR10_HUB_ID,
     layouts="a parquet file, a folder with clean.parquet or cifar-10-batches-bin, or a Hub id",
     model="resnet26",
-    rows=("full", "gradual-first-last", "gradual-last-first", "l1-sp", "auto-snr", "auto-rgn", "cross-val", "auto"),
+    rows=(*TABLE_4[1:], "auto"),
     lrs=(1e-3, 1e-4, 1e-5),
     head_lrs=(1e-1, 1e-2, 1e-3),
     fitting=FitSettings(lr=1e-3, epochs=15, batch_size=64, optimizer="adam", weight_decay=1e-4),
-    published={
-        "none": 0.0,
-        "full": 85.9,
-        "gradual-first-last": 81.9,
-        "gradual-last-first": 84.3,
-        "l1-sp": 84.2,
-        "auto-snr": 17.3,
-        "auto-rgn": 87.7,
-        "cross-val": 93.8,
-    },
+    published=dict(zip(TABLE_4, (0.0, 85.9, 81.9, 84.3, 84.2, 17.3, 87.7, 93.8), strict=True)),
     reference="paper, Table 4 and appendix",
     chosen=("scheduler",),
 )

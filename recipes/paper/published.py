@@ -181,10 +181,9 @@ def read_published(
     validates. The test split tests. Few images of the rarest groups are left to validate on.
 
     ``camelyon17`` (group: hospital): the target is the hospital ``center``, by default 2 as the files number them, the
-    test hospital of WILDS (which its paper calls hospital 5). 100 of its images, 50 of each class, are drawn to tune on
-    and 100 to validate; all its others test, also patches of the same slides. The source are the training images of
-    hospitals 0, 3 and 4, and ``source_validation`` those that WILDS sets aside there. Hospital 1, with which WILDS
-    validates, is left out. A table without source images gives None for them.
+    test hospital of WILDS. 100 of its images, 50 of each class, are drawn to tune on and 100 to validate; all its
+    others test, also patches of the same slides. The source are the training images of hospitals 0, 3 and 4, and
+    ``source_validation`` those that WILDS sets aside there. A table without source images gives None for them.
 
     ``fmow`` (group: region): the target is a ``region``, by default Africa, after the source: 62 images, one of each
     class, are drawn from the validation split of WILDS (2013 to 2015) in that region, the rest of which validates, and
@@ -230,7 +229,6 @@ def read_published(
 
 
 def _each(size: int, part: str, recipe: Recipe) -> int:
-    """Images of each class or group."""
     names = recipe.balanced_names
     what = "groups" if recipe.balanced == "group" else "classes"
     if isinstance(size, bool) or not isinstance(size, int) or size <= 0:
