@@ -191,8 +191,8 @@ def read_published(
     group tells which): train, ``source_validation`` and ``source_test``. A class of which the region has no image is
     left out of the draw, with a warning.
 
-    What could not be looked up is chosen here: that the paper's target hospital is WILDS' test hospital, that FMoW's
-    source keeps all regions, and that its tuning images come from WILDS' validation years.
+    Chosen here, since it could not be looked up: the target hospital, that of WILDS; that FMoW's source keeps all
+    regions, and that its tuning images come from WILDS' validation years.
 
     Args:
         name: ``waterbirds``, ``celeba``, ``camelyon17`` or ``fmow``.
@@ -252,9 +252,8 @@ def _assemble(
     _check_counts(balanced, recipe, split, each, rest)
     drawn = draw(balanced, each, None, seed, recipe.balanced_names)
     parts |= {part: pool[of_part] for part, of_part in drawn.items()}
-    origin |= {
-        part: f"drawn: seed {seed}, {n} of each {recipe.balanced} of {split.pool_name}" for part, n in each.items()
-    }
+    pool_name = f"of each {recipe.balanced} of {split.pool_name}"
+    origin |= {part: f"drawn: seed {seed}, {n} {pool_name}" for part, n in each.items()}
     if rest is not None:
         parts[rest] = np.setdiff1d(pool, np.concatenate([parts[part] for part in each]))
         origin[rest] = f"the rest of {split.pool_name}"
@@ -290,12 +289,12 @@ def _check_counts(
             "tuning images are without them; other years= may have some",
             stacklevel=4,
         )
-    # A part that gets the rest is of use only with something of everything in it.
-    needed = sum(each.values()) + (rest is not None and not recipe.sparse)
+    at_least = rest is not None and not recipe.sparse  # the rest is of use only with something of everything in it
+    needed = sum(each.values()) + at_least
     for name, count in zip(names, counts, strict=True):
         if count < needed and not (recipe.sparse and not count):
             wanted = [f"{n} for {part}" for part, n in each.items()]
-            wanted += [f"1 or more for {rest}"] * (rest is not None and not recipe.sparse)
+            wanted += [f"1 or more for {rest}"] * at_least
             raise DataError(
                 f"the {recipe.balanced} {name!r} has {count} image(s) in {split.pool_name}, and {needed} are needed "
                 f"({', '.join(wanted)}): ask for fewer, or check that the dataset is whole"

@@ -32,8 +32,15 @@ BREEDS_EACH = 50
 _KAGGLE = Path("ILSVRC", "Data", "CLS-LOC")
 
 
-class _Images(NamedTuple):
-    """Images of one folder and one domain, in the order of `imagenet_files`."""
+class ImageNetFiles(NamedTuple):
+    """Images of one folder and one domain, by superclass, then class, then file name.
+
+    Attributes:
+        paths: Where they are.
+        files: What to call them wherever they are: the class and the name of the file.
+        labels: int64 (n,), the superclass.
+        groups: int64 (n,), the subclass among all, superclass by superclass, those of the source first.
+    """
 
     paths: list[str]
     files: list[str]
@@ -108,7 +115,7 @@ def read_breeds(
             f"{places['val']} is given for the training and for the validation images: one image would tune and test"
         )
     # Source and target of train, then of val.
-    found = [images for part, place in places.items() for images in _read(place, part, benchmark)]
+    found = [images for part, place in places.items() for images in imagenet_files(place, benchmark)]
     starts = np.cumsum([0, *(len(images.paths) for images in found)])
     rows = [np.arange(start, end) for start, end in itertools.pairwise(starts)]
     names = [one.name.split(",")[0] for one in benchmark.superclasses]
@@ -130,7 +137,11 @@ def read_breeds(
             "test": "given: the validation images of the other subclasses",
             **{part: f"drawn: seed {seed}, {count} {pool}" for part, count in each.items()},
         },
-        files=[file for images in found for file in images.files],
+        files=[
+            f"{part}/{file}"
+            for part, images in zip(("train", "train", "val", "val"), found, strict=True)
+            for file in images.files
+        ],
     )
 
 
@@ -139,24 +150,8 @@ def _subclasses(benchmark: Breeds) -> tuple[Subclass, ...]:
     return tuple(sub for one in benchmark.superclasses for sub in (*one.source, *one.target))
 
 
-def _read(place: Path, part: str, benchmark: Breeds) -> list[_Images]:
-    group = {sub.wnid: number for number, sub in enumerate(_subclasses(benchmark))}
-    found = []
-    for listed in imagenet_files(place, benchmark):
-        ends = [path.rsplit(os.sep, 2)[1:] for path, _ in listed]
-        found.append(
-            _Images(
-                [path for path, _ in listed],
-                [f"{part}/{wnid}/{file}" for wnid, file in ends],
-                np.array([label for _, label in listed], dtype=np.int64),
-                np.array([group[wnid] for wnid, _ in ends], dtype=np.int64),
-            )
-        )
-    return found
-
-
 def _draw(
-    pool: _Images, place: Path, names: list[str], seed: int, tuning: int | None, validation: int | None
+    pool: ImageNetFiles, place: Path, names: list[str], seed: int, tuning: int | None, validation: int | None
 ) -> tuple[dict[str, np.ndarray], dict[str, int]]:
     """Part -> rows of the pool, and images of each class."""
     usual = BREEDS_EACH * len(names)
@@ -169,62 +164,39 @@ def _draw(
         raise DataError(f"{place}: {error}") from error
 
 
-# --- The images of a BREEDS benchmark in ImageNet on disk, by domain and superclass. ---
-
-
-class Files(NamedTuple):
-    """Images of each domain: (path, label of the superclass), by superclass, then class, then file name."""
-
-    source: list[tuple[str, int]]
-    target: list[tuple[str, int]]
-
-
-def imagenet_files(
-    folder: str | os.PathLike[str], benchmark: Breeds, per_class: int | None = None, seed: int = 0
-) -> Files:
-    """The images of a benchmark in ImageNet on disk; none is opened.
-
-    To tune on 50 images per superclass, as the paper does, and test on ImageNet's validation images::
-
-        tune = imagenet_files("imagenet/train", living17, per_class=50, seed=0).target
-        test = imagenet_files("imagenet/val", living17).target
+def imagenet_files(folder: str | os.PathLike[str], benchmark: Breeds) -> tuple[ImageNetFiles, ImageNetFiles]:
+    """The images of a benchmark's source and target in ImageNet on disk; none is opened.
 
     Args:
         folder: Holds a folder for each class, named for its WordNet id: ImageNet's ``train/``, or ``val/`` sorted so.
-        benchmark: From :func:`breeds`.
-        per_class: Draw so many images of each superclass, from all of its classes together; None takes all.
-        seed: Of the draw, which is the one of :func:`peft_surgical.data.splits.draw`. The paper does not say which
-            images it drew.
+        benchmark: From `breeds`.
 
     Raises:
-        DataError: If a class has no folder or no image, or a superclass has fewer than ``per_class`` images.
+        DataError: A class has no folder or no image.
     """
-    if per_class is not None and per_class <= 0:
-        raise DataError(f"per_class={per_class} draws nothing: pass a positive number, or None for all images")
     place = Path(folder)
     if not place.is_dir():
         raise DataError(f"{place} is no folder: pass the one that holds ImageNet's folders n01440764, n01443537, ...")
-    domains = {domain: benchmark.labels(domain) for domain in ("source", "target")}
-    missing = sorted(wnid for labels in domains.values() for wnid in labels if not (place / wnid).is_dir())
-    if missing:
-        raise DataError(_no_folder(place, missing, sum(map(len, domains.values()))))
-    names = [one.name.split(",")[0] for one in benchmark.superclasses]
-    return Files(*(_images(place, labels, per_class, seed, names) for labels in domains.values()))
+    source, target = benchmark.labels("source"), benchmark.labels("target")
+    if missing := sorted(wnid for wnid in (*source, *target) if not (place / wnid).is_dir()):
+        raise DataError(_no_folder(place, missing, len(source) + len(target)))
+    group = {sub.wnid: number for number, sub in enumerate(_subclasses(benchmark))}
+    return _listed(place, source, group), _listed(place, target, group)
 
 
-def _images(
-    place: Path, labels: Mapping[str, int], per_class: int | None, seed: int, names: list[str]
-) -> list[tuple[str, int]]:
-    files: list[tuple[str, int]] = []
-    for wnid, label in labels.items():
-        images = [str(file) for file in visible(place / wnid) if file.suffix.lower() in IMAGE_SUFFIXES]
+def _listed(place: Path, labels: Mapping[str, int], group: Mapping[str, int]) -> ImageNetFiles:
+    listed: list[tuple[str, str]] = []
+    for wnid in labels:
+        images = [file.name for file in visible(place / wnid) if file.suffix.lower() in IMAGE_SUFFIXES]
         if not images:
             raise DataError(f"{place / wnid} holds no image: unpack the archive of this class again")
-        files.extend((image, label) for image in images)
-    if per_class is None:
-        return files
-    numbers = np.array([label for _, label in files])
-    return [files[row] for row in draw(numbers, {"the draw": per_class}, None, seed, names)["the draw"]]
+        listed += [(wnid, image) for image in images]
+    return ImageNetFiles(
+        [f"{place}{os.sep}{wnid}{os.sep}{image}" for wnid, image in listed],
+        [f"{wnid}/{image}" for wnid, image in listed],
+        np.array([labels[wnid] for wnid, _ in listed], dtype=np.int64),
+        np.array([group[wnid] for wnid, _ in listed], dtype=np.int64),
+    )
 
 
 def _no_folder(place: Path, missing: list[str], needed: int) -> str:
