@@ -174,7 +174,7 @@ def findings_table(protocol: Protocol, report: Report, rows: Sequence[str]) -> s
     kind = "over images" if len(settings["seeds"]) == 1 else "Student's t over seeds"
     caption = (
         f"{protocol.name}, {report.model}: test part, n = {settings['parts']['test']} images, seeds {seeds}, 95% "
-        f"intervals ({kind}). Selection: {rules}; no test image had a say. Cost: steps of a run, or of a "
+        f"intervals ({kind}). Selection: {rules}; no test image selects. Cost: steps of a run, or of a "
         f"whole search, with batches of {settings['batch']}. Paper: {protocol.reference}, with another source network "
         "and other draws."
     )

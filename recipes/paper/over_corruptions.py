@@ -133,7 +133,7 @@ def corruption_table(summary: Report, published: Mapping[str, float], published_
     caption = (
         f"ImageNet-C, {summary.model}: test accuracy, mean over {len(settings['corruptions'])} corruption(s), n = "
         f"{settings['test_images']} photographs, seeds {', '.join(map(str, settings['seeds']))}, 95% intervals "
-        f"({'over photographs' if one else 't over seeds'}). Every cell is tuned on its own; no test image had a say. "
+        f"({'over photographs' if one else 't over seeds'}). Every cell is tuned on its own; no test image selects. "
         f"mCE: {settings['mce']}. The paper drew other images."
     )
     return TextTable(header, lines, caption).markdown()
