@@ -5,8 +5,8 @@
     python recipes/cifar10c.py --data PATH --models MODELS ...                # leaves outputs/cifar10c
     python benchmarks/delta_dtype.py --data PATH --models MODELS              # a few seconds per adapter and dtype
 
-Takes the adapters that the recipe's reports name: those whose learning rate and epoch validation images chose. Each is
-reloaded as it is (and must give the accuracy in the ledger), saved with ``delta_dtype`` bfloat16 and float16, reloaded
+Takes the adapters that the recipe's rows name: those whose learning rate and epoch validation images chose. Each is
+reloaded as it is (and must give the accuracy in the rows), saved with ``delta_dtype`` bfloat16 and float16, reloaded
 onto the base, and evaluated on the same test images of its seed. A number is the mean over corruptions per seed, then
 over seeds, with Student's t interval over seeds. Finished evaluations are kept in a JSON-lines file and not repeated.
 """
@@ -28,7 +28,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from peft_surgical.errors import DataError
-from peft_surgical.evaluation import Report, TextTable, accuracy, mean_interval, predict_logits
+from peft_surgical.evaluation import TextTable, accuracy, mean_interval, predict_logits
 from peft_surgical.files import file_sha256
 from peft_surgical.training.ledger import Ledger, Run
 
@@ -43,16 +43,12 @@ SAME_ACCURACY = 0.005
 
 
 def chosen_runs(folder: Path, targets: Sequence[str]) -> list[Run]:
-    """The ledger's runs behind the reports of complete cells for these targets."""
-    runs = {run.result["adapter"]: run for run in Ledger(folder / "ledger.jsonl") if "adapter" in run.result}
-    reports = [Report.load(file) for file in sorted((folder / "reports").glob("*.json"))]
-    names = [name for report in reports if report.target in targets for name in report.settings["adapters"]]
-    if not names:
-        there = ", ".join(sorted({report.target for report in reports})) or "nothing"
-        raise DataError(f"{folder} has no finished cell for {', '.join(targets)}: its reports are about {there}")
-    if missing := [name for name in names if name not in runs]:
-        raise DataError(f"{folder}/ledger.jsonl has no run for the adapter {missing[0]}, which a report names")
-    return [runs[name] for name in names]
+    """The rows of these targets that have an adapter: those that are reported."""
+    rows = [run for run in Ledger(folder / "rows.jsonl") if "adapter" in run.result]
+    if found := [run for run in rows if run.key["method"] in targets]:
+        return found
+    there = ", ".join(sorted({run.key["method"] for run in rows})) or "nothing"
+    raise DataError(f"{folder} has no finished row for {', '.join(targets)}: its rows are about {there}")
 
 
 @functools.lru_cache(maxsize=4)
@@ -72,13 +68,13 @@ def evaluate(args: argparse.Namespace, run: Run, key: dict[str, Any]) -> dict[st
     """Save one adapter in every dtype and see what changes."""
     source = run.key
     amounts = (source["tuning_images"], source["validation_images"], source["severity"])
-    pixels, labels = test_images(args, source["corruption"], source["seed"], *amounts)
+    pixels, labels = test_images(args, source["task"], source["seed"], *amounts)
     folder = Path(args.run, "adapters", run.result["adapter"])
     model, before = logits_of(args, source["network"], folder, pixels)
     result: dict[str, Any] = {"n": len(labels), "accuracy": accuracy(before, labels)}
     if abs(result["accuracy"] - run.result["test"]) > SAME_ACCURACY:
         raise DataError(
-            f"{folder} gives {result['accuracy']:.4f} where the ledger says {run.result['test']:.4f}: pass the data "
+            f"{folder} gives {result['accuracy']:.4f} where the rows say {run.result['test']:.4f}: pass the data "
             "and the weights with which it was made"
         )
     result["bytes"] = (folder / WEIGHTS).stat().st_size
@@ -121,7 +117,7 @@ def rows(pairs: Sequence[tuple[Run, dict[str, Any]]], dtypes: Sequence[str]) -> 
     """One row per network, target and dtype, in the order of HEADER."""
     groups: dict[tuple[str, str], list[tuple[Run, dict[str, Any]]]] = defaultdict(list)
     for run, result in pairs:
-        groups[run.key["network"], run.key["target"]].append((run, result))
+        groups[run.key["network"], run.key["method"]].append((run, result))
     lines = []
     for (network, target), members in groups.items():
         for dtype in dtypes:
@@ -138,7 +134,7 @@ def rows(pairs: Sequence[tuple[Run, dict[str, Any]]], dtypes: Sequence[str]) -> 
 
 
 def caption(pairs: Sequence[tuple[Run, dict[str, Any]]]) -> str:
-    corruptions = sorted({run.key["corruption"] for run, _ in pairs})
+    corruptions = sorted({run.key["task"] for run, _ in pairs})
     seeds = sorted({run.key["seed"] for run, _ in pairs})
     n = sorted({result["n"] for _, result in pairs})
     return (
@@ -176,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     ledger, pairs = Ledger(args.json), []
     for run in chosen_runs(Path(args.run), args.targets):
-        if args.corruption and run.key["corruption"] not in args.corruption:
+        if args.corruption and run.key["task"] not in args.corruption:
             continue
         weights = Path(args.run, "adapters", run.result["adapter"], WEIGHTS)
         key = {"benchmark": "delta_dtype", "dtypes": args.dtypes, "weights": file_sha256(weights)}

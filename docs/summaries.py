@@ -1,36 +1,41 @@
-"""Writes the tables that put several results together, from the ledgers of ``docs/results``.
+"""Writes the tables and figures of ``docs/results`` that the rows of CIFAR-10-C and CIFAR-Flip give.
 
 ::
 
     python docs/summaries.py && python docs/tables.py
 
-``compare-means.md``: the methods of ``recipes/compare.py`` over both networks and four corruptions, with differences
-paired by seed, and ``compare-means.png``, its figure; ``compare-moments.md``: Auto-RGN with and without a new
-optimizer every epoch; ``compare-images.md``: accuracy by the number of images. ``norm-policies.md``: the norm
-policies of ``recipes/cifar10c.py``. Which runs count is for the recipes to say: here are their own rules and
-defaults.
+``compare-*.md`` and ``cifar10c-*.md`` are what ``recipes/cifar10c.py --table`` draws from ``cifar10c.jsonl``, and
+``synthetic-*.md`` what ``recipes/synthetic.py --table`` does. ``compare-means.md``: the methods over both networks and
+four corruptions, with differences paired by seed, and ``compare-means.png``, its figure; ``compare-moments.md``:
+Auto-RGN with and without a new optimizer every epoch; ``compare-images.md`` and its figure: accuracy by the number of
+images; ``norm-policies.md``; ``resnet26.png`` and ``resnet32.png``: which block for which corruption. Which runs count
+is for the recipes to say: here are their own rules.
 """
 
 from __future__ import annotations
 
+import argparse
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
-from types import ModuleType
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "recipes"))
 
 import cifar10c  # noqa: E402
-import compare  # noqa: E402
-from peft_surgical.evaluation import TextTable, plus_minus  # noqa: E402
+import synthetic  # noqa: E402
+from paper.cifar_tables import cell, comparison_table, forgetting_table  # noqa: E402
+from peft_surgical.evaluation import TextTable, interval_of_runs, mean_interval, plus_minus  # noqa: E402
 from peft_surgical.training.ledger import Ledger, Run  # noqa: E402
 
 RESULTS = ROOT / "docs" / "results"
 NETWORKS = {"resnet26": "ResNet-26", "resnet32": "ResNet-32"}
 CORRUPTIONS = ["gaussian_noise", "frost", "zoom_blur", "pixelate"]
-METHODS = ["none", "all", "block1", *(m for m in compare.METHODS if m not in {"none", "all"}), *compare.SEARCHES]
+BLOCKS = ["block1", "block2", "block3", "head"]
+METHODS = ["none", "all", "block1", *(row for row in cifar10c.PROTOCOL.rows if row != "all")]
+FLIP = [*METHODS[:3], *BLOCKS[1:], *METHODS[3:]]
 YARDSTICKS = ["cross-val", "all"]
 PUBLISHED = {  # Lee et al. 2023, Table 4, CIFAR-C: percent, mean over 14 corruptions, of its ResNet-26
     "none": 52.6,
@@ -55,20 +60,47 @@ def by_seed(runs: Sequence[Sequence[Run]], name: str) -> list[float]:
     return [fmean(run.result[name] for run in same) for same in zip(*runs, strict=True)]
 
 
-def arguments(recipe: ModuleType, ledger: str, *words: str):
-    """What the recipe makes of a command line that asks for seeds 0 to 2 of the two larger rates from a ledger."""
-    grid = ["--seeds", "0", "1", "2", "--lr", "1e-3", "1e-4", "--head-lr", "1e-1", "1e-2"]
-    return recipe.parse_arguments(["--table", "--ledger", str(RESULTS / ledger), *grid, *words])
+def read(network: str, *words: str) -> tuple[argparse.Namespace, list[Run]]:
+    """What the recipe makes of a command line that asks for seeds 0 to 2 of the two larger rates; and all rows."""
+    grid = ["--model", network, "--seeds", "0", "1", "2", "--lr", "1e-3", "1e-4", "--head-lr", "1e-1", "1e-2"]
+    rows = RESULTS / "cifar10c.jsonl"
+    args = cifar10c.parse_arguments(["--table", "--rows", str(rows), "--tasks", *CORRUPTIONS, *grid, *words])
+    return args, Ledger(rows).runs()
+
+
+def comparison(network: str) -> str:
+    """All methods of one network on four corruptions."""
+    args, rows = read(network)
+    found = [method for method in METHODS if any(cell(args, rows, task, method, 1000) for task in args.tasks)]
+    return comparison_table(args, rows, found).markdown()
+
+
+def flip(network: str) -> str:
+    """All methods and blocks of one network on CIFAR-Flip."""
+    args, rows = read(network, "--tasks", "flip")
+    return comparison_table(args, rows, FLIP).markdown()
+
+
+def forgetting(network: str) -> str:
+    """Every block on four corruptions, and on clean images afterwards."""
+    args, rows = read(network)
+    return forgetting_table(args, rows, ["none", *BLOCKS, "all"]).markdown()
+
+
+def damaged() -> str:
+    """Noise on one block, each block tuned."""
+    rows = RESULTS / "synthetic.jsonl"
+    args = synthetic.parse_arguments(["--table", "--rows", str(rows), "--epochs", "3"])
+    return synthetic.table(args, Ledger(rows).runs()).markdown()
 
 
 def compare_means() -> str:
     """Every method with all its runs on both networks, its distance to cross-validation and to full tuning."""
     runs: dict[str, dict[str, list[list[Run]]]] = {}
     for network in NETWORKS:
-        args = arguments(compare, "compare.jsonl", "--network", network)
-        ledger, images = Ledger(args.ledger), args.tuning_images[-1]
+        args, rows = read(network)
         for method in METHODS:
-            found = [compare.reported(args, ledger, task, method, images) for task in CORRUPTIONS]
+            found = [cell(args, rows, task, method, 1000) for task in CORRUPTIONS]
             if all(found):
                 runs.setdefault(method, {})[network] = found
     both = {m: [cell for cells in by.values() for cell in cells] for m, by in runs.items() if len(by) == len(NETWORKS)}
@@ -98,10 +130,8 @@ def norm_policies(network: str = "resnet32", target: str = "block1") -> str:
     rates: dict[str, str] = {}
     for corruption in corruptions:
         for policy in POLICIES:  # the rate is the one chosen for the first
-            words = ["--network", network, "--norm-stats", policy]
-            words += ["--lr", rates[corruption]] if corruption in rates else []
-            args = arguments(cifar10c, "cifar10c.jsonl", *words)
-            runs = cifar10c.cell(args, corruption, target).reported(Ledger(args.ledger))
+            args, rows = read(network, *(["--lr", rates[corruption]] if corruption in rates else []))
+            runs = cell(args, rows, corruption, target, 1000, policy)
             rates.setdefault(corruption, str(runs[0].key["lr"]))
             columns[policy, corruption] = {name: by_seed([runs], name) for name in names}
     values = {p: [columns[p, c][name] for c in corruptions for name in names] for p in POLICIES}
@@ -121,11 +151,10 @@ def norm_policies(network: str = "resnet32", target: str = "block1") -> str:
 
 def moments(network: str = "resnet26") -> str:
     """Auto-RGN with Adam's moments kept, and with a new Adam every epoch as in the paper's reference code."""
-    args = arguments(compare, "compare.jsonl", "--network", network)
-    ledger, images = Ledger(args.ledger), args.tuning_images[-1]
+    args, rows = read(network)
     tests = {}
     for method in ("auto-rgn", "auto-rgn-reset"):
-        runs = [compare.reported(args, ledger, task, method, images) for task in CORRUPTIONS]
+        runs = [cell(args, rows, task, method, 1000) for task in CORRUPTIONS]
         tests[method] = [by_seed([run], "test") for run in runs] + [by_seed(runs, "test")]
     kept, reset = tests.values()
     lines = [[method, *map(plus_minus, columns)] for method, columns in tests.items()]
@@ -141,11 +170,10 @@ def moments(network: str = "resnet26") -> str:
 def by_images(network: str = "resnet26") -> str:
     """Accuracy by the number of images to tune on (paper, Figure 4)."""
     sizes = ["50", "100", "200", "500", "1000"]
-    args = arguments(compare, "compare.jsonl", "--network", network, "--tuning-images", *sizes)
-    ledger, lines = Ledger(args.ledger), []
+    (args, rows), lines = read(network, "--tuning-images", *sizes), []
     for task in CORRUPTIONS[:2]:
         for method in ("none", "block1", "all", "auto"):
-            runs = [compare.reported(args, ledger, task, method, images) for images in args.tuning_images]
+            runs = [cell(args, rows, task, method, images) for images in args.tuning_images]
             lines.append([task, method, *(plus_minus([run.result["test"] for run in some]) for some in runs)])
     caption = (
         f"{NETWORKS[network]}; test accuracy in percent by the number of images to tune on, 200 more to validate; mean "
@@ -177,7 +205,57 @@ def draw_means(file: Path) -> None:
     figure.savefig(file, dpi=110)
 
 
+def draw_images(file: Path, network: str = "resnet26") -> None:
+    """Upper: accuracy against tuning images (paper's Figure 4). Lower: rates of Auto-RGN by epoch (Figure 6)."""
+    from matplotlib.figure import Figure
+
+    args, rows = read(network, "--tuning-images", "50", "100", "200", "500", "1000")
+    tasks, methods = CORRUPTIONS[:2], ("none", "block1", "all", "auto")
+    figure = Figure(figsize=(5 * len(tasks), 7), layout="constrained")
+    axes = figure.subplots(2, len(tasks), squeeze=False)
+    for column, task in enumerate(tasks):
+        for place, method in enumerate(methods):
+            found = {n: cell(args, rows, task, method, n) for n in args.tuning_images}
+            points = {n: mean_interval([run.result["test"] for run in runs]) for n, runs in found.items()}
+            beside = 1.03 ** (place - len(methods) / 2)  # or equal ones would hide each other
+            values, halves = [100 * p.value for p in points.values()], [50 * (p.high - p.low) for p in points.values()]
+            axes[0, column].errorbar([n * beside for n in points], values, halves, marker=".", capsize=2, label=method)
+        axes[0, column].set(xscale="log", xlabel="tuning images", ylabel="test accuracy (%)", title=task)
+        axes[0, column].set_xticks(args.tuning_images, map(str, args.tuning_images), minor=False)
+        axes[0, column].set_xticks([], minor=True)
+        axes[0, column].legend()
+        run = cell(args, rows, task, "auto-rgn", 1000)[0]
+        for block in run.result["factors"][0]:
+            axes[1, column].plot([epoch[block] for epoch in run.result["factors"]], marker=".", label=block)
+        axes[1, column].set(xlabel="epoch", ylabel="factor of the rate", title=f"Auto-RGN, seed {run.key['seed']}")
+        axes[1, column].legend()
+    figure.savefig(file, dpi=120)
+
+
+def draw_blocks(network: str, file: Path) -> None:
+    """The bars of the paper's Figure 2: what to tune for which corruption."""
+    from matplotlib.figure import Figure
+
+    (args, rows), targets = read(network), ["none", *BLOCKS, "all"]
+    figure = Figure(figsize=(6 + len(args.tasks), 3.5), layout="constrained")
+    axes, width = figure.subplots(), 0.8 / len(targets)
+    for i, target in enumerate(targets):
+        found = [cell(args, rows, task, target, 1000) for task in args.tasks]
+        ends = [interval_of_runs([run.result["test"] for run in runs], runs[0].result["n"]) for runs in found]
+        places = [place + (i - (len(targets) - 1) / 2) * width for place in range(len(args.tasks))]
+        heights, halves = [100 * end.value for end in ends], [50 * (end.high - end.low) for end in ends]
+        axes.bar(places, heights, width, yerr=halves, label=target, color=f"C{i}", capsize=2)
+    axes.set_xticks(range(len(args.tasks)), [task.replace("_", "\n") for task in args.tasks])
+    axes.set(ylabel="test accuracy (%)", title=f"{network}: what to tune for which corruption")
+    axes.legend(title="tuned", loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(file, dpi=150)
+
+
 SUMMARIES = {
+    **{f"compare-{network}.md": functools.partial(comparison, network) for network in NETWORKS},
+    **{f"compare-flip-{network}.md": functools.partial(flip, network) for network in NETWORKS},
+    **{f"cifar10c-{network}.md": functools.partial(forgetting, network) for network in NETWORKS},
+    "synthetic-resnet26.md": damaged,
     "compare-means.md": compare_means,
     "compare-moments.md": moments,
     "compare-images.md": by_images,
@@ -188,3 +266,6 @@ if __name__ == "__main__":
     for name, summary in SUMMARIES.items():
         (RESULTS / name).write_text(summary(), encoding="utf-8")
     draw_means(RESULTS / "compare-means.png")
+    draw_images(RESULTS / "compare-images.png")
+    for name in NETWORKS:
+        draw_blocks(name, RESULTS / f"{name}.png")

@@ -29,7 +29,7 @@ from typing import Any
 
 from peft_surgical import SurgicalConfig
 from peft_surgical.adapters.adapter import read_adapter
-from peft_surgical.evaluation import ORACLE, Report
+from peft_surgical.evaluation import ORACLE, Report, measure
 from peft_surgical.hub.card_text import card_rows, moved_of
 from peft_surgical.hub.cards import About, card_of, draw_figure
 from peft_surgical.training.ledger import Ledger
@@ -37,6 +37,7 @@ from peft_surgical.training.ledger import Ledger
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
 from paper.cifar_networks import NETWORKS
+from paper.cifar_tables import SELECTION, cell
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -111,14 +112,29 @@ def digits() -> tuple[Report, list[Report], About]:
 def cifar10c() -> tuple[Report, list[Report], About]:
     """The adapter of the README's table for one corruption, from the committed ledger."""
     module = recipe("cifar10c")
-    grid = ["--network", NETWORK, "--lr", "1e-3", "1e-4", "--head-lr", "1e-1", "1e-2", "--seeds", "0", "1", "2"]
-    args = module.parse_arguments([*grid, "--table"])
-    ledger = Ledger(ROOT / "docs" / "results" / "cifar10c.jsonl")
+    grid = ["--model", NETWORK, "--lr", "1e-3", "1e-4", "--head-lr", "1e-1", "1e-2", "--seeds", "0", "1", "2"]
+    file = ROOT / "docs" / "results" / "cifar10c.jsonl"
+    args = module.parse_arguments([*grid, "--table", "--rows", str(file), "--tasks", CORRUPTION])
+    rows = Ledger(file).runs()
+    shifted = f"CIFAR-10-C {CORRUPTION}, severity {args.severity}"
 
     def report(target: str) -> Report:
-        found: Report = module.report(args, module.cell(args, CORRUPTION, target).reported(ledger))
-        settings = {name: value for name, value in found.settings.items() if name not in ("data", "adapters")}
-        return Report(found.model, found.target, found.measurements, {**settings, "recipe": "cifar10c.py"})
+        runs = cell(args, rows, CORRUPTION, target, args.tuning_images[-1])
+        key, seeds, n = runs[0].key, [run.key["seed"] for run in runs], runs[0].result["n"]
+        measurements = tuple(
+            measure(
+                "accuracy",
+                [run.result[name] for run in runs],
+                dataset=dataset,
+                n=n,
+                seeds=seeds,
+                selection="none" if target == "none" else SELECTION,
+            )
+            for name, dataset in (("test", shifted), ("clean", "clean"))
+        )
+        left_out = {"network", "method", "seed", "data", "task"}
+        settings = {name: value for name, value in key.items() if name not in left_out}
+        return Report(NETWORK, target, measurements, {**settings, "recipe": "cifar10c.py", "corruption": key["task"]})
 
     about = About(
         "me/cifar10-gaussian-noise",

@@ -42,10 +42,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from paper.cuts import HOSPITALS
 from paper.pretraining import SourceTraining
 from paper.protocol import Protocol, parser_of
-from paper.published import read_published
+from paper.published import HOSPITALS, read_published
 from paper.study import run_study
 from peft_surgical.errors import run_in_words
 from peft_surgical.training.fitting import FitSettings

@@ -1,323 +1,170 @@
-"""Which part of a network to tune for a corruption: surgical fine-tuning on CIFAR-10-C (Lee et al. 2023, Sec. 3.1).
+"""CIFAR-10-C (Hendrycks & Dietterich 2019): a small network meets noise, blur, weather and digital artefacts.
 
 ::
 
-    accelerate launch recipes/cifar10c.py --target block1 --corruption gaussian_noise --data PATH
+    python recipes/cifar10c.py --tasks gaussian_noise --target block1 --data FOLDER --models MODELS
 
-tunes block 1 of the ResNet-26 on 1,000 images with each of three learning rates, and shows the test accuracy of the one
-that validates best: 74.7 ± 2.9 % from 52.8 % over three seeds, 45 s per run on one CPU core. PATH is a folder of
-``<corruption>.parquet``, a folder of the published ``<corruption>.npy`` with ``labels.npy`` (then add ``--clean
-uoft-cs/cifar10``), or one parquet file; ``--models`` is the folder with the networks' weights.
+tunes block 1 of the ResNet-26 on 1,000 images under gaussian noise with each of three learning rates, and tests the one
+that validates best: 74.7 ± 2.9 % from 52.8 % over three seeds, 45 s per run on one CPU core. FOLDER holds
+``<corruption>.parquet``, or the published ``<corruption>.npy`` with ``labels.npy``; MODELS the networks' weights.
+Without ``--target`` and ``--method`` every row of the paper's Table 4 is run, on every corruption in FOLDER. Percent of
+the test images, mean over corruptions (paper: 14; measured: gaussian_noise, frost, zoom_blur, pixelate):
 
-The whole grid, by processes that share a ledger and can be killed and started again; then table and plot alone::
+    ========= ==== ==== =========== ========== ===== ===== ======== ======== ========= ==== ====
+    row       none all  first-last  last-first L1-SP L2-SP Auto-SNR Auto-RGN Cross-Val race auto
+    paper     52.6 79.9    80.5        78.8    81.7    -     80.9     81.4     82.8     -    -
+    ResNet-26 63.4 80.1    79.7        76.7    80.7  80.9    79.7     79.7     80.1    79.3 79.5
+    ========= ==== ==== =========== ========== ===== ===== ======== ======== ========= ==== ====
 
-    GRID="--network resnet32 --target none block1 block2 block3 head all --seeds 0 1 2 --data PATH --threads 1"
-    python recipes/cifar10c.py $GRID --shard 1/2 & python recipes/cifar10c.py $GRID --shard 2/2; wait
-    python recipes/cifar10c.py $GRID --table --markdown table.md
+Each network, task, number of images and norm policy is a study with a folder of its own. What their runs gave also goes
+into one file of rows, ``OUTPUT/rows.jsonl``, from which the tables are drawn::
 
-Protocol: 1,000 images to tune, 200 to validate, the others to test, drawn per class with each seed. Adam, constant
-learning rate, batch 64, 15 epochs; the epoch is chosen by validation accuracy, the learning rate by that of seed 0 (of
-equals the first listed) and kept for the other seeds. Every adapter is reloaded in a process that trained nothing, and
-its logits must be the same to the last bit. Departures from the paper: 200 images to validate instead of 100; weight
-decay acts on the delta, so it pulls towards the pretrained weights (L2-SP), where the paper's pulls towards zero.
+    ... --tasks gaussian_noise flip --model resnet32             # flip: label y becomes 9 - y; a ResNet with BatchNorm
+    ... --tuning-images 50 100 200 500 1000                      # the paper's Figure 4
+    ... --norm-stats frozen target all --forgetting              # also on the test images without the corruption
+    ... --table --rows docs/results/cifar10c.jsonl --lr 1e-3 1e-4 --head-lr 1e-1 1e-2 --markdown table.md  # no training
+
+Protocol (paper, Sec. 3.1): Adam, batch 64, 15 epochs, constant rate, three rates. 1,000 images tune, 200 validate, the
+others test, drawn per class with each seed. The epoch is chosen by validation accuracy, the rate by that of seed 0 (of
+equals the first listed). ``cross-val`` picks the best of none, every block and all on each seed's validation images,
+``race`` does so by successive halving with learning rates included, ``auto`` by a race among all, the head and the two
+blocks with the highest RGN. Cost is in training steps of 64 images, of searches in those of all their runs. Departures
+from the paper: 200 images to validate instead of 100; weight decay pulls towards the pretrained weights; the penalties
+and Auto-SNR have one strength or threshold each. The measured rows have two rates, without 1e-5 (head: 1e-3).
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import hashlib
-import json
-import multiprocessing
-import os
+import itertools
+import shutil
 import sys
-import time
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from importlib.metadata import version
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-import torch
-from peft import PeftModel
-from torch import Tensor
-
 from accelerate import PartialState
-from paper.cifar import Images, corruptions_in, read_once, split
-from paper.cifar_networks import load_network, normalise
-from paper.grids import Cell, grid_parser, parse_grid, shard
-from peft_surgical.errors import DataError, run_in_words
-from peft_surgical.evaluation import Report, TextTable, accuracy, interval_of_runs, measure, plus_minus, predict_logits
-from peft_surgical.training.fitting import FitSettings, fit
+from paper.cifar_networks import open_network
+from paper.cifar_tables import CROSS_VALIDATED, comparison_table, forgetting_table, settings_of
+from paper.cifar_tasks import read_cifar, tasks_in
+from paper.findings import source_accuracy
+from paper.protocol import TABLE_4, Protocol, parser_of, rows_of
+from paper.rows import write_rows
+from paper.study import run_study
+from peft_surgical.errors import ConfigError, run_in_words
+from peft_surgical.experiment.experiment import Experiment
+from peft_surgical.training.fitting import FitSettings
 from peft_surgical.training.ledger import Ledger, Run
-from peft_surgical.training.trainer import file_name
+from peft_surgical.training.search import NONE
 
-LEARNING_RATES, HEAD_LEARNING_RATES = [1e-3, 1e-4, 1e-5], [1e-1, 1e-2, 1e-3]  # the paper's
-SELECTION = "learning rate by validation accuracy of seed 0, epoch by validation accuracy of each run"
-# A fresh interpreter, not a fork: what it reloads cannot come from this process's memory.
-RELOADER = functools.cache(lambda: ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")))
-
-
-def device_of(args: argparse.Namespace) -> torch.device:
-    return PartialState(cpu=args.cpu).device  # the one that Trainer takes
-
-
-def tune(args: argparse.Namespace, key: dict[str, Any], tuning: Images, validation: Images):
-    """Train one adapter; returns the model at its best epoch, that epoch, and the validation accuracy of each epoch."""
-
-    def rows(images: Images) -> list[dict[str, Tensor]]:
-        inputs = normalise(images.pixels, args.network)
-        return [{"pixel_values": x, "labels": y} for x, y in zip(inputs, images.labels, strict=True)]
-
-    settings = FitSettings(
-        key["lr"],
-        epochs=args.epochs,
-        batch_size=args.batch_size,
-        weight_decay=args.weight_decay,
-        seed=key["seed"],
-        use_cpu=args.cpu,
-    )
-    config = {"norm_stats": args.norm_stats, "delta_dtype": args.delta_dtype}
-    network = load_network(args.network, args.models)
-    found = fit(network, key["target"], rows(tuning), rows(validation), settings, config=config)
-    return found.model, found.best_epoch, list(found.curve)
-
-
-@functools.lru_cache(maxsize=2)
-def predicted_before(
-    network: str, models: str | None, place: str, corruption: str, severity: int, device: torch.device
-):
-    """What the base predicts for all images: the same for every run on them."""
-    images, _ = read_once(place, corruption, severity)
-    return predict_logits(load_network(network, models).to(device), normalise(images.pixels, network)).argmax(1)
-
-
-def run(args: argparse.Namespace, key: dict[str, Any]) -> dict[str, Any]:
-    """Train (unless the target is none), evaluate, save, reload elsewhere and compare; compare with the base."""
-    start = time.perf_counter()
-    images, _ = read_once(args.data, key["corruption"], args.severity)
-    parts = split(images.labels, key["seed"], args.tuning_images, args.validation_images)
-    tuning, validation, test = (Images(images.pixels[rows], images.labels[rows]) for rows in parts)
-    places, pixels = {"test": (args.data, key["corruption"], args.severity)}, {"test": test.pixels}
-    if args.clean:
-        places["clean"] = (args.clean, "clean", args.severity)
-        clean, _ = read_once(*places["clean"])
-        if not torch.equal(clean.labels, images.labels):
-            raise DataError(f"{args.clean} does not hold the same rows as {args.data}: pass the matching --clean")
-        pixels["clean"] = clean.pixels[parts.test]
-
-    result: dict[str, Any] = {"n": len(test.labels)}
-    for name, place in places.items():
-        before = predicted_before(args.network, args.models, *place, device_of(args))[parts.test]
-        result[f"{name}_before"] = result[name] = accuracy(before, test.labels)
-    if key["target"] != "none":
-        model, epoch, curve = tune(args, key, tuning, validation)
-        logits = {name: predict_logits(model, normalise(x, args.network)) for name, x in pixels.items()}
-        result |= {name: accuracy(after, test.labels) for name, after in logits.items()}
-        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:8]
-        words = [args.network, key["corruption"], key["target"], f"{key['lr']:g}", f"seed{key['seed']}", digest]
-        folder = Path(args.output, "adapters", file_name("-".join(words)))
-        model.save_pretrained(folder)
-        check_reload(args, folder, pixels, logits)
-        result |= {
-            "validation": max(curve),
-            "epoch": epoch,
-            "curve": curve,
-            "adapter": folder.name,
-            "reload": "bit-equal in a new process",
-        }
-        result["bytes"] = Path(folder, "adapter_model.safetensors").stat().st_size
-        result["trainable"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    result["seconds"] = round(time.perf_counter() - start, 1)
-    result["versions"] = {name: version(name) for name in ("peft-surgical", "peft", "torch", "transformers")}
-    text = ", ".join(f"{name} {100 * result[f'{name}_before']:.1f} -> {100 * result[name]:.1f} %" for name in places)
-    said = f"{key['corruption']} {key['target']} lr={key['lr']} seed={key['seed']}: {text}"
-    print(f"{said}, {result['seconds']:.0f} s", flush=True)
-    return result
-
-
-def reload_logits(args: argparse.Namespace, folder: str, threads: int, sets: list[Any]) -> list[Any]:
-    """Logits of base and adapter as they are on disk; runs in the process of RELOADER."""
-    torch.set_num_threads(threads)
-    model = PeftModel.from_pretrained(load_network(args.network, args.models), folder).to(device_of(args))
-    return [predict_logits(model, normalise(torch.from_numpy(pixels), args.network)).numpy() for pixels in sets]
-
-
-def check_reload(args: argparse.Namespace, folder: Path, sets: dict[str, Tensor], logits: dict[str, Tensor]) -> None:
-    """Raise unless the adapter on disk gives exactly these logits in another process."""
-    arrays = [pixels.numpy() for pixels in sets.values()]
-    found = RELOADER().submit(reload_logits, args, str(folder), torch.get_num_threads(), arrays).result()
-    for name, again in zip(logits, map(torch.from_numpy, found), strict=True):
-        if not torch.equal(logits[name], again):
-            changed = int((logits[name].argmax(1) != again.argmax(1)).sum())
-            raise RuntimeError(
-                f"{folder} does not reload to what was evaluated: on {name}, logits differ by up to "
-                f"{(logits[name] - again).abs().max():.3g} and {changed} of {len(again)} predictions change"
-            )
-
-
-def cell(args: argparse.Namespace, corruption: str, target: str) -> Cell:
-    """The runs of one corruption and one target. Without data, of whatever data the ledger was filled from."""
-    settings = {"recipe": "cifar10c", "network": args.network, "corruption": corruption, "severity": args.severity}
-    settings |= {"target": target, "tuning_images": args.tuning_images, "validation_images": args.validation_images}
-    if args.data:
-        settings["data"] = read_once(args.data, corruption, args.severity)[1]
-    if target == "none":
-        return Cell(settings, (None,), tuple(args.seeds))
-    settings |= {"norm_stats": args.norm_stats, "delta_dtype": args.delta_dtype, "epochs": args.epochs}
-    settings |= {"batch_size": args.batch_size, "weight_decay": args.weight_decay}
-    head = target in {"head", "last"}  # the paper's rates are larger there
-    rates = (args.head_lr or HEAD_LEARNING_RATES) if head else (args.lr or LEARNING_RATES)
-    return Cell(settings, tuple(rates), tuple(args.seeds))
-
-
-def report(args: argparse.Namespace, runs: list[Run]) -> Report:
-    """The numbers of one cell, over its seeds."""
-    key, n, seeds = runs[0].key, runs[0].result["n"], [run.key["seed"] for run in runs]
-    shifted = f"CIFAR-10-C {key['corruption']}, severity {key['severity']}"
-    sets = {
-        "test": shifted,
-        "test_before": f"{shifted}, before tuning",
-        "clean": "clean",
-        "clean_before": "clean, before tuning",
-    }
-    measurements = tuple(
-        measure(
-            "accuracy",
-            [run.result[name] for run in runs],
-            dataset=dataset,
-            n=n,
-            seeds=seeds,
-            selection="none" if key["target"] == "none" or name.endswith("before") else SELECTION,
-        )
-        for name, dataset in sets.items()
-        if name in runs[0].result
-    )
-    settings = {name: value for name, value in key.items() if name not in {"network", "target", "seed"}}
-    adapters = [run.result["adapter"] for run in runs if "adapter" in run.result]
-    return Report(args.network, key["target"], measurements, settings | {"adapters": adapters})
-
-
-def fill(args: argparse.Namespace, ledger: Ledger, one: Cell) -> None:
-    """Run what is missing of a cell, and write its report, which names the chosen adapters."""
-    runs = one.fill(ledger, functools.partial(run, args))
-    folder = Path(args.output, "reports")
-    folder.mkdir(parents=True, exist_ok=True)
-    name = "-".join(one.settings[k] for k in ("network", "corruption", "target"))
-    report(args, runs).save(folder / f"{file_name(name)}.json")
-
-
-def show(args: argparse.Namespace, ledger: Ledger) -> None:
-    """The table of all complete cells, on the terminal and as Markdown, and the bars of the paper's Figure 2."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    header = ["target", *args.corruption, "mean", "clean, mean"]
-    lines, bars, counts = [], {}, set()
-    for target in args.target:
-        done = {c: runs for c in args.corruption if (runs := cell(args, c, target).reported(ledger))}
-        tests = {c: ([r.result["test"] for r in runs], runs[0].result["n"]) for c, runs in done.items()}
-        counts |= {n for _, n in tests.values()}
-        texts = {c: plus_minus(*test) for c, test in tests.items()}
-        if len(done) == len(args.corruption):  # a mean over some of the corruptions would not compare
-            for name, column in (("test", "mean"), ("clean", "clean, mean")):
-                if all(name in r.result for runs in done.values() for r in runs):
-                    means = [fmean(r.result[name] for r in same) for same in zip(*done.values(), strict=True)]
-                    texts[column] = plus_minus(means)  # of one seed: of the same photographs, so there is no honest n
-        lines.append([target, *(texts.get(column, "-") for column in header[1:])])
-        bars[target] = {c: interval_of_runs(*test) for c, test in tests.items()}
-
-    kind = "Wilson's over test images" if len(args.seeds) == 1 else "Student's t over seeds, whose test sets overlap"
-    caption = (
-        f"{args.network}, CIFAR-10-C severity {args.severity}, norm_stats={args.norm_stats}. Test accuracy in percent, "
-        f"mean ± half the 95% interval ({kind}); seeds {', '.join(map(str, args.seeds))}; "
-        f"n = {', '.join(map(str, sorted(counts))) or 'none'} test images per seed. Selection: {SELECTION}; no test "
-        "image had a say. Clean: the same test images without the corruption, after tuning, mean over corruptions."
-    )
-    table = TextTable(header, lines, caption)
-    table.show()
-    if args.markdown:
-        table.save(args.markdown)
-
-    if not counts:
-        print(f"no cell is complete in {ledger.file}: nothing to plot yet")
-        return
-    figure, axes = pyplot.subplots(figsize=(3 + len(header), 3.5), layout="constrained")
-    width = 0.8 / len(bars)
-    for i, (target, values) in enumerate(bars.items()):
-        places = [header[1:-1].index(c) + (i - (len(bars) - 1) / 2) * width for c in values]
-        if not values:
-            continue
-        heights = [100 * interval.value for interval in values.values()]
-        halves = [50 * (interval.high - interval.low) for interval in values.values()]
-        axes.bar(places, heights, width, yerr=halves, label=target, color=f"C{i}", capsize=2)
-    axes.set_xticks(range(len(header) - 2), [c.replace("_", "\n") for c in header[1:-1]])
-    axes.set(ylabel="test accuracy (%)", title=f"{args.network}: what to tune for which corruption")
-    axes.legend(title="tuned", loc="center left", bbox_to_anchor=(1, 0.5))
-    Path(args.output).mkdir(parents=True, exist_ok=True)
-    figure.savefig(Path(args.output, f"{args.network}.png"), dpi=150)
-    pyplot.close(figure)
+PROTOCOL = Protocol(
+    name="CIFAR-10-C",
+    data=None,
+    layouts="a folder of <corruption>.parquet or of the published <corruption>.npy, or one parquet file",
+    model="resnet26",
+    rows=("all", *TABLE_4[2:5], "l2-sp", *TABLE_4[5:], "race", "auto"),
+    lrs=(1e-3, 1e-4, 1e-5),
+    head_lrs=(1e-1, 1e-2, 1e-3),
+    fitting=FitSettings(lr=1e-3, epochs=15, batch_size=64, optimizer="adam", weight_decay=1e-4),
+    # "full" is the target all.
+    published=dict(zip(("none", "all", *TABLE_4[2:]), (52.6, 79.9, 80.5, 78.8, 81.7, 80.9, 81.4, 82.8), strict=True)),
+    reference="paper, Table 4 and appendix",
+    chosen=("scheduler",),
+)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    data = "folder of .parquet or of .npy files, or one parquet file"
-    parser = grid_parser(__doc__, output="outputs/cifar10c", data=data, seeds=(0,))
+    parser = parser_of(PROTOCOL, __doc__)
     add = parser.add_argument
-    add(
-        "--clean",
-        help="the uncorrupted images, a file or a Hub id (default: clean.parquet or clean.npy beside the data)",
-    )
-    add("--corruption", nargs="+", help="default: all in the folder, or with --table alone in the ledger")
+    add("--data", metavar="PATH", help=f"{PROTOCOL.layouts}; needed to train")
+    add("--clean", metavar="PATH", help="the images without corruption; default: clean.parquet or clean.npy in --data")
+    add("--models", metavar="FOLDER", help="with the networks' weights; default: PEFT_SURGICAL_SHARED")
+    add("--tasks", nargs="+", metavar="T", help="corruptions, and flip for CIFAR-Flip; default: those in --data")
     add("--severity", type=int, default=5, choices=range(1, 6), help="of .npy files; a parquet file holds one")
-    add("--target", nargs="+", default=["block1"], help="none, block1, block2, block3, head, all, or any target text")
-    add("--norm-stats", choices=["frozen", "target", "all"], default="frozen")
-    add("--delta-dtype", choices=["float32", "bfloat16", "float16"], help="dtype of the saved deltas")
-    add("--lr", type=float, nargs="+", help="candidates for all targets but head (default 1e-3 1e-4 1e-5)")
-    add("--head-lr", type=float, nargs="+", help="candidates for head (default 1e-1 1e-2 1e-3)")
-    add("--tuning-images", type=int, default=1000, help="over all classes (default 1000)")
-    add("--validation-images", type=int, default=200, help="over all classes (default 200)")
-    add("--epochs", type=int, default=15)
-    add("--batch-size", type=int, default=64)
-    add("--weight-decay", type=float, default=1e-4, help="acts on the delta: L2-SP")
-    add("--cpu", action="store_true", help="leave an accelerator alone")
-    add("--dry-run", action="store_true", help="list the cells and what is finished, train nothing")
-    args = parse_grid(parser, argv)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        parser.error("one run is too small to be split over processes: start a process for each --shard i/n instead")
+    add("--tuning-images", type=int, nargs="+", default=[1000], metavar="N", help="default: 1000 (paper)")
+    add("--validation-images", type=int, default=200, metavar="N", help="default: 200 (chosen here)")
+    policies = ("frozen", "target", "all")
+    add("--norm-stats", nargs="+", choices=policies, default=["frozen"], help="default: frozen")
+    add("--rows", metavar="FILE", help="results from which tables are drawn; default: OUTPUT/rows.jsonl")
+    add(
+        "--table",
+        action="store_true",
+        help="draw the table from the rows, train nothing; with --forgetting that of clean images",
+    )
+    add("--markdown", metavar="FILE", help="also write the table to this file")
+    args = parser.parse_args(argv)
+    if not args.data and not args.table:
+        parser.error("--data is needed to train; without it --table draws what the rows hold")
+    if args.push_to_hub:
+        parser.error("--push-to-hub: the base of these adapters cannot be opened by its name; leave it out")
+    args.rows = Path(args.rows or Path(args.output, "rows.jsonl"))
+    if args.tasks is None:
+        there = {run.key["task"]: None for run in Ledger(args.rows) if run.key["network"] == args.model}
+        args.tasks = tasks_in(args.data) if args.data else list(there)
+    beside = [Path(args.data or "", f"clean{ending}") for ending in (".parquet", ".npy")]
+    args.clean = args.clean or next((str(args.data) for file in beside if args.data and file.is_file()), None)
     return args
+
+
+def study(args: argparse.Namespace, rows: Ledger, task: str, images: int, norm_stats: str) -> None:
+    """One network on one task: trains what is missing, and writes its rows."""
+    methods = [name for name in rows_of(PROTOCOL, args.target, args.method) if name != "cross-val"]
+    if "cross-val" in rows_of(PROTOCOL, args.target, args.method):
+        methods = list(dict.fromkeys([*methods, *CROSS_VALIDATED]))
+    clean = args.clean if args.forgetting else None
+    if args.forgetting and (clean is None or task == "flip"):
+        raise ConfigError(f"--forgetting: there are no clean images for {task} here; give --clean, or leave it out")
+    folder = Path(args.output, args.model, task, f"{images}-{norm_stats}")
+    own = {"target": methods, "method": [], "tuning_images": images, "norm_stats": norm_stats, "output": str(folder)}
+    protocol = replace(PROTOCOL, name=f"CIFAR-10-C {task}", published={})
+
+    def measured(experiment: Experiment, run: Run) -> dict[str, Any]:
+        """What a row says beyond what the study measures; keeps the adapter of the run."""
+        seed = run.key["seed"]
+        found: dict[str, Any] = {"n": len(experiment.rows("test", seed))}
+        network: Any = experiment.base(seed).model
+        if run.key["method"] != NONE:
+            adapter = experiment.adapter(run.key)
+            if not adapter.is_dir():  # the study was over, and has been tidied up
+                experiment.train(run.key)
+            found["adapter"] = f"{args.model}-{task}-{experiment.digest(run.key)}"
+            shutil.copytree(adapter, Path(args.output, "adapters", found["adapter"]), dirs_exist_ok=True)
+            network = experiment.load(adapter, network)
+        if clean is not None:
+            found["clean"], _ = source_accuracy(protocol, experiment, network, seed)
+        return found
+
+    def export(experiment: Experiment, found: Mapping[str, list[Run]]) -> None:
+        settings = functools.partial(settings_of, args, task, images=images, norm_stats=norm_stats)
+        write_rows(rows, experiment, found, settings, functools.partial(measured, experiment))
+
+    sizes = {"tuning": images, "validation": args.validation_images, "severity": args.severity}
+    run_study(
+        protocol,
+        argparse.Namespace(**{**vars(args), **own}),
+        lambda seed: read_cifar(task, args.data, clean=clean, seed=seed, **sizes),
+        opener=functools.partial(open_network, args.models),
+        export=export,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
-    ledger = Ledger(args.ledger)
-    found = {run.key["corruption"] for run in ledger.runs(recipe="cifar10c", network=args.network)}
-    if args.data:
-        folder = Path(args.data) if Path(args.data).is_dir() else Path(args.data).parent
-        there = corruptions_in(folder) if folder.is_dir() else []
-        found = set(there) - {"clean"} if folder == Path(args.data) else {Path(args.data).stem}
-        if args.corruption and folder != Path(args.data) and set(args.corruption) != found:
-            raise DataError(
-                f"{args.data} holds {', '.join(found)} only: pass the folder to have {', '.join(args.corruption)}"
-            )
-        args.clean = args.clean or (str(folder) if "clean" in there else None)
-    args.corruption = args.corruption or sorted(found)
-    cells = shard(
-        [cell(args, corruption, target) for corruption in args.corruption for target in args.target], *args.shard
-    )
-    for one in [] if args.table else cells:
+    rows = Ledger(args.rows)
+    studies = list(itertools.product(args.tasks, args.tuning_images, args.norm_stats))
+    for task, images, norm_stats in () if args.table else studies:
+        study(args, rows, task, images, norm_stats)
         if args.dry_run:
-            done, most = len(ledger.runs(**one.settings)), len(one.candidates) + len(set(one.seeds) - {0})
-            print(f"{one.settings['corruption']} {one.settings['target']}: {done} runs finished, {most} in all")
-        else:
-            fill(args, ledger, one)
-    if RELOADER.cache_info().currsize:
-        RELOADER().shutdown()
-        RELOADER.cache_clear()
-    if not args.dry_run:
-        show(args, ledger)
+            PartialState().print(f"\nand so for each of {len(studies)} tasks, numbers of images and norm policies")
+            return
+    if args.table or PartialState().is_main_process:
+        methods = rows_of(PROTOCOL, args.target, args.method)
+        table = (forgetting_table if args.forgetting else comparison_table)(args, rows.runs(), methods)
+        table.show()
+        if args.markdown:
+            table.save(args.markdown)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ finds the last layer best. Percent of the test images:
     ============ ====== ====== =========== ========== ===== ======== ======== ========= ====
 
 The paper's row is its Table 4. The others are measured: docs/results/compare-flip-resnet26.md and
-compare-flip-resnet32.md, with intervals, by ``recipes/compare.py`` on 2,000 of the images, 800 of them to test, two
+compare-flip-resnet32.md, with intervals, by ``recipes/cifar10c.py`` on 2,000 of the images, 800 of them to test, two
 rates instead of three, and as Cross-Val the best of every block, none and all. There the head alone gives 89.7 and
 91.2, block1 17.3 (ResNet-26) and 22.3 (ResNet-32).
 
@@ -25,7 +25,7 @@ FOLDER holds ``cifar10_rn26_gn/model.safetensors`` and ``cifar10_resnet32_bn/mod
 any other network that tells CIFAR-10's classes apart.
 
 Protocol (paper, Sec. 3.1): Adam, batch 64, 15 epochs, constant rate, three rates, weight decay 1e-4, here towards the
-pretrained weights; split and seeds as in ``recipes/compare.py``.
+pretrained weights; split and seeds as in ``recipes/cifar10c.py``.
 """
 
 from __future__ import annotations
@@ -33,56 +33,27 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Sequence
-from typing import Any
 
-import numpy as np
-import torch
-
-from paper.cifar_networks import NETWORKS, load_network, normalise
-from paper.flipped import CLASSES, HUB_ID, read_cifar_flip
-from paper.protocol import Protocol, parser_of
+from paper.cifar_networks import open_network
+from paper.cifar_tasks import CIFAR10_HUB_ID, read_cifar
+from paper.protocol import TABLE_4, Protocol, parser_of
 from paper.study import run_study
-from peft_surgical.bases import Base, load_base
-from peft_surgical.errors import ConfigError, run_in_words
+from peft_surgical.errors import run_in_words
 from peft_surgical.training.fitting import FitSettings
 
 PROTOCOL = Protocol(
     name="CIFAR-Flip",
-    data=HUB_ID,
+    data=CIFAR10_HUB_ID,
     layouts="a parquet file, a folder with clean.parquet or cifar-10-batches-bin, or a Hub id",
     model="resnet26",
-    rows=("full", "gradual-first-last", "gradual-last-first", "l1-sp", "auto-snr", "auto-rgn", "cross-val", "auto"),
+    rows=(*TABLE_4[1:], "auto"),
     lrs=(1e-3, 1e-4, 1e-5),
     head_lrs=(1e-1, 1e-2, 1e-3),
     fitting=FitSettings(lr=1e-3, epochs=15, batch_size=64, optimizer="adam", weight_decay=1e-4),
-    published={
-        "none": 0.0,
-        "full": 85.9,
-        "gradual-first-last": 81.9,
-        "gradual-last-first": 84.3,
-        "l1-sp": 84.2,
-        "auto-snr": 17.3,
-        "auto-rgn": 87.7,
-        "cross-val": 93.8,
-    },
+    published=dict(zip(TABLE_4, (0.0, 85.9, 81.9, 84.3, 84.2, 17.3, 87.7, 93.8), strict=True)),
     reference="paper, Table 4 and appendix",
     chosen=("scheduler",),
 )
-
-
-def to_input(network: str, image: Any) -> torch.Tensor:
-    return normalise(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None], network)[0]
-
-
-def open_network(models: str | None, name: str, *, weights: str = "pretrained", **how: Any) -> Base:
-    """A network of `paper.cifar_networks`, or any other, which `load_base` opens."""
-    if name not in NETWORKS:
-        return load_base(name, weights=weights, **how)
-    if how.get("augment", "none") != "none":
-        raise ConfigError(f"--augment {how['augment']}: {name} takes its 32 x 32 images as they are, choose none")
-    network = load_network(name, models) if weights == "pretrained" else NETWORKS[name].build().eval()
-    transform = functools.partial(to_input, name)
-    return Base(network, name, "cifar", len(CLASSES), CLASSES, transform, transform, head_is_new=False)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -95,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run_study(
         PROTOCOL,
         args,
-        lambda seed: read_cifar_flip(args.data, seed=seed, **sizes),
+        lambda seed: read_cifar("flip", args.data, seed=seed, **sizes),
         opener=functools.partial(open_network, args.models),
     )
 

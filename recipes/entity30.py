@@ -13,70 +13,26 @@ saves the source step::
 
     accelerate launch recipes/entity30.py --data imagenet --hierarchy modified --source-checkpoint PATH_OR_ID --seeds 0
 
-Protocol (paper, Sec. 3.1 and its appendix): the head alone for 3 epochs on the source, then everything for 2 (LP-FT);
-on the target 50 images of each superclass, 15 epochs, three rates, of which validation chooses, no weight decay.
-Chosen here, since it could not be looked up: the network; Adam, rate, batch and random crops of the source step; Adam
-and batch 64 on the target; that the target's images are ImageNet training images of all its classes together, and that
-as many validate; that the test images, and those of the source for ``--forgetting``, are ImageNet's validation images.
-Departures: the head has the other tensors' rates. A network that was trained on ImageNet's labels has seen the target's
-images with theirs, which makes the shift milder; ``--model vit_base_patch16_224.dino`` is one that was trained without.
+Protocol, what is chosen here and what departs from the paper: as in ``recipes/living17.py``, whose rates and source
+step these are.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
-from paper.pretraining import SourceTraining
-from paper.protocol import Protocol, parser_of
-from paper.study import run_study
-from paper.subpopulations import imagenet_parts, read_breeds
+import living17
+from paper.protocol import TABLE_4
 from peft_surgical.errors import run_in_words
-from peft_surgical.training.fitting import FitSettings
 
-PROTOCOL = Protocol(
-    name="Entity-30",
-    data=None,
-    layouts="the folder of ImageNet: train/ and val/, each with a folder for every class (n01440764, ...)",
-    model="resnet50.tv_in1k",
-    rows=("full", "gradual-first-last", "gradual-last-first", "l1-sp", "auto-snr", "auto-rgn", "cross-val", "auto"),
-    lrs=(5e-4, 1e-4, 1e-5),
-    head_lrs=(5e-4, 1e-4, 1e-5),
-    fitting=FitSettings(lr=1e-4, epochs=15, batch_size=64, optimizer="adam", weight_decay=0.0),
-    source=SourceTraining(
-        FitSettings(lr=1e-4, epochs=5, batch_size=64, optimizer="adam", weight_decay=0.0),
-        method="lp-ft",
-        options={"share": 0.6},
-        augment="crop",
-        reference="3 for the head and 2 for all: the paper; the rest is chosen here",
-    ),
-    published={
-        "none": 58.6,
-        "full": 79.3,
-        "gradual-first-last": 69.9,
-        "gradual-last-first": 77.8,
-        "l1-sp": 78.4,
-        "auto-snr": 77.3,
-        "auto-rgn": 80.6,
-        "cross-val": 81.2,
-    },
-    reference="paper, Table 4 and appendix; optimizer and batch chosen here",
-)
+PUBLISHED = dict(zip(TABLE_4, (58.6, 79.3, 69.9, 77.8, 78.4, 77.3, 80.6, 81.2), strict=True))
+PROTOCOL = replace(living17.PROTOCOL, name="Entity-30", published=PUBLISHED)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = parser_of(PROTOCOL, __doc__)
-    parser.add_argument(
-        "--hierarchy",
-        required=True,
-        metavar="DIR",
-        help="the hierarchy files: imagenet_class_hierarchy/modified of github.com/MadryLab/BREEDS-Benchmarks",
-    )
-    args = parser.parse_args(argv)
-    train, val = imagenet_parts(args.data)
-    places = {"hierarchy": args.hierarchy, "train": train, "val": val}
-    sizes = {"tuning": args.tuning_images, "validation": args.validation_images}
-    run_study(PROTOCOL, args, lambda seed: read_breeds("entity30", **places, seed=seed, **sizes))
+    living17.main(argv, PROTOCOL, "entity30", __doc__)
 
 
 if __name__ == "__main__":

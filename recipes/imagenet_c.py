@@ -35,8 +35,8 @@ from pathlib import Path
 
 from accelerate import PartialState
 from paper.corruptions import CORRUPTIONS, SEVERITIES, check_cells, open_classifier, read_imagenet_c
-from paper.over_corruptions import Cells, summary_of, table_of
-from paper.protocol import Protocol, parser_of
+from paper.over_corruptions import Cells, corruption_table, summary_of
+from paper.protocol import TABLE_4, Protocol, parser_of
 from paper.study import run_study
 from peft_surgical.errors import ConfigError, run_in_words
 from peft_surgical.evaluation import Report
@@ -48,20 +48,11 @@ PROTOCOL = Protocol(
     data=None,
     layouts="the folder of ImageNet-C, <corruption>/<1-5>/<WordNet id>/*.JPEG, or the Hub id WNJXYK/TTA-ImageNet-C",
     model="resnet50.tv_in1k",
-    rows=("full", "gradual-first-last", "gradual-last-first", "l1-sp", "auto-snr", "auto-rgn", "cross-val", "auto"),
+    rows=(*TABLE_4[1:], "auto"),
     lrs=(1e-3, 1e-4, 1e-5),
     head_lrs=(1e-3, 1e-4, 1e-5),
     fitting=FitSettings(lr=1e-3, epochs=10, batch_size=64, optimizer="adam", weight_decay=1e-4),
-    published={
-        "none": 18.2,
-        "full": 50.7,
-        "gradual-first-last": 50.7,
-        "gradual-last-first": 49.8,
-        "l1-sp": 48.8,
-        "auto-snr": 49.9,
-        "auto-rgn": 51.2,
-        "cross-val": 51.6,
-    },
+    published=dict(zip(TABLE_4, (18.2, 50.7, 50.7, 49.8, 48.8, 49.9, 51.2, 51.6), strict=True)),
     reference="paper, Table 4 and appendix; batch: its reference code",
 )
 PUBLISHED_MCE = {"none": 76.7, "full": 62.8, "auto-rgn": 61.9, "cross-val": 61.7}
@@ -93,7 +84,7 @@ def write(folder: Path, cells: Cells) -> Report:
     """The summary over all cells, as report, table and figure."""
     summary = summary_of(cells)
     summary.save(folder / "report.json")
-    text = table_of(summary, PROTOCOL.published, PUBLISHED_MCE)
+    text = corruption_table(summary, PROTOCOL.published, PUBLISHED_MCE)
     (folder / "table.md").write_text(text, encoding="utf-8")
     severity = max(summary.settings["severities"])
     shown = [one for one in summary if f"severity {severity}," in one.dataset]

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def script(*path: str) -> ModuleType:
-    """The script at this path below the project's root, such as ``("recipes", "compare.py")``; new with every call."""
+    """The script at this path below the project's root, such as ``("recipes", "cifar10c.py")``; new with every call."""
     file = ROOT.joinpath(*path)
     spec = importlib.util.spec_from_file_location(f"script_{file.parent.name}_{file.stem}", file)
     module = importlib.util.module_from_spec(spec)

@@ -208,7 +208,7 @@ def test_delta_dtype_reads_what_the_recipe_leaves(tmp_path):
     data.parent.mkdir()
     datasets.Dataset.from_dict(rows, features=features).to_parquet(data)
 
-    folder, there = tmp_path / "run", ["--data", data.parent, "--models", tmp_path, "--threads", "1"]
+    folder, there = tmp_path / "run", ["--data", data.parent, "--models", tmp_path]
     recipe = [sys.executable, ROOT / "recipes" / "cifar10c.py", *there, "--output", folder, "--cpu", "--epochs", "1"]
     recipe += ["--tuning-images", "20", "--validation-images", "10", "--batch-size", "10", "--seeds", "0", "1"]
     recipe += ["--target", "block1", "--lr", "1e-2", "1e-3"]

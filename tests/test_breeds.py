@@ -1,7 +1,6 @@
 """BREEDS: a miniature hierarchy worked by hand, Living-17 as published, and ImageNet's folders without an image."""
 
 import json
-from collections import Counter
 
 import pytest
 
@@ -16,7 +15,7 @@ from paper.breeds import (
     draw_superclasses,
     read_hierarchy,
 )
-from paper.imagenet_files import imagenet_files
+from paper.subpopulations import imagenet_files
 from peft_surgical.errors import DataError
 
 CLASSES = [[number, f"n0000010{number}", f"class {number}, alias"] for number in range(9)]
@@ -181,10 +180,6 @@ def test_living17_is_the_published_split(living17_folder):
     assert [(one.wnid, one.name) for one in found.superclasses] == list(LIVING17)
     assert indices(found.superclasses, "source") == [source for _, _, source, _ in LIVING17.values()]
     assert indices(found.superclasses, "target") == [target for _, _, _, target in LIVING17.values()]
-    assert str(found).splitlines()[:2] == [
-        "living17",
-        "0 salamander: class 27 (27), class 29 (29) -> class 26 (26), class 28 (28)",
-    ]
     assert found.labels("target")["c379"] == 16
     assert len(found.labels("source")) == 34
     assert not found.labels("source").keys() & found.labels("target").keys()
@@ -270,28 +265,14 @@ def images(tmp_path):
 
 
 def test_files_of_both_domains_in_order(images):
-    found = imagenet_files(images, BENCHMARK)
-    assert [(path.rsplit("/", 1)[1], label) for path, label in found.target] == [
-        *((f"n2_{image}.JPEG", 0) for image in range(4)),
-        *((f"n{number}_{image}.JPEG", 1) for number in (4, 0) for image in range(4)),
+    source, target = imagenet_files(images, BENCHMARK)
+    assert list(zip(target.files, target.labels.tolist(), strict=True)) == [
+        *((f"n2/n2_{image}.JPEG", 0) for image in range(4)),
+        *((f"n{number}/n{number}_{image}.JPEG", 1) for number in (4, 0) for image in range(4)),
     ]
-    assert found.target[0][0] == str(images / "n2" / "n2_0.JPEG")
-    assert [label for _, label in found.source] == [0] * 8 + [1] * 4
-    assert not {path for path, _ in found.source} & {path for path, _ in found.target}
-
-
-def test_the_draw_is_balanced_and_seeded(images):
-    every = imagenet_files(images, BENCHMARK)
-    found = imagenet_files(images, BENCHMARK, per_class=3, seed=0)
-    for all_files, drawn in zip(every, found, strict=True):
-        assert Counter(label for _, label in drawn) == {0: 3, 1: 3}
-        assert len(set(drawn)) == 6
-        assert drawn == [file for file in all_files if file in drawn]  # the order is kept
-    assert found == imagenet_files(images, BENCHMARK, per_class=3, seed=0)
-    assert len({tuple(imagenet_files(images, BENCHMARK, per_class=3, seed=seed).target) for seed in range(5)}) > 1
-    # All classes of a superclass take part in its draw.
-    drawn = [path for seed in range(5) for path, _ in imagenet_files(images, BENCHMARK, 3, seed).target]
-    assert {path.rsplit("/", 2)[1] for path in drawn} == {"n0", "n2", "n4"}
+    assert target.paths[0] == str(images / "n2" / "n2_0.JPEG")
+    assert source.labels.tolist() == [0] * 8 + [1] * 4
+    assert not set(source.paths) & set(target.paths)
 
 
 def test_folders_that_do_not_fit_are_refused(tmp_path, images):
@@ -306,10 +287,6 @@ def test_folders_that_do_not_fit_are_refused(tmp_path, images):
     (flat / "ILSVRC2012_val_00000001.JPEG").touch()
     with pytest.raises(DataError, match="first n0: its images lie in no folders; sort them into one for each class"):
         imagenet_files(flat, BENCHMARK)
-    with pytest.raises(DataError, match="class 'dog' has 4 images to draw from, and 5 are needed"):
-        imagenet_files(images, BENCHMARK, per_class=5)
-    with pytest.raises(DataError, match="per_class=0 draws nothing"):
-        imagenet_files(images, BENCHMARK, per_class=0)
     for image in (images / "n3").iterdir():
         image.unlink()
     with pytest.raises(DataError, match="n3 holds no image: unpack the archive"):

@@ -61,7 +61,7 @@ def test_the_plot_of_the_means_shows_every_method(summaries, tmp_path, monkeypat
 
 def test_a_summary_equals_arithmetic_of_its_own(summaries):
     """Means over networks and corruptions seed by seed, then Student's t with two degrees of freedom."""
-    lines = (ROOT / "docs/results/compare.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (ROOT / "docs/results/cifar10c.jsonl").read_text(encoding="utf-8").splitlines()
     runs = [run for run in map(json.loads, lines) if run["key"]["tuning_images"] == 1000]
 
     def by_seed(chosen):
@@ -86,12 +86,11 @@ def test_a_summary_equals_arithmetic_of_its_own(summaries):
 
 
 def test_a_changed_run_and_a_missing_one_change_the_summary(summaries, tmp_path, monkeypatch):
-    for name in ("compare.jsonl", "cifar10c.jsonl"):
-        shutil.copy(ROOT / "docs/results" / name, tmp_path)
+    shutil.copy(ROOT / "docs/results/cifar10c.jsonl", tmp_path)
     monkeypatch.setattr(summaries, "RESULTS", tmp_path)
     ledger = tmp_path / "cifar10c.jsonl"
     runs = [json.loads(line) for line in ledger.read_text(encoding="utf-8").splitlines()]
-    chosen = {"network": "resnet32", "target": "block1", "corruption": "pixelate", "norm_stats": "target", "seed": 1}
+    chosen = {"network": "resnet32", "method": "block1", "task": "pixelate", "norm_stats": "target", "seed": 1}
     (run,) = [run for run in runs if chosen.items() <= run["key"].items()]
     run["result"]["test"] -= 0.3
     ledger.write_text("".join(f"{json.dumps(run)}\n" for run in runs), encoding="utf-8")
@@ -99,7 +98,6 @@ def test_a_changed_run_and_a_missing_one_change_the_summary(summaries, tmp_path,
     after = summaries.norm_policies().splitlines()
     changed = [new.split(" | ")[0] for old, new in zip(before, after, strict=True) if old != new]
     assert changed == ["| target", "| target minus frozen"]
-    ledger = tmp_path / "compare.jsonl"
     lines = ledger.read_text(encoding="utf-8").splitlines()
     left = [line for line in lines if '"method": "auto-rgn"' not in line or '"resnet32"' not in line]
     ledger.write_text("\n".join(left) + "\n", encoding="utf-8")

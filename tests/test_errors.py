@@ -40,7 +40,7 @@ def test_every_recipe_ends_in_words(file):
 
 
 def test_a_recipe_in_a_process_of_its_own():
-    command = [sys.executable, "recipes/synthetic.py", "--data", "no/such.parquet", "--methods", "none"]
+    command = [sys.executable, "recipes/synthetic.py", "--data", "no/such/file.parquet", "--target", "none"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == USER_ERROR
     assert done.stderr.strip().splitlines()[-1].startswith("synthetic.py: ")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from paper.corruptions import ALEXNET_ERRORS, CORRUPTIONS
-from paper.over_corruptions import MOST, mean_corruption_error, summary_of, table_of, why_no_mce
+from paper.over_corruptions import MOST, corruption_table, mean_corruption_error, summary_of, why_no_mce
 from peft_surgical.errors import DataError
 from peft_surgical.evaluation import Report, measure, wilson_interval
 
@@ -126,7 +126,9 @@ def test_why_there_is_no_mce():
 
 def test_the_table():
     published, mce = {"none": 18.2, "block1": 50.0}, {"none": 76.7}
-    whole = table_of(summary_of(full(lambda c, s: {"none": [0.2], "block1": [0.5]})), published, mce).splitlines()
+    whole = corruption_table(
+        summary_of(full(lambda c, s: {"none": [0.2], "block1": [0.5]})), published, mce
+    ).splitlines()
     assert whole[0] == (
         "| row | severity 1 (%) | severity 2 (%) | severity 3 (%) | severity 4 (%) | severity 5 (%) | "
         "paper, severity 5 (%) | mCE (%) | paper, mCE (%) |"
@@ -138,11 +140,13 @@ def test_the_table():
     assert whole[3].endswith("| - |")
     assert "mCE: of 15 corruptions at 5 severities" in whole[-1]
 
-    five = table_of(summary_of(full(lambda c, s: {"none": [0.2], "block1": [0.5]}, (5,))), published, mce).splitlines()
+    five = corruption_table(
+        summary_of(full(lambda c, s: {"none": [0.2], "block1": [0.5]}, (5,))), published, mce
+    ).splitlines()
     assert five[2] == "| none | 20.0 (15.0 to 26.1) | 18.2 |"
     assert "mCE: not all severities" in five[-1]
     # The paper's number is of all corruptions.
-    two = table_of(summary_of(TWO), published, mce).splitlines()
+    two = corruption_table(summary_of(TWO), published, mce).splitlines()
     assert two[2].endswith("| - |")
     assert "mean over 2 corruption(s), n = 100 photographs, seeds 0, 1" in two[-1]
 

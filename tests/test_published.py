@@ -25,11 +25,10 @@ from miniatures import (  # noqa: E402
     write,
 )
 
-from paper.cuts import RECIPES  # noqa: E402
 from paper.parts import Published  # noqa: E402
-from paper.published import read_published  # noqa: E402
+from paper.published import RECIPES, read_published  # noqa: E402
+from paper.wilds import read_rows  # noqa: E402
 from paper.wilds_folders import FMOW_CATEGORIES, REGIONS  # noqa: E402
-from paper.wilds_layouts import read_rows  # noqa: E402
 from peft_surgical.data.labelled import items  # noqa: E402
 from peft_surgical.errors import DataError  # noqa: E402
 

@@ -19,7 +19,7 @@ from test_corruptions import write_model  # noqa: E402
 from test_subpopulations import write_hierarchy, write_imagenet  # noqa: E402
 
 from paper.breeds import BENCHMARKS  # noqa: E402
-from paper.subpopulations import EACH, read_breeds  # noqa: E402
+from paper.subpopulations import BREEDS_EACH, read_breeds  # noqa: E402
 from peft_surgical.bases import load_base  # noqa: E402
 from peft_surgical.data.labelled import collate, items  # noqa: E402
 from peft_surgical.errors import DataError  # noqa: E402
@@ -66,7 +66,7 @@ def test_options_are_the_papers(name, recipe, capsys):
     assert "--hierarchy DIR the hierarchy files: imagenet_class_hierarchy/modified of github.com/MadryLab" in said
     assert "default: 5 (3 for the head and 2 for all: the paper; the rest is chosen here)" in said
     assert "NOT measured here" in said
-    assert f"{EACH * BENCHMARKS[name].superclasses:,} images of" in said
+    assert f"{BREEDS_EACH * BENCHMARKS[name].superclasses:,} images of" in said
     protocol = recipe.PROTOCOL
     assert protocol.source.fitting.epochs * protocol.source.options["share"] == 3
     assert (protocol.fitting.epochs, protocol.fitting.weight_decay, protocol.lrs) == (15, 0, (5e-4, 1e-4, 1e-5))

@@ -27,7 +27,7 @@ from scripts import script  # noqa: E402
 from transformers import Trainer  # noqa: E402
 
 from paper import cifar, cifar_networks  # noqa: E402
-from paper.flipped import CLASSES, read_cifar_flip  # noqa: E402
+from paper.cifar_tasks import read_cifar  # noqa: E402
 from peft_surgical.data.labelled import items  # noqa: E402
 from peft_surgical.errors import ConfigError, DataError  # noqa: E402
 from peft_surgical.evaluation import Report, accuracy  # noqa: E402
@@ -57,7 +57,7 @@ def table(rows=60):
         buffer = io.BytesIO()
         PIL.Image.fromarray(pixels).save(buffer, "PNG")
         cells.append({"bytes": buffer.getvalue(), "path": None})
-    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=list(CLASSES))})
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=list(cifar.CLASSES))})
     return datasets.Dataset.from_dict({"img": cells, "label": LABELS[:rows].tolist()}, features=features)
 
 
@@ -100,20 +100,20 @@ def test_every_layout_is_the_same_data(place, monkeypatch):
     published = place / "published"
     places = ["shared", "shared/clean.parquet", "hub", "published", "published/cifar-10-batches-bin"]
     places.append("published/cifar-10-batches-bin/test_batch.bin")
-    found = [read_cifar_flip(place / name, seed=3, **sizes) for name in places]
+    found = [read_cifar("flip", place / name, seed=3, **sizes) for name in places]
     monkeypatch.setattr(datasets, "load_dataset", lambda repo, split: {"test": table()}[split])
-    found.append(read_cifar_flip("uoft-cs/cifar10", seed=3, **sizes))
+    found.append(read_cifar("flip", "uoft-cs/cifar10", seed=3, **sizes))
     assert published.is_dir()
     for data in found:
         assert data.fingerprint == found[0].fingerprint
         assert {name: len(part) for name, part in data.parts.items()} == {"tuning": 20, "validation": 10, "test": 30}
-        assert data.label_names == data.group_names == CLASSES
+        assert data.label_names == data.group_names == cifar.CLASSES
         assert data.source is None
     assert found[0].origin["tuning"] == "drawn: seed 3, 2 of each class"
 
 
 def test_labels_are_flipped_and_images_are_not(place):
-    data = read_cifar_flip(place / "shared", seed=5, tuning=20, validation=10)
+    data = read_cifar("flip", place / "shared", seed=5, tuning=20, validation=10)
     rows = {row for part in data.parts.values() for row in column(part, "file")}
     assert rows == {f"row {i}" for i in range(60)}
     for part in data.parts.values():
@@ -125,7 +125,7 @@ def test_labels_are_flipped_and_images_are_not(place):
 
 
 def test_the_split_is_that_of_the_comparison(place):
-    data = read_cifar_flip(place / "shared", seed=2, tuning=20, validation=10)
+    data = read_cifar("flip", place / "shared", seed=2, tuning=20, validation=10)
     drawn = cifar.split(torch.from_numpy(9 - LABELS), 2, 20, 10)
     for part, rows in zip(("tuning", "validation", "test"), drawn, strict=True):
         assert column(data.parts[part], "file") == [f"row {row}" for row in rows.tolist()]
@@ -134,37 +134,37 @@ def test_the_split_is_that_of_the_comparison(place):
 
 def test_fingerprints_tell_images_and_draws_apart(place, tmp_path):
     sizes = {"tuning": 20, "validation": 10}
-    one, other = (read_cifar_flip(place / "shared", seed=seed, **sizes).fingerprint for seed in (0, 1))
+    one, other = (read_cifar("flip", place / "shared", seed=seed, **sizes).fingerprint for seed in (0, 1))
     assert one != other
     changed = PIXELS.copy()
     changed[0, 0, 0, 0] ^= 1
     with mock.patch(f"{__name__}.PIXELS", changed):
         table().to_parquet(tmp_path / "clean.parquet")
-    assert read_cifar_flip(tmp_path, seed=0, **sizes).fingerprint != one
+    assert read_cifar("flip", tmp_path, seed=0, **sizes).fingerprint != one
 
 
 def test_what_is_no_cifar10(place, tmp_path):
     with pytest.raises(
         DataError, match=r"holds neither test_batch.bin nor clean.parquet nor one parquet file of a test"
     ):
-        read_cifar_flip(tmp_path)
+        read_cifar("flip", tmp_path)
     (tmp_path / "cifar-10-batches-py").mkdir()
     (tmp_path / "cifar-10-batches-py" / "test_batch").write_bytes(b"\x80\x03")
     with pytest.raises(
         DataError, match=r"the Python version of CIFAR-10, which are pickles, and none are opened: bring"
     ):
-        read_cifar_flip(tmp_path)
+        read_cifar("flip", tmp_path)
     whole = binary(tmp_path / "cut" / "test_batch.bin")
     whole.write_bytes(whole.read_bytes()[:-1])
     with pytest.raises(DataError, match=r"has 184379 bytes, no multiple of 3,073: it is not whole"):
-        read_cifar_flip(whole)
+        read_cifar("flip", whole)
     part = binary(tmp_path / "part" / "test_batch.bin", labels=LABELS % 4)
     with pytest.raises(DataError, match=r"has the labels 0, 1, 2, 3: CIFAR-10's are 0 to 9"):
-        read_cifar_flip(part)
+        read_cifar("flip", part)
     with pytest.raises(DataError, match=r"25 tuning and 200 validation images do not divide evenly over 10 classes"):
-        read_cifar_flip(place / "shared", tuning=25)
+        read_cifar("flip", place / "shared", tuning=25)
     with pytest.raises(DataError, match=r"nothing here does not exist: pass a parquet file"):
-        read_cifar_flip("nothing here")
+        read_cifar("flip", "nothing here")
 
 
 # --- the recipe ---
@@ -180,7 +180,7 @@ def test_from_end_to_end(recipe, place, tmp_path):
     recipe.main(words(place, tmp_path, "--target", "head", "--epochs", "2", "--head-lr", "0.1", "0.01"))
     report = Report.load(tmp_path / "report.json")
     assert report == Report.load(tmp_path / "adapter" / "report.json")
-    base = recipe.open_network(str(place / "models"), report.model, **report.settings["open"])
+    base = cifar_networks.open_network(str(place / "models"), report.model, **report.settings["open"])
     model = PeftModel.from_pretrained(base.model, tmp_path / "adapter").eval()
     # By hand: the pixels as they are published, and 9 - y.
     rows = cifar.split(torch.from_numpy(9 - LABELS), 0, 20, 10).test
@@ -238,8 +238,8 @@ def test_other_networks_and_what_is_refused(recipe, place, tmp_path, monkeypatch
         recipe.main(words(place, tmp_path, "--models", tmp_path, "--target", "head"))
     assert "hf download" not in str(error.value)
     asked = []
-    monkeypatch.setattr(recipe, "load_base", lambda name, **how: asked.append((name, how)))
-    recipe.open_network(None, "me/vit-cifar10", weights="random", head="new")
+    monkeypatch.setattr(cifar_networks, "load_base", lambda name, **how: asked.append((name, how)))
+    cifar_networks.open_network(None, "me/vit-cifar10", weights="random", head="new")
     assert asked == [("me/vit-cifar10", {"weights": "random", "head": "new"})]
 
 
@@ -284,7 +284,7 @@ def test_the_recipe_gives_the_numbers_of_the_comparison(recipe, tmp_path):
     recipe.main([*data, *asked, "--output", str(tmp_path)])
     ours = results_in(tmp_path / "ledger.jsonl")
     wanted = {"task": "flip", "network": "resnet32", "seed": 0, "tuning_images": 1000}
-    with (ROOT / "docs" / "results" / "compare.jsonl").open() as ledger:
+    with (ROOT / "docs" / "results" / "cifar10c.jsonl").open() as ledger:
         known = [one for one in map(json.loads, ledger) if wanted.items() <= one["key"].items()]
     for method, rate in (("none", None), ("head", 0.1)):
         (run,) = [one["result"] for one in known if (one["key"]["method"], one["key"]["lr"]) == (method, rate)]

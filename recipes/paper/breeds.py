@@ -102,18 +102,6 @@ class Breeds:
             raise DataError(f"unknown domain {domain!r}: choose source or target")
         return {sub.wnid: label for label, one in enumerate(self.superclasses) for sub in getattr(one, domain)}
 
-    def __str__(self) -> str:
-        """One line for each superclass."""
-
-        def names(subclasses: tuple[Subclass, ...]) -> str:
-            return ", ".join(f"{sub.name.split(',')[0]} ({sub.index})" for sub in subclasses)
-
-        lines = (
-            f"{label} {one.name.split(',')[0]}: {names(one.source)} -> {names(one.target)}"
-            for label, one in enumerate(self.superclasses)
-        )
-        return "\n".join((self.name, *lines))
-
 
 @dataclass(frozen=True)
 class Hierarchy:

@@ -20,6 +20,9 @@ from torch import Tensor
 from peft_surgical.errors import DataError
 from peft_surgical.extras import require
 
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+"""The classes of CIFAR-10, in the order of their own numbers."""
+
 PUBLISHED_ROWS = 10_000
 """Rows of one severity in a published CIFAR-10-C ``.npy`` file, which stacks severities 1 to 5."""
 

@@ -5,16 +5,22 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from peft_surgical.errors import DataError
+from peft_surgical.bases import Base, load_base
+from peft_surgical.errors import ConfigError, DataError
+
+from .cifar import CLASSES
 
 SHARED_VARIABLE = "PEFT_SURGICAL_SHARED"
 """Environment variable that points at the folder holding ``models/`` and ``data/``."""
@@ -181,3 +187,28 @@ def normalise(pixels: Tensor, network: str) -> Tensor:
         torch.tensor(v, device=pixels.device).view(1, 3, 1, 1) for v in (NETWORKS[network].mean, NETWORKS[network].std)
     )
     return (pixels.float() / 255 - mean) / std
+
+
+def open_network(models: str | None, name: str, *, weights: str = "pretrained", **how: Any) -> Base:
+    """A network of :data:`NETWORKS` as a base that keeps its head, or any other, which `load_base` opens.
+
+    Args:
+        models: Folder of the weights, as for `load_network`.
+        name: Key of :data:`NETWORKS`, or what `load_base` opens.
+        weights: As for `load_base`.
+        **how: As for `load_base`; one of these networks needs none of it.
+
+    Raises:
+        ConfigError: Augmentation of 32 x 32 images is asked for.
+    """
+    if name not in NETWORKS:
+        return load_base(name, weights=weights, **how)
+    if how.get("augment", "none") != "none":
+        raise ConfigError(f"--augment {how['augment']}: {name} takes its 32 x 32 images as they are, choose none")
+    network = load_network(name, models) if weights == "pretrained" else NETWORKS[name].build().eval()
+    transform = functools.partial(_to_input, name)
+    return Base(network, name, "cifar", len(CLASSES), CLASSES, transform, transform, head_is_new=False)
+
+
+def _to_input(network: str, image: Any) -> Tensor:
+    return normalise(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None], network)[0]

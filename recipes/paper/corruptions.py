@@ -14,15 +14,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from peft_surgical.bases.load import Base, load_base
-from peft_surgical.data import layouts
+from peft_surgical.data import layouts as tables
 from peft_surgical.data.images import IMAGE_SUFFIXES
 from peft_surgical.data.layouts import visible
 from peft_surgical.data.splits import draw, per_class
 from peft_surgical.errors import DataError
 from peft_surgical.extras import require
 
-from .listings import cut, images_of
-from .parts import Published
+from .parts import Published, cut, images_of
 
 ALEXNET_ERRORS: dict[str, float] = {
     "gaussian_noise": 0.886428,
@@ -49,10 +48,10 @@ SEVERITIES = (1, 2, 3, 4, 5)
 CORRUPTIONS = tuple(ALEXNET_ERRORS)
 """The 15 corruptions that are reported; the four others of ImageNet-C are for validation (Hendrycks & Dietterich)."""
 
-EACH = 5
+IMAGENET_C_EACH = 5
 """Images of each class to tune on (paper: 5,000 of 1,000 classes)."""
 
-HUB_ID = "WNJXYK/TTA-ImageNet-C"
+IMAGENET_C_HUB_ID = "WNJXYK/TTA-ImageNet-C"
 """A copy on the Hub, as parquet files ``data/<corruption>/severity_<1-5>/*.parquet``."""
 
 
@@ -81,8 +80,8 @@ def read_imagenet_c(
     Chosen here, since the paper does not say: how many images validate.
 
     Args:
-        source: The folder with ``<corruption>/<1-5>/<WordNet id>/*.JPEG``; a Hub id such as `HUB_ID`; or a copy of
-            that repository. Its files need the columns ``image`` and ``label``, the number of the class.
+        source: The folder with ``<corruption>/<1-5>/<WordNet id>/*.JPEG``; a Hub id such as `IMAGENET_C_HUB_ID`; or a
+            copy of that repository. Its files need the columns ``image`` and ``label``, the number of the class.
         corruption: One of `CORRUPTIONS`.
         severity: 1 to 5.
         seed: Of the draw. Draws of one seed are nested: ``tuning=1000`` is a part of ``tuning=5000``.
@@ -97,7 +96,7 @@ def read_imagenet_c(
     if severity not in SEVERITIES:
         raise DataError(f"severity={severity!r}: choose one of {', '.join(map(str, SEVERITIES))}")
     cell = _read(source, corruption, severity)
-    usual = EACH * len(cell.names)
+    usual = IMAGENET_C_EACH * len(cell.names)
     # Tuning last, so that its draws are nested.
     sizes = {"validation": usual if validation is None else validation, "tuning": usual if tuning is None else tuning}
     each = {part: per_class(size, cell.labels, part) for part, size in sizes.items()}
@@ -110,13 +109,13 @@ def read_imagenet_c(
     return cut(
         "imagenet-c",
         cell.images,
-        cell.files,
         cell.labels,
         np.zeros(len(cell.labels), dtype=np.int64),
         parts,
         label_names=cell.names,
         group_names=(shown,),
         origin={**drawn, "test": f"the rest of {shown}"},
+        files=cell.files,
     )
 
 
@@ -129,7 +128,7 @@ def check_cells(
         DataError: A pair has none.
     """
     cells = [(corruption, severity) for corruption in corruptions for severity in severities]
-    if Path(source).expanduser().exists() or not layouts.is_hub_id(os.fspath(source)):
+    if Path(source).expanduser().exists() or not tables.is_hub_id(os.fspath(source)):
         for cell in cells:
             _folder(Path(source).expanduser(), *cell)
     return cells
@@ -161,16 +160,16 @@ def open_classifier(
 
 def _read(source: str | os.PathLike[str], corruption: str, severity: int) -> _Cell:
     place, shown = Path(source).expanduser(), os.fspath(source)
-    if not place.exists() and layouts.is_hub_id(shown):
+    if not place.exists() and tables.is_hub_id(shown):
         table = _from_hub(shown, corruption, severity)
         return _of_table(table, f"{shown} {corruption} severity_{severity}", f"{corruption}/severity_{severity}")
     folder = _folder(place, corruption, severity)
     if not folder.name.startswith("severity_"):
         return _of_folder(folder, f"{corruption}/{severity}")
-    files = layouts.parquet_files(folder)
+    files = tables.parquet_files(folder)
     if not files:
         raise DataError(f"{folder} holds no parquet file: fetch those of data/{corruption}/severity_{severity} again")
-    table, _ = next(iter(layouts.read_parquet(files, None).values()))
+    table, _ = next(iter(tables.read_parquet(files, None).values()))
     return _of_table(table, str(folder), f"{corruption}/severity_{severity}")
 
 
@@ -180,7 +179,9 @@ def _folder(place: Path, corruption: str, severity: int) -> Path:
         if folder.is_dir():
             return folder
     if not place.is_dir():
-        raise DataError(f"{place} does not exist: pass the folder of ImageNet-C's corruptions, or the Hub id {HUB_ID}")
+        raise DataError(
+            f"{place} does not exist: pass the folder of ImageNet-C's corruptions, or the Hub id {IMAGENET_C_HUB_ID}"
+        )
     if (place / corruption).is_dir():
         there = ", ".join(entry.name for entry in visible(place / corruption)) or "nothing"
         raise DataError(
@@ -220,7 +221,7 @@ def _from_hub(repository: str, corruption: str, severity: int) -> Any:
     file = f"data/{corruption}/severity_{severity}/*.parquet"
     try:
         # Not by its config, which would fetch the other severities, too.
-        return require("datasets", layouts.PURPOSE).load_dataset(repository, data_files=file, split="train")
+        return require("datasets", tables.PURPOSE).load_dataset(repository, data_files=file, split="train")
     except Exception as error:  # the Hub, its cache, the network and the builders each have exceptions of their own
         raise DataError(
             f"{file} of {repository!r} cannot be loaded from the Hub ({error}): check the name, or pass a folder with "
@@ -229,7 +230,7 @@ def _from_hub(repository: str, corruption: str, severity: int) -> Any:
 
 
 def _of_table(table: Any, where: str, shown: str) -> _Cell:
-    image, label = layouts.columns(table, where, None, None)
+    image, label = tables.columns(table, where, None, None)
     names = getattr(table.features[label], "names", None)
     values = list(table.select_columns([label]).with_format(None)[label])
     if wrong := [value for value in values if isinstance(value, bool) or not isinstance(value, int)][:1]:
@@ -241,6 +242,6 @@ def _of_table(table: Any, where: str, shown: str) -> _Cell:
         raise DataError(f"{where} has images of {len(present)} of {classes} classes: fetch all of its files")
     images = table.with_format(None).select_columns([image])
     images = images.rename_column(image, "image") if image != "image" else images
-    images = images.cast_column("image", require("datasets", layouts.PURPOSE).Image())
+    images = images.cast_column("image", require("datasets", tables.PURPOSE).Image())
     files = [f"{shown} row {row}" for row in range(len(labels))]
     return _Cell(images, files, labels, tuple(names or map(str, range(classes))))

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import argparse
 import shutil
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from torch import nn
+
+from peft_surgical.adapters.adapter import read_adapter
+from peft_surgical.data.layouts import is_hub_id
 from peft_surgical.errors import ConfigError
 from peft_surgical.evaluation import Measurement, Report, TextTable, accuracy, measure
 from peft_surgical.experiment.experiment import Experiment
 from peft_surgical.experiment.keeping import Kept, keep_adapter
-from peft_surgical.experiment.outputs import TABLE, bars, chosen_of, draw_or_warn, rule_of
+from peft_surgical.experiment.outputs import LOADING, TABLE, bars, chosen_of, draw_or_warn, rule_of
 from peft_surgical.experiment.rows import Rows
-from peft_surgical.keys import FIGURE, REPORT
+from peft_surgical.hub.cards import About, card_of
+from peft_surgical.hub.pushing import push_adapter
+from peft_surgical.keys import CARD, FIGURE, REPORT
 from peft_surgical.training.ledger import Run
 from peft_surgical.training.search import NONE
 
@@ -86,7 +94,7 @@ def write_study(
     report.save(folder / REPORT)
     if kept is not None:
         shutil.copy(folder / REPORT, folder / ADAPTER / REPORT)
-    (folder / TABLE).write_text(table_of(protocol, report, list(found)), encoding="utf-8")
+    (folder / TABLE).write_text(findings_table(protocol, report, list(found)), encoding="utf-8")
     first = [m for m in measured if m.name.startswith(f"{metrics[0]} of ")]
     title = f"{protocol.name}, test, 95% intervals"
     draw_or_warn(lambda: bars(first, list(found), f"{metrics[0].replace('_', ' ')} (%)", title, folder / FIGURE))
@@ -132,25 +140,24 @@ def held_out(protocol: Protocol, parts: Mapping[str, Any]) -> Any:
     raise ConfigError(f"--forgetting: {protocol.name} has no held-out images of the source here; leave it out")
 
 
+def source_accuracy(protocol: Protocol, experiment: Experiment, network: nn.Module, seed: int) -> tuple[float, int]:
+    """Accuracy of a network on the held-out images of the source, and how many these are."""
+    part = held_out(protocol, experiment.data(seed).parts)
+    rows = Rows(part, experiment.base(seed).transform_eval, False, experiment.outputs)
+    return accuracy(experiment.logits(network, rows), rows.label_tensor), len(rows)
+
+
 def _forgotten(protocol: Protocol, experiment: Experiment, kept: Kept, seed: int) -> list[Measurement]:
-    rows = Rows(
-        held_out(protocol, experiment.data(seed).parts), experiment.base(seed).transform_eval, False, experiment.outputs
-    )
-    networks = {"accuracy before": experiment.base(seed).model, "accuracy": kept.model}
-    return [
-        measure(
-            name,
-            [accuracy(experiment.logits(network, rows), rows.label_tensor)],
-            dataset=f"{protocol.name}, source",
-            n=len(rows),
-            seeds=[seed],
-            selection="none" if name == "accuracy before" else "the adapter that is kept; source images had no say",
-        )
-        for name, network in networks.items()
-    ]
+    measured = []
+    for name, network in (("accuracy before", experiment.base(seed).model), ("accuracy", kept.model)):
+        value, n = source_accuracy(protocol, experiment, network, seed)
+        rule = "none" if name == "accuracy before" else "the adapter that is kept; no source image selects"
+        dataset = f"{protocol.name}, source"
+        measured.append(measure(name, [value], dataset=dataset, n=n, seeds=[seed], selection=rule))
+    return measured
 
 
-def table_of(protocol: Protocol, report: Report, rows: Sequence[str]) -> str:
+def findings_table(protocol: Protocol, report: Report, rows: Sequence[str]) -> str:
     """The comparison as Markdown, with what the paper reports beside it."""
     metrics, settings = report.settings["metrics"], report.settings
     header = ["row", *(f"{metric.replace('_', ' ')} (%)" for metric in metrics), "paper (%)", "cost", "chosen"]
@@ -166,8 +173,82 @@ def table_of(protocol: Protocol, report: Report, rows: Sequence[str]) -> str:
     kind = "over images" if len(settings["seeds"]) == 1 else "Student's t over seeds"
     caption = (
         f"{protocol.name}, {report.model}: test part, n = {settings['parts']['test']} images, seeds {seeds}, 95% "
-        f"intervals ({kind}). Selection: {rules}; no test image had a say. Cost: steps of a run, or of a "
+        f"intervals ({kind}). Selection: {rules}; no test image selects. Cost: steps of a run, or of a "
         f"whole search, with batches of {settings['batch']}. Paper: {protocol.reference}, with another source network "
         "and other draws."
     )
     return TextTable(header, lines, caption).markdown()
+
+
+# --- What becomes of a study's adapter: its card beside it, and, where asked for, its place on the Hub. ---
+
+
+def check_handover(args: argparse.Namespace, *, has_source_step: bool, by_name: bool) -> None:
+    """Refuse a push that could not end well, before anything is trained.
+
+    Args:
+        args: Options of `protocol.parser_of`.
+        has_source_step: Whether the network would be trained on the source first.
+        by_name: Whether `load_base` opens the network.
+
+    Raises:
+        ConfigError: Names what is missing, and how to give it.
+    """
+    if args.push_to_hub is None:
+        return
+    if args.license is None:
+        raise ConfigError("--push-to-hub: the adapter's card needs its licence: give --license, such as apache-2.0")
+    if has_source_step and args.source_checkpoint is None:
+        raise ConfigError(
+            "--push-to-hub: the adapter would be of a network that only this folder has. Push the network of the "
+            "source step first, and give its id by --source-checkpoint"
+        )
+    if not by_name:
+        raise ConfigError(
+            f"--push-to-hub: others cannot open {args.model!r} by its name. Leave it out, and push the adapter by "
+            "peft_surgical.hub.push_adapter(..., loading=...), which says how"
+        )
+
+
+def datasets_of(args: argparse.Namespace) -> list[str]:
+    """The data's repository, where it is one."""
+    on_hub = args.data is not None and is_hub_id(str(args.data)) and not Path(args.data).expanduser().exists()
+    return [str(args.data)] if on_hub else []
+
+
+def hand_over(args: argparse.Namespace, report: Report, folder: Path) -> str | None:
+    """Write the card beside the adapter, and push it where that is asked for.
+
+    Without ``--license`` there is no card: nothing here knows the licence, and a card does not guess.
+
+    Args:
+        args: Options of `protocol.parser_of`.
+        report: Of the study.
+        folder: Of the study.
+
+    Returns:
+        The address of the pushed commit, or None.
+
+    Raises:
+        SurgicalError: The Hub refused, or the adapter is not what was evaluated.
+    """
+    adapter = folder / ADAPTER
+    if not adapter.is_dir():
+        return None
+    (adapter / CARD).unlink(missing_ok=True)  # PEFT's own, which is not filled in
+    if args.license is not None:
+        lines = LOADING.format(report=str(adapter / REPORT), folder=str(adapter))
+        about = About(
+            repo=args.push_to_hub or f"local/{folder.name}",
+            license=args.license,
+            datasets=tuple(datasets_of(args)),
+            base=report.model,
+            loading=lines,
+            opens=False,
+        )
+        saved = read_adapter(adapter)
+        card_of(saved.config, report, saved.summary(), about).save(adapter / CARD)
+    if args.push_to_hub is None:
+        return None
+    pushed = push_adapter(adapter, args.push_to_hub, license=args.license, datasets=datasets_of(args), report=report)
+    return pushed.url

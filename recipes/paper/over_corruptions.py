@@ -5,13 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
+from paper.corruptions import ALEXNET_ERRORS, SEVERITIES
 from peft_surgical.errors import DataError
-from peft_surgical.evaluation import Measurement, Report, TextTable, mean_interval, wilson_interval
+from peft_surgical.evaluation import (
+    Measurement,
+    Report,
+    TextTable,
+    mean_corruption_error,
+    mean_interval,
+    wilson_interval,
+)
 
-from .corruptions import ALEXNET_ERRORS, CORRUPTIONS, SEVERITIES
+from .corruptions import CORRUPTIONS
 
 Cells = Mapping[tuple[str, int], Report]
 """(Corruption, severity) -> report of `findings.write_study`."""
+
+MOST = mean_corruption_error(dict.fromkeys(ALEXNET_ERRORS, 1.0))
+"""mCE of a network that is always wrong, which AlexNet is not: more than 1."""
 
 
 def mean_corruption_error(errors: Mapping[str, float]) -> float:
@@ -32,10 +43,6 @@ def mean_corruption_error(errors: Mapping[str, float]) -> float:
     return fmean(error / ALEXNET_ERRORS[name] for name, error in errors.items())
 
 
-MOST = mean_corruption_error(dict.fromkeys(ALEXNET_ERRORS, 1.0))
-"""mCE of a network that is always wrong, which AlexNet is not: more than 1."""
-
-
 def why_no_mce(cells: Cells) -> str | None:
     """What is missing for mCE, in words; None if nothing is."""
     missing = [f"{c} {s}" for c in CORRUPTIONS for s in SEVERITIES if (c, s) not in cells]
@@ -53,7 +60,7 @@ def summary_of(cells: Cells) -> Report:
 
     Every cell has a network of its own: mCE is that of a network which is tuned anew to each corruption and severity.
 
-    Intervals are Student's t over seeds. A single seed has Wilson's interval, as if each photograph counted once: all
+    Intervals are Student's t over seeds. Of a single seed they are Wilson's, as if each photograph counted once: all
     cells show the same photographs, and the mean of several answers to one varies no more than a single answer.
 
     Raises:
@@ -114,12 +121,12 @@ def _measured(
     else:
         value, kind = values[0], "wilson"
         _, low, high = (most * end for end in wilson_interval(round(value / most * n), n))
-        # Wilson's interval is of a whole number of photographs, which the value need not be.
+        # Wilson's is of whole photographs, and the value is none.
         low, high = min(low, value), max(high, value)
     return Measurement(name, dataset, value, low, high, kind, n, tuple(seeds), selection)
 
 
-def table_of(summary: Report, published: Mapping[str, float], published_mce: Mapping[str, float]) -> str:
+def corruption_table(summary: Report, published: Mapping[str, float], published_mce: Mapping[str, float]) -> str:
     """The summary as Markdown, in percent.
 
     Args:

@@ -1,10 +1,15 @@
-"""`Published`: a published dataset in disjoint parts, of a source and of a target domain."""
+"""`Published`: a published dataset in disjoint parts of a source and a target domain, and how one is made of rows."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
+
+from peft_surgical.extras import require
 
 PARTS = ("source", "source_validation", "source_test", "tuning", "validation", "test")
 
@@ -53,3 +58,62 @@ class Published:
         lines = [f"{name}: {len(part)} images ({self.origin[name]})" for name, part in self.parts.items()]
         counts = f"{len(self.label_names)} classes, {len(self.group_names)} groups, fingerprint {self.fingerprint}"
         return "\n".join([f"{self.name}:", *lines, counts])
+
+
+# --- From listed images to a `Published` data set: one table of all of them, cut into parts by row. ---
+
+
+def images_of(paths: Sequence[str]) -> Any:
+    """A ``datasets.Dataset`` whose column ``image`` opens these files when it is read."""
+    datasets, pyarrow = require("datasets", "reading data"), require("pyarrow", "reading data")
+    features = datasets.Features({"image": datasets.Image()})
+    # An Arrow array, since a list would have each path encoded on its own.
+    return datasets.Dataset.from_dict({"image": pyarrow.array(paths, pyarrow.string())}, features=features)
+
+
+def cut(
+    name: str,
+    images: Any,
+    labels: np.ndarray,
+    groups: np.ndarray,
+    parts: Mapping[str, np.ndarray],
+    *,
+    label_names: Sequence[str],
+    group_names: Sequence[str],
+    origin: Mapping[str, str],
+    files: Sequence[str] | None = None,
+) -> Published:
+    """A data set whose parts are rows of one table of n images.
+
+    Args:
+        name: Of the data set.
+        images: A ``datasets.Dataset`` with the column ``image``, n rows.
+        labels: int64 (n,).
+        groups: int64 (n,).
+        parts: Part -> its rows, int64.
+        label_names: The classes.
+        group_names: The groups.
+        origin: Part -> how it came about.
+        files: What to call each image: part of the fingerprint, so nothing that depends on where the files lie. None:
+            ``images`` has a column ``file``, and row numbers are part of the fingerprint.
+    """
+    datasets = require("datasets", "reading data")
+    # To all rows at once: adding a column to a selection would make datasets write out its images.
+    table = images.add_column("label", labels, feature=datasets.ClassLabel(names=list(label_names)))
+    table = table.add_column("group", groups, feature=datasets.Value("int64"))
+    table = table if files is None else table.add_column("file", list(files))
+    parts = {part: parts[part] for part in PARTS if part in parts}
+    total = hashlib.sha256("\0".join([name, *label_names, *group_names]).encode())
+    for part, rows in parts.items():
+        named = map(str, rows.tolist()) if files is None else (files[row] for row in rows)
+        total.update("\0".join([f"\0{part}", *named]).encode())
+        for values in (labels[rows], groups[rows]):
+            total.update(values.astype("<i8").tobytes())
+    return Published(
+        name=name,
+        **{part: table.select(parts[part]) if part in parts else None for part in PARTS},
+        label_names=tuple(label_names),
+        group_names=tuple(group_names),
+        origin={part: origin[part] for part in parts},
+        fingerprint=total.hexdigest()[:16],
+    )

@@ -31,7 +31,7 @@ from peft_surgical.training.fitting import FitSettings, fit, forget_checkpoints
 
 from .parts import Published
 
-REPORT = "source.json"
+SOURCE_REPORT = "source.json"
 HELD_OUT = 0.1
 """Share of the source images that chooses the epoch where the data set sets none aside."""
 
@@ -90,8 +90,8 @@ def train_source(
     """
     place = Path(folder)
     settings = _settings(model, data, training)
-    if (place / REPORT).is_file():
-        known = Report.load(place / REPORT).settings
+    if (place / SOURCE_REPORT).is_file():
+        known = Report.load(place / SOURCE_REPORT).settings
         if differ := [name for name, value in settings.items() if known.get(name) != value]:
             said = ", ".join(f"{name} {known.get(name)!r} instead of {settings[name]!r}" for name in differ)
             raise ConfigError(
@@ -140,7 +140,7 @@ def train_source(
         )
         outcome = {"best_epoch": found.best_epoch, "curve": list(found.curve), "cost": found.cost}
         report = Report(model, training.method, measured, settings | outcome | {"reference": training.reference})
-        report.save(place / REPORT)  # last: with it the checkpoint counts as whole
+        report.save(place / SOURCE_REPORT)  # last: with it the checkpoint counts as whole
         forget_checkpoints(place / "checkpoints")
     state.wait_for_everyone()
     return place

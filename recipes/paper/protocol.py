@@ -15,6 +15,10 @@ from peft_surgical.training.search import NONE
 
 from .pretraining import SourceTraining
 
+_TUNED = ("full", "gradual-first-last", "gradual-last-first", "l1-sp", "auto-snr", "auto-rgn", "cross-val")
+TABLE_4 = (NONE, *_TUNED)
+"""The rows of the paper's Table 4, by the names of their methods here."""
+
 
 @dataclass(frozen=True)
 class Protocol:
@@ -68,7 +72,10 @@ def parser_of(protocol: Protocol, doc: str | None) -> argparse.ArgumentParser:
         protocol: The defaults.
         doc: The recipe's docstring, shown by ``--help``.
     """
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    # A recipe may give an option anew, such as several numbers of images in place of one.
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, conflict_handler="resolve"
+    )
     fitting, paper = protocol.fitting, protocol.reference
 
     def stated(option: str, default: str = "%(default)s") -> str:
@@ -80,121 +87,62 @@ def parser_of(protocol: Protocol, doc: str | None) -> argparse.ArgumentParser:
         said = [f"{' '.join(f'{rate:g}' for rate in values)} with {name}" for name, values in asked.items()]
         return stated(option, ", ".join(said) if len(said) > 1 else said[0].partition(" with ")[0])
 
-    data = parser.add_argument_group("data and network")
-    brought = {"required": True} if protocol.data is None else {"default": protocol.data}
+    add = parser.add_argument_group("data and network").add_argument
+    brought: dict[str, Any] = {"required": True} if protocol.data is None else {"default": protocol.data}
     shown = "" if protocol.data is None else "; default: %(default)s"
-    data.add_argument("--data", metavar="PATH", help=f"{protocol.layouts}{shown}", **brought)
-    data.add_argument(
-        "--model",
-        default=protocol.model,
-        metavar="ID",
-        help=f"a timm id, a transformers id, or a folder; {stated('model')}",
-    )
+    add("--data", metavar="PATH", help=f"{protocol.layouts}{shown}", **brought)
+    opens = f"a timm id, a transformers id, or a folder; {stated('model')}"
+    add("--model", default=protocol.model, metavar="ID", help=opens)
     if protocol.source is not None:
-        data.add_argument(
-            "--source-checkpoint",
-            metavar="ID",
-            help="a network that is trained on the source already, by id or folder: the source step is left out",
-        )
-        data.add_argument("--source-only", action="store_true", help="stop after the source step")
-        data.add_argument(
-            "--source-epochs",
-            type=int,
-            default=protocol.source.fitting.epochs,
-            metavar="N",
-            help=f"default: %(default)s ({protocol.source.reference})",
-        )
-    data.add_argument(
-        "--tuning-images", type=int, metavar="N", help=f"images to tune on; default: the paper's ({paper})"
-    )
-    data.add_argument("--validation-images", type=int, metavar="N", help="images to choose with; default: as above")
-    data.add_argument(
-        "--augment", choices=AUGMENTS, default="none", help="of the images to tune on; default: %(default)s"
-    )
+        trained = "a network that is trained on the source already, by id or folder: the source step is left out"
+        add("--source-checkpoint", metavar="ID", help=trained)
+        add("--source-only", action="store_true", help="stop after the source step")
+        usual = protocol.source.fitting.epochs
+        add("--source-epochs", type=int, default=usual, help=f"default: {usual} ({protocol.source.reference})")
+    add("--tuning-images", type=int, metavar="N", help=f"images to tune on; default: the paper's ({paper})")
+    add("--validation-images", type=int, metavar="N", help="images to choose with; default: as above")
+    add("--augment", choices=AUGMENTS, default="none", help="of the images to tune on; default: %(default)s")
 
-    rows = parser.add_argument_group("what is compared")
-    rows.add_argument(
-        "--target",
-        nargs="+",
-        default=[],
-        metavar="T",
-        help="targets to tune, such as block1, block2-4, 'stem + block1', all, and searches: auto, race, cross-val, "
-        f"greedy; default, with the methods: {' '.join(protocol.rows)}",
+    add = parser.add_argument_group("what is compared").add_argument
+    targets = (
+        "targets to tune, such as block1, block2-4, 'stem + block1', all, and searches: auto, race, cross-val, greedy; "
+        f"default, with the methods: {' '.join(protocol.rows)}"
     )
-    rows.add_argument(
-        "--method",
-        nargs="+",
-        default=[],
-        metavar="M",
-        help=f"methods instead of, or beside, targets: {', '.join(METHODS)}",
-    )
-    rows.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="S", help="default: 0 1 2")
-    rows.add_argument(
-        "--forgetting", action="store_true", help="also measure the kept adapter on held-out images of the source"
-    )
+    add("--target", nargs="+", default=[], metavar="T", help=targets)
+    methods = f"methods instead of, or beside, targets: {', '.join(METHODS)}"
+    add("--method", nargs="+", default=[], metavar="M", help=methods)
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="S", help="default: 0 1 2")
+    held_out = "also measure the kept adapter on held-out images of the source"
+    add("--forgetting", action="store_true", help=held_out)
 
-    run = parser.add_argument_group("how a run is trained")
-    run.add_argument(
-        "--lr",
-        nargs="+",
-        type=float,
-        default=protocol.lrs,
-        help=f"rates to choose from; {rates('lr', protocol.lrs, 0)}",
-    )
-    run.add_argument(
-        "--head-lr",
-        nargs="+",
-        type=float,
-        default=protocol.head_lrs,
-        help=f"the same for the head alone; {rates('head_lr', protocol.head_lrs, 1)}",
-    )
-    run.add_argument(
-        "--optimizer",
-        choices=tuple(OPTIMIZERS),
-        default=fitting.optimizer,
-        action=_with_rates(protocol),
-        help=stated("optimizer"),
-    )
-    run.add_argument(
-        "--scheduler", choices=("constant", "cosine", "linear"), default=fitting.lr_scheduler, help=stated("scheduler")
-    )
-    run.add_argument("--epochs", type=int, default=fitting.epochs, help=stated("epochs"))
-    run.add_argument(
-        "--batch-size", type=int, default=fitting.batch_size, help=f"of all processes together; {stated('batch_size')}"
-    )
-    run.add_argument(
-        "--accumulation",
-        type=int,
-        default=1,
-        help="parts that a process takes its share of a batch in, to save memory; default: %(default)s",
-    )
-    run.add_argument(
-        "--weight-decay",
-        type=float,
-        default=fitting.weight_decay,
-        help=f"pulls towards the pretrained weights, where the paper's pulls towards zero; {stated('weight_decay')}",
-    )
-    run.add_argument("--norm-stats", choices=("frozen", "target", "all"), default="frozen", help="default: %(default)s")
-    run.add_argument("--precision", choices=("bf16", "fp16"), help="default: float32")
+    add = parser.add_argument_group("how a run is trained").add_argument
+    tried = rates("lr", protocol.lrs, 0), rates("head_lr", protocol.head_lrs, 1)
+    add("--lr", nargs="+", type=float, default=protocol.lrs, help=f"rates to choose from; {tried[0]}")
+    add("--head-lr", nargs="+", type=float, default=protocol.head_lrs, help=f"the same for the head alone; {tried[1]}")
+    own: dict[str, Any] = {"default": fitting.optimizer, "help": stated("optimizer")}
+    add("--optimizer", choices=tuple(OPTIMIZERS), action=_with_rates(protocol), **own)
+    schedules = ("constant", "cosine", "linear")
+    add("--scheduler", choices=schedules, default=fitting.lr_scheduler, help=stated("scheduler"))
+    add("--epochs", type=int, default=fitting.epochs, help=stated("epochs"))
+    add("--batch-size", type=int, default=fitting.batch_size, help=f"of all processes together; {stated('batch_size')}")
+    parts = "parts that a process takes its share of a batch in, to save memory; default: %(default)s"
+    add("--accumulation", type=int, default=1, help=parts)
+    pulls = "pulls towards the pretrained weights, where the paper's pulls towards zero"
+    decay = fitting.weight_decay
+    add("--weight-decay", type=float, default=decay, help=f"{pulls}; {stated('weight_decay')}")
+    add("--norm-stats", choices=("frozen", "target", "all"), default="frozen", help="default: %(default)s")
+    add("--precision", choices=("bf16", "fp16"), help="default: float32")
 
-    out = parser.add_argument_group("output and machine")
-    out.add_argument(
-        "--output", default=protocol.folder, metavar="DIR", help="default: %(default)s; goes on from there"
-    )
-    out.add_argument("--dry-run", action="store_true", help="show what would be done, and train nothing")
-    out.add_argument(
-        "--report-to", default="none", help="tensorboard, wandb, ...: as for Trainer; default: %(default)s"
-    )
-    out.add_argument("--push-to-hub", metavar="REPO", help="push the kept adapter with its card and report")
-    out.add_argument("--license", help="of the adapter, such as apache-2.0: without it there is no card")
-    out.add_argument(
-        "--spread",
-        choices=("batches", "runs"),
-        default="batches",
-        help="what several processes share: the batches of each run (DDP), or the runs; default: %(default)s",
-    )
-    out.add_argument("--workers", type=int, default=0, metavar="N", help="processes that load images; default: 0")
-    out.add_argument("--cpu", action="store_true", help="leave an accelerator alone")
+    add = parser.add_argument_group("output and machine").add_argument
+    add("--output", default=protocol.folder, metavar="DIR", help="default: %(default)s; goes on from there")
+    add("--dry-run", action="store_true", help="show what would be done, and train nothing")
+    add("--report-to", default="none", help="tensorboard, wandb, ...: as for Trainer; default: %(default)s")
+    add("--push-to-hub", metavar="REPO", help="push the kept adapter with its card and report")
+    add("--license", help="of the adapter, such as apache-2.0: without it there is no card")
+    share = "what several processes share: the batches of each run (DDP), or the runs; default: %(default)s"
+    add("--spread", choices=("batches", "runs"), default="batches", help=share)
+    add("--workers", type=int, default=0, metavar="N", help="processes that load images; default: 0")
+    add("--cpu", action="store_true", help="leave an accelerator alone")
     return parser
 
 

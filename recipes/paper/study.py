@@ -7,7 +7,7 @@ import functools
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -30,15 +30,14 @@ from peft_surgical.experiment.progress import watched
 from peft_surgical.experiment.subject import SEARCHES
 from peft_surgical.training.engines import Engine, Together, separated
 from peft_surgical.training.fitting import FitSettings
+from peft_surgical.training.ledger import Run
 from peft_surgical.training.search import NONE
 from peft_surgical.training.trainer import Watch, logging_to
 
 from .corruptions import open_classifier
-from .findings import held_out, write_study
-from .handover import check_handover, hand_over
+from .findings import check_handover, hand_over, held_out, write_study
 from .parts import Published
-from .pretraining import REPORT as SOURCE_REPORT
-from .pretraining import SourceTraining, train_source
+from .pretraining import SOURCE_REPORT, SourceTraining, train_source
 from .protocol import Protocol, rows_of
 
 SOURCE = "source"
@@ -47,6 +46,8 @@ BY_NAME = (load_base, open_classifier)
 """Openers of what `load_base` opens by the same name, with the arguments that the report keeps."""
 Read = Callable[[int], Published]
 """Seed -> the data."""
+Export = Callable[[Experiment, Mapping[str, list[Run]]], None]
+"""Takes a finished experiment and the runs to report of each row."""
 
 
 def run_study(
@@ -55,6 +56,8 @@ def run_study(
     read: Read,
     *,
     opener: Callable[..., Base] = load_base,
+    seeded_base: bool = False,
+    export: Export | None = None,
 ) -> Report | None:
     """Carry out a protocol with the options of `protocol.parser_of`; goes on where an earlier call was stopped.
 
@@ -67,6 +70,8 @@ def run_study(
         args: What the user asked for.
         read: The data of a seed.
         opener: Opens the network, as `load_base` does.
+        seeded_base: Whether the seed that ``opener`` gets decides about the network.
+        export: Called in the first process with the experiment and its reported runs, before adapters are removed.
 
     Returns:
         The report, in the first process; None in the others, and after ``--dry-run`` and ``--source-only``.
@@ -75,11 +80,17 @@ def run_study(
         SurgicalError: Something asked for cannot be done; says what, and the way out.
     """
     with _engine(args) as engine:
-        return _carried_out(protocol, args, read, opener, engine)
+        return _carried_out(protocol, args, read, opener, seeded_base, export, engine)
 
 
 def _carried_out(
-    protocol: Protocol, args: argparse.Namespace, read: Read, opener: Callable[..., Base], engine: Engine
+    protocol: Protocol,
+    args: argparse.Namespace,
+    read: Read,
+    opener: Callable[..., Base],
+    seeded_base: bool,
+    export: Export | None,
+    engine: Engine,
 ) -> Report | None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()  # of files of weights
@@ -133,6 +144,7 @@ def _carried_out(
         seed=args.seeds[0],
         metrics=protocol.metrics,
         opener=opener,
+        seeded_base=seeded_base,
         arguments=arguments,
         logs=logs,
         engine=engine,
@@ -141,6 +153,8 @@ def _carried_out(
         found = compare(experiment, rows, args.seeds)
     report = None
     if _is_first(engine):
+        if export is not None:
+            export(experiment, found)
         unit = fitting.batch_size / args.batch_size
         report = write_study(protocol, experiment, found, args.seeds, unit=unit, forgetting=args.forgetting)
         if (url := hand_over(args, report, folder)) is not None:

@@ -12,27 +12,35 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from peft_surgical.data.images import IMAGE_SUFFIXES
+from peft_surgical.data.layouts import visible
 from peft_surgical.data.splits import draw, per_class
 from peft_surgical.errors import DataError
 
 from .breeds import Breeds, Subclass, breeds
-from .imagenet_files import imagenet_files
-from .listings import cut, images_of
-from .parts import Published
+from .parts import Published, cut, images_of
 
-EACH = 50
+BREEDS_EACH = 50
 """Images of each superclass to tune on (paper: 850 for Living-17, 1,500 for Entity-30)."""
 
 _KAGGLE = Path("ILSVRC", "Data", "CLS-LOC")
 
 
-class _Images(NamedTuple):
-    """Images of one folder and one domain, in the order of `imagenet_files`."""
+class ImageNetFiles(NamedTuple):
+    """Images of one folder and one domain, by superclass, then class, then file name.
+
+    Attributes:
+        paths: Where they are.
+        files: What to call them wherever they are: the class and the name of the file.
+        labels: int64 (n,), the superclass.
+        groups: int64 (n,), the subclass among all, superclass by superclass, those of the source first.
+    """
 
     paths: list[str]
     files: list[str]
@@ -107,7 +115,7 @@ def read_breeds(
             f"{places['val']} is given for the training and for the validation images: one image would tune and test"
         )
     # Source and target of train, then of val.
-    found = [images for part, place in places.items() for images in _read(place, part, benchmark)]
+    found = [images for part, place in places.items() for images in imagenet_files(place, benchmark)]
     starts = np.cumsum([0, *(len(images.paths) for images in found)])
     rows = [np.arange(start, end) for start, end in itertools.pairwise(starts)]
     names = [one.name.split(",")[0] for one in benchmark.superclasses]
@@ -118,7 +126,6 @@ def read_breeds(
     return cut(
         name,
         images_of([path for images in found for path in images.paths]),
-        [file for images in found for file in images.files],
         np.concatenate([images.labels for images in found]),
         np.concatenate([images.groups for images in found]),
         parts,
@@ -130,6 +137,11 @@ def read_breeds(
             "test": "given: the validation images of the other subclasses",
             **{part: f"drawn: seed {seed}, {count} {pool}" for part, count in each.items()},
         },
+        files=[
+            f"{part}/{file}"
+            for part, images in zip(("train", "train", "val", "val"), found, strict=True)
+            for file in images.files
+        ],
     )
 
 
@@ -138,27 +150,11 @@ def _subclasses(benchmark: Breeds) -> tuple[Subclass, ...]:
     return tuple(sub for one in benchmark.superclasses for sub in (*one.source, *one.target))
 
 
-def _read(place: Path, part: str, benchmark: Breeds) -> list[_Images]:
-    group = {sub.wnid: number for number, sub in enumerate(_subclasses(benchmark))}
-    found = []
-    for listed in imagenet_files(place, benchmark):
-        ends = [path.rsplit(os.sep, 2)[1:] for path, _ in listed]
-        found.append(
-            _Images(
-                [path for path, _ in listed],
-                [f"{part}/{wnid}/{file}" for wnid, file in ends],
-                np.array([label for _, label in listed], dtype=np.int64),
-                np.array([group[wnid] for wnid, _ in ends], dtype=np.int64),
-            )
-        )
-    return found
-
-
 def _draw(
-    pool: _Images, place: Path, names: list[str], seed: int, tuning: int | None, validation: int | None
+    pool: ImageNetFiles, place: Path, names: list[str], seed: int, tuning: int | None, validation: int | None
 ) -> tuple[dict[str, np.ndarray], dict[str, int]]:
     """Part -> rows of the pool, and images of each class."""
-    usual = EACH * len(names)
+    usual = BREEDS_EACH * len(names)
     # Tuning last, so that its draws are nested.
     sizes = {"validation": usual if validation is None else validation, "tuning": usual if tuning is None else tuning}
     each = {part: per_class(size, pool.labels, part) for part, size in sizes.items()}
@@ -166,3 +162,48 @@ def _draw(
         return draw(pool.labels, each, None, seed, names), each
     except DataError as error:
         raise DataError(f"{place}: {error}") from error
+
+
+def imagenet_files(folder: str | os.PathLike[str], benchmark: Breeds) -> tuple[ImageNetFiles, ImageNetFiles]:
+    """The images of a benchmark's source and target in ImageNet on disk; none is opened.
+
+    Args:
+        folder: Holds a folder for each class, named for its WordNet id: ImageNet's ``train/``, or ``val/`` sorted so.
+        benchmark: From `breeds`.
+
+    Raises:
+        DataError: A class has no folder or no image.
+    """
+    place = Path(folder)
+    if not place.is_dir():
+        raise DataError(f"{place} is no folder: pass the one that holds ImageNet's folders n01440764, n01443537, ...")
+    source, target = benchmark.labels("source"), benchmark.labels("target")
+    if missing := sorted(wnid for wnid in (*source, *target) if not (place / wnid).is_dir()):
+        raise DataError(_no_folder(place, missing, len(source) + len(target)))
+    group = {sub.wnid: number for number, sub in enumerate(_subclasses(benchmark))}
+    return _listed(place, source, group), _listed(place, target, group)
+
+
+def _listed(place: Path, labels: Mapping[str, int], group: Mapping[str, int]) -> ImageNetFiles:
+    listed: list[tuple[str, str]] = []
+    for wnid in labels:
+        images = [file.name for file in visible(place / wnid) if file.suffix.lower() in IMAGE_SUFFIXES]
+        if not images:
+            raise DataError(f"{place / wnid} holds no image: unpack the archive of this class again")
+        listed += [(wnid, image) for image in images]
+    return ImageNetFiles(
+        [f"{place}{os.sep}{wnid}{os.sep}{image}" for wnid, image in listed],
+        [f"{wnid}/{image}" for wnid, image in listed],
+        np.array([labels[wnid] for wnid, _ in listed], dtype=np.int64),
+        np.array([group[wnid] for wnid, _ in listed], dtype=np.int64),
+    )
+
+
+def _no_folder(place: Path, missing: list[str], needed: int) -> str:
+    said = f"{place} has no folder for {len(missing)} of {needed} classes, first {missing[0]}: "
+    inside = [name for name in ("train", "val") if (place / name / missing[0]).is_dir()]
+    if inside:
+        return said + f"pass {place / inside[0]}"
+    if any(entry.suffix.lower() in IMAGE_SUFFIXES for entry in visible(place)):
+        return said + "its images lie in no folders; sort them into one for each class, named n01440764 and so on"
+    return said + "pass ImageNet's train/ or val/ with all 1,000 classes in folders named n01440764 and so on"

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from peft_surgical.data import layouts
+from peft_surgical.data import layouts as tables
 from peft_surgical.errors import DataError
 from peft_surgical.extras import require
 
@@ -32,11 +32,12 @@ FMOW_CATEGORIES = (
 # fmt: on
 """The classes of FMoW, in the order of their numbers, which is that of the alphabet."""
 
+
 _SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
-class Rows:
+class WildsTable:
     """Every image of a dataset in the order in which it is published, and what is known of each.
 
     Attributes:
@@ -51,13 +52,15 @@ class Rows:
     shown: str
 
 
-def _waterbirds(folder: Path) -> Rows:
+def read_waterbirds(folder: Path) -> WildsTable:
+    """``metadata.csv`` and the images beside it."""
     read = _csv(folder / "metadata.csv", ("img_filename", "y", "place", "split"), ("y", "place", "split"))
     facts = {"label": read["y"], "place": read["place"], "split": _split_names(read["split"], folder / "metadata.csv")}
-    return checked("waterbirds", Rows(_images(folder, read["img_filename"]), facts, str(folder)))
+    return WildsTable(_images(folder, read["img_filename"]), facts, str(folder))
 
 
-def _celeba(folder: Path) -> Rows:
+def read_celeba(folder: Path) -> WildsTable:
+    """``list_attr_celeba.csv``, ``list_eval_partition.csv`` and ``img_align_celeba/``."""
     attributes = _csv(folder / "list_attr_celeba.csv", ("image_id", "Blond_Hair", "Male"), ("Blond_Hair", "Male"))
     parts = _csv(folder / "list_eval_partition.csv", ("image_id", "partition"), ("partition",))
     if not np.array_equal(attributes["image_id"], parts["image_id"]):
@@ -68,10 +71,11 @@ def _celeba(folder: Path) -> Rows:
         "split": _split_names(parts["partition"], folder / "list_eval_partition.csv"),
     }
     images = _images(folder, [f"img_align_celeba/{file}" for file in attributes["image_id"]])
-    return checked("celeba", Rows(images, facts, str(folder)))
+    return WildsTable(images, facts, str(folder))
 
 
-def _camelyon17(folder: Path) -> Rows:
+def read_camelyon17(folder: Path) -> WildsTable:
+    """``metadata.csv`` and ``patches/``."""
     numbers = ("tumor", "center", "split")
     read = _csv(folder / "metadata.csv", ("patient", "node", "x_coord", "y_coord", *numbers), numbers)
     files = [
@@ -82,10 +86,11 @@ def _camelyon17(folder: Path) -> Rows:
     # 1 and 2 numbers, too, which WILDS overrides by the hospital.
     split = _split_names(read["split"], folder / "metadata.csv")
     facts = {"label": read["tumor"], "center": read["center"], "split": split}
-    return checked("camelyon17", Rows(_images(folder, files), facts, str(folder)))
+    return WildsTable(_images(folder, files), facts, str(folder))
 
 
-def _fmow(folder: Path) -> Rows:
+def read_fmow(folder: Path) -> WildsTable:
+    """``rgb_metadata.csv``, ``country_code_mapping.csv`` and ``images/``."""
     read = _csv(folder / "rgb_metadata.csv", ("split", "category", "timestamp", "country_code"), ())
     countries = _csv(folder / "country_code_mapping.csv", ("alpha-3", "region"), ())
     split = read["split"].astype(str)
@@ -102,32 +107,12 @@ def _fmow(folder: Path) -> Rows:
         "year": _years(read["timestamp"][rows], folder),
         "split": split,
     }
-    return Rows(_images(folder, [f"images/rgb_img_{row}.png" for row in rows]), facts, str(folder))
-
-
-FOLDERS = {
-    "waterbirds": "waterbirds_v1.0",
-    "celeba": "celebA_v1.0",
-    "camelyon17": "camelyon17_v1.0",
-    "fmow": "fmow_v1.1",
-}
-INDEX = {
-    "waterbirds": "metadata.csv",
-    "celeba": "list_attr_celeba.csv",
-    "camelyon17": "metadata.csv",
-    "fmow": "rgb_metadata.csv",
-}
-READERS: dict[str, Callable[[Path], Rows]] = {
-    "waterbirds": _waterbirds,
-    "celeba": _celeba,
-    "camelyon17": _camelyon17,
-    "fmow": _fmow,
-}
+    return WildsTable(_images(folder, [f"images/rgb_img_{row}.png" for row in rows]), facts, str(folder))
 
 
 def _csv(file: Path, columns: Sequence[str], numbers: Sequence[str]) -> dict[str, np.ndarray]:
     """Columns of a CSV file: int64 where they are numbers, else the strings as they stand (``004``, ``NA``)."""
-    csv, pyarrow = require("pyarrow.csv", layouts.PURPOSE), require("pyarrow", layouts.PURPOSE)
+    csv, pyarrow = require("pyarrow.csv", tables.PURPOSE), require("pyarrow", tables.PURPOSE)
     if not file.is_file():
         raise DataError(f"{file} does not exist: unpack the whole archive, and pass the folder with all its files")
     types = csv.ConvertOptions(
@@ -149,12 +134,8 @@ def _csv(file: Path, columns: Sequence[str], numbers: Sequence[str]) -> dict[str
 
 
 def integers(values: Any, where: str) -> np.ndarray:
-    """An Arrow column as int64.
-
-    Raises:
-        DataError: A cell is empty, or no whole number.
-    """
-    compute, pyarrow = require("pyarrow.compute", layouts.PURPOSE), require("pyarrow", layouts.PURPOSE)
+    """An Arrow column as int64; a cell that is empty or no whole number is an error."""
+    compute, pyarrow = require("pyarrow.compute", tables.PURPOSE), require("pyarrow", tables.PURPOSE)
     if values.null_count:
         raise DataError(f"{where} has {values.null_count} empty cell(s): every image needs a value; fetch it again")
     try:
@@ -191,7 +172,7 @@ def _years(timestamps: np.ndarray, folder: Path) -> np.ndarray:
 
 
 def _images(folder: Path, files: Any) -> Any:
-    datasets, pyarrow = require("datasets", layouts.PURPOSE), require("pyarrow", layouts.PURPOSE)
+    datasets, pyarrow = require("datasets", tables.PURPOSE), require("pyarrow", tables.PURPOSE)
     if not len(files):
         raise DataError(f"the tables in {folder} list no images: fetch them again")
     if not (above := (folder / files[0]).parent).is_dir():
@@ -201,27 +182,3 @@ def _images(folder: Path, files: Any) -> Any:
     features = datasets.Features({"image": datasets.Image(), "file": datasets.Value("string")})
     columns = {"image": paths, "file": pyarrow.array(files, pyarrow.string())}
     return datasets.Dataset.from_dict(columns, features=features)
-
-
-_CODES: dict[str, dict[str, tuple[int, ...]]] = {
-    "waterbirds": {"label": (0, 1), "place": (0, 1)},
-    "celeba": {"label": (-1, 0, 1), "male": (-1, 0, 1)},
-    "camelyon17": {"label": (0, 1), "center": (0, 1, 2, 3, 4)},
-}
-
-
-def checked(name: str, rows: Rows) -> Rows:
-    """The rows, if their codes are the published ones."""
-    for fact, valid in _CODES[name].items():
-        if len(wrong := np.flatnonzero(~np.isin(rows.facts[fact], valid))):
-            file = rows.images.select_columns(["file"])[int(wrong[0])]["file"]
-            raise DataError(
-                f"{file} of {rows.shown} has the {fact} {rows.facts[fact][wrong[0]]}: {name} knows "
-                f"{', '.join(map(str, valid))}; fetch the published files again"
-            )
-    if name != "celeba":
-        return rows
-    # CelebA's own lists say -1 for no, the Hub's copy says False.
-    return Rows(
-        rows.images, {k: v if k == "split" else (v > 0).astype(np.int64) for k, v in rows.facts.items()}, rows.shown
-    )

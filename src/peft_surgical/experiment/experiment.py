@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from accelerate import PartialState
 
+from ..choosing.pace import block_means
 from ..choosing.resolve import score_blocks
 from ..choosing.scores import BlockScores
 from ..config import SurgicalConfig
@@ -183,6 +184,8 @@ class Experiment(Subject):
         result: dict[str, Any] = {"validation": found.validation, "validation_loss": found.losses[-1]}
         result |= {"cost": found.cost, "epoch": found.best_epoch}
         result |= {"curve": list(found.curve), "losses": list(found.losses)}
+        if found.record:
+            result["factors"] = [block_means(factors, self.anatomy) for _, factors in sorted(found.record.items())]
         # Where all processes train together, the first one alone looks at the outcome.
         if run.stop is not None or not PartialState().is_main_process:
             return result

@@ -41,6 +41,7 @@ class Subject:
         head: As for `load_base`: ``auto``, ``keep`` or ``new``.
         seed: The seed whose data stands for all in the keys of runs.
         opener: Opens the base, called as `load_base` is.
+        seeded_base: Whether the seed that the opener gets decides about the base even where its head is kept.
     """
 
     model: str
@@ -55,6 +56,7 @@ class Subject:
     head: str = "auto"
     seed: int = 0
     opener: Callable[..., Base] = load_base
+    seeded_base: bool = False
 
     def __post_init__(self) -> None:
         if self.head not in KEPT_OR_NEW:
@@ -88,7 +90,7 @@ class Subject:
 
     def base(self, seed: int, zero: bool = False) -> Base:
         """The base of a run, not to be changed; ``zero`` for one whose new head is all zeros."""
-        if seed != self.seed and not self.head_is_new:
+        if seed != self.seed and not (self.seeded_base or self.head_is_new):
             seed = self.seed  # nothing is drawn
         if (seed, zero) not in self._bases:
             if len(self._bases) > 1:  # a whole network each

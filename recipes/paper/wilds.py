@@ -22,28 +22,66 @@ are a ``ClassLabel`` or plain integers makes no difference here). None was compa
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from peft_surgical.data import layouts
+from peft_surgical.data import layouts as tables
 from peft_surgical.data.layouts import SPLITS, split_of
 from peft_surgical.errors import DataError
 from peft_surgical.extras import require
 
-from .wilds_folders import FOLDERS, INDEX, READERS, Rows, checked, integers
+from .wilds_folders import WildsTable, integers, read_camelyon17, read_celeba, read_fmow, read_waterbirds
 
-HUB_IDS = {
-    "waterbirds": "grodino/waterbirds",
-    "celeba": "flwrlabs/celeba",
-    "camelyon17": "wltjr1007/Camelyon17-WILDS",
+
+class _Layouts(NamedTuple):
+    """How a dataset is found: as the WILDS package unpacks it, or as tables in the columns of the Hub's copy.
+
+    ``columns`` maps a fact to its column in tables; ``codes`` are the values that a fact may have.
+    """
+
+    folder: str
+    listing: str
+    read: Callable[[Path], WildsTable]
+    hub: str | None = None
+    columns: Mapping[str, str] = {}
+    codes: Mapping[str, tuple[int, ...]] = {}
+
+
+_LAYOUTS = {
+    "waterbirds": _Layouts(
+        "waterbirds_v1.0",
+        "metadata.csv",
+        read_waterbirds,
+        "grodino/waterbirds",
+        {"label": "label", "place": "place"},
+        {"label": (0, 1), "place": (0, 1)},
+    ),
+    "celeba": _Layouts(
+        "celebA_v1.0",
+        "list_attr_celeba.csv",
+        read_celeba,
+        "flwrlabs/celeba",
+        {"label": "Blond_Hair", "male": "Male"},
+        {"label": (-1, 0, 1), "male": (-1, 0, 1)},
+    ),
+    "camelyon17": _Layouts(
+        "camelyon17_v1.0",
+        "metadata.csv",
+        read_camelyon17,
+        "wltjr1007/Camelyon17-WILDS",
+        {"label": "label", "center": "center"},
+        {"label": (0, 1), "center": (0, 1, 2, 3, 4)},
+    ),
+    "fmow": _Layouts("fmow_v1.1", "rgb_metadata.csv", read_fmow),
 }
-"""Where the Hub has each dataset in the columns that are read here; it has no whole FMoW."""
+"""Name -> layouts. The Hub has no whole FMoW."""
 
 
-def read_rows(name: str, source: Any) -> Rows:
+def read_rows(name: str, source: Any) -> WildsTable:
     """The rows of a published dataset.
 
     Args:
@@ -54,31 +92,32 @@ def read_rows(name: str, source: Any) -> Rows:
     Raises:
         DataError: If it is none of these, or lacks a column or file; says what was expected.
     """
-    datasets = require("datasets", layouts.PURPOSE)
+    datasets = require("datasets", tables.PURPOSE)
     if isinstance(source, (datasets.Dataset, datasets.DatasetDict)):
         alone = next(iter(source), None) if isinstance(source, Mapping) else source.split
-        return _from_tables(name, _renamed(layouts.by_split(source, "the dataset"), alone), "the dataset")
+        return _from_tables(name, _renamed(tables.by_split(source, "the dataset"), alone), "the dataset")
     if not isinstance(source, (str, os.PathLike)):
         if not isinstance(source, Sequence) or not source:
             raise DataError(f"{source!r} is no data: {_ways_in(name)}")
         files = [_parquet(name, Path(file)) for file in source]
-        return _from_tables(name, _renamed(layouts.read_parquet(files, None), files[0].stem), "the parquet files")
+        return _from_tables(name, _renamed(tables.read_parquet(files, None), files[0].stem), "the parquet files")
     place, shown = Path(source).expanduser(), os.fspath(source)
     if place.is_file():
-        found = layouts.read_parquet([_parquet(name, place)], None)
+        found = tables.read_parquet([_parquet(name, place)], None)
         return _from_tables(name, _renamed(found, place.stem), shown)
     if place.is_dir():
         return _from_folder(name, place)
-    if layouts.is_hub_id(shown):
-        return _from_tables(name, layouts.by_split(layouts.from_hub(shown), shown), shown)
+    if tables.is_hub_id(shown):
+        return _from_tables(name, tables.by_split(tables.from_hub(shown), shown), shown)
     raise DataError(f"{shown} does not exist: {_ways_in(name)}")
 
 
 def _ways_in(name: str) -> str:
-    folder = f"a folder that holds {FOLDERS[name]}/{INDEX[name]}"
-    if name not in HUB_IDS:
+    layouts = _LAYOUTS[name]
+    folder = f"a folder that holds {layouts.folder}/{layouts.listing}"
+    if layouts.hub is None:
         return f"pass {folder}"
-    return f"pass {folder}, parquet files or a DatasetDict with the Hub's columns, or the Hub id {HUB_IDS[name]}"
+    return f"pass {folder}, parquet files or a DatasetDict with the Hub's columns, or the Hub id {layouts.hub}"
 
 
 def _renamed(found: dict[str, tuple[Any, list[str]]], alone: Any) -> dict[str, tuple[Any, list[str]]]:
@@ -95,40 +134,33 @@ def _parquet(name: str, file: Path) -> Path:
     return file
 
 
-def _from_folder(name: str, place: Path) -> Rows:
-    for folder in (place, place / FOLDERS[name]):
-        if (folder / INDEX[name]).is_file():
-            return READERS[name](folder)
+def _from_folder(name: str, place: Path) -> WildsTable:
+    layouts = _LAYOUTS[name]
+    for folder in (place, place / layouts.folder):
+        if (folder / layouts.listing).is_file():
+            return _checked(name, layouts.read(folder))
     # Only now, since looking for parquet files walks through every folder of images.
-    if (saved := layouts.from_disk(place)) is not None:
-        return _from_tables(name, layouts.by_split(saved, str(place)), str(place))
-    if files := layouts.parquet_files(place):
-        return _from_tables(name, _renamed(layouts.read_parquet(files, place), files[0].stem), str(place))
-    raise DataError(f"{place} holds neither {INDEX[name]} nor parquet files: {_ways_in(name)}")
+    if (saved := tables.from_disk(place)) is not None:
+        return _from_tables(name, tables.by_split(saved, str(place)), str(place))
+    if files := tables.parquet_files(place):
+        return _from_tables(name, _renamed(tables.read_parquet(files, place), files[0].stem), str(place))
+    raise DataError(f"{place} holds neither {layouts.listing} nor parquet files: {_ways_in(name)}")
 
 
-# Tables
-
-_TABLE_COLUMNS = {
-    "waterbirds": {"label": "label", "place": "place"},
-    "celeba": {"label": "Blond_Hair", "male": "Male"},
-    "camelyon17": {"label": "label", "center": "center"},
-}
-
-
-def _from_tables(name: str, found: Mapping[str, tuple[Any, list[str]]], shown: str) -> Rows:
-    if name not in _TABLE_COLUMNS:
+def _from_tables(name: str, found: Mapping[str, tuple[Any, list[str]]], shown: str) -> WildsTable:
+    columns = _LAYOUTS[name].columns
+    if not columns:
         raise DataError(f"{shown} is a table, and no table of {name} is published: {_ways_in(name)}")
-    datasets = require("datasets", layouts.PURPOSE)
+    datasets = require("datasets", tables.PURPOSE)
     images, splits, files = [], [], []
-    facts: dict[str, list[np.ndarray]] = {fact: [] for fact in _TABLE_COLUMNS[name]}
+    facts: dict[str, list[np.ndarray]] = {fact: [] for fact in columns}
     # One order whatever the order of the files, since row numbers are part of fingerprints.
     for split in (split for split in SPLITS if split in found):
         dataset, places = found[split]
         ours = "train" if split == "tuning" else split
         where = f"the {ours} split of {shown}"
-        _check_columns(dataset, {"image", *_TABLE_COLUMNS[name].values()}, where, name)
-        for fact, column in _TABLE_COLUMNS[name].items():
+        _check_columns(dataset, {"image", *columns.values()}, where, name)
+        for fact, column in columns.items():
             # Arrow, one column: a row of the dataset would decode its image.
             values = dataset.select_columns([column]).with_format("arrow")[:].column(column)
             facts[fact].append(integers(values, f"column {column!r} of {where}"))
@@ -138,7 +170,7 @@ def _from_tables(name: str, found: Mapping[str, tuple[Any, list[str]]], shown: s
     # Datasets concatenates without copying, so that the images stay in the files that it maps.
     together = datasets.concatenate_datasets(images).add_column("file", files)
     joined = {fact: np.concatenate(values) for fact, values in facts.items()}
-    return checked(name, Rows(together, {**joined, "split": np.concatenate(splits)}, shown))
+    return _checked(name, WildsTable(together, {**joined, "split": np.concatenate(splits)}, shown))
 
 
 def _check_columns(dataset: Any, wanted: set[str], where: str, name: str) -> None:
@@ -150,3 +182,22 @@ def _check_columns(dataset: Any, wanted: set[str], where: str, name: str) -> Non
     image = dataset.features["image"]
     if getattr(image, "_type", None) != "Image" and not (isinstance(image, Mapping) and "bytes" in image):
         raise DataError(f"column 'image' of {where} holds no images: write it with datasets' Image feature")
+
+
+def _checked(name: str, rows: WildsTable) -> WildsTable:
+    """The rows, if their codes are the published ones."""
+    for fact, valid in _LAYOUTS[name].codes.items():
+        if len(wrong := np.flatnonzero(~np.isin(rows.facts[fact], valid))):
+            file = rows.images.select_columns(["file"])[int(wrong[0])]["file"]
+            raise DataError(
+                f"{file} of {rows.shown} has the {fact} {rows.facts[fact][wrong[0]]}: {name} knows "
+                f"{', '.join(map(str, valid))}; fetch the published files again"
+            )
+    if name != "celeba":
+        return rows
+    # CelebA's own lists say -1 for no, the Hub's copy says False.
+    facts = {fact: v if fact == "split" else (v > 0).astype(np.int64) for fact, v in rows.facts.items()}
+    return replace(rows, facts=facts)
+
+
+# --- The rows of published datasets, in the layouts in which people have them; no image is opened. ---
