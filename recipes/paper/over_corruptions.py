@@ -5,24 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
-from paper.corruptions import ALEXNET_ERRORS, SEVERITIES
 from peft_surgical.errors import DataError
 from peft_surgical.evaluation import (
     Measurement,
     Report,
     TextTable,
-    mean_corruption_error,
     mean_interval,
     wilson_interval,
 )
 
-from .corruptions import CORRUPTIONS
+from .corruptions import ALEXNET_ERRORS, CORRUPTIONS, SEVERITIES
 
 Cells = Mapping[tuple[str, int], Report]
 """(Corruption, severity) -> report of `findings.write_study`."""
-
-MOST = mean_corruption_error(dict.fromkeys(ALEXNET_ERRORS, 1.0))
-"""mCE of a network that is always wrong, which AlexNet is not: more than 1."""
 
 
 def mean_corruption_error(errors: Mapping[str, float]) -> float:
@@ -41,6 +36,10 @@ def mean_corruption_error(errors: Mapping[str, float]) -> float:
     if not errors:
         raise DataError("no corruption given: pass the error of each corruption by name")
     return fmean(error / ALEXNET_ERRORS[name] for name, error in errors.items())
+
+
+MOST = mean_corruption_error(dict.fromkeys(ALEXNET_ERRORS, 1.0))
+"""mCE of a network that is always wrong, which AlexNet is not: more than 1."""
 
 
 def why_no_mce(cells: Cells) -> str | None:
