@@ -366,7 +366,7 @@ def test_a_race_looks_only_after_a_new_head_has_trained_alone(place, tmp_path, m
     seen = []
     monkeypatch.setattr(
         "peft_surgical.experiment.choosing.race",
-        lambda candidates, *args, rungs, keep: seen.append((candidates, rungs)),
+        lambda candidates, *args, rungs: seen.append((candidates, rungs)),
     )
     search(run, "race", 0)
     candidates, rungs = seen[0]
