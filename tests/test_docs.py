@@ -118,6 +118,21 @@ def test_every_module_imports_only_from_those_before_it_on_the_ladder():
     assert not wrong
 
 
+def test_contributing_shows_both_houses_in_one_screen_and_the_package_imports_no_recipe():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    shown = text[text.index("**Two houses.**") : text.index("**Rules of the house**")]
+    assert shown.count("\n") <= 40
+    shared = {file.stem for file in (ROOT / "recipes" / "paper").glob("*.py")} - {"__init__"}
+    (named,) = re.findall(r"for what they share \(([^)]*)\)", shown)
+    assert set(re.findall(r"`(\w+)`", named)) == shared
+    recipes = {file.stem for file in (ROOT / "recipes").glob("*.py")} | {"paper"}
+    for file in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            modules = [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert not {module.partition(".")[0] for module in modules} & recipes, file
+
+
 SOURCE = ROOT / "src"
 PACKAGE = SOURCE / "peft_surgical"
 

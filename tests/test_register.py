@@ -23,10 +23,9 @@ diff load_adapted pull push_adapter read_adapter resolve_target score_blocks set
 """
 
 IMPORTED = """
-blocks blocks.anatomy blocks.inventory blocks.layouts blocks.parsing blocks.resolving blocks.sources blocks.spec config
-errors evaluation evaluation.intervals evaluation.metrics evaluation.predicting evaluation.report evaluation.tables
-extras files keys peft_api tuner tuner.attach tuner.combine tuner.layer tuner.mixed tuner.model tuner.plan
-tuner.saving tuner.specialise tuner.support
+blocks blocks.anatomy blocks.inventory blocks.layouts blocks.parsing blocks.sources config errors evaluation
+evaluation.metrics evaluation.report extras files keys peft_api tuner tuner.attach tuner.combine tuner.layer
+tuner.mixed tuner.model tuner.plan tuner.saving tuner.specialise tuner.support
 """
 
 
