@@ -41,7 +41,8 @@ from paper.study import run_study
 from peft_surgical.entry import run_in_words
 from peft_surgical.errors import ConfigError
 from peft_surgical.evaluation import SEVERITIES, Report
-from peft_surgical.experiment.outputs import bars, draw_or_warn
+from peft_surgical.experiment.comparison import bars
+from peft_surgical.experiment.outputs import draw_or_warn
 from peft_surgical.training.fitting import FitSettings
 
 PROTOCOL = Protocol(

@@ -10,10 +10,10 @@ from typing import Any
 
 from peft_surgical.errors import ConfigError
 from peft_surgical.evaluation import Measurement, Report, TextTable, accuracy, measure
+from peft_surgical.experiment.comparison import TABLE, bars, chosen_of, rule_of
 from peft_surgical.experiment.experiment import Experiment
-from peft_surgical.experiment.keeping import Kept, keep_adapter
-from peft_surgical.experiment.outputs import TABLE, bars, chosen_of, draw_or_warn, rule_of
-from peft_surgical.experiment.rows import Rows
+from peft_surgical.experiment.outputs import Kept, draw_or_warn, keep_adapter
+from peft_surgical.experiment.subject import Rows
 from peft_surgical.keys import FIGURE, REPORT
 from peft_surgical.training.ledger import Run
 from peft_surgical.training.search import NONE
@@ -38,7 +38,7 @@ def write_study(
     Args:
         protocol: What was compared.
         experiment: That ran it.
-        found: Row -> runs to report, as `choosing.compare` gives them.
+        found: Row -> runs to report, as `choosing.run_grid` gives them.
         seeds: In the order of the runs.
         unit: Share of a batch of all processes in one of those that costs are counted in.
         forgetting: Whether to measure the kept adapter on held-out images of the source.

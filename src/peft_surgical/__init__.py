@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from .choosing.penalties import Penalty
     from .choosing.resolve import resolve_target, score_blocks
     from .choosing.scores import BlockScores
+    from .experiment.api import compare, tune
     from .hub.opening import load_adapted
     from .hub.pulling import pull
     from .hub.pushing import push_adapter
@@ -56,6 +57,7 @@ __all__ = [
     "SurgicalError",
     "anatomy_of",
     "combine_adapters",
+    "compare",
     "diff",
     "load_adapted",
     "pull",
@@ -65,6 +67,7 @@ __all__ = [
     "score_blocks",
     "set_scale",
     "to_lora",
+    "tune",
 ]
 
 # Name -> the module that it is imported from when it is first used.
@@ -75,6 +78,7 @@ _MODULES = {
     "Penalty": "choosing.penalties",
     "SurgicalCallback": "choosing.callback",
     "combine_adapters": "adapters.combination",
+    "compare": "experiment.api",
     "diff": "adapters.difference",
     "load_adapted": "hub.opening",
     "pull": "hub.pulling",
@@ -83,6 +87,7 @@ _MODULES = {
     "resolve_target": "choosing.resolve",
     "score_blocks": "choosing.resolve",
     "to_lora": "adapters.lora",
+    "tune": "experiment.api",
 }
 
 
