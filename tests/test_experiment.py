@@ -1,11 +1,14 @@
 """One's own data from folder to adapter: choosing, new heads, forgetting, resuming, comparing, and what is written."""
 
+import copy
 import json
 import os
+import pickle
 import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 from datetime import datetime
 from importlib import metadata
 
@@ -30,7 +33,9 @@ from peft_surgical.choosing.methods import METHODS, method_of  # noqa: E402
 from peft_surgical.choosing.schedules import HeadFirst, Progress  # noqa: E402
 from peft_surgical.errors import AdapterError, ConfigError, DataError, RowsFailedError  # noqa: E402
 from peft_surgical.evaluation import Report, accuracy  # noqa: E402
+from peft_surgical.evaluation.judging import judge  # noqa: E402
 from peft_surgical.experiment import experiment  # noqa: E402
+from peft_surgical.experiment.api import compare, tune  # noqa: E402
 from peft_surgical.experiment.choosing import (  # noqa: E402
     batch_size_for,
     choose,
@@ -42,7 +47,7 @@ from peft_surgical.experiment.choosing import (  # noqa: E402
 from peft_surgical.experiment.comparison import write_compared  # noqa: E402
 from peft_surgical.experiment.experiment import Experiment  # noqa: E402
 from peft_surgical.experiment.outputs import read_source, write_tuned  # noqa: E402
-from peft_surgical.experiment.requests import Score, Test, Train, key_of, request_of  # noqa: E402
+from peft_surgical.experiment.requests import Bar, Score, Test, Train, key_of, request_of  # noqa: E402
 from peft_surgical.experiment.subject import NewHeadFirst, modules_of_head, with_new_head  # noqa: E402
 from peft_surgical.training.fitting import FitSettings, fit  # noqa: E402
 from peft_surgical.training.ledger import Ledger  # noqa: E402
@@ -806,17 +811,149 @@ def test_without_matplotlib_there_is_no_figure(place, tmp_path, monkeypatch):
     assert (tmp_path / "report.json").is_file()
 
 
+# --- in one call ---
+
+
+HOW = {"lr": 1e-2, "epochs": 1, "batch_size": 6, "cpu": True}
+
+
+def test_tune_in_one_call_is_what_the_parts_do(place, tmp_path):
+    found = tune(str(place / "model"), place / "data", "block1", source=place / "source", output=tmp_path / "a", **HOW)
+    run = of(place, tmp_path / "b", config={"norm_stats": "frozen", "delta_dtype": None})
+    parts = write_tuned(run, choose(run, "block1", 0), 0, read_source(run, place / "source"))
+    assert found.adapter == found.folder == tmp_path / "a"
+    assert found.report.measurements == parts.report.measurements
+    assert set(differing(found.report, parts.report)) <= {"finished", "seconds"}
+    assert (found.adapter / ADAPTER[0]).read_bytes() == (parts.adapter / ADAPTER[0]).read_bytes()
+    measured(run, found.model, found.report)
+
+
+def test_compare_in_one_call(place, tmp_path):
+    found = compare(place / "model", place / "data", ["none", "block1"], seeds=[0], output=tmp_path, **HOW)
+    assert [one.name for one in found.report] == ["accuracy of none", "accuracy of block1"]
+    assert [run.key["method"] for runs in found.rows.values() for run in runs] == ["none", "block1"]
+    assert (found.folder, found.failed) == (tmp_path, {})
+    assert found.report == Report.load(tmp_path / "report.json")
+
+
+def test_a_network_itself_is_tuned_and_stays_as_it_is(place, tmp_path):
+    base = load_base(place / "model")
+    before = {name: value.clone() for name, value in base.model.state_dict().items()}
+    names = ["cow", "ant", "bee"]  # what its outputs mean, so that the data's classes are outputs 1, 2 and 0
+    bare = tune(
+        base.model,
+        place / "data",
+        "block1",
+        transform=base.transform_eval,
+        label_names=names,
+        output=tmp_path / "a",
+        **HOW,
+    )
+    assert bare.report.settings["outputs"] == [1, 2, 0]
+    assert bare.report.model == "ResNet"
+    opened = tune(base, place / "data", "head", **HOW)
+    assert opened.report.model == str(place / "model")
+    assert opened.folder.name.startswith("peft-surgical-")
+    assert opened.adapter.is_relative_to(tempfile.gettempdir())
+    for name, value in base.model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    again = PeftModel.from_pretrained(copy.deepcopy(base.model), tmp_path / "a").eval()
+    inputs = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(again(inputs), bare.model(inputs))
+        assert not torch.equal(again(inputs), base.model(inputs))
+
+
+def test_a_base_with_a_new_head_is_tuned_with_it(place):
+    base = load_base(place / "other", label_names=NAMES)
+    for target, head in (("block1", "saved whole"), ("head", "all zeros")):
+        found = tune(base, place / "data", target, **{**HOW, "epochs": 3})
+        assert head in found.report.settings["head"]
+        assert found.model.get_base_model().num_classes == 3
+
+
+@pytest.mark.parametrize(
+    ("network", "more", "match"),
+    [
+        (torch.nn.Linear(2, 2), {}, "give transform= .*and label_names="),
+        ("model", {"label_names": NAMES}, "transform= and label_names= are for a network itself"),
+        (3, {}, "a network is a name, a folder, a Base or an nn.Module, not a int"),
+        ("base", {"augment": "flip"}, "augment=, image_size= and weights= say how a network is opened by name"),
+        ("base", {"head": "new"}, 'head="new" is for a network that is opened by name'),
+        ("stranger", {}, "the data has 3 of 3 classes that ResNet does not know.* For a new head give the network by its name or folder"),
+        ("model", {"target": "head", "method": "full"}, "target='head' and method='full' both say what to tune"),
+        ("model", {"scheduler": "linear"}, "scheduler='linear': choose one of constant, cosine"),
+        ("model", {"engine": "spark"}, "engine='spark': choose one of local, ray"),
+        ("model", {"target": "none", "lr": 1.0}, "lr= is not used by none: leave it out"),
+    ],
+)
+def test_what_cannot_be_tuned(place, tmp_path, network, more, match):
+    if network == "base":
+        network = load_base(place / "model")
+    elif network == "stranger":
+        base = load_base(place / "other")
+        network, more = base.model, {"transform": base.transform_eval, "label_names": ("yes", "no")}
+    elif network == "model":
+        network = place / "model"
+    with pytest.raises(ConfigError, match=match):
+        tune(network, place / "data", output=tmp_path, **more)
+
+
+def test_what_is_reported_is_measured_by_the_judge_of_the_experiment(place, tmp_path):
+    asked = []
+
+    def counting(names, scores, labels, groups):
+        asked.append((tuple(names), len(labels)))
+        return {name: value / 2 for name, value in judge(names, scores, labels, groups).items()}
+
+    run = of(place, tmp_path / "a", judge=counting)
+    (halved,) = run_grid(run, ["none"], [0])["none"]
+    assert asked == [(("accuracy",), 12)]  # the test images, and no validation images
+    plain = of(place, tmp_path / "b")
+    (whole,) = run_grid(plain, ["none"], [0])["none"]
+    assert halved.key == whole.key
+    assert halved.result == {**whole.result, "test": whole.result["test"] / 2}
+    report = write_tuned(run, choose(run, "none", 0), 0).report
+    assert report.find("accuracy", "test").value == whole.result["test"] / 2
+
+
+def test_an_experiment_can_be_sent_to_other_processes(place, tmp_path):
+    run = of(place, tmp_path, watch=Bar())
+    key = run.key("none", None, 0)
+    sent = pickle.loads(pickle.dumps(run))
+    assert sent.shared == run.shared
+    assert sent.train(key) == run.train(key)
+    assert type(sent.watch) is Watch
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["compare", "tune"])
+def test_ray_carries_out_the_same_runs(place, tmp_path, command):
+    pytest.importorskip("ray", reason='needs ray: pip install "peft-surgical[ray]"')
+    rows = {"compare": ["--methods", "none", "block1", "cross-val", "--seeds", "0"], "tune": ["--target", "cross-val"]}
+    options = [*rows[command], "--epochs", "1", "--test", "6", "--lr", "1e-2", "--head-lr", "1e-2", "--cpu"]
+    for engine in ("local", "ray"):
+        line = command_line(place, tmp_path / engine, command, *options, "--engine", engine)
+        done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=900)
+        assert done.returncode == 0, done.stderr
+    runs = [sorted(map(str, Ledger(tmp_path / engine / "ledger.jsonl"))) for engine in ("local", "ray")]
+    assert runs[0] == runs[1]
+    reports = [Report.load(tmp_path / engine / "report.json") for engine in ("local", "ray")]
+    assert set(differing(*reports)) <= {"finished", "seconds"}
+    assert reports[1].settings["runs_from_ledger"] == 0
+
+
 # --- processes ---
 
 
-def command(place, output, *arguments):
+def command_line(place, output, *arguments):
     paths = [str(place / "model"), str(place / "flat"), "--output", str(output)]
     return [sys.executable, "-m", "peft_surgical", arguments[0], *paths, *arguments[1:]]
 
 
 @pytest.mark.slow
 def test_tune_from_the_shell(place, tmp_path):
-    line = command(
+    line = command_line(
         place, tmp_path, "tune", "--target", "block1", "--lr", "1e-2", "1e-3", "--epochs", "2", "--test", "6"
     )
     done = subprocess.run(line, capture_output=True, text=True, check=False)
@@ -831,10 +968,10 @@ def test_tune_from_the_shell(place, tmp_path):
 def test_two_processes_share_a_comparison(place, tmp_path):
     options = ["compare", "--methods", "none", "all", "block1", "race", "--seeds", "0", "1", "--epochs", "2"]
     options += ["--lr", "1e-2", "--head-lr", "1e-2", "--test", "6"]
-    alone = subprocess.run(command(place, tmp_path / "one", *options), capture_output=True, text=True, check=True)
+    alone = subprocess.run(command_line(place, tmp_path / "one", *options), capture_output=True, text=True, check=True)
     shared = [
         subprocess.Popen(
-            command(place, tmp_path / "two", *options),
+            command_line(place, tmp_path / "two", *options),
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
