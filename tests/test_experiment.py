@@ -880,7 +880,7 @@ def test_a_base_with_a_new_head_is_tuned_with_it(place):
         (3, {}, "a network is a name, a folder, a Base or an nn.Module, not a int"),
         ("base", {"augment": "flip"}, "augment=, image_size= and weights= say how a network is opened by name"),
         ("base", {"head": "new"}, 'head="new" is for a network that is opened by name'),
-        ("stranger", {}, "the data has 3 of 3 classes that ResNet does not know.* For a new head give the network by its name or folder"),
+        ("stranger", {}, "3 of 3 classes that ResNet does not know.* give the network by its name"),
         ("model", {"target": "head", "method": "full"}, "target='head' and method='full' both say what to tune"),
         ("model", {"scheduler": "linear"}, "scheduler='linear': choose one of constant, cosine"),
         ("model", {"engine": "spark"}, "engine='spark': choose one of local, ray"),
