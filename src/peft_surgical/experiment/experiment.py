@@ -62,7 +62,7 @@ class Experiment(Subject):
         engine: What carries out the runs; see `training.engines`.
         watch: Receives the progress of runs.
         started: When it was made, by `time.monotonic`.
-        found: The runs so far that were read from the ledger and not done by this process, by their digests.
+        found: The runs so far that earlier calls had left in the ledger, by their digests.
     """
 
     folder: Path
@@ -142,11 +142,12 @@ class Experiment(Subject):
         def watched(key: dict[str, Any]) -> Mapping[str, Any]:
             result = train(key)
             reported.add(_digest(key))
-            self.done.add(_digest(key))
+            self.done.add(_digest(key))  # at once: an engine may raise before it has done all
             self.watch.finished(request_of(key), result, known=False)
             return result
 
         runs = self.engine(watched, keys, ledger)
+        self.done |= set(requests) - set(known)
         for run in runs:  # what other processes have done
             if _digest(run.key) not in reported:
                 self.watch.finished(request_of(run.key), run.result, known=True)
