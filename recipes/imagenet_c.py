@@ -40,7 +40,8 @@ from paper.protocol import TABLE_4, Protocol, parser_of
 from paper.study import run_study
 from peft_surgical.errors import ConfigError, run_in_words
 from peft_surgical.evaluation import Report
-from peft_surgical.experiment.outputs import bars, draw_or_warn
+from peft_surgical.experiment.comparison import bars
+from peft_surgical.experiment.outputs import draw_or_warn
 from peft_surgical.training.fitting import FitSettings
 
 PROTOCOL = Protocol(

@@ -1,6 +1,7 @@
 """The command line: what it prints, its exit codes, and one clean line for what the user can mend."""
 
 import ast
+import dataclasses
 import importlib.metadata
 import io
 import json
@@ -34,15 +35,18 @@ from peft_surgical.errors import (  # noqa: E402
     AdapterFileError,
     ConfigError,
 )
-from peft_surgical.experiment.choosing import SCORED  # noqa: E402
-from peft_surgical.experiment.planning import BATCH_SIZES, STEPS_PER_EPOCH  # noqa: E402
-from peft_surgical.experiment.progress import Bar  # noqa: E402
-from peft_surgical.experiment.requests import Train  # noqa: E402
+from peft_surgical.experiment.api import COMPARED, ENGINES, SCHEDULERS, RunSettings  # noqa: E402
+from peft_surgical.experiment.choosing import (  # noqa: E402
+    BATCH_SIZES,
+    SCORED,
+    STEPS_PER_EPOCH,
+)
+from peft_surgical.experiment.requests import Bar, Train  # noqa: E402
 from peft_surgical.experiment.subject import SEARCHES  # noqa: E402
 from peft_surgical.training.fitting import OPTIMIZERS  # noqa: E402
 from peft_surgical.training.search import NOMINATED  # noqa: E402
 from peft_surgical_cli import app as cli  # noqa: E402
-from peft_surgical_cli.options import SCHEDULERS  # noqa: E402
+from peft_surgical_cli.options import ManyValues, SharedOptions  # noqa: E402
 
 
 @pytest.fixture
@@ -273,6 +277,9 @@ def test_rates_that_are_given_are_used_or_refused(run, data, tmp_path):
         assert match in tune(*options)[2], options
     code, _, err = tune("--methods", "none", "all", "--seeds", "0", "--head-lr", "1", command="compare")
     assert (code, "which none, all does not do: give --lr" in err) == (2, True)
+    # There auto-rgn is the method, which never tunes the head alone.
+    _, _, err = tune("--methods", "auto-rgn", "--seeds", "0", "--head-lr", "1", command="compare")
+    assert "which auto-rgn does not do: give --lr" in err
 
 
 def test_compare_writes_the_rows_that_are_done(run, data, tmp_path, monkeypatch):
@@ -353,8 +360,6 @@ def test_ctrl_c_says_how_to_go_on(run, data, tmp_path, monkeypatch):
 
 
 def test_several_values_of_one_option():
-    from peft_surgical_cli.options import ManyValues
-
     app, seen = typer.Typer(), []
 
     @app.command(cls=ManyValues)
@@ -396,7 +401,8 @@ def test_several_values_of_one_option():
         (["blocks", "x", "--verbose"], "No such option: --verbose"),
         (["tune", "x", "y"], "Missing option '--output'"),
         (["tune", "x", "y", "--output", "z", "--target", "head", "--method", "full"], "give one of them"),
-        (["tune", "x", "y", "--output", "z", "--scheduler", "linear"], "choose one of constant, cosine"),
+        (["tune", "x", "y", "--output", "z", "--scheduler", "linear"], "--scheduler linear: choose one of constant"),
+        (["compare", "x", "y", "--output", "z", "--engine", "spark"], "--engine spark: choose one of local, ray"),
         (["tune", "x", "y", "--output", "z", "--images", "many"], "'many': give a number of images"),
         (["tune", "x", "nowhere", "--output", "z"], "nowhere does not exist"),
         (["compare", "x", "y", "--output", "z", "--seeds", "one"], "Invalid value for '--seeds'"),
@@ -425,6 +431,7 @@ def test_help(run):
     [
         *((command, "--optimizer", OPTIMIZERS) for command in ("tune", "compare", "adapt")),
         *((command, "--scheduler", SCHEDULERS) for command in ("tune", "compare")),
+        *((command, "--engine", ENGINES) for command in ("tune", "compare")),
         *((command, "--augment", AUGMENTS) for command in ("tune", "compare")),
         *((command, "--norm-stats", get_args(NormPolicy)) for command in ("tune", "compare", "adapt")),
         *(
@@ -439,7 +446,7 @@ def test_help(run):
             for command in ("tune", "compare")
         ),
         ("tune", "--target", (*SEARCHES, *SCORED, f"the {NOMINATED} blocks with the highest RGN")),
-        ("compare", "--methods", SEARCHES),
+        ("compare", "--methods", (*SEARCHES, *COMPARED)),
         ("adapt", "--reset-on-collapse", (f"{COLLAPSE_WINDOW} predictions",)),
     ],
 )
@@ -448,6 +455,15 @@ def test_the_help_names_the_choices_that_the_code_has(command, option, choices):
     said = next(f"{one.help} {one.show_default}" for one in parameters if option in one.opts)
     missing = [choice for choice in choices if not re.search(rf"\b{re.escape(choice)}\b", said)]
     assert missing == [], said
+
+
+def test_the_shared_options_are_the_settings_of_the_functions():
+    given = SharedOptions().settings()
+    assert RunSettings(**given) == RunSettings()
+    assert {field.name for field in dataclasses.fields(RunSettings)} - set(given) == {"transform", "label_names"}
+    for name in ("tune", "compare"):
+        options = [one.name for one in typer.main.get_command(cli.app).commands[name].params]
+        assert set(options) >= {field.name for field in dataclasses.fields(SharedOptions)}
 
 
 IN_A_PROCESS = """

@@ -153,7 +153,7 @@ def test_it_prints_and_is_json():
 @pytest.fixture
 def run(capsys):
     typer = pytest.importorskip("typer")
-    from peft_surgical_cli.diff import diff_command as command
+    from peft_surgical_cli.inspect import diff_command as command
 
     app = typer.Typer()
     app.command()(command)

@@ -1,11 +1,14 @@
 """One's own data from folder to adapter: choosing, new heads, forgetting, resuming, comparing, and what is written."""
 
+import copy
 import json
 import os
+import pickle
 import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 from datetime import datetime
 from importlib import metadata
 
@@ -29,13 +32,22 @@ from peft_surgical.choosing import BlockScores  # noqa: E402
 from peft_surgical.choosing.methods import METHODS, HeadFirst, Progress, method_of  # noqa: E402  # noqa: E402
 from peft_surgical.errors import AdapterError, ConfigError, DataError, RowsFailedError  # noqa: E402
 from peft_surgical.evaluation import Report, accuracy  # noqa: E402
+from peft_surgical.evaluation.metrics import judge  # noqa: E402
 from peft_surgical.experiment import experiment  # noqa: E402
-from peft_surgical.experiment.choosing import choose, compare, search  # noqa: E402
+from peft_surgical.experiment.api import compare, tune  # noqa: E402
+from peft_surgical.experiment.choosing import (  # noqa: E402
+    batch_size_for,
+    choose,
+    plan_of,
+    run_grid,
+    search,
+    uses_rates,
+)
+from peft_surgical.experiment.comparison import write_compared  # noqa: E402
 from peft_surgical.experiment.experiment import Experiment  # noqa: E402
-from peft_surgical.experiment.newhead import NewHeadFirst, modules_of_head, with_new_head  # noqa: E402
-from peft_surgical.experiment.outputs import read_source, write_compared, write_tuned  # noqa: E402
-from peft_surgical.experiment.planning import batch_size_for, plan_of, uses_rates  # noqa: E402
-from peft_surgical.experiment.requests import Score, Test, Train, key_of, request_of  # noqa: E402
+from peft_surgical.experiment.outputs import read_source, write_tuned  # noqa: E402
+from peft_surgical.experiment.requests import Bar, Score, Test, Train, key_of, request_of  # noqa: E402
+from peft_surgical.experiment.subject import NewHeadFirst, modules_of_head, with_new_head  # noqa: E402
 from peft_surgical.training.fitting import FitSettings, fit  # noqa: E402
 from peft_surgical.training.ledger import Ledger  # noqa: E402
 from peft_surgical.training.search import candidates_of  # noqa: E402
@@ -145,7 +157,7 @@ def test_a_target_with_two_rates_and_a_source(place, tmp_path):
     run = of(place, tmp_path, lrs=(1e-2, 1e-5), epochs=2)
     choice = choose(run, "block1", 0)
     source = read_source(run, place / "source")
-    report = write_tuned(run, choice, 0, source)
+    report = write_tuned(run, choice, 0, source).report
     runs = run.ledger.runs()
     assert [(one.key["method"], one.key["lr"], one.key["seed"]) for one in runs] == [
         ("block1", 1e-2, 0),
@@ -157,7 +169,7 @@ def test_a_target_with_two_rates_and_a_source(place, tmp_path):
     parts = (("validation", 12), ("test", 12), (f"source {place / 'source'}", 15))
     assert names == [(kind, part, n) for part, n in parts for kind in kinds]
     assert {one.selection for one in report if one.name == "accuracy before"} == {"none"}
-    assert "flatters" in report.find("accuracy", "validation").selection
+    assert "optimistically biased" in report.find("accuracy", "validation").selection
     assert report.find("accuracy", "test").selection == "learning rate and epoch by validation accuracy"
     assert report == Report.load(tmp_path / "report.json")
     model, again = reopened(tmp_path)
@@ -186,7 +198,7 @@ def test_a_target_with_two_rates_and_a_source(place, tmp_path):
 
 def test_what_moved_by_hand(place, tmp_path):
     run = of(place, tmp_path)
-    report = write_tuned(run, choose(run, "block2", 0), 0)
+    report = write_tuned(run, choose(run, "block2", 0), 0).report
     base = load_base(place / "model").model.state_dict()
     deltas = load_file(tmp_path / ADAPTER[0])
     names = [name for name in run.anatomy["block2"].tensors if "running" not in name and "num_batches" not in name]
@@ -203,7 +215,7 @@ def test_scores_choose_the_blocks(place, tmp_path):
     assert choice.run.key["method"] == " + ".join(scores.contiguous(2))
     assert choice.rule == "blocks by rgn on tuning images; epoch by validation accuracy"
     assert choice.cost == choice.run.result["cost"] + scores.num_batches
-    report = write_tuned(run, choice, 0)
+    report = write_tuned(run, choice, 0).report
     assert SurgicalConfig.from_pretrained(tmp_path).selection["block_scores"] == dict(scores.block_scores)
     assert [one.dataset for one in report] == ["validation"] * 2
     assert run.data(0).label_names == NAMES
@@ -239,7 +251,7 @@ def test_auto_races_what_rgn_nominates(place, tmp_path):
     assert choice.selection["asked"] == "auto"
     assert choice.selection["scores"]["criterion"] == "rgn"
     assert len([known for _, known in watch.told if not known]) == watch.total
-    report = write_tuned(run, choice, 0)
+    report = write_tuned(run, choice, 0).report
     assert report.target == choice.run.key["method"]
     if report.target == "none":
         assert not (tmp_path / ADAPTER[0]).exists()
@@ -252,7 +264,7 @@ def test_not_to_tune_can_win(place, tmp_path, monkeypatch):
     monkeypatch.setattr(experiment, "fit", lambda *args, **how: pytest.fail("nothing is to be trained"))
     choice = choose(run, "none", 0)
     (tmp_path / ADAPTER[0]).write_bytes(b"of an earlier choice")
-    report = write_tuned(run, choice, 0)
+    report = write_tuned(run, choice, 0).report
     assert report.target == "none"
     assert report.find("accuracy", "test").value == report.find("accuracy before", "test").value
     assert not (tmp_path / ADAPTER[0]).exists()
@@ -265,7 +277,7 @@ def test_not_to_tune_can_win(place, tmp_path, monkeypatch):
 def test_new_classes(place, tmp_path, asked, method, head):
     run = of(place, tmp_path, model="other", epochs=3)
     choice = choose(run, asked, 0, is_method=method)
-    report = write_tuned(run, choice, 0)
+    report = write_tuned(run, choice, 0).report
     assert head in report.settings["head"]
     config = SurgicalConfig.from_pretrained(tmp_path)
     assert config.modules_to_save == (None if asked == "head" else ["fc"])
@@ -305,13 +317,15 @@ def test_some_of_the_networks_classes_in_another_order_keep_its_head(place, tmp_
     run = of(place, tmp_path / "out", model=tmp_path / "model", data=tmp_path / "data", reading={"test": 5})
     assert not run.head_is_new
     assert run.shared["outputs"] == [1, 0]
-    assert run.plan().splitlines()[-1].startswith("head: kept: the data has 2 of the 3 classes")
-    assert "test: 5 images, drawn: seed 0, class-balanced as far as it goes, 2 to 3 per class" in run.plan()
+    assert plan_of(run, ["block1"]).splitlines()[-2].startswith("head: kept: the data has 2 of the 3 classes")
+    assert "test: 5 images, drawn: seed 0, class-balanced as far as it goes, 2 to 3 per class" in plan_of(
+        run, ["block1"]
+    )
     assert sorted(set(run.rows("tuning", 0).labels)) == [0, 1]
     row = next(i for i, label in enumerate(run.data(0).tuning["label"]) if label == 0)  # an ant
     assert run.rows("tuning", 0)[row]["labels"] == run.rows("tuning", 0).labels[row] == 1
     write_images(tmp_path / "source", 3, names=("ant", "bee", "cow"))
-    report = write_tuned(run, choose(run, "block1", 0), 0, read_source(run, tmp_path / "source", validation=3))
+    report = write_tuned(run, choose(run, "block1", 0), 0, read_source(run, tmp_path / "source", validation=3)).report
     assert report.settings["head"].startswith("kept: the data has 2 of the 3 classes")
     assert report.settings["open"]["head"] == "keep"
     assert report.settings["data_parts"]["test"].endswith("2 to 3 per class of the tuning images")
@@ -341,7 +355,7 @@ def test_a_transformers_model(place, tmp_path):
     transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
     transformers.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "vit")
     run = of(place, tmp_path / "out", model=tmp_path / "vit", epochs=3)
-    report = write_tuned(run, choose(run, "block2", 0), 0)
+    report = write_tuned(run, choose(run, "block2", 0), 0).report
     assert run.head_is_new
     assert SurgicalConfig.from_pretrained(tmp_path / "out").modules_to_save == ["classifier"]
     rows = run.rows("test", 0)
@@ -354,7 +368,7 @@ def test_a_transformers_model(place, tmp_path):
 def test_a_new_head_that_cannot_be_saved_whole_becomes_deltas_on_zeros(place, tmp_path, monkeypatch):
     monkeypatch.setattr("peft_surgical.experiment.subject.modules_of_head", lambda *args: [])
     run = of(place, tmp_path, model="other", epochs=3)
-    report = write_tuned(run, choose(run, "block1", 0), 0)
+    report = write_tuned(run, choose(run, "block1", 0), 0).report
     assert "tuned as deltas" in report.settings["head"]
     assert report.settings["open"]["head"] == "zero"
     assert SurgicalConfig.from_pretrained(tmp_path).target == "block1 + head"
@@ -376,7 +390,7 @@ def test_a_race_looks_only_after_a_new_head_has_trained_alone(place, tmp_path, m
 
 def test_half_precision_on_disk_and_bfloat16_in_training(place, tmp_path):
     run = of(place, tmp_path, config={"delta_dtype": "bfloat16", "norm_stats": "target"}, fitting={"precision": "bf16"})
-    report = write_tuned(run, choose(run, "block1", 0), 0)
+    report = write_tuned(run, choose(run, "block1", 0), 0).report
     assert {value.dtype for name, value in load_file(tmp_path / ADAPTER[0]).items() if "delta" in name} == {
         torch.bfloat16
     }
@@ -496,7 +510,7 @@ def test_compare_over_drawn_splits(place, tmp_path, monkeypatch):
 
     monkeypatch.setattr("peft_surgical.experiment.choosing.candidates_of", few)
     run = of(place, tmp_path, data="flat", lrs=(1e-2, 1e-4), reading={"test": 9, "validation": 9})
-    rows = compare(run, ["none", "block1", "cross-val"], [0, 1])
+    rows = run_grid(run, ["none", "block1", "cross-val"], [0, 1])
     assert list(rows) == ["none", "block1", "cross-val"]
     assert run.draws
     assert [one.key["seed"] for one in rows["block1"]] == [0, 1]
@@ -527,7 +541,7 @@ def test_compare_over_drawn_splits(place, tmp_path, monkeypatch):
     caption = report.settings["caption"]
     assert "9 test images per seed, mean with the 95% interval (Student's t) over the seeds 0, 1" in caption
     assert "A seed changes the split and the training order" in caption
-    assert "no test image had a say" in caption
+    assert "test images were not used for selection" in caption
     table = (tmp_path / "table.md").read_text()
     assert table.startswith("| method | accuracy (%) | 95% interval | rank | cost | chosen |\n")
     assert caption in table
@@ -536,20 +550,20 @@ def test_compare_over_drawn_splits(place, tmp_path, monkeypatch):
 
 def test_a_run_whose_adapter_is_gone_is_trained_again_to_be_tested(place, tmp_path):
     both = of(place, tmp_path, lrs=(1e-2, 1e-4))
-    (chosen,) = compare(both, ["block1"], [0])["block1"]
+    (chosen,) = run_grid(both, ["block1"], [0])["block1"]
     both.tidy()  # as every experiment does in the end
     other = next(lr for lr in both.lrs if lr != chosen.key["lr"])
     before = len(both.ledger)
-    (asked,) = compare(of(place, tmp_path, lrs=(other,)), ["block1"], [0])["block1"]
+    (asked,) = run_grid(of(place, tmp_path, lrs=(other,)), ["block1"], [0])["block1"]
     assert asked.key["lr"] == other
     assert len(both.ledger) == before + 1  # no second entry of the run itself
-    (fresh,) = compare(of(place, tmp_path / "fresh", lrs=(other,)), ["block1"], [0])["block1"]
+    (fresh,) = run_grid(of(place, tmp_path / "fresh", lrs=(other,)), ["block1"], [0])["block1"]
     assert asked.result == fresh.result
 
 
 def test_compare_on_given_parts_changes_only_the_order(place, tmp_path):
     run = of(place, tmp_path)
-    rows = compare(run, ["none"], [3])
+    rows = run_grid(run, ["none"], [3])
     report = write_compared(run, rows, [3])
     assert not run.draws
     assert run.data(3) is run.data(0)
@@ -558,10 +572,10 @@ def test_compare_on_given_parts_changes_only_the_order(place, tmp_path):
     assert report.find("accuracy of none").selection == "none"
 
 
-def test_compare_without_test_images_says_that_it_flatters(place, tmp_path):
+def test_compare_without_test_images_says_that_it_is_biased(place, tmp_path):
     run = of(place, tmp_path, data="flat")
-    report = write_compared(run, compare(run, ["none"], [0]), [0])
-    assert "on the very images that are reported, so it flatters" in report.settings["caption"]
+    report = write_compared(run, run_grid(run, ["none"], [0]), [0])
+    assert "on the very images that are reported, which is optimistically biased" in report.settings["caption"]
 
 
 def few_candidates(monkeypatch):
@@ -578,10 +592,10 @@ def test_searches_with_other_rungs_share_their_runs(place, tmp_path, monkeypatch
     for name, value in (("RUNGS", (0.2, 0.6, 1.0)), ("AUTO_RUNGS", (0.4, 0.8, 1.0))):
         monkeypatch.setattr(f"peft_surgical.experiment.choosing.{name}", value)
     shared = of(place, tmp_path / "shared", **settings)
-    found = compare(shared, rows, [0])
+    found = run_grid(shared, rows, [0])
     for name in rows:
         alone = of(place, tmp_path / name, **settings)
-        assert compare(alone, [name], [0])[name] == found[name]
+        assert run_grid(alone, [name], [0])[name] == found[name]
     assert shared.found == set()  # what one search takes from another was done by this very process
 
 
@@ -590,11 +604,11 @@ def test_a_killed_run_goes_on_whether_a_search_or_a_row_asks_for_it(place, tmp_p
     monkeypatch.setattr(experiment, "fit", Interrupted(at=1))
     run = of(place, tmp_path, epochs=3)
     with pytest.raises(KeyboardInterrupt):
-        compare(run, ["block1"], [0])  # leaves a checkpoint of one epoch
+        run_grid(run, ["block1"], [0])  # leaves a checkpoint of one epoch
     monkeypatch.setattr(experiment, "fit", fit)
     monkeypatch.setattr("peft_surgical.experiment.choosing.RUNGS", (2 / 3, 1.0))
     run.watch = Counted()
-    compare(run, ["race"], [0])
+    run_grid(run, ["race"], [0])
     assert ("seed 0, block1 at 0.01", 1.0) in run.watch.begins
 
 
@@ -607,7 +621,7 @@ def test_rows_that_are_done_are_written_when_another_fails(place, tmp_path, monk
     monkeypatch.setattr(experiment, "fit", breaking)
     run = of(place, tmp_path, watch=Counted())
     with pytest.raises(RowsFailedError, match=r"1 of 3 rows failed: block2: RuntimeError: out of memory") as raised:
-        compare(run, ["none", "block2", "block1"], [0, 1])
+        run_grid(run, ["none", "block2", "block1"], [0, 1])
     error = raised.value
     assert list(error.done) == ["none", "block1"]
     assert run.watch.failures == ["block2"]
@@ -620,7 +634,7 @@ def test_rows_that_are_done_are_written_when_another_fails(place, tmp_path, monk
     # Once it is mended, the same call does what is missing, and nothing else.
     monkeypatch.setattr(experiment, "fit", Interrupted(at=None))
     again = of(place, tmp_path)
-    rows = compare(again, ["none", "block2", "block1"], [0, 1])
+    rows = run_grid(again, ["none", "block2", "block1"], [0, 1])
     assert [name for name, _ in experiment.fit.calls] == ["block2", "block2"]
     assert rows["block1"] == error.done["block1"]
     write_compared(again, rows, [0, 1])
@@ -637,16 +651,16 @@ def test_a_search_whose_run_fails_loses_its_own_row_only(place, tmp_path, monkey
 
     monkeypatch.setattr(experiment, "fit", breaking)
     with pytest.raises(RowsFailedError, match=r"1 of 2 rows failed: race: RuntimeError") as raised:
-        compare(of(place, tmp_path, epochs=5), ["race", "head"], [0])
+        run_grid(of(place, tmp_path, epochs=5), ["race", "head"], [0])
     assert list(raised.value.done) == ["head"]
 
 
 def test_what_is_known_is_reported_before_anything_is_trained(place, tmp_path):
-    compare(of(place, tmp_path), ["block1"], [0])
+    run_grid(of(place, tmp_path), ["block1"], [0])
     run = of(place, tmp_path, watch=Counted())
     told = run.watch.told
     run.watch.planned = lambda requests, epochs: told.append(("planned", [str(one) for one in requests]))
-    compare(run, ["block1"], [0, 1])
+    run_grid(run, ["block1"], [0, 1])
     one, other = "seed 0, block1 at 0.01", "seed 1, block1 at 0.01"
     assert told[:3] == [(one, True), ("planned", [other]), (other, False)]
 
@@ -683,14 +697,19 @@ def test_the_plan_says_images_batches_steps_and_rates(place, tmp_path):
     run = of(place, tmp_path, epochs=4, lrs=(1e-3, 1e-4), head_lrs=(1e-2,))
     images = "images: 18 to tune on, 12 to choose with, 12 to test on"
     start = f"{images}; batches of 6, 4 epochs: 12 steps for a whole run"
-    assert plan_of(run, ["none"]) == start
-    assert plan_of(run, ["block1"]) == f"{start}; learning rates 0.001, 0.0001"
-    assert plan_of(run, ["head"]) == f"{start}; learning rates 0.01 for the head alone"
-    assert plan_of(run, ["auto"]) == f"{start}; learning rates 0.001, 0.0001 and 0.01 for the head alone"
-    assert "12 to choose with, none to test on" not in plan_of(run, ["block1"])
+    for asked, rates in (
+        ("none", ""),
+        ("block1", "; learning rates 0.001, 0.0001"),
+        ("head", "; learning rates 0.01 for the head alone"),
+        ("auto", "; learning rates 0.001, 0.0001 and 0.01 for the head alone"),
+    ):
+        lines = plan_of(run, [asked]).splitlines()
+        assert lines[:2] == ["tuning: 18 images, given", "validation: 12 images, given"]
+        assert lines[-2:] == ["head: kept", f"{start}{rates}"]
     assert "none to test on" in plan_of(of(place, tmp_path, data="flat"), ["block1"])
     uses = {
-        name: uses_rates(run, name) for name in ("none", "greedy", "race", "auto-rgn", "head", "linear-probe", "lp-ft")
+        name: uses_rates(run, [name])
+        for name in ("none", "greedy", "race", "auto-rgn", "head", "linear-probe", "lp-ft")
     }
     assert uses == {
         "none": (False, False),
@@ -701,25 +720,26 @@ def test_the_plan_says_images_batches_steps_and_rates(place, tmp_path):
         "linear-probe": (False, True),
         "lp-ft": (True, False),
     }
-    assert uses_rates(run, "auto-rgn", is_method=True) == (True, False)
+    assert uses_rates(run, ["auto-rgn"], is_method=True) == (True, False)
+    assert uses_rates(run, ["none", "head", "greedy"]) == (True, True)
 
 
 def test_a_report_says_where_when_how_long_and_with_what(place, tmp_path):
     run = of(place, tmp_path)
-    settings = write_compared(run, compare(run, ["none"], [0]), [0]).settings
+    settings = write_compared(run, run_grid(run, ["none"], [0]), [0]).settings
     assert settings["data_from"] == str(place / "data")
     assert datetime.fromisoformat(settings["finished"]).tzinfo is not None
     assert settings["seconds"] >= 0
     assert settings["versions"]["python"] == platform.python_version()
     assert settings["versions"]["torch"] == metadata.version("torch")
     assert {"transformers", "peft", "timm", "peft-surgical"} <= set(settings["versions"])
-    tuned = write_tuned(run, choose(run, "block1", 0), 0, read_source(run, place / "source")).settings
+    tuned = write_tuned(run, choose(run, "block1", 0), 0, read_source(run, place / "source")).report.settings
     assert (tuned["data_from"], tuned["source_from"]) == (str(place / "data"), str(place / "source"))
 
 
 def test_images_of_another_size(place, tmp_path):
     run = of(place, tmp_path, image_size=24)
-    report = write_tuned(run, choose(run, "block1", 0), 0)
+    report = write_tuned(run, choose(run, "block1", 0), 0).report
     assert run.rows("test", 0)[0]["pixel_values"].shape == (3, 24, 24)
     assert report.settings["image_size"] == report.settings["open"]["image_size"] == 24
     measured(run, reopened(tmp_path)[0], report)
@@ -747,9 +767,9 @@ def test_what_cannot_be_chosen(place, tmp_path, asked, more, error, match):
 def test_what_cannot_be_compared(place, tmp_path):
     run = of(place, tmp_path)
     with pytest.raises(ConfigError, match="'auto-fisher' names nothing to train by itself"):
-        compare(run, ["none", "auto-fisher"], [0])
+        run_grid(run, ["none", "auto-fisher"], [0])
     with pytest.raises(ConfigError, match="give each seed once"):
-        compare(run, ["none"], [0, 0])
+        run_grid(run, ["none"], [0, 0])
     assert not run.ledger.file.exists()
 
 
@@ -769,7 +789,7 @@ def test_forgetting_needs_the_same_classes(place, tmp_path):
     with pytest.raises(DataError, match="has the classes x, y, z, the network ant, bee, cow"):
         read_source(of(place, tmp_path), tmp_path / "other")
     given = read_source(of(place, tmp_path), place / "data")
-    assert (len(given.part), given.name) == (12, f"source {place / 'data'}, test")
+    assert (len(given.rows), given.name) == (12, f"source {place / 'data'}, test")
 
 
 def test_images_stay_in_memory_unless_they_are_augmented(place, tmp_path, monkeypatch):
@@ -778,7 +798,7 @@ def test_images_stay_in_memory_unless_they_are_augmented(place, tmp_path, monkey
     assert rows[0] is rows[0]
     assert run.rows("tuning", 0) is rows
     assert of(place, tmp_path, augment="flip").rows("tuning", 0).keep is False
-    monkeypatch.setattr("peft_surgical.experiment.rows._KEPT_BYTES", 10)
+    monkeypatch.setattr("peft_surgical.experiment.subject._KEPT_BYTES", 10)
     assert rows[1] is not rows[1]
 
 
@@ -790,17 +810,149 @@ def test_without_matplotlib_there_is_no_figure(place, tmp_path, monkeypatch):
     assert (tmp_path / "report.json").is_file()
 
 
+# --- in one call ---
+
+
+HOW = {"lr": 1e-2, "epochs": 1, "batch_size": 6, "cpu": True}
+
+
+def test_tune_in_one_call_is_what_the_parts_do(place, tmp_path):
+    found = tune(str(place / "model"), place / "data", "block1", source=place / "source", output=tmp_path / "a", **HOW)
+    run = of(place, tmp_path / "b", config={"norm_stats": "frozen", "delta_dtype": None})
+    parts = write_tuned(run, choose(run, "block1", 0), 0, read_source(run, place / "source"))
+    assert found.adapter == found.folder == tmp_path / "a"
+    assert found.report.measurements == parts.report.measurements
+    assert set(differing(found.report, parts.report)) <= {"finished", "seconds"}
+    assert (found.adapter / ADAPTER[0]).read_bytes() == (parts.adapter / ADAPTER[0]).read_bytes()
+    measured(run, found.model, found.report)
+
+
+def test_compare_in_one_call(place, tmp_path):
+    found = compare(place / "model", place / "data", ["none", "block1"], seeds=[0], output=tmp_path, **HOW)
+    assert [one.name for one in found.report] == ["accuracy of none", "accuracy of block1"]
+    assert [run.key["method"] for runs in found.rows.values() for run in runs] == ["none", "block1"]
+    assert (found.folder, found.failed) == (tmp_path, {})
+    assert found.report == Report.load(tmp_path / "report.json")
+
+
+def test_a_network_itself_is_tuned_and_stays_as_it_is(place, tmp_path):
+    base = load_base(place / "model")
+    before = {name: value.clone() for name, value in base.model.state_dict().items()}
+    names = ["cow", "ant", "bee"]  # what its outputs mean, so that the data's classes are outputs 1, 2 and 0
+    bare = tune(
+        base.model,
+        place / "data",
+        "block1",
+        transform=base.transform_eval,
+        label_names=names,
+        output=tmp_path / "a",
+        **HOW,
+    )
+    assert bare.report.settings["outputs"] == [1, 2, 0]
+    assert bare.report.model == "ResNet"
+    opened = tune(base, place / "data", "head", **HOW)
+    assert opened.report.model == str(place / "model")
+    assert opened.folder.name.startswith("peft-surgical-")
+    assert opened.adapter.is_relative_to(tempfile.gettempdir())
+    for name, value in base.model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    again = PeftModel.from_pretrained(copy.deepcopy(base.model), tmp_path / "a").eval()
+    inputs = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(again(inputs), bare.model(inputs))
+        assert not torch.equal(again(inputs), base.model(inputs))
+
+
+def test_a_base_with_a_new_head_is_tuned_with_it(place):
+    base = load_base(place / "other", label_names=NAMES)
+    for target, head in (("block1", "saved whole"), ("head", "all zeros")):
+        found = tune(base, place / "data", target, **{**HOW, "epochs": 3})
+        assert head in found.report.settings["head"]
+        assert found.model.get_base_model().num_classes == 3
+
+
+@pytest.mark.parametrize(
+    ("network", "more", "match"),
+    [
+        (torch.nn.Linear(2, 2), {}, "give transform= .*and label_names="),
+        ("model", {"label_names": NAMES}, "transform= and label_names= are for a network itself"),
+        (3, {}, "a network is a name, a folder, a Base or an nn.Module, not a int"),
+        ("base", {"augment": "flip"}, "augment=, image_size= and weights= say how a network is opened by name"),
+        ("base", {"head": "new"}, 'head="new" is for a network that is opened by name'),
+        ("stranger", {}, "3 of 3 classes that ResNet does not know.* give the network by its name"),
+        ("model", {"target": "head", "method": "full"}, "target='head' and method='full' both say what to tune"),
+        ("model", {"scheduler": "linear"}, "scheduler='linear': choose one of constant, cosine"),
+        ("model", {"engine": "spark"}, "engine='spark': choose one of local, ray"),
+        ("model", {"target": "none", "lr": 1.0}, "lr= is not used by none: leave it out"),
+    ],
+)
+def test_what_cannot_be_tuned(place, tmp_path, network, more, match):
+    if network == "base":
+        network = load_base(place / "model")
+    elif network == "stranger":
+        base = load_base(place / "other")
+        network, more = base.model, {"transform": base.transform_eval, "label_names": ("yes", "no")}
+    elif network == "model":
+        network = place / "model"
+    with pytest.raises(ConfigError, match=match):
+        tune(network, place / "data", output=tmp_path, **more)
+
+
+def test_what_is_reported_is_measured_by_the_judge_of_the_experiment(place, tmp_path):
+    asked = []
+
+    def counting(names, scores, labels, groups):
+        asked.append((tuple(names), len(labels)))
+        return {name: value / 2 for name, value in judge(names, scores, labels, groups).items()}
+
+    run = of(place, tmp_path / "a", judge=counting)
+    (halved,) = run_grid(run, ["none"], [0])["none"]
+    assert asked == [(("accuracy",), 12)]  # the test images, and no validation images
+    plain = of(place, tmp_path / "b")
+    (whole,) = run_grid(plain, ["none"], [0])["none"]
+    assert halved.key == whole.key
+    assert halved.result == {**whole.result, "test": whole.result["test"] / 2}
+    report = write_tuned(run, choose(run, "none", 0), 0).report
+    assert report.find("accuracy", "test").value == whole.result["test"] / 2
+
+
+def test_an_experiment_can_be_sent_to_other_processes(place, tmp_path):
+    run = of(place, tmp_path, watch=Bar())
+    key = run.key("none", None, 0)
+    sent = pickle.loads(pickle.dumps(run))
+    assert sent.shared == run.shared
+    assert sent.train(key) == run.train(key)
+    assert type(sent.watch) is Watch
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["compare", "tune"])
+def test_ray_carries_out_the_same_runs(place, tmp_path, command):
+    pytest.importorskip("ray", reason='needs ray: pip install "peft-surgical[ray]"')
+    rows = {"compare": ["--methods", "none", "block1", "cross-val", "--seeds", "0"], "tune": ["--target", "cross-val"]}
+    options = [*rows[command], "--epochs", "1", "--test", "6", "--lr", "1e-2", "--head-lr", "1e-2", "--cpu"]
+    for engine in ("local", "ray"):
+        line = command_line(place, tmp_path / engine, command, *options, "--engine", engine)
+        done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=900)
+        assert done.returncode == 0, done.stderr
+    runs = [sorted(map(str, Ledger(tmp_path / engine / "ledger.jsonl"))) for engine in ("local", "ray")]
+    assert runs[0] == runs[1]
+    reports = [Report.load(tmp_path / engine / "report.json") for engine in ("local", "ray")]
+    assert set(differing(*reports)) <= {"finished", "seconds"}
+    assert reports[1].settings["runs_from_ledger"] == 0
+
+
 # --- processes ---
 
 
-def command(place, output, *arguments):
+def command_line(place, output, *arguments):
     paths = [str(place / "model"), str(place / "flat"), "--output", str(output)]
     return [sys.executable, "-m", "peft_surgical", arguments[0], *paths, *arguments[1:]]
 
 
 @pytest.mark.slow
 def test_tune_from_the_shell(place, tmp_path):
-    line = command(
+    line = command_line(
         place, tmp_path, "tune", "--target", "block1", "--lr", "1e-2", "1e-3", "--epochs", "2", "--test", "6"
     )
     done = subprocess.run(line, capture_output=True, text=True, check=False)
@@ -815,10 +967,10 @@ def test_tune_from_the_shell(place, tmp_path):
 def test_two_processes_share_a_comparison(place, tmp_path):
     options = ["compare", "--methods", "none", "all", "block1", "race", "--seeds", "0", "1", "--epochs", "2"]
     options += ["--lr", "1e-2", "--head-lr", "1e-2", "--test", "6"]
-    alone = subprocess.run(command(place, tmp_path / "one", *options), capture_output=True, text=True, check=True)
+    alone = subprocess.run(command_line(place, tmp_path / "one", *options), capture_output=True, text=True, check=True)
     shared = [
         subprocess.Popen(
-            command(place, tmp_path / "two", *options),
+            command_line(place, tmp_path / "two", *options),
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,

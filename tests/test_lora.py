@@ -470,7 +470,7 @@ def test_what_cannot_be_converted(tmp_path):
 @pytest.fixture
 def run(capsys):
     typer = pytest.importorskip("typer")
-    from peft_surgical_cli.lora import to_lora_command as command
+    from peft_surgical_cli.adapters import to_lora_command as command
 
     app = typer.Typer()
     app.command()(command)

@@ -32,6 +32,13 @@ def python_blocks(page):
     return re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
+def write_photos(folder, names, count):
+    for number, name in enumerate(names):
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            PIL.new("RGB", (16, 16), (50 * i, 99 * number, 7)).save(folder / name / f"{i:04}.jpg")
+
+
 def run_page(page, folder, monkeypatch):
     """Run the Python blocks of a page in one scope, in a folder of their own, and return the scope."""
     monkeypatch.chdir(folder)
@@ -61,7 +68,10 @@ def test_every_page_with_python_is_run():
 def test_the_readme_runs(hub, tmp_path, monkeypatch):  # noqa: F811
     save_for_hf(timm.create_model("test_resnet"), tmp_path / "base", safe_serialization=True)
     hub.add("timm/test_resnet.r160_in1k", {file.name: file.read_bytes() for file in (tmp_path / "base").iterdir()})
+    write_photos(tmp_path / "PHOTOS", ("fog", "frost"), 5)
     scope = run_page("README.md", tmp_path, monkeypatch)
+    assert scope["site"].report.target == "block1"
+    assert (scope["site"].adapter / "adapter_model.safetensors").is_file()
     assert type(scope["merged"]) is type(timm.create_model("resnet26"))
     assert scope["config"].selection["criterion"] == "rgn"
     assert "adapter_model.safetensors" in hub.repos["me/frost-adapter"].files()
@@ -87,10 +97,7 @@ def test_the_page_on_adaptation_runs(tmp_path, monkeypatch):
 
 
 def test_the_page_on_the_command_line_runs(tmp_path, monkeypatch, capsys):
-    for number, name in enumerate(("daisy", "rose")):
-        (tmp_path / "flowers" / name).mkdir(parents=True)
-        for i in range(5):
-            PIL.new("RGB", (16, 16), (50 * i, 99 * number, 7)).save(tmp_path / "flowers" / name / f"{i:04}.jpg")
+    write_photos(tmp_path / "flowers", ("daisy", "rose"), 5)
     monkeypatch.chdir(tmp_path)
     tune = "tune test_resnet flowers --output tuned --target block1 --lr 1e-3 --epochs 1 --random --cpu"
     assert cli.run(tune.split()) == 0, capsys.readouterr().err

@@ -214,7 +214,7 @@ def predicted(model, transform, files):
 
 @pytest.mark.parametrize("name", CASES)
 def test_from_end_to_end(name, place, tmp_path, monkeypatch):
-    monkeypatch.setattr("peft_surgical.experiment.rows._KEPT_BYTES", 0)  # as if there were more images than memory
+    monkeypatch.setattr("peft_surgical.experiment.subject._KEPT_BYTES", 0)  # as if there were more images than memory
     recipe, case = load(name), CASES[name]
     without = pytest.warns(UserWarning, match=r"no image of 1 of the 62 classes \(zoo\)")
     with without if name == "fmow" else contextlib.nullcontext(), openings() as counted:

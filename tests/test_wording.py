@@ -11,7 +11,7 @@ typer = pytest.importorskip("typer")
 
 import peft_surgical  # noqa: E402
 from peft_surgical_cli import app as cli  # noqa: E402
-from peft_surgical_cli.wording import ALIASES, PYTHON_ONLY, in_options  # noqa: E402
+from peft_surgical_cli.app import ALIASES, PYTHON_ONLY, in_options  # noqa: E402
 
 SOURCE = Path(peft_surgical.__file__).parents[1]
 COMMANDS = typer.main.get_command(cli.app).commands
@@ -24,7 +24,7 @@ UNREACHED = {
     "exclude_modules", "ignore", "is_trainable", "keep", "label_names", "loss_fn", "majority_sign", "metrics",
     "minimum", "mixed_precision", "modules_to_save", "name", "order", "peft_type", "pretrained", "rungs",
     "safe_serialization", "save_embedding_layers", "scale", "severity", "share", "split", "strength",
-    "target_modules", "threshold", "total_steps",
+    "target_modules", "threshold", "total_steps", "transform", "weights",
 }
 # fmt: on
 CALLS = {

@@ -16,10 +16,10 @@ from peft_surgical.adapters.adapter import read_adapter
 from peft_surgical.data.layouts import is_hub_id
 from peft_surgical.errors import ConfigError
 from peft_surgical.evaluation import Measurement, Report, TextTable, accuracy, measure
+from peft_surgical.experiment.comparison import TABLE, bars, chosen_of, rule_of
 from peft_surgical.experiment.experiment import Experiment
-from peft_surgical.experiment.keeping import Kept, keep_adapter
-from peft_surgical.experiment.outputs import LOADING, TABLE, bars, chosen_of, draw_or_warn, rule_of
-from peft_surgical.experiment.rows import Rows
+from peft_surgical.experiment.outputs import LOADING, Kept, draw_or_warn, keep_adapter
+from peft_surgical.experiment.subject import Rows
 from peft_surgical.hub.cards import About, card_of
 from peft_surgical.hub.pushing import push_adapter
 from peft_surgical.keys import CARD, FIGURE, REPORT
@@ -46,7 +46,7 @@ def write_study(
     Args:
         protocol: What was compared.
         experiment: That ran it.
-        found: Row -> runs to report, as `choosing.compare` gives them.
+        found: Row -> runs to report, as `choosing.run_grid` gives them.
         seeds: In the order of the runs.
         unit: Share of a batch of all processes in one of those that costs are counted in.
         forgetting: Whether to measure the kept adapter on held-out images of the source.

@@ -25,7 +25,7 @@ from peft_surgical.choosing.methods import METHODS
 from peft_surgical.data.labelled import collate
 from peft_surgical.errors import AdapterError, ConfigError, DataError
 from peft_surgical.evaluation import Report, accuracy, measure, predict_logits
-from peft_surgical.experiment.rows import Rows
+from peft_surgical.experiment.subject import Rows
 from peft_surgical.extras import require
 from peft_surgical.training.fitting import FitSettings, fit, forget_checkpoints
 

@@ -24,9 +24,9 @@ from peft_surgical.choosing.methods import method_of
 from peft_surgical.data.layouts import is_hub_id
 from peft_surgical.errors import ConfigError, DataError
 from peft_surgical.evaluation import Report
-from peft_surgical.experiment.choosing import compare
+from peft_surgical.experiment.choosing import run_grid
 from peft_surgical.experiment.experiment import Experiment
-from peft_surgical.experiment.progress import watched
+from peft_surgical.experiment.requests import watched
 from peft_surgical.experiment.subject import SEARCHES
 from peft_surgical.training.engines import Engine, Together, separated
 from peft_surgical.training.fitting import FitSettings
@@ -150,7 +150,7 @@ def _carried_out(
         engine=engine,
     )
     with watched() if _is_first(engine) else nullcontext(Watch()) as experiment.watch:
-        found = compare(experiment, rows, args.seeds)
+        found = run_grid(experiment, rows, args.seeds)
     report = None
     if _is_first(engine):
         if export is not None:

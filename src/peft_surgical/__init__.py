@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from .choosing.pace import Pace
     from .choosing.resolve import resolve_target, score_blocks
     from .choosing.scores import BlockScores
+    from .experiment.api import compare, tune
     from .hub.pulling import load_adapted, pull
     from .hub.pushing import push_adapter
 
@@ -55,6 +56,7 @@ __all__ = [
     "SurgicalError",
     "anatomy_of",
     "combine_adapters",
+    "compare",
     "diff",
     "load_adapted",
     "pull",
@@ -64,6 +66,7 @@ __all__ = [
     "score_blocks",
     "set_scale",
     "to_lora",
+    "tune",
 ]
 
 # Name -> the module that it is imported from when it is first used.
@@ -74,6 +77,7 @@ _MODULES = {
     "Penalty": "choosing.methods",
     "SurgicalCallback": "choosing.callback",
     "combine_adapters": "adapters.combination",
+    "compare": "experiment.api",
     "diff": "adapters.difference",
     "load_adapted": "hub.pulling",
     "pull": "hub.pulling",
@@ -82,6 +86,7 @@ _MODULES = {
     "resolve_target": "choosing.resolve",
     "score_blocks": "choosing.resolve",
     "to_lora": "adapters.lora",
+    "tune": "experiment.api",
 }
 
 

@@ -43,14 +43,15 @@ def adapt_command(
         str | None,
         typer.Option(help="sgd, adam or adamw.", show_default="memo: sgd online, adamw episodic; tent: adam"),
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Per image, of tent per batch.")] = 1,
-    views: Annotated[int, typer.Option(min=1, help="Per image, of memo.")] = 32,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps per image, for tent per batch.")] = 1,
+    views: Annotated[int, typer.Option(min=1, help="Augmented views per image, for memo.")] = 32,
     crop: Annotated[
-        str, typer.Option(help="Of the views: pad (small images) or resize (as networks on ImageNet are trained).")
+        str,
+        typer.Option(help="Of the views: pad for small images, resize for networks trained on ImageNet."),
     ] = "pad",
-    batch_size: Annotated[int, typer.Option(min=1, help="Of tent.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per batch, for tent.")] = 64,
     prior_strength: Annotated[
-        float | None, typer.Option(help="memo, BatchNorm: source statistics count as so many images.")
+        float | None, typer.Option(help="For memo with BatchNorm: source statistics count as so many images.")
     ] = None,
     norm_stats: Annotated[
         str | None,
@@ -67,12 +68,12 @@ def adapt_command(
         bool,
         typer.Option("--in-order", help="Keep the order of labelled data; else it is shuffled, as it is often sorted."),
     ] = False,
-    images: Annotated[int | None, typer.Option(min=1, help="Stop after so many.")] = None,
+    images: Annotated[int | None, typer.Option(min=1, help="Stop after so many images.")] = None,
     image_column: ImageColumn = None,
     label_column: LabelColumn = None,
     on_broken: OnBroken = "raise",
     head: Head = "auto",
-    seed: Annotated[int, typer.Option(min=0, help="Of the views and of the order.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the views and of the order.")] = 0,
     random: Random = False,
     cpu: Cpu = False,
 ) -> None:

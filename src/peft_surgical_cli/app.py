@@ -1,6 +1,6 @@
 """The program: its commands, exit codes and messages. It prints and exits; what a command does is in `peft_surgical`.
 
-A further command is a module with one function, and one line below.
+A further command is a function in one of the modules beside this one, and one line below.
 
 Exit codes: 0, 2 for what the user can mend (one line on standard error, no traceback), 3 for an adaptation that made
 predictions worse, 130 for Ctrl-C.
@@ -9,27 +9,19 @@ predictions worse, 130 for Ctrl-C.
 from __future__ import annotations
 
 import importlib.metadata
+import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
 
 from .adapt import adapt_command
-from .adapters import list_command
-from .blocks import blocks_command
-from .compare import compare_command
-from .diff import diff_command
-from .lora import to_lora_command
-from .merge import merge_command
+from .adapters import list_command, merge_command, pull_command, push_command, to_lora_command
+from .inspect import blocks_command, diff_command, score_command, show_command
 from .options import ManyValues
-from .pull import pull_command
-from .push import push_command
-from .score import score_command
-from .show import show_command
-from .tune import tune_command
-from .wording import in_options
+from .tune import compare_command, tune_command
 
 app = typer.Typer(
     name="peft-surgical",
@@ -102,3 +94,49 @@ def run(arguments: Sequence[str] | None = None) -> int:
 def _complain(message: str) -> int:
     print(f"peft-surgical: {message}", file=sys.stderr)
     return 2
+
+
+# --- Messages of the package in the language of the command line: the arguments that they name become its options. ---
+
+
+ALIASES = {
+    "datasets": ("dataset",),
+    "k": ("num_blocks",),
+    "num_batches": ("batches",),
+    "tuning": ("images",),
+}
+"""Argument -> the parameter of a command that sets it, where that has another name."""
+
+PYTHON_ONLY = frozenset({"adapter_name", "blocks", "loading", "preprocess", "strict_base", "token", "values_from"})
+"""Arguments that can be the way out of an error but have no option: the message says that they are Python's."""
+
+_VALUE = r"""\"[^\"]*\"|'[^']*'|\[[^\]]*\]|\{[^}]*\}|[\w.+-]*\w|"""
+_ARGUMENT = re.compile(rf"(?<![\w./\\-])([a-z_]+)=({_VALUE})")
+
+
+def in_options(message: str, command: Any) -> str:
+    """A message with the options of a command in place of Python's arguments.
+
+    Args:
+        message: What an exception or a warning says.
+        command: The click command that was running, or None.
+    """
+    options = {parameter.name: parameter for parameter in getattr(command, "params", ())}
+
+    def written(found: re.Match[str]) -> str:
+        name, value = found.groups()
+        for own in (name, *ALIASES.get(name, ())):
+            if own in options and options[own].param_type_name == "option":
+                return _option(options[own], value, options)
+        return f"{found.group()} (in Python)" if name in PYTHON_ONLY else found.group()
+
+    return _ARGUMENT.sub(written, message)
+
+
+def _option(parameter: Any, value: str, options: Mapping[str, Any]) -> str:
+    option: str = parameter.opts[0]
+    if value == "[]" and f"no_{parameter.name}" in options:
+        return str(options[f"no_{parameter.name}"].opts[0])
+    if getattr(parameter, "is_flag", False) or not value:
+        return option
+    return " ".join((option, *(one.strip("\"' ") for one in value.strip("[]").split(","))))

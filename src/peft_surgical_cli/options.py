@@ -1,22 +1,17 @@
-"""What the commands on one's own data have in common: their options, and the experiment that these describe."""
+"""Options that several commands have, each written once; and those that ``tune`` and ``compare`` share as one class."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 from typer.core import TyperCommand
-
-if TYPE_CHECKING:
-    from peft_surgical.experiment.experiment import Experiment
-    from peft_surgical.experiment.progress import Bar
-    from peft_surgical.training.engines import Workers
-
-SCHEDULERS = ("constant", "cosine")
 
 
 def count(text: str) -> int | float:
@@ -33,49 +28,99 @@ ImagesArgument = Annotated[
     typer.Argument(metavar="DATA", help="A folder of class folders, parquet, a dataset's Hub id.", show_default=False),
 ]
 Output = Annotated[Path, typer.Option(help="Folder for the results; run again with it to go on.", show_default=False)]
-Lrs = Annotated[list[float] | None, typer.Option("--lr", help="One or more to choose from.", show_default="1e-3 1e-4")]
-HeadLrs = Annotated[
-    list[float] | None,
-    typer.Option(
-        "--head-lr", help="The same where the head alone is tuned.", show_default="that of --lr, else 1e-2 1e-3"
-    ),
-]
-EpochsOption = Annotated[int, typer.Option(min=1, help="Of each run; the best by validation accuracy counts.")]
-BatchSize = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        help="Images per training step.",
-        show_default="the largest of 64, 32, 16, 8 that makes 16 steps an epoch",
-    ),
-]
-Optimizer = Annotated[str, typer.Option(help="adam, adamw or sgd.")]
-WeightDecay = Annotated[float, typer.Option(min=0, help="Pulls towards the pretrained weights.")]
-Scheduler = Annotated[str, typer.Option(help="constant or cosine.")]
-Precision = Annotated[str | None, typer.Option(help="bf16 or fp16.", show_default="float32")]
-NormStats = Annotated[str, typer.Option(help="Whose normalisation statistics move: frozen, target or all.")]
-DeltaDtype = Annotated[str | None, typer.Option(help="Of the saved deltas: bfloat16 or float16 halve the file.")]
 Few = Annotated[Any, typer.Option("--images", parser=count, metavar="N", help="Tune on so many, or such a share.")]
 Validation = Annotated[
     Any, typer.Option(parser=count, metavar="N", help="So many to choose with, drawn where not given.")
-]
-TestOption = Annotated[
-    Any, typer.Option(parser=count, metavar="N", help="So many to report on, drawn where not given.")
 ]
 OnBroken = Annotated[str, typer.Option(help="Images that cannot be decoded: raise or skip; later does not look.")]
 Head = Annotated[
     str, typer.Option(help="auto keeps MODEL's head where it has DATA's classes; keep asks for it; new draws another.")
 ]
-ImageColumn = Annotated[str | None, typer.Option(help="Of a table, where names do not tell.")]
+ImageColumn = Annotated[str | None, typer.Option(help="Column of the images in a table, where names do not tell.")]
 LabelColumn = Annotated[str | None, typer.Option(help="The same for the labels.")]
-Augment = Annotated[str, typer.Option(help="none, flip or crop.")]
-ImageSize = Annotated[
-    int | None,
-    typer.Option(min=1, help="Height and width of the network's input, in pixels.", show_default="the network's own"),
-]
-NumWorkers = Annotated[int, typer.Option("--workers", min=0, metavar="N", help="Processes that load images.")]
 Random = Annotated[bool, typer.Option("--random", help="Random weights: to try the command out.")]
 Cpu = Annotated[bool, typer.Option("--cpu", help="Leave an accelerator alone.")]
+
+
+@dataclass(frozen=True)
+class SharedOptions:
+    """The options of ``tune`` and ``compare``, in the order of their help: a field of `RunSettings` each."""
+
+    lr: Annotated[
+        list[float] | None, typer.Option("--lr", help="One or more to choose from.", show_default="1e-3 1e-4")
+    ] = None
+    head_lr: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--head-lr", help="The same where the head alone is tuned.", show_default="that of --lr, else 1e-2 1e-3"
+        ),
+    ] = None
+    epochs: Annotated[int, typer.Option(min=1, help="Of each run; the best by validation accuracy counts.")] = 15
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Images per training step.",
+            show_default="the largest of 64, 32, 16, 8 that makes 16 steps an epoch",
+        ),
+    ] = None
+    optimizer: Annotated[str, typer.Option(help="adam, adamw or sgd.")] = "adam"
+    weight_decay: Annotated[float, typer.Option(min=0, help="Pulls towards the pretrained weights.")] = 1e-4
+    scheduler: Annotated[str, typer.Option(help="Of the learning rate: constant or cosine.")] = "constant"
+    precision: Annotated[str | None, typer.Option(help="bf16 or fp16.", show_default="float32")] = None
+    norm_stats: Annotated[str, typer.Option(help="Whose normalisation statistics move: frozen, target or all.")] = (
+        "frozen"
+    )
+    delta_dtype: Annotated[
+        str | None, typer.Option(help="Of the saved deltas: bfloat16 or float16 halve the file.")
+    ] = None
+    images: Few = None
+    validation: Validation = None
+    test: Annotated[
+        Any, typer.Option(parser=count, metavar="N", help="So many to report on, drawn where not given.")
+    ] = None
+    image_column: ImageColumn = None
+    label_column: LabelColumn = None
+    on_broken: OnBroken = "raise"
+    head: Head = "auto"
+    augment: Annotated[str, typer.Option(help="none, flip or crop.")] = "none"
+    image_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Height and width of the network's input, in pixels.", show_default="the network's own"
+        ),
+    ] = None
+    workers: Annotated[int, typer.Option("--workers", min=0, metavar="N", help="Processes that load images.")] = 0
+    random: Random = False
+    cpu: Cpu = False
+    engine: Annotated[str, typer.Option(help="What carries out the runs: local, or ray for a Ray cluster.")] = "local"
+
+    def settings(self) -> dict[str, Any]:
+        """As keyword arguments of `peft_surgical.tune` and `peft_surgical.compare`."""
+        given = asdict(self)
+        given["tuning"] = given.pop("images")
+        given["weights"] = "random" if given.pop("random") else "pretrained"
+        return given
+
+
+def with_shared_options(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose parameter ``shared`` becomes the options of `SharedOptions`, behind its own."""
+    own = [one for one in inspect.signature(command, eval_str=True).parameters.values() if one.name != "shared"]
+    types, names = get_type_hints(SharedOptions, include_extras=True), [one.name for one in fields(SharedOptions)]
+    options = [
+        inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=one.default, annotation=types[one.name])
+        for one in fields(SharedOptions)
+    ]
+
+    @functools.wraps(command)
+    def called(**values: Any) -> None:
+        shared = SharedOptions(**{name: values.pop(name) for name in names})
+        command(**values, shared=shared)
+
+    parameters = [*own, *options]
+    called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    called.__annotations__ = {one.name: one.annotation for one in parameters}
+    return called
 
 
 class ManyValues(TyperCommand):
@@ -111,90 +156,3 @@ def _parts(text: str) -> list[str]:
     except ValueError:
         return [text]
     return parts or [text]
-
-
-def experiment_of(
-    model: str,
-    data: str,
-    output: Path,
-    *,
-    watch: Bar,
-    engine: Workers,
-    asked: Sequence[str],
-    is_method: bool = False,
-    seed: int,
-    lr: list[float] | None,
-    head_lr: list[float] | None,
-    batch_size: int | None,
-    scheduler: str,
-    config: Mapping[str, Any],
-    reading: Mapping[str, Any],
-    augment: str,
-    image_size: int | None,
-    workers: int,
-    head: str,
-    random: bool,
-    **fitting: Any,
-) -> Experiment:
-    """The experiment that the options describe, whose plan is printed.
-
-    Raises:
-        ConfigError: A choice that does not exist, or a learning rate that nothing would use.
-    """
-    import transformers
-
-    from peft_surgical.errors import ConfigError
-    from peft_surgical.experiment.experiment import Experiment
-    from peft_surgical.experiment.planning import BATCH_SIZES, batch_size_for, plan_of
-    from peft_surgical.training.fitting import FitSettings
-
-    if scheduler not in SCHEDULERS:
-        raise ConfigError(f"--scheduler {scheduler!r}: choose one of {', '.join(SCHEDULERS)}")
-    lrs, head_lrs = tuple(lr or (1e-3, 1e-4)), tuple(head_lr or lr or (1e-2, 1e-3))
-    watch.first = engine.rank == 0
-    transformers.logging.set_verbosity_error()
-    # Without persistent workers, the images that they keep in memory would be lost after each epoch.
-    loading = {"dataloader_num_workers": workers, "dataloader_persistent_workers": True} if workers else {}
-    experiment = Experiment(
-        model,
-        data,
-        output,
-        FitSettings(lrs[0], lr_scheduler=scheduler, batch_size=batch_size or BATCH_SIZES[0], **fitting),
-        lrs=lrs,
-        head_lrs=head_lrs,
-        reading=reading,
-        config=config,
-        augment=augment,
-        image_size=image_size,
-        arguments=loading,
-        head=head,
-        weights="random" if random else "pretrained",
-        seed=seed,
-        engine=engine,
-        watch=watch,
-    )
-    if batch_size is None:
-        images = len(experiment.data(seed).tuning)
-        experiment.fitting = replace(experiment.fitting, batch_size=batch_size_for(images))
-    _refuse_unused_rates(experiment, asked, is_method, lr, head_lr)
-    watch.note(f"{experiment.plan()}\n{plan_of(experiment, asked, is_method)}")
-    return experiment
-
-
-def _refuse_unused_rates(
-    experiment: Experiment, asked: Sequence[str], is_method: bool, lr: list[float] | None, head_lr: list[float] | None
-) -> None:
-    from peft_surgical.errors import ConfigError
-    from peft_surgical.experiment.planning import uses_rates
-
-    if lr is None and head_lr is None:
-        return
-    used = [uses_rates(experiment, one, is_method) for one in asked]
-    others, head = any(one for one, _ in used), any(one for _, one in used)
-    what = ", ".join(asked)
-    if head_lr is not None and not head:
-        way = "give --lr" if others else "leave it out"
-        raise ConfigError(f"--head-lr is for the head tuned alone, which {what} does not do: {way}")
-    if lr is not None and not others and not (head and head_lr is None):
-        way = "--head-lr says at which rate: leave --lr out" if head else "leave it out"
-        raise ConfigError(f"--lr is not used by {what}: {way}")

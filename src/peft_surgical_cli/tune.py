@@ -1,156 +1,75 @@
-"""``peft-surgical tune MODEL DATA --output DIR``: choose what to tune, tune it, save it, and report."""
+"""``peft-surgical tune`` and ``compare``: choose what to tune on one's own images, and methods side by side."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 
-from .options import (
-    Augment,
-    BatchSize,
-    Cpu,
-    DeltaDtype,
-    EpochsOption,
-    Few,
-    Head,
-    HeadLrs,
-    ImageColumn,
-    ImagesArgument,
-    ImageSize,
-    LabelColumn,
-    Lrs,
-    Model,
-    NormStats,
-    NumWorkers,
-    OnBroken,
-    Optimizer,
-    Output,
-    Precision,
-    Random,
-    Scheduler,
-    TestOption,
-    Validation,
-    WeightDecay,
-    experiment_of,
-)
+from .options import ImagesArgument, Model, Output, SharedOptions, with_shared_options
 from .terminal import console, table
 
 if TYPE_CHECKING:
-    from peft_surgical.evaluation import Report
-    from peft_surgical.experiment.experiment import Experiment
+    from peft_surgical.experiment.outputs import Tuned
 
 
+@with_shared_options
 def tune_command(
     model: Model,
     data: ImagesArgument,
     output: Output,
+    shared: SharedOptions,
     target: Annotated[
-        str | None,
+        str,
         typer.Option(
             help="What to tune: block2, 'block1 + head', all; auto-rgn, auto-snr or auto-fisher, which tune the blocks "
             "that score best (as a method, auto-rgn trains all tensors, each at its own rate: --method auto-rgn); or a "
             "search that trains candidates: race, cross-val, greedy, and auto, which races the "
             "2 blocks with the highest RGN, the head, all, and, unless the head is new, no tuning.",
-            show_default="auto",
         ),
-    ] = None,
+    ] = "auto",
     method: Annotated[str | None, typer.Option(help="Instead: a method, such as auto-rgn, lp-ft or full.")] = None,
     num_blocks: Annotated[
         int | None, typer.Option(min=1, help="With auto-rgn and the like: so many neighbours.", show_default="1")
     ] = None,
     budget: Annotated[float | None, typer.Option(help="Or: at most this share of the parameters.")] = None,
     source: Annotated[str | None, typer.Option(help="Data to measure forgetting on.")] = None,
-    lr: Lrs = None,
-    head_lr: HeadLrs = None,
-    epochs: EpochsOption = 15,
-    batch_size: BatchSize = None,
-    optimizer: Optimizer = "adam",
-    weight_decay: WeightDecay = 1e-4,
-    scheduler: Scheduler = "constant",
-    precision: Precision = None,
-    norm_stats: NormStats = "frozen",
-    delta_dtype: DeltaDtype = None,
-    images: Few = None,
-    validation: Validation = None,
-    test: TestOption = None,
-    image_column: ImageColumn = None,
-    label_column: LabelColumn = None,
-    on_broken: OnBroken = "raise",
-    head: Head = "auto",
-    augment: Augment = "none",
-    image_size: ImageSize = None,
-    workers: NumWorkers = 0,
     seed: Annotated[int, typer.Option(help="Of drawn parts, training order and a new head.")] = 0,
-    random: Random = False,
-    cpu: Cpu = False,
 ) -> None:
     """Tune a part of a network on one's own images; the adapter, a report and a figure are written to a folder.
 
     Run again after Ctrl-C, the same command goes on from where it was.
     """
-    from peft_surgical.errors import ConfigError
-    from peft_surgical.experiment.choosing import choose
-    from peft_surgical.experiment.outputs import read_source, write_tuned
-    from peft_surgical.experiment.progress import watched
-    from peft_surgical.training.engines import separated
+    import transformers
 
-    if target is not None and method is not None:
-        raise ConfigError(f"--target {target} and --method {method} both say what to tune: give one of them")
-    asked = method or target or "auto"
-    columns = {"image_column": image_column, "label_column": label_column, "on_broken": on_broken}
-    with watched() as watch, separated() as engine:
-        experiment = experiment_of(
-            model,
-            data,
-            output,
-            watch=watch,
-            engine=engine,
-            asked=[asked],
-            is_method=method is not None,
-            seed=seed,
-            lr=lr,
-            head_lr=head_lr,
-            scheduler=scheduler,
-            config={"norm_stats": norm_stats, "delta_dtype": delta_dtype},
-            reading={"tuning": images, "validation": validation, "test": test, **columns},
-            augment=augment,
-            image_size=image_size,
-            workers=workers,
-            head=head,
-            random=random,
-            epochs=epochs,
-            batch_size=batch_size,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            precision=precision,
-            use_cpu=cpu,
-        )
-        old = None if source is None else read_source(experiment, source, **columns)
-        choice = choose(
-            experiment,
-            asked,
-            seed,
-            is_method=method is not None,
-            num_blocks=num_blocks,
-            budget=budget,
-        )
-        if not watch.first:
-            return
-        report = write_tuned(experiment, choice, seed, old)
-    _print(experiment, report)
+    from peft_surgical.experiment.api import tune
+
+    transformers.logging.set_verbosity_error()
+    found = tune(
+        model,
+        data,
+        target,
+        method=method,
+        num_blocks=num_blocks,
+        budget=budget,
+        source=source,
+        output=output,
+        seed=seed,
+        **shared.settings(),
+    )
+    if found is not None:
+        _print(found, str(output))
 
 
-def _print(experiment: Experiment, report: Report) -> None:
+def _print(found: Tuned, folder: str) -> None:
     from peft_surgical.experiment.outputs import LOADING
-    from peft_surgical.keys import FIGURE, REPORT
-    from peft_surgical.training.search import NONE
+    from peft_surgical.keys import CONFIG, FIGURE, REPORT, WEIGHTS
+    from peft_surgical.training.ledger import Ledger
 
-    out = console()
-    what, settings = report.target, report.settings
+    out, report, settings = console(), found.report, found.report.settings
     rate = "" if settings["lr"] is None else f", learning rate {settings['lr']:g}"
-    title = f"{report.model}: {what}{rate}; cost {settings['cost']:.0f} training steps, all runs together"
+    title = f"{report.model}: {report.target}{rate}; cost {settings['cost']:.0f} training steps, all runs together"
     numbers = ("%", "95% interval", "n")
     rows = table("", "data", *numbers, "selection", title=escape(title), numbers=numbers)
     for one in report:
@@ -161,12 +80,57 @@ def _print(experiment: Experiment, report: Report) -> None:
     out.print()
     if settings["head"] != "kept":
         out.print(f"The head is {settings['head']}.", soft_wrap=True)
-    folder = experiment.folder
-    if what == NONE:
+    if found.adapter is None:
         out.print("Not to tune validates best: there is no adapter. The model stays as it is.", soft_wrap=True)
-    others = f"{REPORT} (these numbers), {FIGURE}, {experiment.ledger.file.name} ({len(experiment.ledger)} runs)"
-    adapter = "" if what == NONE else "the adapter (adapter_model.safetensors, adapter_config.json), "
+    runs = Ledger(found.folder / "ledger.jsonl")
+    others = f"{REPORT} (these numbers), {FIGURE}, {runs.file.name} ({len(runs)} runs)"
+    adapter = "" if found.adapter is None else f"the adapter ({WEIGHTS}, {CONFIG}), "
     out.print(escape(f"In {folder}: {adapter}{others}"), soft_wrap=True)
-    if what != NONE:
+    if found.adapter is not None:
         out.print("Reloaded from there, it gives the same logits bit for bit. To load it:\n")
-        out.print(escape(LOADING.format(report=str(folder / REPORT), folder=str(folder))), soft_wrap=True)
+        out.print(escape(LOADING.format(report=f"{folder}/{REPORT}", folder=folder)), soft_wrap=True)
+
+
+@with_shared_options
+def compare_command(
+    model: Model,
+    data: ImagesArgument,
+    output: Output,
+    shared: SharedOptions,
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="none, targets (block1, 'block1 + head', all), methods (auto-rgn, lp-ft, l2-sp, ...) and searches "
+            "(race, cross-val, greedy, auto).",
+            show_default="none all head block1 auto-rgn race",
+        ),
+    ] = None,
+    seeds: Annotated[list[int] | None, typer.Option(help="One or more.", show_default="0 1 2")] = None,
+) -> None:
+    """Compare methods on one's own images, over seeds; learning rates are chosen on the validation images of seed 0.
+
+    Run again after Ctrl-C, the same command goes on from where it was. Under
+    `accelerate launch --num_processes N -m peft_surgical compare ...` processes share the runs.
+    """
+    import transformers
+
+    from peft_surgical.errors import RowsFailedError
+    from peft_surgical.experiment.api import compare
+    from peft_surgical.experiment.comparison import HEADINGS, TABLE, compared
+    from peft_surgical.keys import FIGURE, REPORT
+
+    transformers.logging.set_verbosity_error()
+    given: dict[str, Any] = {name: value for name, value in (("methods", methods), ("seeds", seeds)) if value}
+    found = compare(model, data, output=output, **given, **shared.settings())
+    if found is None:
+        return
+    out = console()
+    shown = table(*HEADINGS, numbers=HEADINGS[1:-1])
+    for cells in compared(found.report):
+        shown.add_row(*map(escape, cells))
+    out.print(shown)
+    out.print()
+    out.print(escape(found.report.settings["caption"]), soft_wrap=True)
+    out.print(escape(f"In {output}: {REPORT}, {TABLE}, {FIGURE}, ledger.jsonl"), soft_wrap=True)
+    if found.failed:
+        raise RowsFailedError(dict(found.rows), dict(found.failed))

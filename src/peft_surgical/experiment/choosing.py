@@ -1,7 +1,11 @@
-"""Which runs an experiment takes: `choose` finds what to tune, `compare` fills a grid of methods and seeds."""
+"""Which runs an experiment takes: `choose` finds what to tune, `run_grid` fills a grid of methods and seeds.
+
+`plan_of` says beforehand what they are about to do.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +19,7 @@ from ..training.engines import Workers
 from ..training.ledger import Run
 from ..training.search import (
     AUTO_RUNGS,
+    NONE,
     RUNGS,
     SELECTION_SEED,
     Candidate,
@@ -27,11 +32,14 @@ from ..training.search import (
     race,
 )
 from .experiment import Experiment
-from .newhead import SHARE
-from .subject import SEARCHES
+from .subject import SEARCHES, SHARE
 
-SCORED = tuple(name for name in DATA_TARGETS if name.startswith("auto-"))
-"""Targets whose blocks a criterion chooses."""
+SCORED = {name: name.removeprefix("auto-") for name in DATA_TARGETS if name not in SEARCHES}
+"""Targets whose blocks a criterion chooses, and the criterion."""
+BATCH_SIZES = (64, 32, 16, 8)
+STEPS_PER_EPOCH = 16
+"""Steps per epoch that a default batch size leaves at least, if it can: 1,000 images then take batches of 64, as in
+the paper, and 140 images batches of 8."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +47,13 @@ class Choice:
     """What is tuned in the end, and why.
 
     Attributes:
-        asked: As the user said it.
+        asked: The target, method or search that was asked for.
         run: The chosen run, in full length.
-        trials: All runs that had a say; of a candidate in a race one for each rung.
-        cost: Of all of them and of scoring, in training steps.
+        trials: All runs that it was selected from; of a candidate in a race one for each rung.
+        cost: Cost of all of them and of scoring, in training steps.
         rule: How the choice was made, in words.
-        selection: For the adapter's config; None where there was nothing to choose.
-        scores: Of the blocks, where they had a say.
+        selection: The record for the adapter's config; None where there was nothing to choose.
+        scores: Scores of the blocks, where the choice depends on them.
     """
 
     asked: str
@@ -71,7 +79,7 @@ def choose(
     Args:
         experiment: The experiment.
         asked: A target, a method, a search, or ``auto-rgn`` and the like: the neighbouring blocks that score best.
-        seed: Of data and training.
+        seed: Seed of data and training.
         is_method: Take ``asked`` as a method even where a target has the same name (``auto-rgn``).
         num_blocks: With a criterion: how many neighbouring blocks; 1 unless a budget is given.
         budget: With a criterion: the largest share of the parameters instead, in (0, 1].
@@ -81,16 +89,15 @@ def choose(
     """
     if is_method and asked not in METHODS:
         raise ConfigError(f"{asked!r} is no method: choose one of {', '.join(METHODS)}")
-    scored = not is_method and asked in SCORED
-    if not scored and (num_blocks is not None or budget is not None):
+    criterion = None if is_method else SCORED.get(asked)
+    if criterion is None and (num_blocks is not None or budget is not None):
         raise ConfigError(
             f"num_blocks= and budget= say how much scores may choose, and {asked!r} has none: use {', '.join(SCORED)}"
         )
     if asked in SEARCHES:
         return _searched(experiment, asked, seed)
-    if not scored:
+    if criterion is None:
         return _best_rate(experiment, asked, asked, seed)
-    criterion = asked.removeprefix("auto-")
     scores = experiment.scores(criterion, seed)
     blocks = scores.contiguous(num_blocks or (None if budget is not None else 1), budget)
     record = selection_record(asked, scores, num_blocks=num_blocks, budget=budget)
@@ -108,25 +115,28 @@ def _best_rate(
     candidates = [Candidate(method, lr) for lr in experiment.rates(method)]
     settings = {**experiment.shared, "seed": seed}
     found = cross_val(candidates, experiment.train, experiment.ledger, settings, experiment.run)
-    _refuse_diverged([found.run])
     rule = "epoch by validation accuracy"
     if len(candidates) > 1:
         rule = f"learning rate and {rule}"
         record = {"asked": asked, **(record or {}), "learning_rates": found.record()["validation"]}
     if scores is not None:
         rule = f"blocks by {scores.criterion} on tuning images; {rule}"
-    cost = found.cost + (scores.num_batches if scores is not None else 0)
-    return Choice(asked, found.run, found.trials, cost, rule, record, scores)
+    return _choice(asked, found, rule, record, scores)
 
 
 def _searched(experiment: Experiment, asked: str, seed: int) -> Choice:
     found, scores = search(experiment, asked, seed)
-    _refuse_diverged([found.run])
     record = {**found.record(), "asked": asked}
     if scores is not None:
         record["scores"] = selection_record("rgn", scores)
+    return _choice(asked, found, f"{asked}: target, learning rate and epoch by validation accuracy", record, scores)
+
+
+def _choice(
+    asked: str, found: SearchResult, rule: str, record: dict[str, Any] | None, scores: BlockScores | None
+) -> Choice:
+    _refuse_diverged([found.run])
     cost = found.cost + (scores.num_batches if scores is not None else 0)
-    rule = f"{asked}: target, learning rate and epoch by validation accuracy"
     return Choice(asked, found.run, found.trials, cost, rule, record, scores)
 
 
@@ -154,7 +164,7 @@ def search(experiment: Experiment, name: str, seed: int) -> tuple[SearchResult, 
     return auto(candidates, scores.block_scores, *given, rungs=rungs), scores
 
 
-def compare(experiment: Experiment, methods: Sequence[str], seeds: Sequence[int]) -> dict[str, list[Run]]:
+def run_grid(experiment: Experiment, methods: Sequence[str], seeds: Sequence[int]) -> dict[str, list[Run]]:
     """The runs to report of every method, in the order of the seeds; they alone have seen the test images.
 
     Those of a search carry ``chosen``, and as ``cost`` that of the whole search. A row that fails does not keep the
@@ -178,18 +188,16 @@ def compare(experiment: Experiment, methods: Sequence[str], seeds: Sequence[int]
     def run(keys: list[dict[str, Any]]) -> list[Run]:
         return experiment.run(experiment.train, keys, experiment.ledger)
 
-    def tried(name: str) -> list[dict[str, Any]]:
-        """The runs that choose a row's learning rate."""
-        return [experiment.key(name, lr, SELECTION_SEED) for lr in rates[name]] if len(rates[name]) > 1 else []
-
-    def reported(name: str, done: Sequence[Run]) -> list[dict[str, Any]]:
-        runs = [one for one in done if one.key["method"] == name]
-        lr = best_of(runs).key["lr"] if runs else rates[name][0]
-        return [experiment.key(name, lr, seed) for seed in seeds]
+    def chosen_rate(name: str, tried: Sequence[Run]) -> float | None:
+        own = [one for one in tried if one.key["method"] == name]
+        rate: float | None = best_of(own).key["lr"] if own else rates[name][0]
+        return rate
 
     def plain_rows(names: Sequence[str]) -> dict[str, list[Run]]:
-        done = run([key for name in names for key in tried(name)])
-        wanted = {name: reported(name, done) for name in names}
+        several = [name for name in names if len(rates[name]) > 1]
+        done = run([experiment.key(name, lr, SELECTION_SEED) for name in several for lr in rates[name]])
+        best = {name: chosen_rate(name, done) for name in names}
+        wanted = {name: [experiment.key(name, best[name], seed) for seed in seeds] for name in names}
         known = [one.key for one in done]
         done += run([key for keys in wanted.values() for key in keys if key not in known])
         # From what the engine gave: of processes that train together only the first needs to see the ledger.
@@ -232,3 +240,53 @@ def _refuse_diverged(runs: Sequence[Run]) -> None:
 def _as_run(choice: Choice) -> Run:
     chosen = str(Candidate(choice.run.key["method"], choice.run.key["lr"]))
     return Run(choice.run.key, {**choice.run.result, "cost": choice.cost, "chosen": chosen})
+
+
+# --- the plan ---
+
+
+def batch_size_for(images: int) -> int:
+    """The largest of `BATCH_SIZES` with at least `STEPS_PER_EPOCH` steps an epoch, or else the smallest."""
+    return next((size for size in BATCH_SIZES if math.ceil(images / size) >= STEPS_PER_EPOCH), BATCH_SIZES[-1])
+
+
+def uses_rates(experiment: Experiment, asked: Sequence[str], is_method: bool = False) -> tuple[bool, bool]:
+    """Whether any of these targets, methods and searches trains at ``lrs``, and whether any at ``head_lrs``.
+
+    Args:
+        experiment: The experiment.
+        asked: As for `choose` and `run_grid`.
+        is_method: As for `choose`.
+
+    Raises:
+        ConfigError: Nothing of this name exists.
+    """
+    both = [name for name in asked if name in SEARCHES or (name in SCORED and not is_method)]  # these may take the head
+    head = [experiment.head_only(name) for name in asked if name not in both and name != NONE]
+    return bool(both) or not all(head), any(name != "greedy" for name in both) or any(head)
+
+
+def plan_of(experiment: Experiment, asked: Sequence[str], is_method: bool = False) -> str:
+    """What is about to be done, in lines: how each part of the data came about, what becomes of the head, and the rest.
+
+    The last line has the numbers of images, the batch size, epochs, training steps and learning rates.
+
+    Args:
+        experiment: The experiment.
+        asked: Targets, methods and searches.
+        is_method: As for `choose`.
+    """
+    data, fitting = experiment.data(experiment.seed), experiment.fitting
+    lines = [f"{part}: {len(images)} images, {data.origin[part]}" for part, images in data.parts.items()]
+    lines.append(f"head: {experiment.base(experiment.seed).head_note}")
+    purposes = {"tuning": "to tune on", "validation": "to choose with", "test": "to test on"}
+    counts = {part: len(rows) for part, rows in data.parts.items()}
+    images = ", ".join(f"{counts.get(part) or 'none'} {purpose}" for part, purpose in purposes.items())
+    steps = math.ceil(counts["tuning"] / (fitting.batch_size * fitting.accumulation)) * fitting.epochs
+    epochs = "1 epoch" if fitting.epochs == 1 else f"{fitting.epochs} epochs"
+    others, head = uses_rates(experiment, asked, is_method)
+    rates = [", ".join(f"{rate:g}" for rate in experiment.lrs)] if others else []
+    rates += [", ".join(f"{rate:g}" for rate in experiment.head_lrs) + " for the head alone"] if head else []
+    at = f"; learning rates {' and '.join(rates)}" if rates else ""
+    lines.append(f"images: {images}; batches of {fitting.batch_size}, {epochs}: {steps} steps for a whole run{at}")
+    return "\n".join(lines)

@@ -1,7 +1,7 @@
-"""Surgical fine-tuning of one base on one's own data: what the commands ``tune`` and ``compare`` run.
+"""Surgical fine-tuning of one base on one's own data: the runs of the one-call functions and of the recipes.
 
-An `Experiment` does one run that a key names, on the base and the data of its `Subject`. What runs there are is decided
-in `choosing`; `outputs` writes what came of them.
+An `Experiment` does one run that a key names, on the base and the data of its `Subject`. Which runs there are is
+decided in `choosing`; `outputs` writes what came of them.
 """
 
 from __future__ import annotations
@@ -57,12 +57,13 @@ class Experiment(Subject):
         config: Further fields of the `SurgicalConfig`: ``norm_stats``, ``delta_dtype``.
         metrics: Names of `evaluation.metrics.JUDGES`. The first chooses epochs, rates and targets; all are reported
             on test images.
+        judge: Measures what is reported, called as `evaluation.metrics.judge` is.
         arguments: As for `fit`.
         logs: Folder for TensorBoard's files, a folder for each run in it; None leaves them to Trainer.
-        engine: What runs the runs; see `engines.workers` and `engines.Together`.
+        engine: What carries out the runs; see `training.engines`.
         watch: Receives the progress of runs.
         started: When it was made, by `time.monotonic`.
-        found: The runs so far that were read from the ledger and not done by this process, by their digests.
+        found: The runs so far that earlier calls had left in the ledger, by their digests.
     """
 
     folder: Path
@@ -70,6 +71,7 @@ class Experiment(Subject):
     _: KW_ONLY
     config: Mapping[str, Any] = field(default_factory=dict)
     metrics: tuple[str, ...] = ("accuracy",)
+    judge: Callable[[Sequence[str], Tensor, Tensor, Tensor | None], Mapping[str, float]] = judge
     arguments: Mapping[str, Any] = field(default_factory=dict)
     logs: Path | None = None
     engine: Engine = field(default_factory=Workers)
@@ -84,11 +86,17 @@ class Experiment(Subject):
         if self.device.type == "cpu":
             if self.fitting.precision == "fp16":
                 raise ConfigError("precision='fp16' needs a GPU: choose bf16, or leave it out for float32")
-            self.fitting = replace(self.fitting, use_cpu=True)  # Trainer refuses bfloat16 if it is not told
+            self.fitting = replace(self.fitting, use_cpu=True)  # Trainer refuses bfloat16 on the CPU otherwise
         self.ledger = Ledger(self.folder / "ledger.jsonl")
         self.started = time.monotonic()
         self.done: set[str] = set()
         self.found: set[str] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For the processes of a cluster, which open the base themselves and show no progress."""
+        left = {"anatomy", "_transforms", "_whole_head"}
+        state = {name: value for name, value in self.__dict__.items() if name not in left}
+        return state | {"_bases": {}, "_rows": {}, "engine": Workers(), "watch": Watch()}
 
     @property
     def device(self) -> torch.device:
@@ -102,7 +110,7 @@ class Experiment(Subject):
         fitting = {name: value for name, value in asdict(self.fitting).items() if name not in {"lr", "seed", "use_cpu"}}
         left_out = set(self.anatomy["head"].tensors) if self.head_is_new else set()
         prints = fingerprint({name: value for name, value in base.items() if name not in left_out})
-        digest = _digest(prints) if self.weights == "pretrained" else None  # of a random one the seed says it all
+        digest = _digest(prints) if self.weights == "pretrained" else None  # random weights follow from the seed
         sizes = {f"{part}_images": self.reading.get(part) for part in ("tuning", "validation", "test")}
         what = {"model": self.model, "base": digest, "weights": self.weights, "data": data.fingerprint, **sizes}
         if self.metrics != ("accuracy",):
@@ -135,11 +143,12 @@ class Experiment(Subject):
         def watched(key: dict[str, Any]) -> Mapping[str, Any]:
             result = train(key)
             reported.add(_digest(key))
-            self.done.add(_digest(key))
+            self.done.add(_digest(key))  # at once: an engine may raise before it has done all
             self.watch.finished(request_of(key), result, known=False)
             return result
 
         runs = self.engine(watched, keys, ledger)
+        self.done |= set(requests) - set(known)
         for run in runs:  # what other processes have done
             if _digest(run.key) not in reported:
                 self.watch.finished(request_of(run.key), run.result, known=True)
@@ -155,46 +164,51 @@ class Experiment(Subject):
         return self._train(request)
 
     def _train(self, run: Train) -> dict[str, Any]:
+        validation = self.rows("validation", run.seed)
         if run.method == NONE or run.lr is None:
-            own = self.base(run.seed).model
-            return {"validation": self.judged(own, "validation", run.seed), "cost": 0.0}
+            logits = self.logits(self.base(run.seed).model, validation)
+            found = judge(self.metrics[:1], logits, validation.label_tensor, validation.groups)
+            return {"validation": found[self.metrics[0]], "cost": 0.0}
         key = key_of(run, self.shared)
         row, zero, config = self.prepared(run.method)
         place = self.folder / "checkpoints" / self.digest(key)
         name = f"{run.method}-lr{run.lr:g}-seed{run.seed}"
         try:
             with logging_to(None if self.logs is None else self.logs / file_name(name)):
-                found = fit(
+                fitted = fit(
                     copy.deepcopy(self.base(run.seed, zero).model),
                     row,
                     self.rows("tuning", run.seed),
-                    self.rows("validation", run.seed),
+                    validation,
                     replace(self.fitting, lr=run.lr, seed=run.seed),
                     config={**self.config, **config},
                     folder=place,
                     stop_epoch=None if run.stop is None else run.epochs(self.fitting.epochs),
                     collate=collate,
                     callbacks=[Epochs(self.watch, run)],
-                    metric=functools.partial(self._selecting, self.rows("validation", run.seed).groups),
+                    metric=functools.partial(self._selecting, validation.groups),
                     arguments={**self.arguments, "run_name": name},
                 )
         except DivergedError as error:  # one of several candidates: it loses, and does not end the search
             forget_checkpoints(place)
             return {"validation": 0.0, "validation_loss": _LARGEST, "cost": float(error.steps), "diverged": True}
-        result: dict[str, Any] = {"validation": found.validation, "validation_loss": found.losses[-1]}
-        result |= {"cost": found.cost, "epoch": found.best_epoch}
-        result |= {"curve": list(found.curve), "losses": list(found.losses)}
-        if found.record:
-            result["factors"] = [block_means(factors, self.anatomy) for _, factors in sorted(found.record.items())]
+        result: dict[str, Any] = {"validation": fitted.validation, "validation_loss": fitted.losses[-1]}
+        result |= {"cost": fitted.cost, "epoch": fitted.best_epoch}
+        result |= {"curve": list(fitted.curve), "losses": list(fitted.losses)}
+        if fitted.record:
+            result["factors"] = [block_means(factors, self.anatomy) for _, factors in sorted(fitted.record.items())]
         # Where all processes train together, the first one alone looks at the outcome.
         if run.stop is not None or not PartialState().is_main_process:
             return result
-        trained: Any = found.model
+        trained: Any = fitted.model
         trained.save_pretrained(self.adapter(key))
         if not self.config.get("delta_dtype"):  # what is rounded on disk differs on purpose
             self.check(trained, self.load(self.adapter(key), self.base(run.seed, zero).model), run.seed)
         forget_checkpoints(place)
         return result
+
+    def _selecting(self, groups: Tensor | None, logits: Tensor, labels: Tensor) -> float:
+        return judge(self.metrics[:1], tolerant(logits), labels, groups)[self.metrics[0]]
 
     def _score(self, asked: Score) -> str:
         generator = torch.Generator().manual_seed(asked.seed)
@@ -204,21 +218,33 @@ class Experiment(Subject):
         network = copy.deepcopy(self.base(asked.seed).model).to(self.device)
         return score_blocks(network, loader, asked.criterion, blocks=self.anatomy, autocast=precision).to_json()
 
-    def tested(self, runs: Sequence[Run]) -> list[Run]:
-        """Finished runs with what the test images say of them, if there are any: only what is reported sees them."""
-        keys: list[dict[str, Any]] = []
-        for run in runs:
-            key = self._test_key(run)
-            if key not in keys and self.data(run.key["seed"]).test is not None:
-                keys.append(key)
-        found = self.run(self.train, keys, self.ledger) if keys else []
-        own = [next((one.result for one in found if one.key == self._test_key(run)), {}) for run in runs]
-        return [Run(run.key, {**run.result, **result}) for run, result in zip(runs, own, strict=True)]
+    def scores(self, criterion: str, seed: int) -> BlockScores:
+        """Scores of the blocks on the tuning images, without a new head, whose random values say nothing."""
+        # Through the ledger: processes must not disagree about candidates in the last digit.
+        (run,) = self.run(self.train, [key_of(Score(criterion, seed), self.shared)], self.ledger)
+        found = BlockScores.from_json(run.result["scores"])
+        if not self.head_is_new:
+            return found
+        head = set(self.anatomy["head"].tensors)
+        return replace(
+            found,
+            block_scores={name: score for name, score in found if name != "head"},
+            tensor_scores={name: score for name, score in found.tensor_scores.items() if name not in head},
+            num_parameters={name: size for name, size in found.num_parameters.items() if name != "head"},
+        )
 
-    def _test_key(self, run: Run) -> dict[str, Any]:
-        trained = request_of(run.key)
-        assert isinstance(trained, Train)
-        return key_of(Test(trained), self.shared)
+    def tested(self, runs: Sequence[Run]) -> list[Run]:
+        """Finished runs with their results on the test images, if there are any: only what is reported sees them."""
+        asked: list[dict[str, Any] | None] = []
+        for run in runs:
+            trained = request_of(run.key)
+            assert isinstance(trained, Train)
+            has_test = self.data(trained.seed).test is not None
+            asked.append(key_of(Test(trained), self.shared) if has_test else None)
+        keys = list({_digest(key): key for key in asked if key is not None}.values())
+        found = {_digest(one.key): one.result for one in self.run(self.train, keys, self.ledger)} if keys else {}
+        own = [found.get(_digest(key), {}) for key in asked]
+        return [Run(run.key, {**run.result, **result}) for run, result in zip(runs, own, strict=True)]
 
     def _test(self, run: Train) -> dict[str, Any]:
         """The metric that selects as ``test``; where there are several metrics, all of them with their intervals."""
@@ -235,50 +261,26 @@ class Experiment(Subject):
             return {}
         rows = self.rows("test", seed)
         scores, labels = predicted_classes(self.logits(model, rows), rows.label_tensor), rows.label_tensor
-        found: dict[str, Any] = {"test": judge(self.metrics[:1], scores, labels, rows.groups)[self.metrics[0]]}
+        values = self.judge(self.metrics, scores, labels, rows.groups)
+        found: dict[str, Any] = {"test": values[self.metrics[0]]}
         if self.metrics != ("accuracy",):
             intervals = {name: interval_of(name, scores, labels, rows.groups) for name in self.metrics}
-            found["measured"] = {name: [*interval, n] for name, (interval, n) in intervals.items()}
+            found["measured"] = {
+                name: [values[name], interval.low, interval.high, n] for name, (interval, n) in intervals.items()
+            }
         return found
 
     def logits(self, model: nn.Module, rows: Dataset[Any]) -> Tensor:
-        """(images, classes), on the CPU."""
+        """Logits (images, classes), on the CPU."""
         model.to(self.device)
         workers = self.arguments.get("dataloader_num_workers", 0)
         batches = DataLoader(rows, batch_size=100, collate_fn=collate, num_workers=workers)
         return torch.cat([predict_logits(model, batch["pixel_values"]) for batch in batches])
 
-    def judge(self, model: nn.Module, part: str, seed: int) -> dict[str, float]:
-        """Metric -> value on a part of the data, a fraction."""
-        rows = self.rows(part, seed)
-        return judge(self.metrics, self.logits(model, rows), rows.label_tensor, rows.groups)
-
-    def judged(self, model: nn.Module, part: str, seed: int) -> float:
-        """The metric that selects, on a part of the data."""
-        return self.judge(model, part, seed)[self.metrics[0]]
-
-    def _selecting(self, groups: Tensor | None, logits: Tensor, labels: Tensor) -> float:
-        return judge(self.metrics[:1], tolerant(logits), labels, groups)[self.metrics[0]]
-
-    def scores(self, criterion: str, seed: int) -> BlockScores:
-        """Scores of the blocks on the tuning images; of a new head none, since a random one says nothing."""
-        # Through the ledger: processes must not disagree about candidates in the last digit.
-        (run,) = self.run(self.train, [key_of(Score(criterion, seed), self.shared)], self.ledger)
-        found = BlockScores.from_json(run.result["scores"])
-        if not self.head_is_new:
-            return found
-        head = set(self.anatomy["head"].tensors)
-        return replace(
-            found,
-            block_scores={name: score for name, score in found if name != "head"},
-            tensor_scores={name: score for name, score in found.tensor_scores.items() if name not in head},
-            num_parameters={name: size for name, size in found.num_parameters.items() if name != "head"},
-        )
-
     # --- adapters ---
 
     def digest(self, key: Mapping[str, Any]) -> str:
-        """A short name for a run, of whatever length."""
+        """A short name for a run, the same whatever share of it was trained."""
         return _digest({name: value for name, value in key.items() if name != "stop"})
 
     def adapter(self, key: Mapping[str, Any]) -> Path:

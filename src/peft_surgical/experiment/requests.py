@@ -1,15 +1,23 @@
-"""What an experiment can be asked to do, each a value, and how the ledger writes it down.
+"""What an experiment can be asked to do, each a value: how the ledger writes it down, and how progress shows it.
 
 A ledger's key is plain JSON, and keys that are committed must stay readable: this module alone knows their form.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import contextlib
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from ..training.search import Candidate
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ..errors import SurgicalError, reason_of
+from ..training.search import NONE, Candidate
+from ..training.trainer import Watch
 
 _SCORES = "scores "
 _TEST_OF = "test_of"
@@ -22,7 +30,7 @@ class Train:
     Attributes:
         method: A row of `METHODS`, a target, or ``none``.
         lr: Learning rate; None for ``none``.
-        seed: Of data and training.
+        seed: Seed of data and training.
         stop: Share of the run to stop after, in (0, 1); None trains it in full.
     """
 
@@ -41,12 +49,7 @@ class Train:
 
 @dataclass(frozen=True)
 class Score:
-    """Score the blocks of the base on tuning images.
-
-    Attributes:
-        criterion: ``rgn``, ...
-        seed: Of the images and of the batches that are drawn.
-    """
+    """Score the blocks of the base by a criterion on tuning images; the seed draws the images and the batches."""
 
     criterion: str
     seed: int
@@ -57,11 +60,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Test:
-    """Measure a run that was trained in full on the test images.
-
-    Attributes:
-        run: What was trained.
-    """
+    """Measure a run that was trained in full on the test images."""
 
     __test__ = False  # for pytest, which collects classes of this name
 
@@ -75,12 +74,7 @@ Request = Train | Score | Test
 
 
 def key_of(request: Request, shared: Mapping[str, Any]) -> dict[str, Any]:
-    """The key of a request in the ledger.
-
-    Args:
-        request: What is asked for.
-        shared: What the keys of all runs of an experiment have in common.
-    """
+    """The key of a request in the ledger; ``shared`` is what the keys of all runs of an experiment have in common."""
     if isinstance(request, Test):
         return {_TEST_OF: key_of(request.run, shared)}
     if isinstance(request, Score):
@@ -99,3 +93,99 @@ def request_of(key: Mapping[str, Any]) -> Request:
     if method.startswith(_SCORES):
         return Score(method.removeprefix(_SCORES), seed)
     return Train(method, key["lr"], seed, key.get("stop"))
+
+
+class Bar(Watch):
+    """Progress on standard error: a line for each finished run, and the epochs of the run that is being trained.
+
+    On a terminal these are a bar over all epochs below the lines, and elsewhere a line for each.
+    """
+
+    def __init__(self) -> None:
+        self.out = Console(stderr=True, highlight=False, soft_wrap=True)
+        columns = (
+            BarColumn(),
+            TextColumn("{task.completed:.0f}/{task.total:.0f} epochs"),
+            TimeElapsedColumn(),
+            TextColumn("left:"),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+        )
+        self.progress = Progress(*columns, console=self.out, transient=True, disable=not self.out.is_terminal)
+        self.task = self.progress.add_task("", total=0)
+        self.work: dict[Request, float] = {}  # request -> its epochs, of what is planned and not finished
+        self.total = self.done = 0.0  # epochs
+        self.begun_at = 0.0  # epochs of the current run that were trained before its checkpoint
+        self.known_runs: set[Request] = set()  # begun in this process: a race comes back to them
+        self.first = True  # whether this is the first of the processes that share the work
+
+    def note(self, text: str) -> None:
+        """Print a line, in the first process only."""
+        if self.first:
+            self._print(text)
+
+    def _print(self, text: str) -> None:
+        self.out.print(escape(text))
+
+    def planned(self, requests: Sequence[Request], epochs: int) -> None:
+        """See `Watch`."""
+        for request in requests:
+            trains = isinstance(request, Train) and request.method != NONE
+            self.work[request] = request.epochs(epochs) if isinstance(request, Train) and trains else 0
+            self.total += self.work[request]
+        self.progress.update(self.task, total=self.total)
+
+    def begun(self, request: Request, done: float, epochs: int) -> None:
+        """See `Watch`."""
+        whole = replace(request, stop=None) if isinstance(request, Train) else request
+        if 0 < done < epochs and whole not in self.known_runs:
+            self._print(f"{request}: goes on after epoch {done:.0f} of {epochs}")
+        self.known_runs.add(whole)
+        left = max(0.0, self.work.get(request, 0.0) - done)
+        self.total -= self.work.get(request, 0.0) - left
+        self.work[request], self.begun_at = left, done
+        self.progress.update(self.task, total=self.total, description=escape(str(request)))
+
+    def step(self, request: Request, done: float, epochs: int) -> None:
+        """See `Watch`."""
+        self.progress.update(self.task, completed=self.done + done - self.begun_at)
+
+    def epoch(self, request: Request, done: int, epochs: int, measured: Mapping[str, float]) -> None:
+        """See `Watch`."""
+        found = f"validation {100 * measured['validation']:.1f} %, loss {measured['loss']:.3g}"
+        text = f"{request}: epoch {done} of {epochs}, {found}"
+        self.progress.update(self.task, description=escape(text))
+        if not self.out.is_terminal:
+            self._print(text)
+
+    def finished(self, request: Request, result: Mapping[str, Any], known: bool) -> None:
+        """See `Watch`."""
+        self.done += self.work.pop(request, 0.0)
+        self.progress.update(self.task, completed=self.done, description="")
+        if known and not self.first:
+            return
+        text = str(request)
+        if isinstance(request, Test) and "test" in result:
+            text += f" {100 * result['test']:.1f} %"
+        elif isinstance(request, Train):
+            part = "" if request.stop is None else f" after {request.stop:.0%} of the run"
+            text += f"{part}: validation {100 * result['validation']:.1f} %, cost {result['cost']:.0f}"
+        self._print(f"{text}{' (in the ledger)' if known else ''}")
+
+    def failed(self, row: str, error: Exception) -> None:
+        """See `Watch`."""
+        if not isinstance(error, SurgicalError):  # an unexpected error, for which a line is not enough
+            self._print("".join(traceback.format_exception(error)))
+        self._print(f"{row}: failed: {reason_of(error)}")
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[Bar]:
+    """Progress while the block runs, and after Ctrl-C what to do next."""
+    bar = Bar()
+    try:
+        with bar.progress:
+            yield bar
+    except KeyboardInterrupt:
+        bar.out.print("stopped; the same command goes on from here")
+        raise

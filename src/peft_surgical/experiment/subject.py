@@ -1,27 +1,75 @@
-"""What an experiment works on: one base and one data set, each opened once, and the methods that fit this network."""
+"""What an experiment works on: one base and one data set, each opened once, and the methods that fit this network.
+
+A head for new classes is trained alone at first and then together with the target, and saved whole with the adapter: a
+head whose values are a random draw has nothing to be a delta of, and its first gradients would disturb what was
+pretrained (Kumar et al. 2022). `with_new_head` turns any method into one that does so.
+"""
 
 from __future__ import annotations
 
 import functools
+import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from ..bases.load import Base, load_base
 from ..blocks import DATA_TARGETS, Anatomy, anatomy_of, parse, resolve
-from ..choosing.methods import METHODS, Method, method_of
-from ..data.labelled import Data, read_data
+from ..choosing.methods import METHODS, HeadFirst, Method, Progress, Schedule, method_of
+from ..choosing.scores import BlockScores
+from ..data.labelled import Data, items, read_data
 from ..errors import ConfigError, UnknownTargetError
 from ..training.search import NONE
-from .newhead import modules_of_head, with_new_head
-from .rows import Rows
 
 KEPT_OR_NEW = ("auto", "keep", "new")
 SEARCHES = ("auto", "race", "cross-val", "greedy")
 """What can be asked for beside a target or a method: training candidates, see `choosing`."""
+SHARE = 1 / 3
+"""Share of a run during which a new head trains alone."""
+_KEPT_BYTES = 2**30  # transformed images of one part that are kept in memory rather than decoded in every epoch
+
+
+class Rows(Dataset):
+    """A part of the data with its labels at hand, and its images in memory once they have been read, if they fit.
+
+    Args:
+        part: As for `items`.
+        transform: As for `items`.
+        keep: Whether an image may be kept in memory once it has been transformed.
+        outputs: As for `items`.
+    """
+
+    def __init__(
+        self, part: Any, transform: Callable[[Any], Tensor], keep: bool, outputs: Sequence[int] | None = None
+    ) -> None:
+        labels: list[int] = list(part.select_columns(["label"])["label"][:])
+        self.labels = labels if outputs is None else [outputs[label] for label in labels]
+        grouped = "group" in part.column_names
+        self.groups = torch.tensor(part.select_columns(["group"])["group"][:]) if grouped else None
+        self.items = items(part, transform, outputs)
+        self.keep = keep
+        self.kept: dict[int, dict[str, Any]] = {}
+
+    @property
+    def label_tensor(self) -> Tensor:
+        """int64 (n,)."""
+        return torch.tensor(self.labels, dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if index in self.kept:
+            return self.kept[index]
+        row: dict[str, Any] = self.items[index]
+        if self.keep and row["pixel_values"].nbytes * len(self) <= _KEPT_BYTES:
+            self.kept[index] = row
+        return row
 
 
 @dataclass(eq=False)
@@ -33,13 +81,13 @@ class Subject:
         source: As for `read_data`; or a function from a seed to `Data`, or to an object with the same attributes,
             which then decides everything about the images.
         lrs: Learning rates to try.
-        head_lrs: The same where the head alone is tuned.
+        head_lrs: Learning rates to try where the head alone is tuned.
         reading: Further arguments of `read_data`: sizes and columns.
         augment: As for `load_base`.
         image_size: As for `load_base`.
         weights: As for `load_base`.
         head: As for `load_base`: ``auto``, ``keep`` or ``new``.
-        seed: The seed whose data stands for all in the keys of runs.
+        seed: The seed whose data stands for that of all seeds in the keys of runs.
         opener: Opens the base, called as `load_base` is.
         seeded_base: Whether the seed that the opener gets decides about the base even where its head is kept.
     """
@@ -66,19 +114,19 @@ class Subject:
         self._rows: dict[str, Any] = {}
 
     def data(self, seed: int) -> Data:
-        """The images of a seed: others only where a part is drawn."""
+        """The images of a seed, which differ between seeds only where a part is drawn."""
         first = self._read(self.seed)
         return self._read(seed) if self.draws else first
 
     @property
     def draws(self) -> bool:
-        """Whether seeds change who tunes, validates and tests."""
+        """Whether a seed changes which images are tuned on, validated on and tested on."""
         return any("seed" in how for how in self._read(self.seed).origin.values())
 
     def _read(self, seed: int) -> Data:
         if seed not in self._data:
-            read = self.source if callable(self.source) else functools.partial(_read_data, self.source, self.reading)
-            self._data[seed] = read(seed)
+            given = callable(self.source)
+            self._data[seed] = self.source(seed) if given else read_data(self.source, seed=seed, **self.reading)
         return self._data[seed]
 
     def opening(self, seed: int, zero: bool = False) -> dict[str, Any]:
@@ -116,19 +164,13 @@ class Subject:
         """For each class of the data the output that stands for it; see `Base`."""
         return self.base(self.seed).outputs
 
-    def plan(self) -> str:
-        """What the runs are going to see: the parts of the data, how each came about, and what becomes of the head."""
-        data = self.data(self.seed)
-        lines = [f"{part}: {len(images)} images, {data.origin[part]}" for part, images in data.parts.items()]
-        return "\n".join([*lines, f"head: {self.base(self.seed).head_note}"])
-
     def rows(self, part: str, seed: int) -> Rows:
         """One part of the data, as the network takes it."""
-        train, evaluation = self._transforms
         data = self.data(seed)
         if data is not self._rows.get("data"):
             self._rows = {"data": data}
         if part not in self._rows:
+            train, evaluation = self._transforms
             augmented = part == "tuning" and self.augment != "none"
             transform = train if augmented else evaluation
             self._rows[part] = Rows(data.parts[part], transform, not augmented, self.outputs)
@@ -184,5 +226,67 @@ class Subject:
         return with_new_head(replace(row, target=f"{row.target} + head")), True, {}
 
 
-def _read_data(source: Any, reading: Mapping[str, Any], seed: int) -> Data:
-    return read_data(source, seed=seed, **reading)
+# --- a new head ---
+
+
+@dataclass(frozen=True)
+class NewHeadFirst:
+    """The head alone, then the head at the full rate and all other tensors by a schedule of their own.
+
+    That schedule sees the rest of the run as if it were the whole, and scores without the head's: the large gradients
+    of a random head say nothing about the data.
+
+    Attributes:
+        others: All tensors but the head's.
+        inner: Their schedule after the first ``share`` of the run; None trains them at the full rate.
+        share: Share of the run for the head alone. A schedule that data drives begins with the next whole epoch.
+    """
+
+    others: tuple[str, ...]
+    inner: Schedule | None = None
+    share: float = SHARE
+
+    @property
+    def criterion(self) -> str | None:
+        """See `Schedule`."""
+        return None if self.inner is None else self.inner.criterion
+
+    def factors(self, progress: Progress, scores: BlockScores | None = None) -> Mapping[str, float]:
+        """See `Schedule`."""
+        if progress.share < self.share:
+            return dict.fromkeys(self.others, 0.0)
+        if self.inner is None:
+            return {}
+        begun = math.ceil(self.share * progress.total_steps)
+        rest = Progress(progress.step - begun, progress.total_steps - begun, progress.epoch)
+        others = set(self.others)
+        if scores is not None:
+            own = {name: score for name, score in scores.tensor_scores.items() if name in others}
+            scores = replace(scores, tensor_scores=own)
+        return {name: factor for name, factor in self.inner.factors(rest, scores).items() if name in others}
+
+
+def with_new_head(row: Method) -> Method:
+    """The method with the head trained first. LP-FT trains it first anyway and stays as it is."""
+    schedule = row.schedule
+
+    def first(anatomy: Anatomy, options: dict[str, Any]) -> Schedule:
+        inner = None if schedule is None else schedule(anatomy, options)
+        if isinstance(inner, HeadFirst):
+            return inner
+        head = set(anatomy["head"].tensors)
+        return NewHeadFirst(tuple(name for name in anatomy.tensors if name not in head), inner)
+
+    return replace(row, schedule=first)
+
+
+def modules_of_head(model: nn.Module, anatomy: Anatomy) -> list[str]:
+    """The names in ``modules_to_save`` by which exactly the head is saved whole; empty where there are none.
+
+    PEFT takes every module whose path *ends* in such a name, and no tensors beside modules.
+    """
+    head = anatomy["head"]
+    inside = all(any(name.startswith(f"{path}.") for path in head.modules) for name in head.tensors)
+    ends = tuple(head.modules)
+    meant = {path for path, _ in model.named_modules() if path and path.endswith(ends)}
+    return list(head.modules) if inside and meant == set(ends) else []
