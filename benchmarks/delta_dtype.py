@@ -140,7 +140,7 @@ def caption(pairs: Sequence[tuple[Run, dict[str, Any]]]) -> str:
     return (
         f"Adapters of the CIFAR-10-C recipe, {len(pairs)} in all: corruptions {', '.join(corruptions)}; seeds "
         f"{', '.join(map(str, seeds))}; n = {', '.join(map(str, n))} test images each. Difference: mean over "
-        "corruptions, then over seeds, with Student's t 95% interval over seeds; no test image had a say in a choice. "
+        "corruptions, then over seeds, with Student's t 95% interval over seeds; no choice was made on test images. "
         "A test image counts once per adapter among the changed predictions."
     )
 

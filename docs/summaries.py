@@ -179,7 +179,7 @@ def by_images(network: str = "resnet26") -> str:
         f"{NETWORKS[network]}; test accuracy in percent by the number of images to tune on, 200 more to validate; mean "
         f"± half the 95% interval (Student's t) over seeds {', '.join(map(str, args.seeds))}, whose test sets overlap. "
         "Batches of 64, 15 epochs: the fewer the images, the fewer the steps. More images to tune leave fewer to test. "
-        "Selection as in the table of the network; no test image had a say."
+        "Selection as in the table of the network; nothing was selected on test images."
     )
     return TextTable(["task", "method", *sizes], lines, caption).markdown()
 

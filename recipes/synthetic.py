@@ -114,7 +114,7 @@ def table(args: argparse.Namespace, rows: Sequence[Run]) -> TextTable:
         "percent on 800 clean images, mean ± half the 95% interval (Student's t) over seeds "
         f"{', '.join(map(str, args.seeds))}, which draw noise and split; {args.epochs} epochs on "
         f"{args.tuning_images:,} images. Selection: rate by validation accuracy of seed 0, epoch by that of each run; "
-        "no test image had a say."
+        "nothing was selected on test images."
     )
     return TextTable(["noise on", *methods], lines, caption)
 

@@ -35,13 +35,18 @@ from peft_surgical.errors import (  # noqa: E402
     AdapterFileError,
     ConfigError,
 )
-from peft_surgical.experiment.api import COMPARED, ENGINES, SCHEDULERS, RunSettings  # noqa: E402
+from peft_surgical.experiment.api import COMPARED  # noqa: E402
 from peft_surgical.experiment.choosing import (  # noqa: E402
     BATCH_SIZES,
     SCORED,
     STEPS_PER_EPOCH,
 )
 from peft_surgical.experiment.requests import Bar, Train  # noqa: E402
+from peft_surgical.experiment.settings import (  # noqa: E402
+    ENGINES,
+    SCHEDULERS,
+    RunSettings,
+)
 from peft_surgical.experiment.subject import SEARCHES  # noqa: E402
 from peft_surgical.training.fitting import OPTIMIZERS  # noqa: E402
 from peft_surgical.training.search import NOMINATED  # noqa: E402

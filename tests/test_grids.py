@@ -63,7 +63,7 @@ def test_a_cell_chooses_on_seed_0_by_validation_and_resumes(tmp_path):
     ledger = Ledger(tmp_path / "runs.jsonl")
     cell = Cell({"target": "block1", "data": "abc"}, (0.1, 0.01, 0.001), (0, 1, 2))
     assert cell.reported(ledger) == []
-    # The best test result (lr 0.1) has no say; of equals the first wins.
+    # The best test result (lr 0.1) decides nothing; of equals the first wins.
     runs, trained = run_grid(cell, ledger, {0.1: 0.5, 0.01: 0.75, 0.001: 0.75})
     assert trained == [(0.1, 0), (0.01, 0), (0.001, 0), (0.01, 1), (0.01, 2)]
     assert [run.result["test"] for run in runs] == [0.01, 1.01, 2.01]

@@ -173,7 +173,7 @@ def test_pushing_again_makes_no_commit_and_removes_what_is_stale(hub, base):  # 
     first = push_adapter(model, "me/frost", report=report(), **GIVEN)
     hub.add("me/frost", {"adapter_model.bin": b"an older adapter", "notes.txt": b"mine"})
     second = push_adapter(model, "me/frost", **GIVEN)
-    # The report and the pickle were of other adapters; what is none of ours stays.
+    # The report and the pickle were of other adapters; what this package did not write stays.
     assert set(hub.repos["me/frost"].files()) == {".gitattributes", "notes.txt", *second.files}
     assert "report.json" in first.files
     assert "report.json" not in second.files

@@ -21,8 +21,8 @@ OPTIONS = {p.name for command in COMMANDS.values() for p in command.params if p.
 # fmt: off
 UNREACHED = {
     "accumulation", "arguments", "batch_first", "budget_bytes", "chains", "collapse_window", "depth",
-    "exclude_modules", "ignore", "is_trainable", "keep", "label_names", "loss_fn", "majority_sign", "metrics",
-    "minimum", "mixed_precision", "modules_to_save", "name", "order", "peft_type", "pretrained", "rungs",
+    "exclude_modules", "is_trainable", "keep", "label_names", "loss_fn", "majority_sign", "metrics",
+    "mixed_precision", "modules_to_save", "name", "order", "peft_type", "pretrained", "rungs",
     "safe_serialization", "save_embedding_layers", "scale", "severity", "share", "split", "strength",
     "target_modules", "threshold", "total_steps", "transform", "weights",
 }
@@ -40,7 +40,7 @@ CALLS = {
     "SurgicalCallback",
     "model.unmerge_adapter",
     "model.eval",
-    "pace.start_epoch",
+    "start_epoch",
     "torch.inference_mode",
     "peft_surgical.resolve_target",
     "to_lora",

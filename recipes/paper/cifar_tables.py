@@ -82,7 +82,7 @@ def comparison_table(args: argparse.Namespace, rows: Sequence[Run], methods: Seq
         f"interval (Student's t) over seeds {', '.join(map(str, args.seeds))}, whose test sets overlap; {images} "
         f"images to tune. Mean and rank over {', '.join(whole) or 'no task yet'}. Selection: learning rate by "
         "validation accuracy of seed 0 (cross-val: then the target by that of each seed; race and auto: both by that "
-        "of each seed), epoch by validation accuracy of each run; no test image had a say. Cost: training steps for "
+        "of each seed), epoch by validation accuracy of each run; nothing was selected on test images. Cost: training steps for "
         f"one adapter, without the search for the rate except in race and auto; one run of `all` costs {one:.0f}."
     )
     return TextTable(["method", *args.tasks, "mean", "rank", "cost"], lines, caption)

@@ -18,7 +18,8 @@ from peft_surgical.errors import ConfigError
 from peft_surgical.evaluation import Measurement, Report, TextTable, accuracy, measure
 from peft_surgical.experiment.comparison import TABLE, bars, chosen_of, rule_of
 from peft_surgical.experiment.experiment import Experiment
-from peft_surgical.experiment.outputs import LOADING, Kept, draw_or_warn, keep_adapter
+from peft_surgical.experiment.keeping import Kept, keep_adapter
+from peft_surgical.experiment.outputs import LOADING, draw_or_warn
 from peft_surgical.experiment.subject import Rows
 from peft_surgical.hub.cards import About, card_of
 from peft_surgical.hub.pushing import push_adapter

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -70,6 +70,20 @@ class BlockScores:
         """Block -> share of the scored parameters, fractions that add up to 1."""
         total = sum(self.num_parameters.values())
         return {name: count / total for name, count in self.num_parameters.items()}
+
+    def without(self, block: str, tensors: Collection[str]) -> BlockScores:
+        """The scores of all other blocks.
+
+        Args:
+            block: Its name.
+            tensors: Names of its tensors.
+        """
+        return replace(
+            self,
+            block_scores={name: score for name, score in self if name != block},
+            tensor_scores={name: score for name, score in self.tensor_scores.items() if name not in tensors},
+            num_parameters={name: size for name, size in self.num_parameters.items() if name != block},
+        )
 
     def top(self, k: int) -> tuple[str, ...]:
         """The ``k`` blocks with the highest scores, best first; of equal ones the one nearer to the input."""

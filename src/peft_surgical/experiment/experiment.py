@@ -121,8 +121,6 @@ class Experiment(Subject):
             what["outputs"] = list(self.outputs)
         return what | {"augment": self.augment} | fitting | dict(self.config)
 
-    # --- runs ---
-
     def key(self, method: str, lr: float | None, seed: int) -> dict[str, Any]:
         """The key of a run."""
         return key_of(Train(method, lr, seed), self.shared)
@@ -223,15 +221,7 @@ class Experiment(Subject):
         # Through the ledger: processes must not disagree about candidates in the last digit.
         (run,) = self.run(self.train, [key_of(Score(criterion, seed), self.shared)], self.ledger)
         found = BlockScores.from_json(run.result["scores"])
-        if not self.head_is_new:
-            return found
-        head = set(self.anatomy["head"].tensors)
-        return replace(
-            found,
-            block_scores={name: score for name, score in found if name != "head"},
-            tensor_scores={name: score for name, score in found.tensor_scores.items() if name not in head},
-            num_parameters={name: size for name, size in found.num_parameters.items() if name != "head"},
-        )
+        return found.without("head", self.anatomy["head"].tensors) if self.head_is_new else found
 
     def tested(self, runs: Sequence[Run]) -> list[Run]:
         """Finished runs with their results on the test images, if there are any: only what is reported sees them."""
@@ -277,8 +267,6 @@ class Experiment(Subject):
         batches = DataLoader(rows, batch_size=100, collate_fn=collate, num_workers=workers)
         return torch.cat([predict_logits(model, batch["pixel_values"]) for batch in batches])
 
-    # --- adapters ---
-
     def digest(self, key: Mapping[str, Any]) -> str:
         """A short name for a run, the same whatever share of it was trained."""
         return _digest({name: value for name, value in key.items() if name != "stop"})
@@ -292,11 +280,7 @@ class Experiment(Subject):
         return PeftModel.from_pretrained(copy.deepcopy(network), adapter).to(self.device).eval()
 
     def check(self, model: nn.Module, reloaded: nn.Module, seed: int) -> None:
-        """Raise unless both give the same logits, bit for bit.
-
-        Raises:
-            AdapterError: They do not.
-        """
+        """Raise AdapterError unless both give the same logits on the validation images, bit for bit."""
         rows = self.rows("validation", seed)
         one, other = self.logits(model, rows), self.logits(reloaded, rows)
         if not torch.equal(one, other):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import platform
 import time
 import warnings
@@ -14,19 +13,19 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..bases.classes import fit_head
 from ..data.labelled import read_data
 from ..errors import DataError
 from ..evaluation import Interval, Measurement, Report, measure, wilson_interval
 from ..extras import require
-from ..keys import CONFIG, FIGURE, REPORT, WEIGHTS
-from ..training.ledger import Run
+from ..keys import FIGURE, REPORT
 from ..training.search import NONE, Candidate
 from ..tuner.saving import write_card
 from .choosing import Choice
 from .experiment import Experiment
+from .keeping import keep_adapter
 from .subject import Rows
 
 LOADING = """\
@@ -38,94 +37,6 @@ report = Report.load({report!r})
 base = load_base(report.model, **report.settings["open"])
 model = PeftModel.from_pretrained(base.model, {folder!r}).eval()
 logits = model(base.transform_eval(image)[None])  # image: a PIL image in RGB"""
-
-
-# --- the adapter ---
-
-
-@dataclass(frozen=True)
-class Kept:
-    """An adapter in its folder.
-
-    Attributes:
-        model: The adapter, loaded onto a base that was opened anew.
-        opening: The arguments of `load_base`, beside the name, that open that base.
-        moved: Block -> how far its parameters moved: L2 norm of the difference over their own; without a new head.
-        head: What became of the head, in words.
-    """
-
-    model: nn.Module
-    opening: dict[str, Any]
-    moved: dict[str, float]
-    head: str
-
-
-def keep_adapter(experiment: Experiment, run: Run, selection: dict[str, Any] | None, folder: Path) -> Kept:
-    """Save a run's adapter to a folder, with why it was chosen, and reload it from there.
-
-    Raises:
-        AdapterError: What is reloaded does not give the logits of what was saved, bit for bit.
-    """
-    key, seed = run.key, run.key["seed"]
-    tuned = key["method"] != NONE
-    zero = tuned and experiment.prepared(key["method"])[1]
-    opening = experiment.opening(seed, zero)
-    if not zero:  # decided by now: whoever opens the base again is not to be asked or warned
-        opening["head"] = "new" if experiment.head_is_new else "keep"
-    fresh = experiment.opener(experiment.model, **opening).model
-    if tuned:
-        model = experiment.load(_adapter(experiment, run, folder), experiment.base(seed, zero).model)
-        config = model.peft_config["default"]
-        config.selection, config.base_model_name_or_path = selection, experiment.model
-        model.save_pretrained(folder)
-        after = experiment.load(folder, fresh)
-        experiment.check(model, after, seed)
-        moved = _moved(fresh, after, experiment)
-    else:
-        for name in (CONFIG, WEIGHTS):  # of another choice, earlier
-            (folder / name).unlink(missing_ok=True)
-        after, moved = copy.deepcopy(fresh), {}
-    return Kept(after, opening, moved, _head(experiment, key["method"], zero))
-
-
-def _adapter(experiment: Experiment, run: Run, folder: Path) -> Path:
-    """Where the run's adapter lies; a finished experiment has moved it to its place."""
-    own = experiment.adapter(run.key)
-    if (own / CONFIG).is_file():
-        return own
-    report = experiment.folder / REPORT
-    finished = report.is_file() and (folder / CONFIG).is_file()
-    if finished and Report.load(report).settings.get("run") == experiment.digest(run.key):
-        return folder
-    experiment.train(run.key)
-    return own
-
-
-def _head(experiment: Experiment, method: str, zero: bool) -> str:
-    if not experiment.head_is_new:
-        return experiment.base(experiment.seed).head_note
-    if method == NONE:
-        return "new, untrained"
-    if experiment.head_only(method):
-        return "new: all zeros in the base, which load_base(head='zero') opens, and tuned alone, as deltas"
-    how = "all zeros in the base, which load_base(head='zero') opens, tuned as deltas" if zero else "saved whole"
-    return f"new: trained alone for a part of the run and then with the target; {how}"
-
-
-def _moved(base: nn.Module, tuned: Any, experiment: Experiment) -> dict[str, float]:
-    merged = dict(copy.deepcopy(tuned).cpu().merge_and_unload().named_parameters())
-    pretrained = {name: value.cpu() for name, value in base.named_parameters() if value.is_floating_point()}
-
-    def norm(tensors: list[Tensor]) -> float:
-        return float(sum(tensor.detach().double().square().sum().item() for tensor in tensors) ** 0.5)
-
-    found = {}
-    for block in experiment.anatomy:
-        names = [name for name in block.tensors if name in pretrained]
-        own = norm([pretrained[name] for name in names])
-        if own and not (experiment.head_is_new and block.name == "head"):
-            found[block.name] = norm([merged[name].double() - pretrained[name].double() for name in names]) / own
-    return found
 
 
 # --- reports ---
