@@ -40,6 +40,7 @@ CALLS = {
     "SurgicalCallback",
     "model.unmerge_adapter",
     "model.eval",
+    "pace.start_epoch",
     "start_epoch",
     "torch.inference_mode",
     "peft_surgical.resolve_target",
