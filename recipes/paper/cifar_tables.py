@@ -83,7 +83,8 @@ def comparison_table(args: argparse.Namespace, rows: Sequence[Run], methods: Seq
         f"images to tune. Mean and rank over {', '.join(whole) or 'no task yet'}. Selection: learning rate by "
         "validation accuracy of seed 0 (cross-val: then the target by that of each seed; race and auto: both by that "
         "of each seed), epoch by validation accuracy of each run; nothing was selected on test images. Cost: "
-        f"training steps for one adapter, without the search for the rate except in race and auto; one run of `all` costs {one:.0f}."
+        f"training steps for one adapter, without the search for the rate except in race and auto; one run "
+        f"of `all` costs {one:.0f}."
     )
     return TextTable(["method", *args.tasks, "mean", "rank", "cost"], lines, caption)
 
@@ -106,7 +107,8 @@ def forgetting_table(args: argparse.Namespace, rows: Sequence[Run], targets: Seq
         f"{args.model}, CIFAR-10-C severity {args.severity}, norm_stats={norm_stats}. Test accuracy in percent, "
         f"mean ± half the 95% interval ({kind}); seeds {', '.join(map(str, args.seeds))}; "
         f"n = {', '.join(map(str, sorted(counts))) or 'none'} test images per seed. Selection: {SELECTION}; nothing "
-        "was selected on test images. Clean: the same test images without the corruption, after tuning, mean over corruptions."
+        "was selected on test images. Clean: the same test images without the corruption, after "
+        "tuning, mean over corruptions."
     )
     return TextTable(["target", *args.tasks, "mean", "clean, mean"], lines, caption)
 
