@@ -56,15 +56,16 @@ class Stored:
 
 def cached_adapters() -> list[Stored]:
     """The surgical adapters in huggingface_hub's cache, one entry for each commit that was fetched."""
-    from huggingface_hub import constants, scan_cache_dir
-    from huggingface_hub.errors import CacheNotFound
+    from huggingface_hub import constants
 
-    try:
-        info = scan_cache_dir(Path(constants.HF_HUB_CACHE))
-    except CacheNotFound:
+    # Scanning reads every file of every model, and imports an HTTP client: only where there may be an adapter.
+    cache = Path(constants.HF_HUB_CACHE)
+    if not any(cache.glob(f"models--*/snapshots/*/{CONFIG_FILE}")):
         return []
+    from huggingface_hub import scan_cache_dir
+
     found = []
-    for repo in info.repos:
+    for repo in scan_cache_dir(cache).repos:
         for revision in repo.revisions if repo.repo_type == "model" else ():
             place = Path(revision.snapshot_path)
             config = _config_in(place)
