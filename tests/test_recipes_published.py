@@ -470,7 +470,7 @@ def finished(process):
 
 def in_the_middle(name, folder):
     """Whether a run is going on: that of the source, or one of several."""
-    place = folder / "source" if name in ("waterbirds", "camelyon17") else folder / "checkpoints" / "single"
+    place = folder / "source" if name in ("waterbirds", "camelyon17") else folder / "checkpoints"
     return any(place.rglob("complete.json"))
 
 
