@@ -49,7 +49,7 @@ class Design:
         ancestor: The node below which they lie.
         subclasses: Classes of each superclass, half of them source and half target.
         superclasses: How many superclasses this gives with the published files.
-        seed: Of the draw.
+        seed: Seed of the draw.
     """
 
     level: int

@@ -53,8 +53,8 @@ def read_cifar(
             Hub's parquet files; the published ``cifar-10-batches-bin``, or the folder above it; or the Hub id
             `CIFAR10_HUB_ID`, whose test split is taken.
         clean: The same photographs without the corruption, as for ``clean``: those that test become ``source_test``.
-        severity: Of a corruption, 1 to 5.
-        seed: Of the draw.
+        severity: Severity of a corruption, 1 to 5.
+        seed: Seed of the draw.
         tuning: Images to tune on, over all classes; None is 1,000, the paper's.
         validation: Images to choose with, over all classes; None is 200.
 

@@ -84,7 +84,7 @@ def read_imagenet_c(
             copy of that repository. Its files need the columns ``image`` and ``label``, the number of the class.
         corruption: One of `CORRUPTIONS`.
         severity: 1 to 5.
-        seed: Of the draw. Draws of one seed are nested: ``tuning=1000`` is a part of ``tuning=5000``.
+        seed: Seed of the draw. Draws of one seed are nested: ``tuning=1000`` is a part of ``tuning=5000``.
         tuning: Number of images to tune on, over all classes; None is the paper's.
         validation: The same to validate; None is as many as the paper's to tune on.
 

@@ -224,8 +224,8 @@ def hand_over(args: argparse.Namespace, report: Report, folder: Path) -> str | N
 
     Args:
         args: Options of `protocol.parser_of`.
-        report: Of the study.
-        folder: Of the study.
+        report: Report of the study.
+        folder: Folder of the study.
 
     Returns:
         The address of the pushed commit, or None.

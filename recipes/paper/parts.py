@@ -23,7 +23,7 @@ class Published:
     `peft_surgical.data.labelled.items` reads them.
 
     Attributes:
-        name: Of the dataset.
+        name: Name of the dataset.
         source: Images of the source domain to train on, or None.
         source_validation: Held-out images of the source domain, or None.
         source_test: The same, to report on, or None.
@@ -86,7 +86,7 @@ def cut(
     """A data set whose parts are rows of one table of n images.
 
     Args:
-        name: Of the data set.
+        name: Name of the data set.
         images: A ``datasets.Dataset`` with the column ``image``, n rows.
         labels: int64 (n,).
         groups: int64 (n,).

@@ -43,7 +43,7 @@ class SourceTraining:
     Attributes:
         fitting: Epochs, rate, optimizer and so on.
         method: ``full``, or ``lp-ft``: the new head first, then everything.
-        options: Of the method, such as ``{"share": 0.6}``.
+        options: Options of the method, such as ``{"share": 0.6}``.
         augment: As for `load_base`.
         reference: Where these settings are from.
     """

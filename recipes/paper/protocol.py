@@ -25,7 +25,7 @@ class Protocol:
     """How a paper adapts a network to a data set: the defaults of a recipe's options.
 
     Attributes:
-        name: Of the data set.
+        name: Name of the data set.
         data: What ``--data`` is by default, a Hub id; None where it has to be given.
         layouts: What ``--data`` may be, in words.
         model: Id of the network that the paper tunes.

@@ -98,7 +98,7 @@ def read_breeds(
         hierarchy: Folder with the hierarchy files, see `breeds`.
         train: ImageNet's training images, a folder for each class, named for its WordNet id.
         val: ImageNet's validation images, sorted into such folders.
-        seed: Of the draw. Draws of one seed are nested: ``tuning=170`` is a part of ``tuning=340``.
+        seed: Seed of the draw. Draws of one seed are nested: ``tuning=170`` is a part of ``tuning=340``.
         tuning: Number of images to tune on, over all superclasses; None is the paper's.
         validation: The same to validate; None is as many as the paper's to tune on.
 

@@ -19,7 +19,7 @@ def table(*columns: str, title: str | None = None, numbers: tuple[str, ...] = ()
 
     Args:
         columns: Their headings.
-        title: Of the table.
+        title: Title of the table.
         numbers: The headings of those that hold numbers.
     """
     made = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")

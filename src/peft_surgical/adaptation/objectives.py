@@ -96,7 +96,7 @@ class Memo(Stream):
             learnt stays (Lee et al. 2023, Sec. 3.2).
         preprocess: Images (n, c, h, w) in [0, 1] -> the network's input; None for the images themselves.
         prior_strength: For BatchNorms, N of `mixed_statistics`; None for the source's statistics.
-        seed: Of the views, which depend on it and on the position in the stream alone.
+        seed: Seed of the views, which depend on it and on the position in the stream alone.
         collapse_window: Number of predictions in a row that are a collapse if they are one class; 0 not to look.
         reset_on_collapse: Whether a collapse puts the deltas and the optimizer back to the start.
 

@@ -52,7 +52,7 @@ def combine_adapters(
         method: How overlapping deltas are combined; this and the next three are described in `Combination`.
         density: Share of the values to keep.
         majority_sign: How TIES elects a sign.
-        seed: Of what DARE drops.
+        seed: Seed of the draw of what DARE drops.
         values_from: Position of the adapter whose norm statistics and ``modules_to_save`` the result has, unscaled;
             the others' are left out. None refuses what is not clear by itself.
         strict_base: False combines adapters whose fingerprints differ, as for one base in two dtypes.

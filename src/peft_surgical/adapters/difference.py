@@ -29,7 +29,7 @@ class TensorDifference:
         norm_a: L2 norm of the first.
         norm_b: L2 norm of the second.
         distance: L2 norm of their difference.
-        cosine: Of the angle between them, in [-1, 1]; None where one of them is zero.
+        cosine: Cosine of the angle between them, in [-1, 1]; None where one of them is zero.
         sign_agreement: Among the values that are zero in neither, the share with equal signs; None if there is none.
     """
 

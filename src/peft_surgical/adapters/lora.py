@@ -40,7 +40,7 @@ class Converted:
         name: The tensor.
         kept: ``"factors"``, ``"bias"`` (of ``lora_B``), ``"whole"`` (its module, by ``modules_to_save``), or
             ``"nothing"``.
-        rank: Of the factors, at most ``full_rank``; None without factors.
+        rank: Rank of the factors, at most ``full_rank``; None without factors.
         full_rank: The rank at which factors are exact.
         norm: L2 norm of the delta, times its scale.
         error: ||delta - what was kept|| / ||delta||, in [0, 1]: the relative error in Frobenius norm.

@@ -248,7 +248,7 @@ def save_checkpoint(
         model: The network itself, with plain parameters: of a tuned one, what ``merge_and_unload()`` returns.
         folder: Gets ``config.json`` and ``model.safetensors``. `load_base` and the network's own library open it; a
             network of timm opens in transformers' ``AutoModelForImageClassification`` as well.
-        label_names: Of the classes, in their order; transformers' networks have them in their config.
+        label_names: Names of the classes, in their order; transformers' networks have them in their config.
         transform: What prepares images for evaluation, as in `Base`; of transformers its processor is saved.
 
     Raises:

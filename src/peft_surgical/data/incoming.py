@@ -28,7 +28,7 @@ class Incoming:
         encoded: Number of the image -> the bytes of its file.
         labels: int64 (n,), or None.
         label_names: The classes, or None.
-        fingerprint: Of the labelled data, as `Data` has it; None without labels.
+        fingerprint: That of the labelled data, as `Data` has it; None without labels.
     """
 
     files: tuple[str, ...]

@@ -30,7 +30,7 @@ class RunSettings:
         batch_size: Images per training step; None for the largest of `BATCH_SIZES` that makes 16 steps an epoch.
         optimizer: ``adam``, ``adamw`` or ``sgd``.
         weight_decay: Pulls towards the pretrained weights.
-        scheduler: Of the learning rate: ``constant`` or ``cosine``.
+        scheduler: Schedule of the learning rate: ``constant`` or ``cosine``.
         precision: ``bf16`` or ``fp16``; None for float32.
         norm_stats: Whose normalisation statistics move: ``frozen``, ``target`` or ``all``.
         delta_dtype: Dtype of the saved deltas: ``bfloat16`` or ``float16`` halve the file.
@@ -94,7 +94,7 @@ def opened(network: Any, given: RunSettings) -> tuple[str, Callable[..., Base]]:
 
     Args:
         network: As for `tune`.
-        given: Of it ``transform``, ``label_names`` and what says how a network is opened.
+        given: The settings; ``transform``, ``label_names`` and how a network is opened are read.
 
     Raises:
         ConfigError: What is given does not go with this kind of network.

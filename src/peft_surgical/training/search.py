@@ -54,7 +54,7 @@ class SearchResult:
         chosen: The chosen candidate.
         run: Its run, in full length.
         validation: Its validation accuracy, a fraction. As the best of several it is optimistically biased.
-        cost: Of all runs together, in the unit of the fit function's costs.
+        cost: Cost of all runs together, in the unit of the fit function's costs.
         trials: All runs that were compared, in order; in a race each candidate has one for every rung that it reached.
     """
 
