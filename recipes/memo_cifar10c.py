@@ -40,11 +40,12 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
+from torchvision.transforms import Normalize
 
 from paper.cifar import corruptions_in, digest_of, split
 from paper.cifar_networks import NETWORKS, load_network
 from paper.cifar_tasks import task_images
-from paper.rows import best_validated
+from paper.rows import best_validated, judged
 from peft_surgical.adaptation import CollapseWarning, Record, batch_statistics
 from peft_surgical.choosing.models import logits_of
 from peft_surgical.errors import DataError, run_in_words
@@ -88,11 +89,7 @@ def stream_of(args: argparse.Namespace, key: dict[str, Any]) -> tuple[Tensor, Te
 def predict(args: argparse.Namespace, key: dict[str, Any], images: Tensor) -> tuple[Tensor, Record]:
     """Logits along one stream, and what happened; a validation stream that collapses ends, its other rows are NaN."""
     network = load_network(key["network"], args.models)
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (NETWORKS[args.network].mean, NETWORKS[args.network].std))
-
-    def normalise(x: Tensor) -> Tensor:
-        return (x - mean) / std
-
+    normalise = Normalize(NETWORKS[args.network].mean, NETWORKS[args.network].std)
     if key["method"] in {"none", "bn"}:
         statistics = batch_statistics(network) if key["method"] == "bn" else contextlib.nullcontext()
         with torch.no_grad(), statistics:
@@ -117,8 +114,7 @@ def adapt(args: argparse.Namespace, key: dict[str, Any]) -> dict[str, Any]:
     images, labels = stream_of(args, key)
     start, cpu = time.perf_counter(), time.process_time()
     logits, record = predict(args, key, images)
-    right = (logits.argmax(1) == labels) & torch.isfinite(logits).all(1)
-    result = {"right": "".join(map(str, right.int().tolist())), "accuracy": int(right.sum()) / len(labels)}
+    result = judged(logits, labels)
     result |= {"n": len(labels), "steps": record.steps, "skipped": record.skipped, "collapses": [*record.collapses]}
     result |= {"seconds": round(time.perf_counter() - start, 1), "cpu_seconds": round(time.process_time() - cpu, 1)}
     print(f"{key}: {100 * result['accuracy']:.1f} %, {result['seconds']} s", flush=True)

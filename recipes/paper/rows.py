@@ -9,7 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+import torch
+from torch import Tensor
+
 from peft_surgical.errors import DataError
+from peft_surgical.evaluation.evaluate_metrics import judge_with_evaluate
 from peft_surgical.experiment.choosing import SELECTION_SEED
 from peft_surgical.experiment.experiment import Experiment
 from peft_surgical.experiment.subject import SEARCHES
@@ -104,3 +108,17 @@ def best_validated(
         best = candidates[shares.index(max(shares))]
     tested = [one for seed in seeds if (one := run(best, "test", seed))]
     return tested if len(tested) == len(seeds) else []
+
+
+def judged(logits: Tensor, labels: Tensor) -> dict[str, Any]:
+    """The ``accuracy`` of a stream's predictions, a fraction, and which were ``right``: a digit, 0 or 1, for each.
+
+    A prediction whose logits are not finite is wrong.
+
+    Args:
+        logits: (n, classes).
+        labels: int64 (n,).
+    """
+    classes = torch.where(torch.isfinite(logits).all(1), logits.argmax(1), -1)
+    right = "".join(map(str, (classes == labels).int().tolist()))
+    return {"right": right, **judge_with_evaluate(["accuracy"], classes, labels, None)}
