@@ -91,7 +91,7 @@ def best_validated(
 ) -> list[Run]:
     """The test runs, one for each seed, of the candidate that is most accurate in validation; none if one is missing.
 
-    Validation is on `SELECTION_SEED`, and left out where there is a single candidate. Of equals the first is taken.
+    Validation is on `SELECTION_SEED`, and left out where there is a single candidate. Among equals the first is taken.
 
     Args:
         candidates: Settings to choose among.
