@@ -30,8 +30,9 @@ from .files import (
 )
 from .keys import CONFIG, WEIGHTS, file_key
 
-NormPolicy = Literal["frozen", "target", "all"]
-"""``frozen``: no statistics move. ``target``: those of modules with a targeted tensor. ``all``: every module's."""
+NormPolicy = Literal["frozen", "target", "all", "estimated"]
+"""``frozen``: no statistics move. ``target``: those of modules with a targeted tensor. ``all``: every module's.
+``estimated``: every module's are estimated once, by `estimate_statistics`, and held in training."""
 DELTA_DTYPES = ("float32", "bfloat16", "float16")
 _UNSAVED = ("strict_base", "held", "measured_fingerprint")
 
@@ -116,7 +117,8 @@ class SurgicalConfig(PeftConfig):
         target: For example ``"block1"``, ``"block2-4 + head"``, ``"all - head"``, ``"*.norm*"``, or a list of such
             terms, which is their sum.
         norm_stats: Whose normalisation statistics move: ``"frozen"`` nobody's (the paper's protocol),
-            ``"target"`` those of targeted modules, ``"all"`` every module's. What moves is saved.
+            ``"target"`` those of targeted modules, ``"all"`` every module's. ``"estimated"`` holds them in training as
+            ``"frozen"`` does, with values that `estimate_statistics` takes from target images. What moves is saved.
         delta_dtype: Dtype of the deltas on disk: ``"bfloat16"`` or ``"float16"`` halve the file and round what is
             reloaded; None keeps the dtype in which they were trained.
         blocks: Block name -> module or tensor paths, for networks whose blocks cannot be derived. Saved.

@@ -98,7 +98,7 @@ def combine_adapters(
         [parent.config for parent in parents],
         [*deltas, *statistics],
         record if values_from is None else {**record, "values_from": values_from},
-        norm_stats=next((policy for policy in ("all", "target") if policy in policies), "frozen"),
+        norm_stats=next((policy for policy in ("all", "estimated", "target") if policy in policies), "frozen"),
         modules_to_save=list(modules) or None,
         base_fingerprint={name: fingerprints[name] for name in deltas if name in fingerprints},
     )

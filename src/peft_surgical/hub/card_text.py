@@ -58,6 +58,7 @@ NORMS = {
     "frozen": "frozen: normalisation statistics are those of the base, everywhere",
     "target": "target: the statistics of the tuned modules moved to the target data, and are in the file",
     "all": "all: the statistics of every module moved to the target data, and are in the file",
+    "estimated": "estimated: the statistics of every module are those of the tuning images, and are in the file",
 }
 
 

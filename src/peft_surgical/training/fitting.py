@@ -15,7 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from accelerate.utils import broadcast_object_list, extract_model_from_parallel
 from peft import get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments, default_data_collator
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -35,7 +35,10 @@ from ..choosing.methods import Method, method_of
 from ..choosing.models import anatomy_under
 from ..config import SurgicalConfig
 from ..errors import ConfigError
+from ..extras import accelerator_or_cpu
+from .averaging import MeanOfLastEpochs
 from .engines import check_launch, check_sharding
+from .statistics import estimate_statistics, mixed_batches
 from .trainer import SELECTED_BY, ClassifierTrainer, Mark, SameStatistics, StopAt, last_checkpoint, settle
 from .trainer import forget_checkpoints as forget_checkpoints
 
@@ -104,6 +107,8 @@ class Fitted:
         cost: Training steps of this batch size on one process since the beginning of the run: optimizer steps x batches
             per step, batches that were scored, and forward passes over the validation images as a third each.
         record: Epoch -> factor of each tensor's rate, for schedules that need scores.
+        averaged: Where the model has the mean of the last epochs' weights: its own value of what ``curve`` holds.
+        logits: The same model's logits (n, classes) on the validation images.
     """
 
     model: nn.Module | None
@@ -112,11 +117,13 @@ class Fitted:
     best_epoch: int
     cost: float
     record: Mapping[int, Mapping[str, float]] = field(repr=False)
+    averaged: float | None = None
+    logits: Tensor | None = field(default=None, repr=False)
 
     @property
     def validation(self) -> float:
-        """The best value of the curve."""
-        return max(self.curve)
+        """The model's own value: the best of the curve, or that of averaged weights."""
+        return max(self.curve) if self.averaged is None else self.averaged
 
 
 def fit(
@@ -130,6 +137,7 @@ def fit(
     config: Mapping[str, Any] | None = None,
     folder: str | Path | None = None,
     stop_epoch: int | None = None,
+    average: bool = False,
     collate: Callable[[Any], Any] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     metric: Callable[[Tensor, Tensor], float] | None = None,
@@ -152,6 +160,8 @@ def fit(
             ends as if it had not been. By default a temporary folder.
         stop_epoch: Stop after this epoch of the run, which can be continued later; needs a folder. If the folder holds
             more epochs already, nothing is trained, and the metrics up to this epoch are read from it.
+        average: Take the mean of the weights at the ends of the last half of all epochs instead of choosing an epoch by
+            the validation images, see `averaging`. Not with ``stop_epoch``.
         collate: Makes a batch of rows; by default Trainer's own.
         callbacks: Further callbacks of Trainer.
         metric: Logits (n, classes), which may hold NaN, and labels (n,) of the validation images, in their order ->
@@ -167,12 +177,20 @@ def fit(
     row = method_of(method) if isinstance(method, str) else method
     if stop_epoch is not None and folder is None:
         raise ConfigError("stop_epoch needs a folder: a stopped run goes on from its checkpoint")
+    if row.solved:
+        raise ConfigError(f"{row.name} is not trained: call peft_surgical.training.logistic.solve_head")
+    if average and stop_epoch is not None:
+        raise ConfigError("average=True takes the mean over the end of a run, and stop_epoch= leaves that out")
     given = row.settings(options)
     torch.manual_seed(settings.seed)  # a new head must not depend on what ran before
     model = get_peft_model(network, SurgicalConfig(target=row.target, **dict(config or {})))
     anatomy = anatomy_under(model)
     if row.balanced:
         tuning = balanced(tuning, settings.seed)
+    if model.active_peft_config.norm_stats == "estimated":
+        model.to(accelerator_or_cpu(settings.use_cpu))
+        estimate_statistics(model, mixed_batches(tuning, collate or default_data_collator))
+    mean = MeanOfLastEpochs(settings.epochs)
     surgical = SurgicalCallback(
         row.schedule(anatomy, given) if row.schedule else None,
         row.penalty(given) if row.penalty else None,
@@ -193,10 +211,10 @@ def fit(
             "bf16": settings.precision == "bf16",
             "fp16": settings.precision == "fp16",
             "eval_strategy": "epoch",
-            "save_strategy": "best" if folder is None else "epoch",
+            "save_strategy": ("no" if average else "best") if folder is None else "epoch",
             "save_only_model": folder is None,
             "save_total_limit": 1 if folder is None else None,  # with a folder, `Mark` deletes
-            "load_best_model_at_end": True,
+            "load_best_model_at_end": not average,
             "metric_for_best_model": SELECTED_BY,
             "greater_is_better": True,
             "label_names": ["labels"],
@@ -254,17 +272,29 @@ def fit(
             callbacks=[
                 *([surgical] if paced else []),  # which DeepSpeed's optimizers do not work with
                 *([] if stop_epoch is None else [StopAt(stop_epoch)]),
+                *([mean] if average else []),
                 *([] if folder is None else [Mark()]),
                 SameStatistics(),
                 *callbacks,
             ],
         )
         trainer.remove_callback(PrinterCallback)
+        if average and trainer.is_fsdp_enabled:
+            raise ConfigError("average=True reads whole weights, which FSDP shards: launch with DDP, or without it")
         whole = copy.deepcopy(model) if trainer.is_fsdp_enabled else model
         trainer.train(resume_from_checkpoint=last)
+        if average:
+            mean.put(trainer.model)
+            predicted = trainer.predict(validation, metric_key_prefix="mean")
         settle(whole, trainer.model, names)
         # With mixed precision, Accelerate has replaced the forward by one that casts.
-        return outcome(extract_model_from_parallel(whole, keep_fp32_wrapper=False), trainer.state.log_history, None)
+        trained = extract_model_from_parallel(whole, keep_fp32_wrapper=False)
+        found = outcome(trained, trainer.state.log_history, None)
+        if not average:
+            return found
+        logits = predicted.predictions[0] if isinstance(predicted.predictions, tuple) else predicted.predictions
+        value = predicted.metrics[f"mean_{SELECTED_BY}"]
+        return replace(found, averaged=value, logits=torch.from_numpy(logits), best_epoch=settings.epochs)
 
 
 class _OneDevice(TrainingArguments):

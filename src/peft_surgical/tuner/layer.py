@@ -62,6 +62,7 @@ class SurgicalLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._active_adapter: list[str] = []
         self._movable: set[str] = set()
+        self._held: set[str] = set()
         self._backup: dict[str, torch.Tensor] = {}
         self._owner = weakref.ref(owner)
         self._sites: dict[str, list[tuple[weakref.ref[nn.Module], str]]] = {}
@@ -135,6 +136,12 @@ class SurgicalLayer(nn.Module, BaseTunerLayer):
             return False
         return any(adapter in self._movable for adapter in self._active_adapter)
 
+    def let_move(self, move: bool) -> bool:
+        """Let training move the statistics that active adapters hold, or hold them again; False if there are none."""
+        held = {*self._active_adapter} & self._held
+        self._movable = self._movable | held if move else self._movable - held
+        return bool(held)
+
     def base_tensor(self, key: str) -> torch.Tensor:
         """The base's value of ``key``, also while adapters are merged into it."""
         if key in self._backup:
@@ -171,8 +178,13 @@ class SurgicalLayer(nn.Module, BaseTunerLayer):
 
     # --- adapters ---
 
-    def update_layer(self, adapter: str, parameters: Iterable[str], statistics: Iterable[str], scale: float) -> None:
-        """Add ``adapter`` with zero deltas for ``parameters`` and its own copy of ``statistics``."""
+    def update_layer(
+        self, adapter: str, parameters: Iterable[str], statistics: Iterable[str], scale: float, hold: bool = False
+    ) -> None:
+        """Add ``adapter`` with zero deltas for ``parameters`` and its own copy of ``statistics``.
+
+        With ``hold`` these do not move in training.
+        """
         deltas = Deltas()
         for key in parameters:
             base = self.base_tensor(key)
@@ -186,6 +198,7 @@ class SurgicalLayer(nn.Module, BaseTunerLayer):
             own.register_buffer(key, self.base_tensor(key).clone())
         if own._buffers:
             self.surgical_stats[adapter] = own
+            self._held = self._held | {adapter} if hold else self._held - {adapter}
         self.scaling[adapter] = scale
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
@@ -194,12 +207,14 @@ class SurgicalLayer(nn.Module, BaseTunerLayer):
         self.forget()
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         self._active_adapter = names
-        self._movable = {name for name in names if name in self.surgical_stats and not inference_mode}
+        self._movable = {*names} & {*self.surgical_stats} - self._held if not inference_mode else set()
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Enable or disable training of adapters, their statistics included."""
         super().set_requires_grad(adapter_names, requires_grad)
-        names = ({adapter_names} if isinstance(adapter_names, str) else {*adapter_names}) & {*self.surgical_stats}
+        names = ({adapter_names} if isinstance(adapter_names, str) else {*adapter_names}) & {
+            *self.surgical_stats
+        } - self._held
         self._movable = self._movable | names if requires_grad else self._movable - names
 
     def enable_adapters(self, enabled: bool) -> None:

@@ -127,7 +127,7 @@ def moving_statistics(policy: NormPolicy, modules: Iterable[tuple[str, nn.Module
     """
     if policy == "frozen":
         return []
-    moving = ((path, module) for path, module in modules if policy == "all" or path in targeted)
+    moving = ((path, module) for path, module in modules if policy != "target" or path in targeted)
     return [join(path, name) for path, module in moving for name in statistics_of(module)]
 
 
