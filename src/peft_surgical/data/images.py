@@ -20,6 +20,21 @@ IMAGE_SUFFIXES = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pbm", ".pgm", ".pn
 SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 
 
+def content(cell: Mapping[str, Any]) -> bytes:
+    """The bytes of an encoded image, as a column of datasets' undecoded images holds it.
+
+    Args:
+        cell: ``{"bytes": ..., "path": ...}``; the path is read where the bytes are None.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If the cell holds neither.
+    """
+    if cell is None or (cell.get("bytes") is None and not cell.get("path")):
+        raise ValueError("there is no image in it")
+    return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
+
+
 def decode(encoded: bytes, where: str) -> Any:
     """The PIL image in RGB, upright.
 
@@ -116,11 +131,8 @@ def read_bytes(row: Mapping[str, Any]) -> bytes:
     Raises:
         DataError: If its file is gone, or the row holds none.
     """
-    cell = row["image"] or {}
     try:
-        if cell.get("bytes") is None and not cell.get("path"):
-            raise ValueError("there is no image in it")
-        return cell["bytes"] if cell.get("bytes") is not None else Path(cell["path"]).read_bytes()
+        return content(row["image"])
     except (OSError, ValueError) as error:
         raise DataError(f"{row['file']} cannot be read ({error}): bring it back, or take it out") from error
 
