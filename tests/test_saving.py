@@ -19,6 +19,8 @@ from tiny import CASES, images, outputs
 import peft_surgical  # noqa: F401 (or PEFT would not know the method)
 from peft_surgical import SurgicalConfig
 from peft_surgical.evaluation import Report, measure
+from peft_surgical.tuner import model as tuner_model
+from peft_surgical.tuner import plan
 from peft_surgical.tuner.saving import PAGE_MARK, write_card
 
 SAVER = """
@@ -38,6 +40,20 @@ while True:
     for model in models:
         model.save_pretrained(sys.argv[1])
 """
+
+
+def test_a_plan_is_made_once_on_saving(tmp_path, monkeypatch):
+    model = get_peft_model(CASES["conv+BN"].network(), SurgicalConfig(target="block1 + head"))
+    made, make_plan = [], plan.make_plan
+
+    def counted(*given):
+        made.append(given)
+        return make_plan(*given)
+
+    for module in (plan, tuner_model):
+        monkeypatch.setattr(module, "make_plan", counted)
+    model.save_pretrained(tmp_path)
+    assert len(made) == 1
 
 
 @pytest.mark.slow

@@ -572,3 +572,12 @@ def test_each_dead_pattern_shows():
     assert paths_matched([], MODULES) == {}
     with pytest.raises(TargetError, match=r"'layer\[1' holds a bad regex: .* at position 5"):
         paths_matched("layer[1", MODULES)
+
+
+def test_a_target_is_parsed_once_by_config_and_tuner(monkeypatch):
+    read, steps = [], parsing._steps
+    monkeypatch.setattr(parsing, "_steps", lambda text: (read.append(text), steps(text))[1])
+    text = "block1 + head - *.nothing_else_parses_this*"
+    for _ in range(2):
+        assert parse(text) == parse([text])
+    assert read == [text]

@@ -81,11 +81,11 @@ def check_base(expected: Mapping[str, str], base: Mapping[str, torch.Tensor], ba
         )
 
 
-def shown(names: Iterable[str]) -> str:
-    """The first few ``names`` and the number of the others, for a message."""
+def shown(names: Iterable[str], most: int = _SHOWN) -> str:
+    """The first few ``names``, ``most`` of them, and the number of the others, for a message."""
     names = list(names)
-    rest = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def check_tensors(found: Mapping[str, torch.Tensor], expected: Mapping[str, tuple[int, ...]], where: str) -> None:
