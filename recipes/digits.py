@@ -50,7 +50,8 @@ from torch import Tensor, nn
 
 from peft_surgical import SurgicalConfig, anatomy_of
 from peft_surgical.errors import run_in_words
-from peft_surgical.evaluation import Measurement, Report, accuracy, measure, predict_logits
+from peft_surgical.evaluation import Measurement, Report, measure, predict_logits
+from peft_surgical.evaluation.evaluate_metrics import judge_with_evaluate
 
 BLOCKS = ("block1", "block2", "block3", "block4", "head")
 TARGETS = (*BLOCKS, "all")
@@ -135,7 +136,7 @@ def fit(model: nn.Module, images: Images, rate: float, epochs: int, seed: int) -
 
 
 def score(model: nn.Module, images: Images) -> float:
-    return accuracy(predict_logits(model, images[0]), images[1])
+    return judge_with_evaluate(["accuracy"], predict_logits(model, images[0]), images[1], None)["accuracy"]
 
 
 def pretrain(source: Images, epochs: int, seed: int) -> ResNet:

@@ -30,12 +30,13 @@ from typing import Any
 
 import torch
 
+from paper.rows import best_validated, judged
 from peft_surgical.adaptation import CollapseWarning
 from peft_surgical.bases import load_base
 from peft_surgical.data.images import IMAGE_SUFFIXES
 from peft_surgical.data.incoming import Incoming
 from peft_surgical.errors import DataError, run_in_words
-from peft_surgical.evaluation import TextTable, accuracy, plus_minus
+from peft_surgical.evaluation import TextTable, plus_minus
 from peft_surgical.experiment.adapting import AdaptSettings, adapt
 from peft_surgical.extras import accelerator_or_cpu, require
 from peft_surgical.training.ledger import Ledger, Run
@@ -89,14 +90,10 @@ def run(args: argparse.Namespace, key: dict[str, Any]) -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CollapseWarning)  # on the record
         found = adapt(base, images, settings, args.device)
-    right = (found.after.argmax(1) == images.labels) & torch.isfinite(found.after).all(1)
-    result = {
-        "accuracy": int(right.sum()) / len(right),
-        "before": accuracy(found.before, images.labels),
-        "n": len(right),
-    }
-    result |= {"right": "".join(map(str, right.int().tolist())), "skipped": found.record.skipped}
-    result |= {"collapses": list(found.record.collapses), "seconds": round(time.perf_counter() - start, 1)}
+    labels, record = torch.as_tensor(images.labels), found.record
+    result = {**judged(found.after, labels), "before": judged(found.before, labels)["accuracy"], "n": len(labels)}
+    result |= {"skipped": record.skipped, "collapses": list(record.collapses)}
+    result |= {"seconds": round(time.perf_counter() - start, 1)}
     named = " ".join(str(key[name]) for name in ("corruption", "severity", "method", "mode", "target", "part", "lr"))
     print(f"{named}: {result['before']:.1%} -> {result['accuracy']:.1%}, {result['seconds']} s", flush=True)
     return result
@@ -110,16 +107,13 @@ def chosen(args: argparse.Namespace, ledger: Ledger, row: Row, corruption: str, 
     key |= {"prior_strength": args.prior_strength if method == "memo" else None}
     rates = args.tent_lr if method == "tent" else args.lr if mode == "online" else args.episodic_lr
 
-    def at(lr: float, corruption: str, severity: int, part: str, seed: int) -> Run:
+    def at(lr: float, part: str, seed: int) -> Run:
+        on = (args.select_on, args.severity[-1]) if part == "validation" else (corruption, severity)
         images = args.validation_images if part == "validation" else args.images
-        where = {"lr": lr, "corruption": corruption, "severity": severity, "part": part, "seed": seed, "images": images}
-        return ledger.run(key | where | {"data": listed(args.data, corruption, severity)[1]}, partial(run, args))
+        where = {"lr": lr, "corruption": on[0], "severity": on[1], "part": part, "seed": seed, "images": images}
+        return ledger.run(key | where | {"data": listed(args.data, *on)[1]}, partial(run, args))
 
-    lr = rates[0]
-    if len(rates) > 1:
-        seen = [at(one, args.select_on, args.severity[-1], "validation", SELECTION_SEED).result for one in rates]
-        lr = rates[max(range(len(seen)), key=lambda i: seen[i]["accuracy"])]
-    return [at(lr, corruption, severity, "test", seed) for seed in args.seeds]
+    return best_validated(rates, args.seeds, at)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

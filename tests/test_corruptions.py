@@ -146,7 +146,7 @@ def test_the_hubs_copy(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load)
     hub = read("WNJXYK/TTA-ImageNet-C")
     monkeypatch.undo()
-    # Of the severity that is asked for, and of no other.
+    # The images have the severity that is asked for, and no other.
     (given, options), *more = asked
     assert not more
     assert given == ("WNJXYK/TTA-ImageNet-C",)

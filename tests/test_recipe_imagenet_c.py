@@ -56,7 +56,7 @@ def words(place, output, *more):
 
 
 def logits_of(report, adapter, data):
-    """Of the adapter on its base, both opened as the report says; and of the base alone."""
+    """Logits of the adapter on its base, both opened as the report says; and of the base alone."""
     base = load_base(report.model, **report.settings["open"])
     rows = collate(list(items(data.test, base.transform_eval)))
     before = predict_logits(base.model, rows["pixel_values"], 100)

@@ -196,7 +196,7 @@ def report(**opened):
 def test_a_report_tells_how_the_base_was_opened():
     found = completed(None, None, report())
     assert found == BaseRecord("timm/resnet18.a1_in1k", label_names=("cat", "dog"), head="zero")
-    # Of a live network the head is known; only the names of its classes may not be.
+    # The head of a live network is known; only the names of its classes may not be.
     live = BaseRecord("owner/name", num_classes=2, head="new", fingerprint={})
     assert completed(live, None, report()) == BaseRecord(
         "owner/name", num_classes=2, head="new", fingerprint={}, label_names=("cat", "dog")

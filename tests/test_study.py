@@ -13,6 +13,7 @@ import torch
 datasets = pytest.importorskip("datasets")
 PIL = pytest.importorskip("PIL.Image")
 pytest.importorskip("rich")
+evaluate_metrics = pytest.importorskip("peft_surgical.evaluation.evaluate_metrics")
 
 import tiny  # noqa: E402
 from peft import PeftModel  # noqa: E402
@@ -100,7 +101,14 @@ def run(*words, protocol=PROTOCOL):
     return run_study(protocol, arguments(*words), read, opener=opener)
 
 
-def test_a_study_from_end_to_end(tmp_path):
+def test_a_study_from_end_to_end(tmp_path, monkeypatch):
+    measured_by = []
+
+    def counted(name, **settings):
+        measured_by.append(name)
+        return evaluate_metrics.METRICS[name](**settings)
+
+    monkeypatch.setattr(evaluate_metrics, "metric", counted)
     report = run("--output", str(tmp_path), "--seeds", "0", "1", "--forgetting")
     assert {p.name for p in tmp_path.iterdir()} == {"adapter", "figure.png", "ledger.jsonl", "report.json", "table.md"}
     assert Report.load(tmp_path / "report.json") == report == Report.load(tmp_path / "adapter" / "report.json")
@@ -122,6 +130,10 @@ def test_a_study_from_end_to_end(tmp_path):
     assert tested.result["test"] == worst_group_accuracy(logits, labels, groups)
     assert tested.result["measured"]["accuracy"][0] == accuracy(logits, labels)
     assert len([one for one in ledger if "test_of" in one.key]) == 2 * len(report.settings["chosen"])  # not every rate
+
+    # Every reported number goes through evaluate: two metrics of three rows on two seeds, and two of the source.
+    assert measured_by.count("worst_group_accuracy") == 6
+    assert measured_by.count("accuracy") == 6 + 2
 
     # Selection by hand: the rate of block1 on seed 0, the row by its mean over seeds.
     tried = ledger.runs(method="block1", seed=0)

@@ -74,7 +74,7 @@ def read_imagenet_c(
 ) -> Published:
     """ImageNet's validation images under one corruption; no image is opened.
 
-    Of each class 5 images are drawn to tune on and 5 to validate; the others test. In the published folders the same
+    From each class 5 images are drawn to tune on and 5 to validate; the others test. In the published folders the same
     seed draws the same photographs under every corruption and severity.
 
     Chosen here, since the paper does not say: how many images validate.

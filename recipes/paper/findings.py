@@ -15,7 +15,7 @@ from torch import nn
 from peft_surgical.adapters.adapter import read_adapter
 from peft_surgical.data.layouts import is_hub_id
 from peft_surgical.errors import ConfigError
-from peft_surgical.evaluation import Measurement, Report, TextTable, accuracy, measure
+from peft_surgical.evaluation import Measurement, Report, TextTable, measure
 from peft_surgical.experiment.comparison import TABLE, bars, chosen_of, rule_of
 from peft_surgical.experiment.experiment import Experiment
 from peft_surgical.experiment.keeping import Kept, keep_adapter
@@ -145,7 +145,8 @@ def source_accuracy(protocol: Protocol, experiment: Experiment, network: nn.Modu
     """Accuracy of a network on the held-out images of the source, and how many these are."""
     part = held_out(protocol, experiment.data(seed).parts)
     rows = Rows(part, experiment.base(seed).transform_eval, False, experiment.outputs)
-    return accuracy(experiment.logits(network, rows), rows.label_tensor), len(rows)
+    found = experiment.judge(["accuracy"], experiment.logits(network, rows), rows.label_tensor, None)
+    return found["accuracy"], len(rows)
 
 
 def _forgotten(protocol: Protocol, experiment: Experiment, kept: Kept, seed: int) -> list[Measurement]:

@@ -59,7 +59,7 @@ def summary_of(cells: Cells) -> Report:
 
     Every cell has a network of its own: mCE is that of a network which is tuned anew to each corruption and severity.
 
-    Intervals are Student's t over seeds. Of a single seed they are Wilson's, as if each photograph counted once: all
+    Intervals are Student's t over seeds. For a single seed they are Wilson's, as if each photograph counted once: all
     cells show the same photographs, and the mean of several answers to one varies no more than a single answer.
 
     Raises:

@@ -24,7 +24,8 @@ from peft_surgical.bases.load import Base, load_base
 from peft_surgical.choosing.methods import METHODS
 from peft_surgical.data.labelled import collate
 from peft_surgical.errors import AdapterError, ConfigError, DataError
-from peft_surgical.evaluation import Report, accuracy, measure, predict_logits
+from peft_surgical.evaluation import Report, measure, predict_logits
+from peft_surgical.evaluation.evaluate_metrics import judge_with_evaluate
 from peft_surgical.experiment.subject import Rows
 from peft_surgical.extras import require
 from peft_surgical.training.fitting import FitSettings, fit, forget_checkpoints
@@ -179,7 +180,7 @@ def _logits(model: nn.Module, rows: Any) -> torch.Tensor:
 
 
 def _accuracy(model: nn.Module, rows: Rows) -> float:
-    return accuracy(_logits(model, rows), rows.label_tensor)
+    return judge_with_evaluate(["accuracy"], _logits(model, rows), rows.label_tensor, None)["accuracy"]
 
 
 def _check(base: Base, trained: nn.Module, folder: Path, rows: Rows) -> None:

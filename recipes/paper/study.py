@@ -24,6 +24,7 @@ from peft_surgical.choosing.methods import method_of
 from peft_surgical.data.layouts import is_hub_id
 from peft_surgical.errors import ConfigError, DataError
 from peft_surgical.evaluation import Report
+from peft_surgical.evaluation.evaluate_metrics import judge_with_evaluate
 from peft_surgical.experiment.choosing import run_grid
 from peft_surgical.experiment.experiment import Experiment
 from peft_surgical.experiment.requests import watched
@@ -143,6 +144,7 @@ def _carried_out(
         augment=args.augment,
         seed=args.seeds[0],
         metrics=protocol.metrics,
+        judge=judge_with_evaluate,
         opener=opener,
         seeded_base=seeded_base,
         arguments=arguments,

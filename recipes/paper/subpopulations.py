@@ -86,7 +86,7 @@ def read_breeds(
     """A BREEDS benchmark from ImageNet on disk; no image is opened.
 
     The classes are the superclasses, the groups the subclasses. ``source`` are all training images of the source's
-    subclasses, ``source_test`` their validation images. Of the training images of the target's subclasses, 50 of each
+    subclasses, ``source_test`` their validation images. From the training images of the target's subclasses, 50 of each
     superclass are drawn to tune on and as many to validate; the validation images of these subclasses are ``test``, so
     that no draw changes them.
 

@@ -50,6 +50,25 @@ def neutral_key(key: str) -> str | None:
     return f"{path}{holder}{leaf}" if holder and kind in (DELTA, STATISTIC) and leaf else None
 
 
+def saved_key(name: str, kind: str) -> str:
+    """The key, as PEFT writes it, of the delta or statistic of the tensor ``name``; ``kind`` is `DELTA` or `STATISTIC`.
+
+    Example:
+        >>> saved_key("conv1.weight", DELTA)
+        'base_model.model.conv1.surgery.surgical_delta.weight'
+    """
+    path, _, leaf = name.rpartition(".")
+    return PEFT_PREFIX + join(path, f"{HOLDER}.{kind}.{leaf}")
+
+
+def split_key(key: str) -> tuple[str | None, str]:
+    """Kind and full name of the tensor with this key in a file, see `saved_key`; other tensors have the kind None."""
+    plain = key.removeprefix(PEFT_PREFIX)
+    path, mark, rest = plain.rpartition(f"{HOLDER}.{PREFIX}")
+    kind, _, leaf = rest.partition(".")
+    return (PREFIX + kind, path + leaf) if mark else (None, plain)
+
+
 def tensor_name(key: str) -> str | None:
     """The full name of the tensor whose delta or statistic has this key in a file or state dict; None for others."""
     plain = key.removeprefix(PEFT_PREFIX).removeprefix("_orig_mod.")

@@ -21,10 +21,9 @@ from ..blocks.parsing import NUMBERED
 from ..config import SurgicalConfig
 from ..errors import AdapterError, AdapterFileError
 from ..files import commit, file_sha256
-from ..keys import CONFIG, HOLDER, PEFT_PREFIX, PICKLE, WEIGHTS
+from ..keys import CONFIG, DELTA, PEFT_PREFIX, PICKLE, STATISTIC, WEIGHTS, saved_key, split_key
 from .remote import download
 
-_OWN = f"{HOLDER}.surgical_"
 _BLOCKS = ("embedding", "stem", "stage1", "head", "first", "last")
 
 
@@ -63,8 +62,8 @@ class Adapter:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Its tensors by the keys of an adapter file."""
-        found = {_key(name, "delta"): delta for name, delta in self.deltas.items()}
-        found |= {_key(name, "stats"): value for name, value in self.statistics.items()}
+        found = {saved_key(name, DELTA): delta for name, delta in self.deltas.items()}
+        found |= {saved_key(name, STATISTIC): value for name, value in self.statistics.items()}
         found |= {PEFT_PREFIX + name: value for name, value in self.whole.items()}
         return {key: value.detach().cpu().contiguous() for key, value in found.items()}
 
@@ -246,22 +245,15 @@ def _live(model: PeftModel, name: str | None) -> Adapter:
 
 
 def _adapter(name: str, config: SurgicalConfig, tensors: Mapping[str, torch.Tensor], *place: Any) -> Adapter:
-    parts: dict[str, dict[str, torch.Tensor]] = {"delta": {}, "stats": {}, "whole": {}}
+    parts: dict[str | None, dict[str, torch.Tensor]] = {DELTA: {}, STATISTIC: {}, None: {}}
     for key, tensor in tensors.items():
-        plain = key.removeprefix(PEFT_PREFIX)
-        path, own, rest = plain.rpartition(_OWN)
-        kind, _, leaf = rest.partition(".")
-        parts[kind if own else "whole"][path + leaf if own else plain] = tensor
+        kind, plain = split_key(key)
+        parts[kind][plain] = tensor
     order = {tensor: i for i, tensor in enumerate(config.tensor_names or ())}  # the file sorts them by dtype and key
     delta, stats, whole = (
         dict(sorted(found.items(), key=lambda item: order.get(item[0], 0))) for found in parts.values()
     )
     return Adapter(name, config, delta, stats, whole, *place)
-
-
-def _key(name: str, kind: str) -> str:
-    path, dot, leaf = name.rpartition(".")
-    return f"{PEFT_PREFIX}{path}{dot}{_OWN}{kind}.{leaf}"
 
 
 def _grouping(names: Iterable[str], config: SurgicalConfig) -> tuple[Mapping[str, str], str]:

@@ -89,8 +89,8 @@ def load_base(
             output where the names of as many classes have nothing in common. ``"new"`` draws a new head; ``"zero"`` is
             a new head whose values are all 0, the same with every seed, so that deltas on it can be saved.
         weights: ``"random"`` reads the architecture only: for tests, and to look at blocks.
-        augment: Of ``transform_train``: ``"none"``; ``"flip"``, half of the images mirrored; or ``"crop"``, a random
-            part of each image resized, and flips, as timm trains.
+        augment: What ``transform_train`` does: ``"none"``; ``"flip"``, half of the images mirrored; or ``"crop"``, a
+            random part of each image resized, and flips, as timm trains.
         image_size: Height and width that the transforms give, in pixels; None takes the checkpoint's. For networks that
             take images of any size.
         seed: Seed of a new head, or of all weights.

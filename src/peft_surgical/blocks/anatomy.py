@@ -55,8 +55,8 @@ class Anatomy:
 
     Attributes:
         blocks: The blocks, in the order in which data flows.
-        parts: Of a convolutional network's block1, ``stem`` (what comes before the first stage) and ``stage1`` (the
-            rest). In a network with a block ``embedding``, ``stem`` is another name of that block.
+        parts: The two parts of a convolutional network's block1: ``stem`` (what comes before the first
+            stage) and ``stage1`` (the rest). In a network with a block ``embedding``, ``stem`` is another name of it.
         aliases: Every further name of a shared tensor (tied weights, a module used twice) -> its canonical name, the
             first one in ``named_parameters()``. Only canonical names are in blocks.
         source: What they come from: ``spec``, ``timm``, ``transformers``, ``torchvision`` or ``layout`` (a network

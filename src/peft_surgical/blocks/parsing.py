@@ -24,6 +24,7 @@ One name can mean several things; the first of these that exists wins: a block, 
 from __future__ import annotations
 
 import fnmatch
+import functools
 import itertools
 import re
 import warnings
@@ -150,6 +151,12 @@ def parse(text: str | Sequence[str]) -> TargetSpec:
         )
     if not members:
         raise TargetError("the target is an empty list: name a block, e.g. 'block1'")
+    return _spec(tuple(members))
+
+
+@functools.lru_cache(maxsize=256)
+def _spec(members: tuple[str, ...]) -> TargetSpec:
+    # A config's target is checked when the config is made and read again when its tensors are looked up.
     steps = [step for member in members for step in _steps(member)]
     spec = TargetSpec(tuple(steps))
     if steps[0].minus:

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from ..blocks import Anatomy, anatomy_of
 from ..errors import AdapterError, DataError, UnsupportedModelError
-from ..keys import HOLDER, join
+from ..keys import DELTA, HOLDER, join
 from ..tuner.attach import bare, surgical_layers
 
 LABEL_KEYS = ("labels", "label", "targets", "target", "y")
@@ -98,7 +98,7 @@ def _only_input(batch: Mapping[str, Any]) -> Tensor:
     return next(iter(inputs.values()))
 
 
-_DELTA = f"{HOLDER}.surgical_delta."
+_DELTA = f"{HOLDER}.{DELTA}."
 
 
 @dataclass(frozen=True, eq=False)

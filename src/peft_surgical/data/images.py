@@ -38,7 +38,7 @@ def content(cell: Mapping[str, Any]) -> bytes:
 def decode(encoded: bytes, where: str) -> Any:
     """The PIL image in RGB, upright.
 
-    An orientation that a camera wrote into EXIF is applied, as `datasets` does. Of an animation the first frame counts.
+    An orientation that a camera wrote into EXIF is applied, as `datasets` does. An animation's first frame counts.
 
     Args:
         encoded: The bytes of the file.

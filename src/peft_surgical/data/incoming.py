@@ -83,8 +83,8 @@ def read_incoming(
     Args:
         source: A folder of images, or what `read_data` takes.
         unlabelled: Take a folder's subfolders for a way to keep images, not for classes.
-        seed: Of a random order of labelled images; None keeps that of the data, which in class folders is by class, and
-            a stream of one class after the other misleads whatever adapts to it.
+        seed: Seed of a random order of labelled images; None keeps that of the data, which in class folders is by
+            class, and a stream of one class after the other misleads whatever adapts to it.
         limit: So many images at most, the first of the stream.
         on_broken: As for `read_data`, for the images of the stream.
         columns: ``image_column`` and ``label_column`` of `read_data`.
