@@ -34,8 +34,8 @@ blocks with the highest RGN. Auto-SNR's threshold is one of ``--thresholds``, by
 has 0.3 alone, which nothing chose. Cost is in training steps of 64 images, of searches in those of all their runs.
 Departures from the paper: the ResNet-26 of its main text, where its A.4 and the reference code have RobustBench's
 Standard (a WRN-28-10 with BatchNorm), so that its numbers are another network's; 200 images to validate, where the code
-has 100; weight decay pulls towards the pretrained weights; the penalties have one strength each. The measured rows have two
-rates, without 1e-5 (head: 1e-3), and four corruptions with 2,000 images each.
+has 100; weight decay pulls towards the pretrained weights; the penalties have one strength each. The measured rows have
+two rates, without 1e-5 (head: 1e-3), and four corruptions with 2,000 images each.
 """
 
 from __future__ import annotations
