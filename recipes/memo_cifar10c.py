@@ -38,7 +38,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -139,8 +139,11 @@ def adapt(args: argparse.Namespace, key: dict[str, Any]) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of what a stream's numbers depend on."""
-    return {name: version(name) for name in ("peft-surgical", "peft", "torch")}
+    """Of what a stream's numbers depend on; of the package itself where it is installed."""
+    found = {name: version(name) for name in ("peft", "torch")}
+    with contextlib.suppress(PackageNotFoundError):
+        found["peft-surgical"] = version("peft-surgical")
+    return found
 
 
 def candidates(args: argparse.Namespace, row: Row) -> list[dict[str, Any]]:

@@ -334,11 +334,12 @@ def adapt_many(memo: ManyMemo, plans: Sequence[Plan], views: ViewsOfMany) -> lis
         batches = [flat[at : at + memo.count] for at in range(0, len(flat), memo.count)]
     else:
         batches = list(zip(*rows, strict=True))
-    every = torch.tensor([plan.lr for plan in plans], device=device, dtype=memo.deltas[0].dtype)
+    numbers = torch.tensor([[stream for stream, _ in batch] for batch in batches])
+    every = torch.tensor([plan.lr for plan in plans], dtype=memo.deltas[0].dtype)[numbers].to(device)
     found: list[Tensor] = []
     counts: list[tuple[Tensor, Tensor]] = []
     step: Callable[..., Tensor] = memo
-    for views_of, images, rates in _batches(batches, plans, every, views):
+    for rates, (views_of, images) in zip(every, _batches(batches, plans, views), strict=True):
         if device.type == "cuda" and step is memo:
             step = _captured(memo, (views_of, images, rates))
             memo.reset()
@@ -357,9 +358,9 @@ def adapt_many(memo: ManyMemo, plans: Sequence[Plan], views: ViewsOfMany) -> lis
 
 
 def _batches(
-    batches: Sequence[Sequence[tuple[int, int]]], plans: Sequence[Plan], rates: Tensor, views: ViewsOfMany
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Views, images and rates of every batch of (stream, position). Views are made for several positions together."""
+    batches: Sequence[Sequence[tuple[int, int]]], plans: Sequence[Plan], views: ViewsOfMany
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Views and images of every batch of (stream, position). Views are made for several positions together."""
     made: dict[tuple[int, int], Tensor] = {}
     begun: dict[tuple[int, int], int] = {}
     for batch in batches:
@@ -371,9 +372,7 @@ def _batches(
                 made[key] = views(plan.images, plan.seed, first, min(first + _TOGETHER, len(plan.images)))
                 begun[key] = first
             picked.append(made[key][position - first])
-        images = torch.stack([plans[stream].images[position] for stream, position in batch])
-        numbers = torch.tensor([stream for stream, _ in batch], device=rates.device)
-        yield torch.stack(picked, 1), images, rates[numbers]
+        yield torch.stack(picked, 1), torch.stack([plans[stream].images[position] for stream, position in batch])
 
 
 def collapses(logits: Tensor, window: int = COLLAPSE_WINDOW) -> list[int]:
