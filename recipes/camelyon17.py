@@ -31,7 +31,7 @@ the source step), ``adapter/`` (one file for the new hospital, with its report),
     model = PeftModel.from_pretrained(base.model, "outputs/camelyon17/adapter").eval()
     logits = model(base.transform_eval(image)[None]).logits  # image: a PIL image in RGB
 
-Protocol (paper, Sec. 3.1 and its appendix): CLIP ViT-B/16, 100 tuning and 100 validation images, SGD and AdamW, cosine
+Protocol (paper, Sec. 2.1, A.3 and A.4): CLIP ViT-B/16, 100 tuning and 100 validation images, SGD and AdamW, cosine
 rate, batch 32, 10 epochs. Chosen here, since the paper's are not known to us: all rates, no weight decay, and the
 source step (AdamW, 1e-5, cosine, 3 epochs). Departures: transformers' CLIP classifies the mean of the patch tokens,
 not the class token; ``--model timm/vit_base_patch16_clip_quickgelu_224.openai`` has the class token.

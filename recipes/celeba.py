@@ -17,7 +17,7 @@ the source step::
 
     accelerate launch recipes/celeba.py --source-checkpoint PATH_OR_ID --target none all block3 head --seeds 0
 
-Protocol (paper, Sec. 3.1 and its appendix): 50 epochs, three rates, of which validation chooses; weight decay 1e-4,
+Protocol (paper, Sec. 2.1, A.3 and A.4): 50 epochs, three rates, of which validation chooses; weight decay 1e-4,
 here towards the source network. Chosen here, since the paper's are not known to us: Adam, batch 64 and a constant rate,
 as for CIFAR-10-C; and the source step, which has the settings of the published code of Sagawa et al. (SGD, 1e-4, batch
 128, weight decay 1e-4, 50 epochs, no augmentation), without its weights for groups, and whose epoch is chosen on a

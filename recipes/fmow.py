@@ -20,7 +20,7 @@ and images stay on disk. What else can be asked for::
     ... --optimizer adamw                             # with rates of its own; the paper reports both
     ... --dry-run                                     # parts, tensors, steps and rates; trains nothing
 
-Protocol (paper, Sec. 3.1 and its appendix): CLIP ViT-B/16 and ViT-L/14 (of which the numbers above are could not be
+Protocol (paper, Sec. 2.1, A.3 and A.4): CLIP ViT-B/16 and ViT-L/14 (of which the numbers above are could not be
 looked up), 62 tuning images, SGD and AdamW, cosine rate, batch 32, 10 epochs. Chosen here, since the paper's are not
 known to us: which years and splits of WILDS source and target are (see `read_published`), validation on the rest of the
 pool that the 62 images are drawn from, all rates, no weight decay, and the source step (AdamW, 1e-5, cosine, 5 epochs).

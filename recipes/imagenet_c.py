@@ -17,7 +17,7 @@ published images and a GPU. To begin with, ``--corruptions frost --target block1
 Each corruption and severity is a study of its own, in a folder of that name. Over all of them there are
 ``report.json``, ``table.md`` and ``figure.png``. What is finished is not repeated.
 
-Protocol (paper, Sec. 3.1 and its appendix): Adam, 10 epochs, three rates, of which validation chooses, weight decay
+Protocol (paper, Sec. 2.1, A.3 and A.4): Adam, 10 epochs, three rates, of which validation chooses, weight decay
 1e-4, here towards the pretrained weights; batch 64 (reference code). No source step: the network is torchvision's first
 ResNet-50, as in the reference code, and keeps its head; other tags of timm's resnet50 are other trainings, whose
 numbers would not compare. Chosen here, since it could not be looked up: 5,000 other images validate, as many as tune,

@@ -13,7 +13,7 @@ saves the source step::
 
     accelerate launch recipes/living17.py --data imagenet --hierarchy modified --source-checkpoint PATH_OR_ID --seeds 0
 
-Protocol (paper, Sec. 3.1 and its appendix): the head alone for 3 epochs on the source, then everything for 2 (LP-FT);
+Protocol (paper, Sec. 2.1, A.3 and A.4): the head alone for 3 epochs on the source, then everything for 2 (LP-FT);
 on the target 50 images of each superclass, 15 epochs, three rates, of which validation chooses, no weight decay.
 Chosen here, since it could not be looked up: the network; Adam, rate, batch and random crops of the source step; Adam
 and batch 64 on the target; that the target's images are ImageNet training images of all its classes together, and that

@@ -1,4 +1,4 @@
-"""What to adapt at test time on ImageNet-C: MEMO and TENT on any timm network (Lee et al. 2023, Sec. 3.2, Figure 4).
+"""What to adapt at test time on ImageNet-C: MEMO and TENT on any timm network (Lee et al. 2023, Sec. 2.2, Table 10).
 
 ::
 

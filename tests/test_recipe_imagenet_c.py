@@ -107,7 +107,7 @@ def test_the_plan_trains_nothing_and_reads_no_weights(recipe, place, tmp_path, c
     assert not (tmp_path / "out").exists()
     assert "tuning: 8 images (drawn: seed 0, 2 of each class of fog, severity 5)" in said
     assert "one run: 4 steps (adam, constant rate, batch 4, 2 epochs)" in said
-    assert "cross-val: a search over blocks" in said
+    assert "cross-val: the one of block1, " in said
     assert "and so for each of 2 corruptions and severities" in said
 
 

@@ -11,13 +11,20 @@ from peft_surgical.bases.transforms import AUGMENTS
 from peft_surgical.choosing.methods import METHODS
 from peft_surgical.evaluation.metrics import check_metrics
 from peft_surgical.training.fitting import OPTIMIZERS, FitSettings
-from peft_surgical.training.search import NONE
+from peft_surgical.training.ledger import Run
+from peft_surgical.training.search import NONE, SELECTION_SEED, Candidate
 
 from .pretraining import SourceTraining
 
 _TUNED = ("full", "gradual-first-last", "gradual-last-first", "l1-sp", "auto-snr", "auto-rgn", "cross-val")
 TABLE_4 = (NONE, *_TUNED)
 """The rows of the paper's Table 4, by the names of their methods here."""
+CROSS_VAL, CROSS_VAL_WIDE = "cross-val", "cross-val-wide"
+"""The paper's Cross-Val, whose candidates are the blocks; and the package's search, which also has all and none."""
+AUTO_SNR = "auto-snr"
+"""The method whose threshold the paper tunes."""
+THRESHOLDS = (0.1, 0.3, 0.5, 0.7, 0.9)
+"""Its candidates here; the paper says that it tunes the threshold, not among which."""
 
 
 @dataclass(frozen=True)
@@ -109,9 +116,12 @@ def parser_of(protocol: Protocol, doc: str | None) -> argparse.ArgumentParser:
         f"default, with the methods: {' '.join(protocol.rows)}"
     )
     add("--target", nargs="+", default=[], metavar="T", help=targets)
-    methods = f"methods instead of, or beside, targets: {', '.join(METHODS)}"
+    methods = f"methods instead of, or beside, targets: {', '.join(METHODS)}; l1-sp@0.001 sets a method's option"
     add("--method", nargs="+", default=[], metavar="M", help=methods)
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="S", help="default: 0 1 2")
+    usual = " ".join(f"{one:g}" for one in THRESHOLDS)
+    snr = f"thresholds of auto-snr that validation chooses from, none for the package's; default: {usual} (chosen here)"
+    add("--thresholds", nargs="*", type=float, default=THRESHOLDS, metavar="T", help=snr)
     held_out = "also measure the kept adapter on held-out images of the source"
     add("--forgetting", action="store_true", help=held_out)
 
@@ -166,3 +176,55 @@ def rows_of(protocol: Protocol, target: Sequence[str], method: Sequence[str]) ->
     """The rows that are asked for, ``none`` first, each once; the protocol's where none are."""
     asked = [*target, *method] or list(protocol.rows)
     return list(dict.fromkeys([NONE, *asked]))
+
+
+def runs_behind(rows: Sequence[str], thresholds: Sequence[float], blocks: Sequence[str]) -> list[str]:
+    """The rows that have to be run: Auto-SNR once for each threshold, and every block for Cross-Val."""
+    return list(dict.fromkeys(name for row in rows for name in _behind(row, thresholds, blocks)))
+
+
+def _behind(row: str, thresholds: Sequence[float], blocks: Sequence[str]) -> list[str]:
+    if row == AUTO_SNR and thresholds:
+        return [f"{AUTO_SNR}@{one:g}" for one in thresholds]
+    return [*blocks] if row == CROSS_VAL else ["cross-val"] if row == CROSS_VAL_WIDE else [row]
+
+
+def reported_rows(
+    rows: Sequence[str], thresholds: Sequence[float], blocks: Sequence[str], found: Mapping[str, Sequence[Run]]
+) -> dict[str, list[Run]]:
+    """The rows that were asked for, from those behind them.
+
+    Auto-SNR has the threshold that validates best on `SELECTION_SEED`, as rates are chosen, Cross-Val on each seed the
+    block that validates best; both have the cost of all that were tried.
+
+    Args:
+        rows: That were asked for.
+        thresholds: As for `runs_behind`.
+        blocks: The network's, the head among them.
+        found: Row of `runs_behind` -> its runs in the order of the seeds.
+    """
+    reported: dict[str, list[Run]] = {}
+    for row in rows:
+        tried = [list(found[name]) for name in _behind(row, thresholds, blocks)]
+        if row not in (AUTO_SNR, CROSS_VAL) or len(tried) == 1:
+            reported[row] = tried[0]
+            continue
+        by_seed = list(zip(*tried, strict=True))
+        places = [run.key["seed"] for run in tried[0]]
+        selecting = by_seed[places.index(SELECTION_SEED) if SELECTION_SEED in places else 0]
+        reported[row] = []
+        for same in by_seed:
+            judged = selecting if row == AUTO_SNR else same
+            place = max(range(len(same)), key=lambda i: judged[i].result["validation"])
+            chosen = str(Candidate(same[place].key["method"], same[place].key["lr"]))
+            cost = sum(run.result["cost"] for run in same)
+            reported[row].append(Run(same[place].key, {**same[place].result, "cost": cost, "chosen": chosen}))
+    return reported
+
+
+def rule_of_row(row: str) -> str | None:
+    """How `reported_rows` chooses, in words; None for rows that it leaves as they are."""
+    rates = f"learning rates by validation of seed {SELECTION_SEED}, epoch by validation"
+    if row == AUTO_SNR:
+        return f"threshold and {rates}"
+    return f"block by validation of each seed, {rates}" if row == CROSS_VAL else None

@@ -9,8 +9,9 @@ both to an optimizer. Surgical fine-tuning has no row: any target (``block1``, `
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, get_args
 
 import torch
@@ -49,7 +50,7 @@ class Schedule(Protocol):
 
 @dataclass(frozen=True)
 class GradualUnfreezing:
-    """Blocks join one after the other, each after an equal share of the run, and stay (paper, Sec. 3.1).
+    """Blocks join one after the other, each after an equal share of the run, and stay (paper, Sec. 4.1).
 
     Attributes:
         blocks: The tensors of each block, in the order in which they join.
@@ -107,7 +108,7 @@ class AutoRGN:
     """Auto-RGN (paper, Sec. 4.1): each tensor's rate is the base rate times its RGN over the largest RGN.
 
     Attributes:
-        left_out: Tensors that are not trained at all; the reference code leaves BatchNorm's parameters out.
+        left_out: Tensors that are not trained at all; the reference code leaves out those with "bn" in their name.
     """
 
     left_out: frozenset[str] = frozenset()
@@ -124,21 +125,30 @@ class AutoSNR:
     """Auto-SNR (paper, Sec. 4.1): tensors whose SNR over the largest is below a threshold are frozen for the epoch.
 
     Attributes:
-        threshold: In [0, 1]; the paper tunes it like a learning rate.
+        threshold: In [0, 1]; the paper tunes it like a learning rate, on validation data. At least 0 where SNRs are
+            compared as they are.
         criterion: ``snr``, or ``snr-reference`` for what the reference code computes.
+        scaled: Whether SNRs are divided by the largest, as in the paper; its reference code compares them as they are.
+        left_out: Tensors that are not trained at all.
     """
 
     threshold: float = 0.5
     criterion: str = "snr"
+    scaled: bool = True
+    left_out: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
-        if not 0 <= self.threshold <= 1:
+        if self.scaled and not 0 <= self.threshold <= 1:
             raise ConfigError(f"threshold={self.threshold}: SNRs are compared after scaling to [0, 1]")
+        if not 0 <= self.threshold < math.inf:
+            raise ConfigError(f"threshold={self.threshold}: give a number of at least 0")
 
     def factors(self, progress: Progress, scores: BlockScores | None) -> dict[str, float]:
         """See `Schedule`."""
         assert scores is not None
-        return {name: float(s >= self.threshold) for name, s in normalised(scores.tensor_scores).items()}
+        found = {name: score for name, score in scores.tensor_scores.items() if name not in self.left_out}
+        compared = normalised(found) if self.scaled else found
+        return {name: float(compared.get(name, -1.0) >= self.threshold) for name in scores.tensor_scores}
 
 
 def normalised(scores: Mapping[str, float]) -> dict[str, float]:
@@ -241,10 +251,9 @@ class Method:
         return known | (given or {})
 
 
-def _norms(anatomy: Anatomy) -> frozenset[str]:
-    # The affine parameters of norms with statistics, which the reference code's Auto-RGN leaves out.
-    owners = {name.rpartition(".")[0] for name in anatomy.tensors if name.endswith("running_mean")}
-    return frozenset(name for name in anatomy.tensors if name.rpartition(".")[0] in owners)
+def _named_bn(anatomy: Anatomy) -> frozenset[str]:
+    # What the reference code leaves out, by the name alone: the BatchNorms of its CIFAR network.
+    return frozenset(name for name in anatomy.tensors if "bn" in name)
 
 
 LOGISTIC = "logistic-head"
@@ -262,14 +271,14 @@ METHODS: dict[str, Method] = {
         Method("auto-rgn", "all", lambda a, _: AutoRGN()),
         # The paper's reference code makes a new Adam every epoch; auto-rgn-reset measures what that alone does.
         Method("auto-rgn-reset", "all", lambda a, _: AutoRGN(), reset_moments=True),
-        Method("auto-rgn-reference", "all", lambda a, _: AutoRGN(_norms(a)), reset_moments=True),
+        Method("auto-rgn-reference", "all", lambda a, _: AutoRGN(_named_bn(a)), reset_moments=True),
         Method("auto-snr", "all", lambda a, o: AutoSNR(**o), options=(("threshold", 0.3),)),
         Method(
             "auto-snr-reference",
             "all",
-            lambda a, o: AutoSNR(criterion="snr-reference", **o),
+            lambda a, o: AutoSNR(criterion="snr-reference", scaled=False, left_out=_named_bn(a), **o),
             reset_moments=True,
-            options=(("threshold", 0.5),),
+            options=(("threshold", 0.95),),
         ),
         # Kumar et al. 2022b, arXiv 2211.09359; last-layer retraining, Kirichenko et al. 2023.
         Method("freeze-embed", "all - stem", optimizer="sgd"),
@@ -278,14 +287,32 @@ METHODS: dict[str, Method] = {
 }
 
 
+def _with_option(row: Method, number: str) -> Method:
+    name = f"{row.name}@{number}"
+    if len(row.options) != 1:
+        having = [f"{other.name} ({other.options[0][0]})" for other in METHODS.values() if other.options]
+        raise ConfigError(f"{name!r}: {row.name} has no option; those that have one are {', '.join(having)}")
+    try:
+        return replace(row, name=name, options=((row.options[0][0], float(number)),))
+    except ValueError as error:
+        raise ConfigError(
+            f"{name!r}: {row.options[0][0]} is a number, such as {row.name}@{row.options[0][1]}"
+        ) from error
+
+
 def method_of(name: str) -> Method:
     """The row of a method, or surgical fine-tuning of the target of this name.
 
+    ``auto-snr@0.5`` is the method auto-snr with the number as its option, for those that have one.
+
     Raises:
-        ConfigError: The name is neither a method nor a target.
+        ConfigError: The name is neither a method nor a target, or the method has no such option.
     """
     if name in METHODS:
         return METHODS[name]
+    method, _, number = name.partition("@")
+    if number and method in METHODS:
+        return _with_option(METHODS[method], number)
     if name == "none":
         raise ConfigError("'none' trains nothing: evaluate the base itself")
     try:
