@@ -49,7 +49,6 @@ from peft_surgical.experiment.settings import (  # noqa: E402
 )
 from peft_surgical.experiment.subject import SEARCHES  # noqa: E402
 from peft_surgical.training.fitting import OPTIMIZERS  # noqa: E402
-from peft_surgical.training.search import NOMINATED  # noqa: E402
 from peft_surgical_cli import app as cli  # noqa: E402
 from peft_surgical_cli.options import ManyValues, SharedOptions  # noqa: E402
 
