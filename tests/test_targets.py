@@ -466,7 +466,7 @@ def test_reading_takes_time_in_proportion_to_the_length(text):
 )
 def test_a_regex_that_could_take_for_ever_is_refused(regex):
     for use in (lambda: parse(f"re:{regex}"), lambda: paths_matched(regex, ["a" * 60])):
-        with pytest.raises(TargetError, match="could take for ever: .* several terms joined by"):
+        with pytest.raises(TargetError, match=r"could take for ever: .* several terms joined by"):
             use()
 
 
