@@ -272,7 +272,7 @@ class SurgicalConfig(PeftConfig):
 
 def _found_from_anywhere(base: str | None) -> str | None:
     """The absolute path of a base that is a folder here, since the adapter may be loaded in another directory."""
-    folder = Path((base or "").removeprefix("local-dir:")).expanduser()
+    folder = Path(os.path.expanduser((base or "").removeprefix("local-dir:")))
     return str(folder.absolute()) if base and folder.is_dir() else base
 
 

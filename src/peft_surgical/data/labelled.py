@@ -131,10 +131,10 @@ def _find(source: Any, image: str | None, label: str | None) -> dict[str, tuple[
         if not isinstance(source, Sequence) or not source:
             raise DataError(f"{source!r} is no data: pass a folder, parquet files, a Hub id or a datasets.Dataset")
         return _from_tables(layouts.read_parquet([_parquet(Path(file)) for file in source], None), "them", image, label)
-    place, shown = Path(source).expanduser(), os.fspath(source)
-    if place.is_file():
+    place, shown = Path(os.path.expanduser(source)), os.fspath(source)
+    if os.path.isfile(place):
         return _from_tables(layouts.read_parquet([_parquet(place)], None), shown, image, label)
-    if place.is_dir():
+    if os.path.isdir(place):
         if (saved := layouts.from_disk(place)) is not None:
             return _from_tables(layouts.by_split(saved, shown), shown, image, label)
         if files := layouts.parquet_files(place):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import platform
 import time
 import warnings
@@ -88,7 +89,7 @@ def place_of(source: Any) -> str:
     """Where data lies: the whole path of a file or folder, an id of the Hub as it is, and of other objects the type."""
     if not isinstance(source, (str, Path)):
         return f"a {type(source).__name__} in memory"
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     return str(path.absolute()) if path.exists() else str(source)
 
 
