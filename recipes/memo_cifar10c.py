@@ -27,6 +27,7 @@ import argparse
 import contextlib
 import functools
 import math
+import re
 import sys
 import time
 import warnings
@@ -37,17 +38,18 @@ from statistics import fmean, stdev
 from typing import Any
 
 import torch
-from peft import get_peft_model
+import transformers
 from torch import Tensor
 
-from paper.cifar import corruptions_in, read_once, split
+from paper.cifar import corruptions_in, digest_of, split
 from paper.cifar_networks import NETWORKS, load_network
-from paper.grids import grid_parser, parse_grid
-from peft_surgical import SurgicalConfig
-from peft_surgical.adaptation import CollapseWarning, Memo, Record, Tent, batch_statistics, norm_target
+from paper.cifar_tasks import task_images
+from paper.rows import best_validated
+from peft_surgical.adaptation import CollapseWarning, Record, batch_statistics
 from peft_surgical.choosing.models import logits_of
 from peft_surgical.errors import DataError, run_in_words
 from peft_surgical.evaluation import TextTable, plus_minus
+from peft_surgical.experiment.adapting import AdaptSettings
 from peft_surgical.training.ledger import Ledger, Run
 from peft_surgical.training.search import SELECTION_SEED
 
@@ -73,7 +75,7 @@ def rows_of(args: argparse.Namespace) -> list[Row]:
 
 def stream_of(args: argparse.Namespace, key: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Images in [0, 1] and labels of one part, in the order of the stream."""
-    images, _ = read_once(args.data, key["corruption"], args.severity)
+    images = task_images(key["corruption"], args.data, args.severity)
     parts = split(images.labels, key["seed"], 1000, args.validation_images)
     generator = torch.Generator().manual_seed(key["seed"])
     # A longer test stream goes on with the images that the other recipes tune on, a validation stream begins again.
@@ -96,10 +98,9 @@ def predict(args: argparse.Namespace, key: dict[str, Any], images: Tensor) -> tu
         with torch.no_grad(), statistics:
             batches = images.split(key["batch_size"] or 100)
             return torch.cat([logits_of(network(normalise(batch))) for batch in batches]), Record()
-    target = norm_target(network) if key["target"] == "norm" else key["target"]
-    how = {name: key[name] for name in ("lr", "steps", "optimizer", *(("views", "seed") if key["views"] else ()))}
-    how |= {"episodic": key["mode"] == "episodic", "preprocess": normalise}
-    method = (Memo if key["method"] == "memo" else Tent)(get_peft_model(network, SurgicalConfig(target=target)), **how)
+    own = ("method", "target", "mode", "lr", "optimizer", "steps", "seed")
+    settings = AdaptSettings(**{name: key[name] for name in own}, views=key["views"] or 1, norm_stats="frozen")
+    method = settings.method_on(network, normalise, "cpu")
     found: list[Tensor] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CollapseWarning)  # it is in the record
@@ -144,14 +145,14 @@ def settings(args: argparse.Namespace, one: dict[str, Any], corruption: str, par
     images = args.validation_images if episodic and part == "validation" else args.images
     images = args.episodic_images if episodic and part == "test" else images
     key = one | {"corruption": corruption, "part": part, "seed": seed, "images": images}
-    return key | {"data": read_once(args.data, corruption, args.severity)[1]} if args.data else key
+    return key | {"data": digest_of(task_images(corruption, args.data, args.severity))} if args.data else key
 
 
 def runs_of(args: argparse.Namespace, ledger: Ledger, row: Row, corruption: str) -> list[Run]:
     """The test runs of one cell, one per seed, at the settings that validate best; without data, none if one lacks."""
 
-    def run(one: dict[str, Any], corruption: str, part: str, seed: int) -> Run | None:
-        key = settings(args, one, corruption, part, seed)
+    def run(one: dict[str, Any], part: str, seed: int) -> Run | None:
+        key = settings(args, one, corruption if part == "test" else args.select_on, part, seed)
         if not args.table:
             return ledger.run(key, functools.partial(adapt, args))
         found = ledger.runs(**key)
@@ -159,15 +160,7 @@ def runs_of(args: argparse.Namespace, ledger: Ledger, row: Row, corruption: str)
             raise DataError(f"{ledger.file} holds {len(found)} runs for {key}: use one ledger for each data")
         return found[0] if found else None
 
-    tried = candidates(args, row)
-    if len(tried) > 1:
-        validated = [run(one, args.select_on, "validation", SELECTION_SEED) for one in tried]
-        shares = [one.result["accuracy"] for one in validated if one]
-        if len(shares) < len(tried):
-            return []
-        tried = [tried[shares.index(max(shares))]]
-    reported = [one for seed in args.seeds if (one := run(tried[0], corruption, "test", seed))]
-    return reported if len(reported) == len(args.seeds) else []
+    return best_validated(candidates(args, row), args.seeds, run)
 
 
 def shown(runs: list[Run], n: int | None = None) -> str:
@@ -262,9 +255,18 @@ def plot(args: argparse.Namespace, cells: dict[Row, dict[str, list[Run]]]) -> No
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    data = "folder of <corruption>.parquet or of the published .npy files"
-    parser = grid_parser(__doc__, output="outputs/memo", data=data, seeds=(0,))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
+    add("--network", choices=list(NETWORKS), default="resnet26")
+    add("--models", help="folder with the networks' weights (default: PEFT_SURGICAL_SHARED)")
+    add("--data", help="folder of <corruption>.parquet or of the published .npy files")
+    add("--seeds", type=int, nargs="+", default=[0], help="seed 0 also chooses among candidates")
+    add("--output", default="outputs/memo", help="what is left there (default: outputs/memo)")
+    add("--ledger", help="finished runs, may be shared by processes (default: OUTPUT/ledger.jsonl)")
+    add("--shard", default="1/1", help="i/n: only the i-th of n parts of the grid")
+    add("--threads", type=int, help="torch threads; 1 where several processes share the machine")
+    add("--table", action="store_true", help="only draw from the ledger, train nothing")
+    add("--markdown", help="also write the table to this file")
     add("--corruption", nargs="+", help="default: all in the folder, those of the paper's table first")
     add("--severity", type=int, default=5, choices=range(1, 6), help="of .npy files")
     add("--method", nargs="+", default=["none", "memo"], choices=["none", "bn", "memo", "tent"])
@@ -283,13 +285,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--validation-images", type=int, default=200)
     add("--select-on", default="gaussian_noise", help="the corruption whose validation images choose rate and steps")
     add("--figure", help="also draw the streams into this file")
-    args = parse_grid(parser, argv)
+    args = parser.parse_args(argv)
+    if not args.data and not args.table:
+        parser.error("--data is needed to train; without it --table draws what the ledger holds")
+    shard = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", args.shard)
+    if not shard or int(shard[1]) > int(shard[2]):
+        parser.error(f"--shard {args.shard}: write i/n with i from 1 to n, such as 1/2 and 2/2")
+    transformers.logging.set_verbosity_error()
+    if args.threads:
+        torch.set_num_threads(args.threads)
     args.episodic_images = args.episodic_images or args.images
-    ledger = Ledger(args.ledger)
+    ledger = Ledger(args.ledger or Path(args.output, "ledger.jsonl"))
     there = corruptions_in(args.data) if args.data else sorted({run.key["corruption"] for run in ledger})
     args.corruption = args.corruption or sorted(set(there) - {"clean"}, key=[*LISTED, *there].index)
     cells = [(corruption, row) for corruption in args.corruption for row in rows_of(args)]
-    for corruption, row in [] if args.table else cells[args.shard[0] - 1 :: args.shard[1]]:
+    for corruption, row in [] if args.table else cells[int(shard[1]) - 1 :: int(shard[2])]:
         runs_of(args, ledger, row, corruption)
     args.table = True
     show(args, ledger)

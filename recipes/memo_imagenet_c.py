@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 
+from paper.rows import best_validated
 from peft_surgical.adaptation import CollapseWarning
 from peft_surgical.bases import load_base
 from peft_surgical.data.images import IMAGE_SUFFIXES
@@ -110,16 +111,13 @@ def chosen(args: argparse.Namespace, ledger: Ledger, row: Row, corruption: str, 
     key |= {"prior_strength": args.prior_strength if method == "memo" else None}
     rates = args.tent_lr if method == "tent" else args.lr if mode == "online" else args.episodic_lr
 
-    def at(lr: float, corruption: str, severity: int, part: str, seed: int) -> Run:
+    def at(lr: float, part: str, seed: int) -> Run:
+        on = (args.select_on, args.severity[-1]) if part == "validation" else (corruption, severity)
         images = args.validation_images if part == "validation" else args.images
-        where = {"lr": lr, "corruption": corruption, "severity": severity, "part": part, "seed": seed, "images": images}
-        return ledger.run(key | where | {"data": listed(args.data, corruption, severity)[1]}, partial(run, args))
+        where = {"lr": lr, "corruption": on[0], "severity": on[1], "part": part, "seed": seed, "images": images}
+        return ledger.run(key | where | {"data": listed(args.data, *on)[1]}, partial(run, args))
 
-    lr = rates[0]
-    if len(rates) > 1:
-        seen = [at(one, args.select_on, args.severity[-1], "validation", SELECTION_SEED).result for one in rates]
-        lr = rates[max(range(len(seen)), key=lambda i: seen[i]["accuracy"])]
-    return [at(lr, corruption, severity, "test", seed) for seed in args.seeds]
+    return best_validated(rates, args.seeds, at)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

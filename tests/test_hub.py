@@ -40,7 +40,7 @@ from peft_surgical.hub import (  # noqa: E402
     open_adapted,
     pull,
     push_adapter,
-    staging,
+    pushing,
 )
 from peft_surgical.hub.pushing import redirected  # noqa: E402
 from peft_surgical_cli import stored  # noqa: E402
@@ -357,7 +357,11 @@ def test_timms_own_name_for_a_base(hub, checkpoints):  # noqa: F811
 
 def test_push_to_hub_goes_the_same_way(hub, base, monkeypatch, tmp_path):  # noqa: F811
     own = []
-    monkeypatch.setattr(PeftModel, "push_to_hub", redirected(lambda self, repo_id, **kwargs: own.append(repo_id)))
+
+    def push_to_hub(self, repo_id, **kwargs):
+        return redirected(lambda model, repo, **_: own.append(repo), self, repo_id, **kwargs)
+
+    monkeypatch.setattr(PeftModel, "push_to_hub", push_to_hub)
     model = tuned()
     url = model.push_to_hub("me/frost", private=True, commit_message="Mine", tags=["frost"], **GIVEN)
     assert url == f"{hub.url}/me/frost/commit/{hub.repos['me/frost'].refs['main']}"
@@ -378,8 +382,7 @@ def test_push_to_hub_goes_the_same_way(hub, base, monkeypatch, tmp_path):  # noq
     assert own == ["me/lora"]
 
 
-def test_push_to_hub_of_a_network_that_nobody_can_open(hub, monkeypatch, checkpoints, tmp_path):  # noqa: F811
-    monkeypatch.setattr(PeftModel, "push_to_hub", redirected(PeftModel.push_to_hub.__wrapped__))
+def test_push_to_hub_of_a_network_that_nobody_can_open(hub, checkpoints, tmp_path):  # noqa: F811
     model = get_peft_model(tiny.ConvNet(torch.nn.BatchNorm2d).eval(), SurgicalConfig(target="block1"))
     tiny.disturb(model)
     with pytest.warns(
@@ -615,7 +618,7 @@ def test_a_base_with_random_weights(hub, base, tmp_path):  # noqa: F811
 
 
 def test_what_is_saved_is_compared_with_what_is_live(hub, base, monkeypatch):  # noqa: F811
-    read = staging.get_peft_model_state_dict
+    read = pushing.get_peft_model_state_dict
     changed = []
 
     def differently(model, **kwargs):
@@ -625,7 +628,7 @@ def test_what_is_saved_is_compared_with_what_is_live(hub, base, monkeypatch):  #
         changed[:] = [next(iter(found))]
         return found
 
-    monkeypatch.setattr(staging, "get_peft_model_state_dict", differently)
+    monkeypatch.setattr(pushing, "get_peft_model_state_dict", differently)
     with pytest.raises(AdapterError, match=r"adapter 'default' is not what was saved .*: nothing was pushed"):
         push_adapter(tuned(), "me/frost", **GIVEN)
     assert "me/frost" not in hub.repos

@@ -9,9 +9,10 @@ from PIL import Image
 from safetensors.torch import save_file
 from scripts import script
 
-from paper import cifar, cifar_networks
+from paper import cifar, cifar_networks, cifar_tasks
 from peft_surgical.errors import DataError
 from peft_surgical.evaluation import wilson_interval
+from peft_surgical.experiment import adapting
 from peft_surgical.training.ledger import Ledger
 
 pytest.importorskip("rich")
@@ -34,12 +35,12 @@ def world(recipe, tmp_path, monkeypatch):
         file.parent.mkdir(parents=True)
         save_file(build().state_dict(), file)
     images = cifar.Images(torch.randint(0, 256, (60, 3, 32, 32), dtype=torch.uint8), torch.arange(60) % 10)
-    cifar.read_once.cache_clear()
-    monkeypatch.setattr(cifar, "read_images", lambda place, corruption, severity: images)
+    cifar_tasks.task_images.cache_clear()
+    monkeypatch.setattr(cifar_tasks, "read_images", lambda place, corruption, severity: images)
     monkeypatch.setattr(recipe, "corruptions_in", lambda place: ["clean", "contrast", "fog", "frost"])
     monkeypatch.setattr(recipe, "split", lambda labels, seed, tune, validation: cifar.split(labels, seed, 10, 20))
     yield tmp_path
-    cifar.read_once.cache_clear()  # of a place that is not there
+    cifar_tasks.task_images.cache_clear()  # of a place that is not there
 
 
 def start(recipe, folder, *extra):
@@ -89,11 +90,18 @@ def test_streams_run_once_and_are_drawn_from_the_ledger_alone(recipe, world, mon
     assert (world / "again.md").read_text() == text
 
 
+def test_the_committed_table_is_drawn_from_the_committed_ledger(recipe, tmp_path):
+    options = ["--table", "--ledger", str(ROOT / "docs/results/memo.jsonl"), "--markdown", str(tmp_path / "table.md")]
+    options += ["--episodic-images", "400", "--corruption", *recipe.LISTED]
+    recipe.main([*options, "--target", "all", "stem", "conv1 + layer1.0.conv1", "block1 + block2", "head"])
+    assert (tmp_path / "table.md").read_bytes() == (ROOT / "docs/results/memo-resnet26.md").read_bytes()
+
+
 def test_test_images_are_those_that_nothing_else_sees(recipe, world):
     args = recipe.argparse.Namespace(data="there", severity=5, validation_images=20)
     key = {"corruption": "frost", "seed": 0, "part": "test", "images": 30}
     images, labels = recipe.stream_of(args, key)
-    pixels, targets = recipe.read_once("there", "frost", 5)[0]
+    pixels, targets = recipe.task_images("frost", "there", 5)
     test = cifar.split(targets, 0, 10, 20).test
     found = {tuple((image * 255).round().byte().flatten().tolist()) for image in images}
     assert found == {tuple(image.flatten().tolist()) for image in pixels[test]}
@@ -198,7 +206,7 @@ def test_a_validation_stream_that_collapses_ends_and_the_rest_is_wrong(recipe, w
             self.record = recipe.Record(images=seen, collapses=(1,) if seen >= 4 else ())
             return torch.eye(10)[[int(c) for c in labels[seen - len(batch) : seen]]]
 
-    monkeypatch.setattr(recipe, "Tent", Stub)
+    monkeypatch.setattr(adapting, "Tent", Stub)
     options = ["--method", "tent", "--corruption", "frost", "--images", "8", "--batch-size", "2", "--tent-lr", "1e-3"]
     args = recipe.argparse.Namespace(data="there", severity=5, validation_images=20, models=str(world / "models"))
     args.network = "resnet26"

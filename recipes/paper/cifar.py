@@ -5,7 +5,6 @@ CIFAR-10-C is read as people have it on disk, CIFAR-10 from the Hub. Nothing is 
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import io
 import os
@@ -85,13 +84,6 @@ def read_images(path: str | os.PathLike[str], corruption: str | None = None, sev
 def digest_of(images: Images) -> str:
     """16 hex digits of pixels and labels. As a part of a run's key: a ledger never answers for other data."""
     return hashlib.sha256(images.pixels.numpy().tobytes() + images.labels.numpy().tobytes()).hexdigest()[:16]
-
-
-@functools.lru_cache(maxsize=4)
-def read_once(path: str, corruption: str | None = None, severity: int = 5) -> tuple[Images, str]:
-    """:func:`read_images` with its :func:`digest_of`, kept for the next call."""
-    images = read_images(path, corruption, severity)
-    return images, digest_of(images)
 
 
 def corruptions_in(folder: str | os.PathLike[str]) -> list[str]:

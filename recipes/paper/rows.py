@@ -7,13 +7,15 @@ A row is a `Run` of a `Ledger`: its key holds the settings that determine it, wi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from peft_surgical.errors import DataError
 from peft_surgical.experiment.choosing import SELECTION_SEED
 from peft_surgical.experiment.experiment import Experiment
 from peft_surgical.experiment.subject import SEARCHES
 from peft_surgical.training.ledger import Ledger, Run, canonical
+
+_Candidate = TypeVar("_Candidate")
 
 
 def write_rows(
@@ -78,3 +80,27 @@ def reported(
         chosen = max(tried, key=lambda row: row.result["validation"]).key["lr"]
     same = [found[chosen, seed] for seed in seeds if (chosen, seed) in found]
     return same if len(same) == len(seeds) and all("test" in row.result for row in same) else []
+
+
+def best_validated(
+    candidates: Sequence[_Candidate], seeds: Sequence[int], run: Callable[[_Candidate, str, int], Run | None]
+) -> list[Run]:
+    """The test runs, one for each seed, of the candidate that is most accurate in validation; none if one is missing.
+
+    Validation is on `SELECTION_SEED`, and left out where there is a single candidate. Of equals the first is taken.
+
+    Args:
+        candidates: Settings to choose among.
+        seeds: To report.
+        run: Candidate, ``"validation"`` or ``"test"``, and seed -> the run with its ``accuracy``; None where it is not
+            to be had.
+    """
+    best = candidates[0]
+    if len(candidates) > 1:
+        validated = [run(one, "validation", SELECTION_SEED) for one in candidates]
+        shares = [one.result["accuracy"] for one in validated if one]
+        if len(shares) < len(candidates):
+            return []
+        best = candidates[shares.index(max(shares))]
+    tested = [one for seed in seeds if (one := run(best, "test", seed))]
+    return tested if len(tested) == len(seeds) else []

@@ -104,11 +104,10 @@ def __dir__() -> list[str]:
 
 
 def _when_used(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-    # A wrapper of `hub.pushing` that is imported when something is pushed.
+    # A function of `hub.pushing`, which is imported when something is pushed, in place of a method.
     @functools.wraps(original)
     def method(*args: Any, **kwargs: Any) -> Any:
-        wrap = getattr(importlib.import_module(".hub.pushing", __name__), name)
-        return wrap(original)(*args, **kwargs)
+        return getattr(importlib.import_module(".hub.pushing", __name__), name)(original, *args, **kwargs)
 
     return method
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from ..errors import DataError
@@ -20,6 +21,8 @@ from .metrics import interval_of_runs
 
 ORACLE = "oracle"
 """The selection rule of a number whose run was chosen by looking at test data."""
+_PATH = re.compile(r"(?<!\S)(?:/|[A-Za-z]:[/\\])[^\s,;]+")
+"""A word of a text that is an absolute path."""
 
 
 @dataclass(frozen=True)
@@ -232,3 +235,36 @@ class Report:
             return cls.from_json(Path(file).read_text(encoding="utf-8"))
         except DataError as error:
             raise DataError(f"{file}: {error}") from error
+
+    def without_paths(self, base: str | None = None) -> Report:
+        """The same without absolute paths of this machine; the base's, where it is one, becomes ``base``."""
+        places = [self.model, *(self.settings.get(name) for name in ("model", "data_from", "source_from"))]
+        names = {text: PureWindowsPath(text).name for text in places if isinstance(text, str) and _is_absolute(text)}
+        if base is not None and self.model in names:
+            names[self.model] = base
+        return Report.from_json(json.dumps(scrubbed(json.loads(self.to_json()), names)))
+
+
+def scrubbed(value: Any, names: Mapping[str, str] | None = None) -> Any:
+    """Plain JSON values without absolute paths: the last part of each path stays.
+
+    Args:
+        value: Strings are searched for paths at any depth.
+        names: Path -> what to write for it, wherever it occurs. None takes a string that begins with a path for one
+            path, blanks included.
+    """
+    if isinstance(value, Mapping):
+        return {scrubbed(key, names): scrubbed(part, names) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [scrubbed(part, names) for part in value]
+    if not isinstance(value, str):
+        return value
+    if names is None and _is_absolute(value):
+        return PureWindowsPath(value).name  # it knows both separators
+    for path in sorted(names or (), key=len, reverse=True):
+        value = value.replace(path, (names or {})[path])
+    return _PATH.sub(lambda found: re.split(r"[/\\]", found[0].rstrip("/\\"))[-1], value)
+
+
+def _is_absolute(text: str) -> bool:
+    return PurePosixPath(text).is_absolute() or PureWindowsPath(text).is_absolute()

@@ -4,7 +4,7 @@ huggingface_hub handles private and gated repositories, tokens, the cache, offli
 ``hf auth login``, or set ``HF_TOKEN``.
 """
 
-from .commits import Pushed
+from ..adapters.remote import Pushed
 from .pulling import AdaptedNetwork, load_adapted, merge_to, open_adapted, pull
 from .pushing import push_adapter
 

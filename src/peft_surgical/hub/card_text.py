@@ -39,6 +39,21 @@ _SETTINGS = {
     "versions": "versions",
 }
 """The settings of a report that a card shows, in this order, and what it calls them; all are in ``report.json``."""
+OPEN = """\
+from PIL import Image
+from peft_surgical.hub import open_adapted
+
+adapted = open_adapted("{repo}")
+logits = adapted.logits(Image.open("photo.jpg"))
+print({answer})"""
+"""The lines of Python that load an adapter whose base `hub.open_adapted` opens."""
+BRING_THE_BASE = """\
+import peft_surgical
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base, "{repo}").eval()  # base: the network that it was made on"""
+"""Those for an adapter whose base nobody can open by name."""
+UNNAMED_BASE = "a network that is not on the Hub"
 NORMS = {
     "frozen": "frozen: normalisation statistics are those of the base, everywhere",
     "target": "target: the statistics of the tuned modules moved to the target data, and are in the file",

@@ -8,22 +8,29 @@ was measured. The template is ``templates/adapter.md.jinja`` beside this module.
 from __future__ import annotations
 
 import functools
+import importlib.util
+import os
+import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..adapters.adapter import read_adapter
+from ..adapters.remote import HTTPError, explained, patiently
 from ..config import SurgicalConfig
 from ..errors import ConfigError
 from ..evaluation import Report
 from ..extras import require
+from ..keys import CARD, FIGURE
 from ..tuner.saving import IMPORT, LOAD_WITH, PAGE_MARK, TAGS, is_repository, target_of
 from . import card_text
 from .card_text import Row, card_rows
 
+Place = str | os.PathLike[str]
 TEMPLATE = "adapter.md.jinja"
 TASK = "image-classification"
 SHA256 = "weights_sha256"
@@ -31,13 +38,6 @@ SHA256 = "weights_sha256"
 UNNAMED_DATA = "imagefolder"
 """What the Hub calls a data set that is no repository of its own."""
 
-_OPEN = """\
-from PIL import Image
-from peft_surgical.hub import open_adapted
-
-adapted = open_adapted("{repo}")
-logits = adapted.logits(Image.open("photo.jpg"))
-print({answer})"""
 _HOW = {
     "license": 'the licence of the deltas, an identifier of the Hub: license="apache-2.0"',
     "license_name": 'what a licence "other" is called: license_name="..."',
@@ -126,7 +126,7 @@ def card_of(config: SurgicalConfig, report: Report | None, weights: Mapping[str,
             moved=card_text.moved_of(report),
             protocol=card_text.protocol_of(report),
             limits=card_text.limits_of(config, report, rows),
-            loading=about.loading or _OPEN.format(repo=about.repo, answer=answer),
+            loading=about.loading or card_text.OPEN.format(repo=about.repo, answer=answer),
         )
     )
     return ModelCard(text)
@@ -263,3 +263,29 @@ def draw_figure(
     for axes in (left, right):
         axes.invert_yaxis()
     figure.savefig(file, dpi=120)
+
+
+def add_card(folder: Path, report: Report | None, figure: Place | None, about: About) -> None:
+    """Add figure and card to the folder.
+
+    Raises:
+        ConfigError: The figure is none, or the Hub's own check refuses the card.
+    """
+    adapter = read_adapter(folder)
+    weights = adapter.summary()
+    if figure is not None:
+        if Path(figure).suffix.lower() != ".png" or not Path(figure).is_file():
+            raise ConfigError(f"the figure {figure} is no .png file: draw one, or leave it out")
+        shutil.copyfile(figure, folder / FIGURE)
+    elif report is not None and not (folder / FIGURE).is_file() and importlib.util.find_spec("matplotlib"):
+        draw_figure(card_rows(report, about.comparison), weights, card_text.moved_of(report), folder / FIGURE)
+    about = replace(about, figure=FIGURE if (folder / FIGURE).is_file() else None)
+    card = card_of(adapter.config, report, weights, about)
+    with explained("check the card of", about.repo):
+        try:
+            patiently(card.validate)
+        except HTTPError:
+            raise
+        except ValueError as error:
+            raise ConfigError(f"the Hub refuses the card of {about.repo}: {error}") from error
+    card.save(folder / CARD)
