@@ -25,11 +25,14 @@ from ..data.incoming import Incoming
 from ..errors import AdapterError, ConfigError, DataError
 from ..evaluation import Report, accuracy, measure, predict_logits, wilson_interval
 from ..extras import require
-from ..keys import CONFIG, FIGURE, REPORT, WEIGHTS
-from ..tuner.saving import write_card
+from ..folders import claim, published, withdraw
+from ..keys import CARD, CONFIG, FIGURE, REPORT, WEIGHTS
+from ..tuner.saving import may_replace, write_card
 
 ADAPTATION_METHODS, MODES = ("memo", "tent"), ("online", "episodic")
 PREDICTIONS = "predictions.csv"
+ADAPTED_FILES = (PREDICTIONS, REPORT, FIGURE, CONFIG, WEIGHTS)
+"""What `write_adapted` writes."""
 STREAM, SAVED = "stream", "stream, with the saved adapter"  # datasets of measurements
 _UNKEPT = {
     "tent": "TENT predicts with the statistics of each batch, which norm_stats={!r} does not keep for every BatchNorm, "
@@ -203,19 +206,22 @@ def write_adapted(
     Raises:
         AdapterError: If what is reloaded does not give the logits of what was saved, bit for bit.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = claim(folder, ADAPTED_FILES)
     before, after, labels = _ranked(result.before), _ranked(result.after), images.labels
-    _write_predictions(folder / PREDICTIONS, images, result)
+    with published(folder) as stage:
+        _write_predictions(stage / PREDICTIONS, images, result)
     opening = {"label_names": list(images.label_names) if images.label_names else None, "weights": weights}
     saved = settings.mode == "online" and result.keeps_statistics
     found = {STREAM: after}
     if saved:
-        result.model.eval().save_pretrained(folder)
+        with published(folder) as stage:
+            result.model.eval().save_pretrained(stage)
+            if not may_replace(folder / CARD):
+                (stage / CARD).unlink()
         logits = _predicted_again(folder, load_base(name, **opening), images, result)  # type: ignore[arg-type]
         found |= {} if logits is None else {SAVED: _ranked(logits)}
     else:
-        for file in (CONFIG, WEIGHTS):  # of an earlier stream
-            (folder / file).unlink(missing_ok=True)
+        withdraw(folder, (CONFIG, WEIGHTS))  # of an earlier stream
     rule = "settings as given; nothing was chosen with these images"
     rows = [("accuracy before", STREAM, before, "none"), *(("accuracy", *part, rule) for part in found.items())]
     measured = [
@@ -236,17 +242,18 @@ def write_adapted(
         "worse": [part for part, at in found.items() if labels is not None and _is_worse(before, at, labels)],
     }
     report = Report(name, settings.target, tuple(measured), facts)
-    report.save(folder / REPORT)
-    write_card(folder, report)
     for part in report.settings["worse"]:
         right, earlier = report.find("accuracy", part).value, report.find("accuracy before").value
         worse = f"{right:.1%} of the {part} is predicted right, without it {earlier:.1%}. Take a smaller lr (--lr), "
         worse += "larger and mixed batches for TENT, or another target (--target stem); or leave the network as it is"
         warnings.warn(f"adaptation made it worse: {worse}", stacklevel=2)
-    try:
-        _draw(folder / FIGURE, images, result)
-    except DataError as error:  # without matplotlib the numbers are worth having, too
-        warnings.warn(f"no figure: {error}", stacklevel=2)
+    with published(folder) as stage:
+        report.save(stage / REPORT)
+        try:
+            _draw(stage / FIGURE, images, result)
+        except DataError as error:  # without matplotlib the numbers are worth having, too
+            warnings.warn(f"no figure: {error}", stacklevel=2)
+    write_card(folder, report)
     return report
 
 

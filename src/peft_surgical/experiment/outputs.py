@@ -21,6 +21,7 @@ from ..data.labelled import read_data
 from ..errors import DataError
 from ..evaluation import Interval, Measurement, Report, measure, wilson_interval
 from ..extras import require
+from ..folders import published
 from ..keys import FIGURE, REPORT
 from ..training.search import NONE, Candidate
 from ..tuner.saving import write_card
@@ -135,9 +136,10 @@ def write_tuned(experiment: Experiment, choice: Choice, seed: int, source: Sourc
     }
     measured = _measured(experiment, kept.model, choice, seed, source)
     report = Report(experiment.model, key["method"], tuple(measured), settings)
-    report.save(folder / REPORT)
+    with published(folder) as stage:
+        report.save(stage / REPORT)
+        draw_or_warn(lambda: figure_of(experiment, choice, report, stage / FIGURE))
     write_card(folder, report)
-    draw_or_warn(lambda: figure_of(experiment, choice, report))
     experiment.tidy()
     return Tuned(kept.model, report, None if key["method"] == NONE else folder, folder)
 
@@ -190,8 +192,8 @@ def draw_or_warn(draw: Callable[[], None]) -> None:
         warnings.warn(f"no figure: {error}", stacklevel=3)
 
 
-def figure_of(experiment: Experiment, choice: Choice, report: Report) -> None:
-    """Validation accuracy of every candidate, what moved, and the scores if the choice depends on them."""
+def figure_of(experiment: Experiment, choice: Choice, report: Report, file: Path) -> None:
+    """Draw the validation accuracy of every candidate, what moved, and the scores if the choice depends on them."""
     figures = require("matplotlib.figure", "drawing a figure", "plots")
     best: dict[str, float] = {}
     for run in choice.trials:
@@ -212,7 +214,7 @@ def figure_of(experiment: Experiment, choice: Choice, report: Report) -> None:
     axes[1].set(xlabel="L2 norm of the change / of the block", title="what moved")
     if choice.scores is not None:
         choice.scores.plot(axes[2])
-    figure.savefig(experiment.folder / FIGURE, dpi=120)
+    figure.savefig(file, dpi=120)
 
 
 def draw_bars(axes: Any, names: list[str], found: Sequence[Measurement | Interval]) -> None:

@@ -24,7 +24,8 @@ from ..bases.transforms import Transform
 from ..config import SurgicalConfig
 from ..errors import AdapterError, AdapterFileError, BaseMismatchError, DataError
 from ..evaluation import Report
-from ..files import commit, file_sha256, shown
+from ..files import file_sha256, shown
+from ..folders import commit, staging
 from ..keys import CARD, REPORT, WEIGHTS
 from .cards import SHA256
 from .records import BaseName, BaseRecord, completed, dtype_of, fingerprint_without_whole, recorded
@@ -95,12 +96,11 @@ def _check_card(repo: str, folder: Path) -> None:
 
 def _put(folder: Path, target: Path) -> Path:
     """Copy an adapter to a folder, in whose place there is a whole one at every moment."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
+    with staging(target) as stage:
         for name in FILES:
             if (folder / name).is_file():
-                shutil.copyfile(folder / name, Path(scratch, name))
-        commit(Path(scratch), target)
+                shutil.copyfile(folder / name, stage / name)
+        commit(stage, target)
     for name in FILES:
         if not (folder / name).is_file():
             (target / name).unlink(missing_ok=True)  # an older adapter's

@@ -28,7 +28,8 @@ from ..config import SurgicalConfig
 from ..errors import AdapterFileError, AnatomyError, ConfigError, DataError
 from ..evaluation import Report
 from ..extras import require
-from ..files import canonical_json, fingerprint, write_atomically
+from ..files import fingerprint
+from ..folders import canonical_json, write_atomically
 from ..keys import RECORD_FILE
 
 BaseName = str | Mapping[str, Any]

@@ -1,7 +1,7 @@
 """Saving and loading: what of an adapter goes into a file, files that are replaced whole, and the page beside them.
 
 PEFT writes the weights and then the config, each in place: a kill between the two leaves one adapter's weights beside
-another's config. Here PEFT writes into a folder beside the target, whose files then take the place of the old ones in a
+another's config. Here PEFT writes into a hidden folder of its own, whose files then take the place of the old ones in a
 way that leaves a whole adapter at any time; see `commit`.
 
 PEFT's page ``README.md`` says "[More Information Needed]" in every section. The page here says what the adapter is, how
@@ -16,7 +16,6 @@ import inspect
 import os
 import re
 import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,7 +27,8 @@ from huggingface_hub import ModelCardData
 from ..config import SurgicalConfig, SurgicalType
 from ..errors import AdapterError
 from ..evaluation import Report
-from ..files import check_tensors, commit
+from ..files import check_tensors
+from ..folders import commit, staging
 from ..keys import CARD, CONFIG, DELTA, HOLDER, STATISTIC
 
 TAGS = ("peft", "surgical-fine-tuning")
@@ -86,14 +86,21 @@ def whole_state(state: Mapping[str, torch.Tensor], config: SurgicalConfig, adapt
     return {key: value.to(dtype) if f".{DELTA}." in f".{key}" else value for key, value in found.items()}
 
 
-def check_loaded(state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], adapter: str) -> None:
+def check_loaded(
+    state: dict[str, torch.Tensor], own: Mapping[str, torch.Tensor], adapter: str, config: SurgicalConfig
+) -> None:
     """Raise `AdapterFileError` unless a state dict holds what an attached adapter needs.
 
     Args:
-        state: What is to be loaded, by the model's keys.
+        state: What is to be loaded, by the model's keys. Gets the tensors that were verified with the config, if
+            another file has taken the place of theirs since.
         own: The model's own state dict.
         adapter: The adapter's name.
+        config: Its config.
     """
+    content, config.content = config.content, None
+    if content is not None:
+        content.settle(state, lambda key: key.replace(f".modules_to_save.{adapter}.", "."))
     marks = (f"{HOLDER}.{DELTA}.{adapter}.", f"{HOLDER}.{STATISTIC}.{adapter}.")
     expected = {key: tuple(value.shape) for key, value in own.items() if any(mark in key for mark in marks)}
     # What belongs to modules_to_save has been given its place by PEFT already; it may be called anything.
@@ -129,9 +136,7 @@ def saving_atomically(original: Callable[..., None]) -> Callable[..., None]:
             # Other processes take part in gathering the tensors; they write nothing.
             original(self, save_directory, **rest)
             return
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
-            stage = Path(scratch)
+        with staging(target) as stage:
             for place in (".", *self.peft_config):
                 if (target / place / CARD).is_file():  # a page that a user wrote stays
                     (stage / place).mkdir(exist_ok=True)
