@@ -93,8 +93,7 @@ def check_fields(values: Mapping[str, Any]) -> None:
             raise ConfigError(f"{name}={printable(value)} is not {kind}.")
     task = values.get("task_type")
     if task is not None and task not in list(TaskType):
-        # PEFT's words, which its callers match.
-        choices = ", ".join(TaskType)
+        choices = ", ".join(TaskType)  # in PEFT's words, which its callers match
         raise ConfigError(f"Invalid task type: {printable(task)}. Must be one of the following task types: {choices}.")
 
 

@@ -179,7 +179,8 @@ class Content:
         pairs = {key: key_of(key) for key in loaded if key_of(key) in self.tensors}
 
         def holds(tensors: Mapping[str, torch.Tensor]) -> bool:
-            return all(name in tensors and torch.equal(loaded[key].cpu(), tensors[name]) for key, name in pairs.items())
+            same = (name in tensors and torch.equal(loaded[key].cpu(), tensors[name]) for key, name in pairs.items())
+            return {*pairs.values()} == {*self.tensors} and all(same)
 
         if holds(self.tensors):
             return

@@ -95,7 +95,7 @@ def adapt_command(
         write_adapted,
     )
     from peft_surgical.extras import accelerator_or_cpu
-    from peft_surgical.folders import claim
+    from peft_surgical.results import claim
 
     settings = AdaptSettings(
         method=method,

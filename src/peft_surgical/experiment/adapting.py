@@ -25,14 +25,13 @@ from ..data.incoming import Incoming
 from ..errors import AdapterError, ConfigError, DataError
 from ..evaluation import Report, accuracy, measure, predict_logits, wilson_interval
 from ..extras import require
-from ..folders import claim, published, withdraw
-from ..keys import CARD, CONFIG, FIGURE, REPORT, WEIGHTS
-from ..tuner.saving import may_replace, write_card
+from ..keys import CONFIG, FIGURE, REPORT, WEIGHTS
+from ..results import claim, published, withdraw
+from ..tuner.saving import publish_adapter, write_card
 
 ADAPTATION_METHODS, MODES = ("memo", "tent"), ("online", "episodic")
 PREDICTIONS = "predictions.csv"
 ADAPTED_FILES = (PREDICTIONS, REPORT, FIGURE, CONFIG, WEIGHTS)
-"""What `write_adapted` writes."""
 STREAM, SAVED = "stream", "stream, with the saved adapter"  # datasets of measurements
 _UNKEPT = {
     "tent": "TENT predicts with the statistics of each batch, which norm_stats={!r} does not keep for every BatchNorm, "
@@ -166,7 +165,6 @@ def adapt(
         settings: How to adapt.
         device: Where to compute.
         tell: Called with the number of images done, of all images, and the accuracy so far with and without adaptation.
-
     """
     to_pixels, normalise = halves(base.transform_eval)
     method = settings.method_on(base.model, normalise, device)
@@ -214,10 +212,7 @@ def write_adapted(
     saved = settings.mode == "online" and result.keeps_statistics
     found = {STREAM: after}
     if saved:
-        with published(folder) as stage:
-            result.model.eval().save_pretrained(stage)
-            if not may_replace(folder / CARD):
-                (stage / CARD).unlink()
+        publish_adapter(result.model.eval(), folder)
         logits = _predicted_again(folder, load_base(name, **opening), images, result)  # type: ignore[arg-type]
         found |= {} if logits is None else {SAVED: _ranked(logits)}
     else:
@@ -294,10 +289,9 @@ def _draw(file: Path, images: Incoming, adapted: AdaptResult) -> None:
     figure = require("matplotlib.figure", "drawing a figure", "plots").Figure(figsize=(6, 4), layout="constrained")
     axes, count = figure.subplots(), torch.arange(1, len(images) + 1)
     for name, logits in (("without", adapted.before), ("adapted", adapted.after)):
+        values = logits.softmax(1).amax(1).nan_to_num(0.0)
         if images.labels is not None:
             values = (_ranked(logits) == images.labels).float()
-        else:
-            values = logits.softmax(1).amax(1).nan_to_num(0.0)
         axes.plot(count, 100 * values.cumsum(0) / count, label=name)
     for place in adapted.record.collapses:
         axes.axvline(place, linestyle=":", color="black")

@@ -16,8 +16,8 @@ from ..bases.load import Base
 from ..errors import ConfigError, RowsFailedError
 from ..evaluation import Report
 from ..extras import accelerator_or_cpu, require
-from ..folders import claim
 from ..keys import CONFIG, FIGURE, REPORT, WEIGHTS
+from ..results import claim
 from ..training.engines import Engine, on_ray, separated
 from ..training.fitting import FitSettings
 from ..training.ledger import Run

@@ -9,8 +9,8 @@ from statistics import fmean
 from ..errors import reason_of
 from ..evaluation import Measurement, Report, TextTable, measure
 from ..extras import require
-from ..folders import published
 from ..keys import FIGURE, REPORT
+from ..results import published
 from ..training.ledger import Run
 from ..training.search import NONE, SELECTION_SEED
 from .experiment import Experiment

@@ -10,11 +10,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..evaluation import Report
-from ..folders import published, withdraw
-from ..keys import CARD, CONFIG, REPORT, WEIGHTS
+from ..keys import CONFIG, REPORT, WEIGHTS
+from ..results import withdraw
 from ..training.ledger import Run
 from ..training.search import NONE
-from ..tuner.saving import may_replace
+from ..tuner.saving import publish_adapter
 from .experiment import Experiment
 
 
@@ -52,12 +52,7 @@ def keep_adapter(experiment: Experiment, run: Run, selection: dict[str, Any] | N
         model = experiment.load(_adapter(experiment, run, folder), experiment.base(seed, zero).model)
         config = model.peft_config["default"]
         config.selection, config.base_model_name_or_path = selection, experiment.model
-        root = experiment.folder if folder.is_relative_to(experiment.folder) else folder
-        with published(root) as stage:
-            place = stage / folder.relative_to(root)
-            model.save_pretrained(place)
-            if not may_replace(folder / CARD):
-                (place / CARD).unlink()
+        publish_adapter(model, folder, experiment.folder)
         after = experiment.load(folder, fresh)
         experiment.check(model, after, seed)
         moved = _moved(fresh, after, experiment)

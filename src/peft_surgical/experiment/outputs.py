@@ -21,8 +21,8 @@ from ..data.labelled import read_data
 from ..errors import DataError
 from ..evaluation import Interval, Measurement, Report, measure, wilson_interval
 from ..extras import require
-from ..folders import published
 from ..keys import FIGURE, REPORT
+from ..results import published
 from ..training.search import NONE, Candidate
 from ..tuner.saving import write_card
 from .choosing import Choice

@@ -30,6 +30,7 @@ from ..evaluation import Report
 from ..files import check_tensors
 from ..folders import commit, staging
 from ..keys import CARD, CONFIG, DELTA, HOLDER, STATISTIC
+from ..results import published
 
 TAGS = ("peft", "surgical-fine-tuning")
 IMPORT = "import peft_surgical"
@@ -100,12 +101,18 @@ def check_loaded(
     """
     content, config.content = config.content, None
     if content is not None:
-        content.settle(state, lambda key: key.replace(f".modules_to_save.{adapter}.", "."))
+        content.settle(state, functools.partial(_key_in_file, adapter))
     marks = (f"{HOLDER}.{DELTA}.{adapter}.", f"{HOLDER}.{STATISTIC}.{adapter}.")
     expected = {key: tuple(value.shape) for key, value in own.items() if any(mark in key for mark in marks)}
     # What belongs to modules_to_save has been given its place by PEFT already; it may be called anything.
     deltas = {key: value for key, value in state.items() if key not in own or key in expected}
     check_tensors(deltas, expected, f"adapter {adapter!r}")
+
+
+def _key_in_file(adapter: str, key: str) -> str:
+    for mark in (f"{HOLDER}.{DELTA}.", f"{HOLDER}.{STATISTIC}."):
+        key = key.replace(f"{mark}{adapter}.", mark)
+    return key.replace(f".modules_to_save.{adapter}.", ".")
 
 
 def saving_atomically(original: Callable[..., None]) -> Callable[..., None]:
@@ -147,6 +154,20 @@ def saving_atomically(original: Callable[..., None]) -> Callable[..., None]:
             commit(stage, target)
 
     return save_pretrained
+
+
+def publish_adapter(model: Any, folder: Path, root: Path | None = None) -> None:
+    """Save a PeftModel's adapter among the results in ``root``, which holds ``folder``; a user's own page there stays.
+
+    Raises:
+        ConfigError: There is an adapter in ``folder`` that is no result.
+    """
+    root = root if root is not None and folder.is_relative_to(root) else folder
+    with published(root) as stage:
+        place = stage / folder.relative_to(root)
+        model.save_pretrained(place)
+        if not may_replace(folder / CARD):
+            (place / CARD).unlink()
 
 
 def is_repository(name: str | None) -> bool:
