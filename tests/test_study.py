@@ -102,7 +102,8 @@ def run(*words, protocol=PROTOCOL):
 
 def test_a_study_from_end_to_end(tmp_path):
     report = run("--output", str(tmp_path), "--seeds", "0", "1", "--forgetting")
-    assert {p.name for p in tmp_path.iterdir()} == {"adapter", "figure.png", "ledger.jsonl", "report.json", "table.md"}
+    shown = {p.name for p in tmp_path.iterdir()} - {".peft-surgical"}
+    assert shown == {"adapter", "figure.png", "ledger.jsonl", "report.json", "table.md"}
     assert Report.load(tmp_path / "report.json") == report == Report.load(tmp_path / "adapter" / "report.json")
 
     # What is reported is what the adapter that is kept gives, on a base opened anew.

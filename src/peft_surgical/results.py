@@ -19,15 +19,16 @@ from .files import file_sha256, printable, shown
 from .folders import canonical_json, commit, write_atomically
 from .keys import CARD, CONFIG, PRIVATE
 
-_RECORD = "written.json"
+_RECORD, _ORIGIN = "written.json", "origin"
 
 
-def claim(folder: str | os.PathLike[str], names: Iterable[str]) -> Path:
+def claim(folder: str | os.PathLike[str], names: Iterable[str], origin: str | None = None) -> Path:
     """The absolute path of a folder for results, made if need be; before anything is computed for it.
 
     Args:
         folder: An empty folder, a new one, or one that was claimed before.
         names: What will be written there.
+        origin: Where it comes from; results of another origin are not replaced.
 
     Raises:
         ConfigError: No folder can be made or written there, or it holds what this package has not written.
@@ -50,13 +51,23 @@ def claim(folder: str | os.PathLike[str], names: Iterable[str]) -> Path:
         raise ConfigError(f"output={printable(str(target))}: no results can be written there ({error})") from error
     if private.is_symlink():
         raise ConfigError(f"{private} is a link, and what is behind it would be removed: take it away")
+    if origin is not None:
+        note = private / _ORIGIN
+        known = note.read_text(encoding="utf-8", errors="replace") if note.is_file() else origin
+        if known != origin:
+            raise ConfigError(f"output={target} holds what came from {printable(known)}: name another folder")
+        write_atomically(note, origin)
     _refuse_foreign(target, names)
     return target
 
 
 @contextmanager
-def published(folder: Path) -> Iterator[Path]:
+def published(folder: Path, page: bool = False) -> Iterator[Path]:
     """A folder in which to write results, which take the place of earlier ones in ``folder`` when the block ends.
+
+    Args:
+        folder: Where they belong.
+        page: Whether ``README.md`` is one of them. That of an adapter that is saved has a mark of its own.
 
     Raises:
         ConfigError: There is a file in ``folder`` that this package has not written.
@@ -65,7 +76,7 @@ def published(folder: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir=folder / PRIVATE) as place:
         stage = Path(place)
         yield stage
-        files = [path for path in stage.rglob("*") if path.is_file() and path.name != CARD]  # which has its own mark
+        files = [path for path in stage.rglob("*") if path.is_file() and (page or path.name != CARD)]
         new = {path.relative_to(stage).as_posix(): file_sha256(path) for path in files}
         _refuse_foreign(folder, new)
         record = _record_of(folder)

@@ -24,9 +24,10 @@ from ..config import SurgicalConfig
 from ..data.incoming import Incoming
 from ..errors import AdapterError, ConfigError, DataError
 from ..evaluation import Report, accuracy, measure, predict_logits, wilson_interval
-from ..extras import require
+from ..extras import LARGEST_SEED, check_range, require
 from ..keys import CONFIG, FIGURE, REPORT, WEIGHTS
 from ..results import claim, published, withdraw
+from ..texts import csv_cell
 from ..tuner.saving import publish_adapter, write_card
 
 ADAPTATION_METHODS, MODES = ("memo", "tent"), ("online", "episodic")
@@ -52,8 +53,7 @@ class AdaptSettings:
         mode: ``online`` or ``episodic``.
         optimizer: None for the method's own: for MEMO SGD online and AdamW episodic (Lee et al. 2023), for TENT Adam.
         batch_size: Images that TENT takes at a time.
-        norm_stats: The adapter's policy; None for ``all`` with TENT, which normalises with the stream's statistics, and
-            ``frozen`` with MEMO.
+        norm_stats: The adapter's policy; None for ``frozen`` with MEMO, ``all`` with TENT, which uses the stream's.
 
     Raises:
         ConfigError: A setting is unknown or out of range, or needs labels.
@@ -84,8 +84,8 @@ class AdaptSettings:
                 "as target='stem'"
             )
         AugMix(self.views, self.crop)  # refuses what cannot be made
-        if self.batch_size < 1:
-            raise ConfigError(f"batch_size={self.batch_size}: give 1 or more")
+        for one, low, high in (("lr", 0, 1e6), ("batch_size", 1, 1e9), ("seed", 0, LARGEST_SEED)):
+            check_range(one, getattr(self, one), low, high)
         if self.prior_strength is not None and self.method != "memo":
             raise ConfigError("prior_strength is MEMO's: TENT normalises with the batch's statistics alone")
         tent, online = self.method == "tent", self.mode == "online"
@@ -125,10 +125,10 @@ class AdaptResult:
 
 
 def open_base(name: str, images: Incoming, weights: str = "pretrained", head: str = "auto") -> Base:
-    """The base for a stream, with the head that it was trained with; ``head`` is ``auto`` or ``keep``.
+    """The base for a stream, with the head that it was trained with.
 
     Raises:
-        ConfigError: For another ``head``.
+        ConfigError: ``head`` is neither ``auto`` nor ``keep``.
         DataError: If it has other classes than the data: adaptation has no labels, so it cannot train a head.
     """
     if head not in ("auto", "keep"):
@@ -184,8 +184,8 @@ def adapt(
             labels = None if images.labels is None else images.labels[: rows.stop]
             right = [labels if labels is None else accuracy(_ranked(torch.cat(at)), labels) for at in (after, before)]
             tell(rows.stop, len(images), *right)
-    names = base.label_names or images.label_names
-    return AdaptResult(method.model, torch.cat(before), torch.cat(after), method.record, names, method.keeps_statistics)
+    names, keeps = base.label_names or images.label_names, method.keeps_statistics
+    return AdaptResult(method.model, torch.cat(before), torch.cat(after), method.record, names, keeps)
 
 
 def _ranked(logits: Tensor) -> Tensor:
@@ -204,12 +204,11 @@ def write_adapted(
     Raises:
         AdapterError: If what is reloaded does not give the logits of what was saved, bit for bit.
     """
-    folder = claim(folder, ADAPTED_FILES)
-    before, after, labels = _ranked(result.before), _ranked(result.after), images.labels
+    folder, before, after = claim(folder, ADAPTED_FILES), _ranked(result.before), _ranked(result.after)
     with published(folder) as stage:
         _write_predictions(stage / PREDICTIONS, images, result)
-    opening = {"label_names": list(images.label_names) if images.label_names else None, "weights": weights}
-    saved = settings.mode == "online" and result.keeps_statistics
+    opening = {"label_names": [*images.label_names] if images.label_names else None, "weights": weights}
+    saved, labels = settings.mode == "online" and result.keeps_statistics, images.labels
     found = {STREAM: after}
     if saved:
         publish_adapter(result.model.eval(), folder)
@@ -259,14 +258,14 @@ def _is_worse(before: Tensor, after: Tensor, labels: Tensor) -> bool:
 
 
 def _write_predictions(file: Path, images: Incoming, adapted: AdaptResult) -> None:
-    labels = [] if images.labels is None else [[label] for label in images.labels.tolist()]
+    labels = [] if images.labels is None else images.labels[:, None].tolist()
     classes, before = _ranked(adapted.after).tolist(), _ranked(adapted.before).tolist()
     with file.open("w", newline="", encoding="utf-8") as out:
         writer = csv.writer(out)
         writer.writerow(["file", "class", "name", "confidence", "class before", *(["label"] if labels else [])])
         for i, confidence in enumerate(adapted.after.softmax(1).amax(1).tolist()):
-            name = adapted.names[classes[i]] if adapted.names and classes[i] >= 0 else ""
-            row = [images.files[i], classes[i], name, f"{confidence:.4f}", before[i]]
+            name = csv_cell(adapted.names[classes[i]]) if adapted.names and classes[i] >= 0 else ""
+            row = [csv_cell(images.files[i]), classes[i], name, f"{confidence:.4f}", before[i]]
             writer.writerow(row + (labels[i] if labels else []))
 
 
@@ -275,7 +274,7 @@ def _predicted_again(folder: Path, base: Base, images: Incoming, adapted: AdaptR
     again = PeftModel.from_pretrained(base.model, folder).to(next(adapted.model.parameters()).device)
     logits: list[Tensor] = []
     for rows in torch.arange(len(images)).split(_BATCH):
-        inputs = torch.stack([base.transform_eval(images.read(i)) for i in rows.tolist()])
+        inputs = torch.stack([base.transform_eval(images.read(int(i))) for i in rows])
         logits.append(predict_logits(again, inputs))
         if len(logits) == 1 and not torch.equal(predict_logits(adapted.model, inputs), logits[0]):
             raise AdapterError(f"{folder} does not reload to what the stream left: do not use it, and report this")
@@ -295,7 +294,7 @@ def _draw(file: Path, images: Incoming, adapted: AdaptResult) -> None:
         axes.plot(count, 100 * values.cumsum(0) / count, label=name)
     for place in adapted.record.collapses:
         axes.axvline(place, linestyle=":", color="black")
-    what = "accuracy" if images.labels is not None else "mean confidence"
+    what = "mean confidence" if images.labels is None else "accuracy"
     axes.set(xlabel="images of the stream", ylabel=f"{what} so far (%)")
     axes.legend()
     figure.savefig(file, dpi=120)

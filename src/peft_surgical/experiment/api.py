@@ -15,7 +15,7 @@ from torch import nn
 from ..bases.load import Base
 from ..errors import ConfigError, RowsFailedError
 from ..evaluation import Report
-from ..extras import accelerator_or_cpu, require
+from ..extras import LARGEST_SEED, accelerator_or_cpu, check_range, require
 from ..keys import CONFIG, FIGURE, REPORT, WEIGHTS
 from ..results import claim
 from ..training.engines import Engine, on_ray, separated
@@ -92,7 +92,7 @@ def tune(
         raise ConfigError(f"target={target!r} and method={method!r} both say what to tune: give one of them")
     given, asked = RunSettings(**settings), method or target
     written = (REPORT, FIGURE, CONFIG, WEIGHTS)
-    with _experiment(network, data, output, given, seed, [asked], method is not None, written) as (
+    with _experiment(network, data, output, given, seed, [asked], method is not None, written, [seed]) as (
         experiment,
         is_first,
     ):
@@ -133,7 +133,7 @@ def compare(
     """
     failed: Mapping[str, Exception] = {}
     given, written = RunSettings(**settings), (REPORT, FIGURE, TABLE)
-    with _experiment(network, data, output, given, 0, methods, True, written) as (experiment, is_first):
+    with _experiment(network, data, output, given, 0, methods, True, written, seeds) as (experiment, is_first):
         try:
             rows = run_grid(experiment, methods, seeds)
         except RowsFailedError as error:
@@ -155,8 +155,11 @@ def _experiment(
     asked: Sequence[str],
     is_method: bool,
     written: Sequence[str],
+    seeds: Sequence[int] = (),
 ) -> Iterator[tuple[Experiment, bool]]:
     """The experiment that the arguments describe, and whether this process reports it; its plan is printed."""
+    for one in seeds:
+        check_range("seed", one, 0, LARGEST_SEED)
     name, opener = opened(network, given)
     # Before anything is read or trained.
     folder = claim(tempfile.mkdtemp(prefix="peft-surgical-") if output is None else output, written)

@@ -230,7 +230,7 @@ def split_name(name: str) -> tuple[str, str | None]:
     Raises:
         DataError: The name is neither one of the Hub's nor a folder.
     """
-    folder = Path(name.removeprefix("local-dir:")).expanduser()
+    folder = Path(os.path.expanduser(name.removeprefix("local-dir:")))
     if folder.is_dir() or name.startswith("local-dir:") or folder.is_absolute():
         return str(folder.absolute()), None
     name, _, revision = re.sub(r"^hf[-_]hub:", "", name).partition("@")

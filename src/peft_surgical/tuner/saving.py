@@ -31,6 +31,7 @@ from ..files import check_tensors
 from ..folders import commit, staging
 from ..keys import CARD, CONFIG, DELTA, HOLDER, STATISTIC
 from ..results import published
+from ..texts import markdown_code, markdown_text
 
 TAGS = ("peft", "surgical-fine-tuning")
 IMPORT = "import peft_surgical"
@@ -49,9 +50,9 @@ _PAGE = """\
 ---
 {mark}
 
-# Surgical adapter: {target}
+# Surgical adapter: {title}
 
-Deltas of `{target}` for {base}, made with `peft-surgical` by surgical fine-tuning, which tunes one part of a pretrained
+Deltas of {target} for {base}, made with `peft-surgical` by surgical fine-tuning, which tunes one part of a pretrained
 network and leaves the rest as it is. The base is not in this folder.
 
 ## Use
@@ -213,12 +214,19 @@ def _page(config: SurgicalConfig, report: Report | None) -> str:
     on_hub = is_repository(base)
     more: dict[str, Any] = {LOAD_WITH: IMPORT}
     data = ModelCardData(base_model=base if on_hub else None, library_name="peft", tags=list(TAGS), **more)
-    named = f"[`{base}`](https://huggingface.co/{base})" if on_hub else f"`{Path(base).name}`" if base else "its base"
+    named = (
+        f"[`{base}`](https://huggingface.co/{base})"
+        if on_hub
+        else markdown_code(Path(base).name)
+        if base
+        else "its base"
+    )
     none = "Nothing was measured when this adapter was saved.\n"
     return _PAGE.format(
         metadata=data.to_yaml(),
         mark=PAGE_MARK,
-        target=target_of(config),
+        title=markdown_text(target_of(config)),
+        target=markdown_code(target_of(config)),
         base=named,
-        results=report.to_markdown() if report is not None and report.measurements else none,
+        results=report.without_paths().to_markdown() if report is not None and report.measurements else none,
     )
