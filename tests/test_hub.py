@@ -881,11 +881,21 @@ def test_adapters_by_base(hub, base, checkpoints, tmp_path):  # noqa: F811
     lora = get_peft_model(tiny.ConvNet(torch.nn.BatchNorm2d), LoraConfig(target_modules=["fc"]))
     lora.save_pretrained(tmp_path / "sites" / "c")
     site = tmp_path / "sites" / "a"
-    (site / "ledger.jsonl").write_text("")
-    unfinished = [site / "checkpoints" / "12ab" / "checkpoint-3", site / "runs" / "12ab", site / ".checkpoint-4"]
+    private = site / ".peft-surgical"
+    unfinished = [
+        site / "checkpoint-3",
+        private / "runs" / "12ab",
+        site / ".checkpoint-4",
+        site / ".peft-surgical-0123",
+    ]
     for folder in unfinished:
         tuned().save_pretrained(folder)
-    (one,) = adapters_in([tmp_path / "sites"])
+    hostile = ("[]", "[" * 100_000, '{"peft_type": "SURGICAL", "tensor_names": 3, "target": {"a": 1}}', "\x00", "null")
+    for number, text in enumerate(hostile):
+        (tmp_path / "sites" / f"hostile{number}").mkdir()
+        (tmp_path / "sites" / f"hostile{number}" / CONFIG).write_text(text)
+    one, odd = adapters_in([tmp_path / "sites"])
+    assert (odd.target, odd.base, odd.is_whole) == ("{'a': 1}", "(no base named)", False)
     # One that is named itself is shown.
     assert [found.name for found in adapters_in(unfinished[:1])] == [str(unfinished[0])]
     assert (stored.CONFIG_FILE, stored.WEIGHTS_FILE, stored.METHOD) == (

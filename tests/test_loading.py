@@ -14,7 +14,7 @@ from tiny import CASES, disturb, outputs, same, snapshot, vit
 
 from peft_surgical import SurgicalConfig
 from peft_surgical.errors import AdapterError, AdapterFileError, BaseMismatchError, UnknownTargetError
-from peft_surgical.files import commit
+from peft_surgical.folders import commit
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

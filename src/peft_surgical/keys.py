@@ -16,6 +16,10 @@ RECORD_FILE = "base.json"
 """What is known of the base, beside an adapter on the Hub."""
 REPORT = "report.json"
 FIGURE = "figure.png"
+SCRATCH = ".peft-surgical-"
+"""What the name of everything begins with that is not complete yet."""
+PRIVATE = ".peft-surgical"
+"""Folder of what an experiment needs until it is over, in the folder of its results, and of the record of these."""
 
 HOLDER = "surgery"
 """Name of the child module that holds a module's deltas, and so a part of the keys in an adapter file. It must not

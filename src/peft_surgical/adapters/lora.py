@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..errors import AdapterError
+from ..folders import commit, staging
 from ..keys import PEFT_PREFIX, join
 from ..tuner.attach import bare, base_value, surgical_layers
 from ..tuner.plan import check_fingerprint, make_plan
@@ -102,9 +103,10 @@ class LoraConversion:
             AdapterError: If there is something at that place already.
         """
         target = new_folder(folder)
-        target.mkdir(parents=True, exist_ok=True)
-        save_file(dict(self.tensors), target / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-        self.config.save_pretrained(str(target))
+        with staging(target) as stage:
+            save_file(dict(self.tensors), stage / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+            self.config.save_pretrained(str(stage))
+            commit(stage, target)
 
 
 def to_lora(

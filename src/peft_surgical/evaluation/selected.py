@@ -51,6 +51,21 @@ class Gain:
         """Plain JSON."""
         return asdict(self)
 
+    def __str__(self) -> str:
+        words = (
+            f"{100 * self.mean:+.1f} points over the base, 95% interval {100 * self.low:+.1f} to {100 * self.high:+.1f}"
+        )
+        words += f", paired on {self.images} validation images and corrected for the choice among candidates"
+        if self.is_shown:
+            return words
+        if self.images_needed is None:
+            return (
+                f"{words}: not shown to be better than the base. More images to tune on, or another network, may help"
+            )
+        return (
+            f"{words}: not shown to be better than the base. About {self.images_needed} validation images would show it"
+        )
+
 
 def evidence_of(logits: Tensor, labels: Tensor) -> dict[str, Any]:
     """What candidates are compared by, as plain JSON.

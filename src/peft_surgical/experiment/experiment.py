@@ -37,6 +37,7 @@ from ..evaluation.metrics import check_metrics, interval_of, judge, tolerant
 from ..evaluation.selected import evidence_of
 from ..extras import accelerator_or_cpu
 from ..files import fingerprint
+from ..keys import PRIVATE
 from ..training.auto import AutoSettings
 from ..training.engines import Engine, Workers
 from ..training.fitting import FORWARD_SHARE, FitSettings, fit, forget_checkpoints
@@ -186,7 +187,7 @@ class Experiment(Subject):
             return {"validation": found[self.metrics[0]], "cost": cost, **folds, **self._evidence(run, logits)}
         assert run.lr is not None
         epochs = run.epochs(self.fitting.epochs)
-        place = self.folder / "checkpoints" / self.digest(key)
+        place = self.folder / PRIVATE / "checkpoints" / self.digest(key)
         name = f"{run.method}-lr{run.lr:g}-seed{run.seed}"
         try:
             with logging_to(None if self.logs is None else self.logs / file_name(name)):
@@ -313,7 +314,7 @@ class Experiment(Subject):
 
     def adapter(self, key: Mapping[str, Any]) -> Path:
         """Where a finished run leaves its adapter until the experiment is over."""
-        return self.folder / "runs" / self.digest(key)
+        return self.folder / PRIVATE / "runs" / self.digest(key)
 
     def load(self, adapter: Path, network: nn.Module) -> Any:
         """The adapter in a folder on a copy of a network."""
@@ -332,7 +333,7 @@ class Experiment(Subject):
     def tidy(self) -> None:
         """Remove checkpoints and the adapters of all runs: everything that only an unfinished experiment needs."""
         for name in ("checkpoints", "runs"):
-            shutil.rmtree(self.folder / name, ignore_errors=True)
+            shutil.rmtree(self.folder / PRIVATE / name, ignore_errors=True)
 
 
 def _digest(what: Any) -> str:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import csv
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..files import write_atomically
+from ..texts import csv_cell
 
 MISTAKES = "mistakes.csv"
 COLUMNS = ("file", "label", "predicted", "confidence")
@@ -49,12 +48,10 @@ def write_mistakes(file: Path, files: Sequence[str], logits: Tensor, labels: Ten
     chances, predicted = logits.double().softmax(1).max(1)
     wrong = torch.nonzero(predicted != labels).flatten().tolist()
     wrong.sort(key=lambda i: -float(chances[i]))
-    lines: list[list[Any]] = [
-        [_plain(files[i]), _plain(names[int(labels[i])]), _plain(names[int(predicted[i])]), f"{float(chances[i]):.4f}"]
-        for i in wrong
-    ]
-    with write_text(file) as out:
+    with file.open("w", newline="", encoding="utf-8") as out:
         writer = csv.writer(out)
         writer.writerow(COLUMNS)
-        writer.writerows(lines)
+        for i in wrong:
+            words = [files[i], names[int(labels[i])], names[int(predicted[i])]]
+            writer.writerow([*map(csv_cell, words), f"{float(chances[i]):.4f}"])
     return len(wrong)

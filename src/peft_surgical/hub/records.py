@@ -28,7 +28,8 @@ from ..config import SurgicalConfig
 from ..errors import AdapterFileError, AnatomyError, ConfigError, DataError
 from ..evaluation import Report
 from ..extras import require
-from ..files import canonical_json, fingerprint, write_atomically
+from ..files import fingerprint
+from ..folders import canonical_json, write_atomically
 from ..keys import RECORD_FILE
 
 BaseName = str | Mapping[str, Any]
@@ -229,7 +230,7 @@ def split_name(name: str) -> tuple[str, str | None]:
     Raises:
         DataError: The name is neither one of the Hub's nor a folder.
     """
-    folder = Path(name.removeprefix("local-dir:")).expanduser()
+    folder = Path(os.path.expanduser(name.removeprefix("local-dir:")))
     if folder.is_dir() or name.startswith("local-dir:") or folder.is_absolute():
         return str(folder.absolute()), None
     name, _, revision = re.sub(r"^hf[-_]hub:", "", name).partition("@")

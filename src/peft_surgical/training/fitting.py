@@ -35,7 +35,7 @@ from ..choosing.methods import Method, method_of
 from ..choosing.models import anatomy_under
 from ..config import SurgicalConfig
 from ..errors import ConfigError
-from ..extras import accelerator_or_cpu
+from ..extras import LARGEST_SEED, accelerator_or_cpu, check_range
 from .averaging import MeanOfLastEpochs
 from .engines import check_launch, check_sharding
 from .statistics import estimate_statistics, mixed_batches
@@ -87,11 +87,13 @@ class FitSettings:
             raise ConfigError(f"optimizer={self.optimizer!r}: choose one of {', '.join(OPTIMIZERS)}")
         if self.precision not in (None, "bf16", "fp16"):
             raise ConfigError(f"precision={self.precision!r}: choose bf16 or fp16, or leave it out for float32")
-        if not self.lr > 0 or min(self.epochs, self.batch_size, self.accumulation) < 1:
+        if not 0 < self.lr < math.inf or min(self.epochs, self.batch_size, self.accumulation) < 1:
             raise ConfigError(
                 f"lr={self.lr}, epochs={self.epochs}, batch_size={self.batch_size}, accumulation={self.accumulation}: "
-                "all must be positive"
+                "all must be positive and finite"
             )
+        check_range("weight_decay", self.weight_decay, 0, sys.float_info.max)
+        check_range("seed", self.seed, 0, LARGEST_SEED)
 
 
 @dataclass(frozen=True)
@@ -308,14 +310,11 @@ class _OneDevice(TrainingArguments):
 
 def balanced(dataset: Dataset[Any], seed: int) -> Dataset[Any]:
     """As many images of every class as the rarest one has, drawn with a seed, in the order of the data."""
-    labels = getattr(dataset, "labels", None)
-    if labels is None:
-        labels = [dataset[i]["labels"] for i in range(len(dataset))]  # type: ignore[arg-type]
-    labels = torch.as_tensor(labels)
+    known, count = getattr(dataset, "labels", None), len(dataset)  # type: ignore[arg-type]
+    labels = torch.as_tensor([dataset[i]["labels"] for i in range(count)] if known is None else known)
     generator = torch.Generator().manual_seed(seed)
     rows = [torch.nonzero(labels == c).flatten() for c in labels.unique()]
-    count = min(map(len, rows))
-    chosen = [found[torch.randperm(len(found), generator=generator)[:count]] for found in rows]
+    chosen = [found[torch.randperm(len(found), generator=generator)[: min(map(len, rows))]] for found in rows]
     return Subset(dataset, torch.cat(chosen).sort().values.tolist())
 
 

@@ -29,7 +29,7 @@ from accelerate import PartialState
 
 from ..choosing.models import forward_loss, logits_of
 from ..errors import ConfigError
-from ..files import write_atomically
+from ..folders import write_atomically
 
 if TYPE_CHECKING:
     from ..experiment.requests import Request

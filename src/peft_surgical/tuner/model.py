@@ -277,7 +277,7 @@ class SurgicalModel(BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         tuner = getattr(model, "base_model", None)
         try:
-            check_loaded(remapped, model.state_dict(), adapter_name)
+            check_loaded(remapped, model.state_dict(), adapter_name, config)
         except AdapterFileError:
             if isinstance(tuner, SurgicalModel) and adapter_name in tuner._awaiting:
                 tuner._remove(tuner.model, adapter_name)

@@ -1,7 +1,7 @@
 """Saving and loading: what of an adapter goes into a file, files that are replaced whole, and the page beside them.
 
 PEFT writes the weights and then the config, each in place: a kill between the two leaves one adapter's weights beside
-another's config. Here PEFT writes into a folder beside the target, whose files then take the place of the old ones in a
+another's config. Here PEFT writes into a hidden folder of its own, whose files then take the place of the old ones in a
 way that leaves a whole adapter at any time; see `commit`.
 
 PEFT's page ``README.md`` says "[More Information Needed]" in every section. The page here says what the adapter is, how
@@ -16,7 +16,6 @@ import inspect
 import os
 import re
 import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,8 +27,11 @@ from huggingface_hub import ModelCardData
 from ..config import SurgicalConfig, SurgicalType
 from ..errors import AdapterError
 from ..evaluation import Report
-from ..files import check_tensors, commit
+from ..files import check_tensors
+from ..folders import commit, staging
 from ..keys import CARD, CONFIG, DELTA, HOLDER, STATISTIC
+from ..results import published
+from ..texts import markdown_code, markdown_text
 
 TAGS = ("peft", "surgical-fine-tuning")
 IMPORT = "import peft_surgical"
@@ -48,9 +50,9 @@ _PAGE = """\
 ---
 {mark}
 
-# Surgical adapter: {target}
+# Surgical adapter: {title}
 
-Deltas of `{target}` for {base}, made with `peft-surgical` by surgical fine-tuning, which tunes one part of a pretrained
+Deltas of {target} for {base}, made with `peft-surgical` by surgical fine-tuning, which tunes one part of a pretrained
 network and leaves the rest as it is. The base is not in this folder.
 
 ## Use
@@ -86,19 +88,32 @@ def whole_state(state: Mapping[str, torch.Tensor], config: SurgicalConfig, adapt
     return {key: value.to(dtype) if f".{DELTA}." in f".{key}" else value for key, value in found.items()}
 
 
-def check_loaded(state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], adapter: str) -> None:
+def check_loaded(
+    state: dict[str, torch.Tensor], own: Mapping[str, torch.Tensor], adapter: str, config: SurgicalConfig
+) -> None:
     """Raise `AdapterFileError` unless a state dict holds what an attached adapter needs.
 
     Args:
-        state: What is to be loaded, by the model's keys.
+        state: What is to be loaded, by the model's keys. Gets the tensors that were verified with the config, if
+            another file has taken the place of theirs since.
         own: The model's own state dict.
         adapter: The adapter's name.
+        config: Its config.
     """
+    content, config.content = config.content, None
+    if content is not None:
+        content.settle(state, functools.partial(_key_in_file, adapter))
     marks = (f"{HOLDER}.{DELTA}.{adapter}.", f"{HOLDER}.{STATISTIC}.{adapter}.")
     expected = {key: tuple(value.shape) for key, value in own.items() if any(mark in key for mark in marks)}
     # What belongs to modules_to_save has been given its place by PEFT already; it may be called anything.
     deltas = {key: value for key, value in state.items() if key not in own or key in expected}
     check_tensors(deltas, expected, f"adapter {adapter!r}")
+
+
+def _key_in_file(adapter: str, key: str) -> str:
+    for mark in (f"{HOLDER}.{DELTA}.", f"{HOLDER}.{STATISTIC}."):
+        key = key.replace(f"{mark}{adapter}.", mark)
+    return key.replace(f".modules_to_save.{adapter}.", ".")
 
 
 def saving_atomically(original: Callable[..., None]) -> Callable[..., None]:
@@ -129,9 +144,7 @@ def saving_atomically(original: Callable[..., None]) -> Callable[..., None]:
             # Other processes take part in gathering the tensors; they write nothing.
             original(self, save_directory, **rest)
             return
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
-            stage = Path(scratch)
+        with staging(target) as stage:
             for place in (".", *self.peft_config):
                 if (target / place / CARD).is_file():  # a page that a user wrote stays
                     (stage / place).mkdir(exist_ok=True)
@@ -142,6 +155,20 @@ def saving_atomically(original: Callable[..., None]) -> Callable[..., None]:
             commit(stage, target)
 
     return save_pretrained
+
+
+def publish_adapter(model: Any, folder: Path, root: Path | None = None) -> None:
+    """Save a PeftModel's adapter among the results in ``root``, which holds ``folder``; a user's own page there stays.
+
+    Raises:
+        ConfigError: There is an adapter in ``folder`` that is no result.
+    """
+    root = root if root is not None and folder.is_relative_to(root) else folder
+    with published(root) as stage:
+        place = stage / folder.relative_to(root)
+        model.save_pretrained(place)
+        if not may_replace(folder / CARD):
+            (place / CARD).unlink()
 
 
 def is_repository(name: str | None) -> bool:
@@ -187,12 +214,19 @@ def _page(config: SurgicalConfig, report: Report | None) -> str:
     on_hub = is_repository(base)
     more: dict[str, Any] = {LOAD_WITH: IMPORT}
     data = ModelCardData(base_model=base if on_hub else None, library_name="peft", tags=list(TAGS), **more)
-    named = f"[`{base}`](https://huggingface.co/{base})" if on_hub else f"`{Path(base).name}`" if base else "its base"
+    named = (
+        f"[`{base}`](https://huggingface.co/{base})"
+        if on_hub
+        else markdown_code(Path(base).name)
+        if base
+        else "its base"
+    )
     none = "Nothing was measured when this adapter was saved.\n"
     return _PAGE.format(
         metadata=data.to_yaml(),
         mark=PAGE_MARK,
-        target=target_of(config),
+        title=markdown_text(target_of(config)),
+        target=markdown_code(target_of(config)),
         base=named,
-        results=report.to_markdown() if report is not None and report.measurements else none,
+        results=report.without_paths().to_markdown() if report is not None and report.measurements else none,
     )

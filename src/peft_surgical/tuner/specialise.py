@@ -6,12 +6,13 @@ of the instance changes none of these: ``type(module)`` becomes a subclass with 
 place, its hooks, its attributes and its keys, and its own ``forward`` runs unchanged. PyTorch does the same in
 ``torch.nn.utils.parametrize`` and in FSDP2's ``fully_shard``.
 
-A special class is a pure function of (base class, traits, tensor names), so it is made once, and a copied or pickled
-module finds it again by these three.
+A special class is a pure function of (base class, traits, tensor names), so modules that have these three in common
+share it, and a copied or pickled module finds it, or makes it again.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
@@ -46,13 +47,14 @@ class Special:
         return (_rebuild, recipe, *parts[2:])
 
 
-_CLASSES: dict[Any, Any] = {}
+# Weak: a network whose classes were made on the fly, and the special classes with it, may go when nobody has it.
+_CLASSES: weakref.WeakKeyDictionary[Any, weakref.WeakValueDictionary[Any, Any]] = weakref.WeakKeyDictionary()
 
 
 def _special_class(base: type[nn.Module], traits: tuple[type[Special], ...], tensors: tuple[str, ...]) -> Any:
-    key = (base, traits, tensors)
-    if key in _CLASSES:
-        return _CLASSES[key]
+    known, key = _CLASSES.setdefault(base, weakref.WeakValueDictionary()), (traits, tensors)
+    if (found := known.get(key)) is not None:
+        return found
     # Module, name and qualified name are the base's: code that asks for a class by its name (FSDP's and Accelerate's
     # wrapping policies, torch.fx's rule of what a leaf is) keeps finding what it looks for.
     body: dict[str, Any] = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
@@ -60,7 +62,7 @@ def _special_class(base: type[nn.Module], traits: tuple[type[Special], ...], ten
     cls: Any = type(base.__name__, (*traits, base), body)
     for name in tensors:
         setattr(cls, name, cls.tensor_property(name))
-    _CLASSES[key] = cls
+    known[key] = cls
     return cls
 
 
