@@ -35,7 +35,7 @@ from ..errors import AdapterError, ConfigError
 from ..evaluation import predict_logits, predicted_classes
 from ..evaluation.metrics import check_metrics, interval_of, judge, tolerant
 from ..extras import accelerator_or_cpu
-from ..files import fingerprint
+from ..fingerprints import fingerprint
 from ..training.engines import Engine, Workers
 from ..training.fitting import FitSettings, fit, forget_checkpoints
 from ..training.ledger import Ledger, Run

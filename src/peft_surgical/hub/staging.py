@@ -22,7 +22,8 @@ from peft import PeftModel, get_peft_model_state_dict
 from ..adapters.adapter import chosen, read_config
 from ..errors import AdapterError, ConfigError, DataError
 from ..evaluation import Report
-from ..files import canonical_json, fingerprint, shown, write_atomically
+from ..files import canonical_json, shown, write_atomically
+from ..fingerprints import fingerprint
 from ..keys import CONFIG, FIGURE, REPORT, WEIGHTS
 from .cards import About
 from .pulling import attached, rebuild
