@@ -12,7 +12,7 @@ from torch import nn
 
 from peft_surgical import SurgicalConfig, combine_adapters
 from peft_surgical.errors import AdapterError, BaseMismatchError
-from peft_surgical.fingerprints import Mark, check_base, differing, fingerprint, joined, mark_of, with_all_bytes
+from peft_surgical.fingerprints import TensorMark, check_base, differing, fingerprint, joined, mark_of, with_all_bytes
 
 CONFIG = "adapter_config.json"
 
@@ -48,15 +48,15 @@ def test_a_mark_is_read_as_it_is_written():
     value = torch.randn(3, 2)
     short, long = mark_of("w", value), with_all_bytes(mark_of("w", value), "w", value)
     assert (short.dtype, short.shape, mark_of("w", torch.tensor(1.0)).shape) == ("float32", "3x2", "scalar")
-    assert Mark.parse(str(short)) == short
-    assert Mark.parse(str(long)) == long
-    assert str(Mark.parse("cb537399a3320d92")) == "cb537399a3320d92"  # of an early version
+    assert TensorMark.parse(str(short)) == short
+    assert TensorMark.parse(str(long)) == long
+    assert str(TensorMark.parse("cb537399a3320d92")) == "cb537399a3320d92"  # of an early version
     assert long.all_bytes == fingerprint({"w": value})["w"]
     # What one of them does not know tells nothing.
     assert not short.differs(long)
-    assert not short.differs(Mark.parse("cb537399a3320d92"))
-    assert long.differs(Mark.parse("cb537399a3320d92"))
-    assert long.differs(Mark.parse("nonsense of a damaged file, which is no mark"))
+    assert not short.differs(TensorMark.parse("cb537399a3320d92"))
+    assert long.differs(TensorMark.parse("cb537399a3320d92"))
+    assert long.differs(TensorMark.parse("nonsense of a damaged file, which is no mark"))
 
 
 def test_a_sample_sees_small_tensors_whole_and_large_ones_in_part():
@@ -201,7 +201,7 @@ def test_a_tied_tensor_is_one_tensor(tmp_path):
 def test_an_adapter_of_an_early_version_is_compared_by_what_it_has(saved):
     base, folder = saved
     config = json.loads((folder / CONFIG).read_text())
-    marks = {name: Mark.parse(config["base_fingerprint"][name]) for name in config["tensor_names"]}
+    marks = {name: TensorMark.parse(config["base_fingerprint"][name]) for name in config["tensor_names"]}
     config["base_fingerprint"] = {name: mark.all_bytes for name, mark in marks.items()}
     (folder / CONFIG).write_text(json.dumps(config))
     other = copy.deepcopy(base)

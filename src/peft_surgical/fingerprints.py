@@ -29,7 +29,7 @@ _CASTS = (torch.bfloat16, torch.float16)
 UNKNOWN = "-"
 
 
-class Mark(NamedTuple):
+class TensorMark(NamedTuple):
     """What is known of a tensor of a base; "-" stands for what is not."""
 
     dtype: str = UNKNOWN
@@ -40,7 +40,7 @@ class Mark(NamedTuple):
     all_bytes: str = UNKNOWN
 
     @classmethod
-    def parse(cls, text: str) -> Mark:
+    def parse(cls, text: str) -> TensorMark:
         """The mark that a config has for a tensor. What it is not is a mark that equals no other."""
         parts = text.split()
         return cls(*parts) if len(parts) in (5, 6) else cls(all_bytes=text)
@@ -48,11 +48,11 @@ class Mark(NamedTuple):
     def __str__(self) -> str:
         return self.all_bytes if self.shape == UNKNOWN else " ".join(self if self.all_bytes != UNKNOWN else self[:5])
 
-    def differs(self, other: Mark) -> bool:
+    def differs(self, other: TensorMark) -> bool:
         """Whether the two are marks of different tensors, as far as both are known."""
         return any(a != b for a, b in zip(self, other, strict=True) if UNKNOWN not in (a, b))
 
-    def is_cast_of(self, other: Mark) -> bool:
+    def is_cast_of(self, other: TensorMark) -> bool:
         """Whether the two are one tensor in two dtypes."""
         casts = zip(self[3:5], other[3:5], strict=True)
         return self.dtype != other.dtype and any(a == b != UNKNOWN for a, b in casts)
@@ -63,7 +63,7 @@ def fingerprint(base: Mapping[str, torch.Tensor]) -> dict[str, str]:
     return {name: _hash(name, tensor) for name, tensor in base.items()}
 
 
-def mark_of(name: str, tensor: torch.Tensor, values: bool = True) -> Mark:
+def mark_of(name: str, tensor: torch.Tensor, values: bool = True) -> TensorMark:
     """The mark of a tensor, without the hash of all bytes.
 
     Args:
@@ -73,14 +73,14 @@ def mark_of(name: str, tensor: torch.Tensor, values: bool = True) -> Mark:
     """
     dtype, shape = str(tensor.dtype).removeprefix("torch."), "x".join(map(str, tensor.shape)) or "scalar"
     if not values:
-        return Mark(dtype, shape)
+        return TensorMark(dtype, shape)
     flat = tensor.detach().reshape(-1)
     some = flat[:: max(1, flat.numel() // _SAMPLED)][:_SAMPLED].cpu()
     casts = [_hash(name, some.to(cast))[: _DIGITS // 2] for cast in _CASTS]
-    return Mark(dtype, shape, _hash(name, some), *casts)
+    return TensorMark(dtype, shape, _hash(name, some), *casts)
 
 
-def with_all_bytes(mark: Mark, name: str, tensor: torch.Tensor) -> Mark:
+def with_all_bytes(mark: TensorMark, name: str, tensor: torch.Tensor) -> TensorMark:
     """The mark of a tensor together with the hash of all its bytes."""
     return mark._replace(all_bytes=_hash(name, tensor))
 
@@ -95,7 +95,9 @@ def _hash(name: str, tensor: torch.Tensor) -> str:
 
 def differing(one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
     """The tensors of which both fingerprints have a mark, and different ones."""
-    return [name for name in one if name in other and Mark.parse(one[name]).differs(Mark.parse(other[name]))]
+    return [
+        name for name in one if name in other and TensorMark.parse(one[name]).differs(TensorMark.parse(other[name]))
+    ]
 
 
 def joined(fingerprints: Iterable[Mapping[str, str]]) -> dict[str, str]:
@@ -107,7 +109,7 @@ def joined(fingerprints: Iterable[Mapping[str, str]]) -> dict[str, str]:
 
 
 def check_base(
-    expected: Mapping[str, str], tuned: Mapping[str, Mark], rest: Mapping[str, Mark], base_name: str | None
+    expected: Mapping[str, str], tuned: Mapping[str, TensorMark], rest: Mapping[str, TensorMark], base_name: str | None
 ) -> None:
     """Raise `BaseMismatchError` unless the base at hand is the one with the fingerprint ``expected``.
 
@@ -118,7 +120,7 @@ def check_base(
             adapters saved by early versions, they are not compared.
         base_name: What the adapter's config calls its base, for the message.
     """
-    there = {name: Mark.parse(text) for name, text in expected.items()}
+    there = {name: TensorMark.parse(text) for name, text in expected.items()}
     here, names, kind = {**rest, **tuned}, list(tuned), "tuned tensors"
     wrong = [name for name in names if name not in there or there[name].differs(tuned[name])]
     if not wrong and any(mark.shape != UNKNOWN for mark in there.values()):
@@ -144,7 +146,7 @@ def check_base(
     )
 
 
-def _how(there: Mark | None, here: Mark | None) -> str:
+def _how(there: TensorMark | None, here: TensorMark | None) -> str:
     if there is None or here is None:
         return " (only there)" if here is None else " (only here)"
     if UNKNOWN not in (there.shape, here.shape) and there.shape != here.shape:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..errors import AdapterError
-from ..keys import BASE, HOLDER
+from ..keys import BASE_MARKS, HOLDER
 from .layer import SurgicalLayer, stored
 from .specialise import Special, base_class, restore, specialise
 
@@ -156,7 +156,7 @@ def _link(layer: SurgicalLayer, key: str, module: nn.Module, name: str) -> None:
 
 def detach(model: nn.Module) -> None:
     """Remove every trace: holders, links, special classes. Base tensors stay as they are (merge first to keep)."""
-    model.__dict__.pop(BASE, None)
+    model.__dict__.pop(BASE_MARKS, None)
     for module in list(model.modules()):
         if isinstance(module._modules.get(HOLDER), SurgicalLayer):
             del module._modules[HOLDER]

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from ..config import SurgicalConfig
-from ..fingerprints import UNKNOWN, Mark, mark_of
-from ..keys import BASE, join
+from ..fingerprints import UNKNOWN, TensorMark, mark_of
+from ..keys import BASE_MARKS, join
 from .attach import bare, base_value
 from .support import is_quantized
 
@@ -49,22 +49,22 @@ def base_tensors(model: nn.Module) -> dict[str, tuple[nn.Module, torch.Tensor]]:
     return {name: (module, value) for name, module, value in found.values()}
 
 
-def recorded_base(model: nn.Module) -> Mapping[str, Mark] | None:
+def recorded_base(model: nn.Module) -> Mapping[str, TensorMark] | None:
     """The marks of the base as it was when the first adapter was attached; now, where there is none yet.
 
     None where its values are not at hand: on the meta device, or spread over processes.
     """
-    return model.__dict__.get(BASE) or _marks(base_tensors(model))
+    return model.__dict__.get(BASE_MARKS) or _marks(base_tensors(model))
 
 
-def _marks(tensors: Mapping[str, tuple[nn.Module, torch.Tensor]]) -> dict[str, Mark] | None:
+def _marks(tensors: Mapping[str, tuple[nn.Module, torch.Tensor]]) -> dict[str, TensorMark] | None:
     if any(value.is_meta or hasattr(value, "full_tensor") for _, value in tensors.values()):
         return None
     return {name: mark_of(name, value, not is_quantized(module, value)) for name, (module, value) in tensors.items()}
 
 
 def changed_since(
-    then: Mapping[str, Mark], tensors: Mapping[str, tuple[nn.Module, torch.Tensor]]
+    then: Mapping[str, TensorMark], tensors: Mapping[str, tuple[nn.Module, torch.Tensor]]
 ) -> tuple[list[str], dict[str, str]]:
     """The tensors of the base that are no longer what they were, and the dtype of those that were only cast."""
     now = _marks(tensors)
@@ -82,7 +82,7 @@ def changed_since(
     return changed, cast
 
 
-def _cast_to(then: Mark, now: Mark, value: torch.Tensor) -> str | None:
+def _cast_to(then: TensorMark, now: TensorMark, value: torch.Tensor) -> str | None:
     """The dtype in which a tensor is now, or was since then; None if that is not all."""
     if now.is_cast_of(then):
         return now.dtype

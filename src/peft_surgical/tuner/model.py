@@ -20,7 +20,7 @@ from torch import nn
 
 from ..config import SurgicalConfig
 from ..errors import AdapterError, SurgicalError
-from ..keys import BASE, PREFIX, tensor_name
+from ..keys import BASE_MARKS, PREFIX, tensor_name
 from .attach import attach, detach, surgical_layers, without_base_layer
 from .base import recorded_base
 from .combine import Combination, config_of_combination, fill_combined
@@ -106,7 +106,7 @@ class SurgicalModel(BaseTuner):
         except BaseException:
             self._remove(model, adapter)
             raise
-        model.__dict__[BASE] = marks
+        model.__dict__[BASE_MARKS] = marks
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not empty:
             # They may shard the base. Trainer then lets one of them save, which could not ask the others for theirs.
             self._fingerprints[adapter] = fingerprint_of(model, config)

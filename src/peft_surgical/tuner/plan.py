@@ -19,7 +19,7 @@ from ..blocks import Anatomy, Block, anatomy_of, parse, paths_matched, resolve
 from ..config import SurgicalConfig
 from ..errors import AdapterError, AnatomyError, BaseMismatchError, ConfigError, UnknownTargetError
 from ..files import shown
-from ..fingerprints import Mark, check_base, fingerprint, mark_of, with_all_bytes
+from ..fingerprints import TensorMark, check_base, fingerprint, mark_of, with_all_bytes
 from ..keys import join
 from .attach import bare, base_value
 from .base import base_tensors, changed_since, is_whole, recorded_base
@@ -219,7 +219,7 @@ def _plan(modules: Mapping[str, nn.Module], chosen: set[str], config: SurgicalCo
     return plan
 
 
-def check_fingerprint(plan: Plan, config: SurgicalConfig, marks: Mapping[str, Mark] | None) -> None:
+def check_fingerprint(plan: Plan, config: SurgicalConfig, marks: Mapping[str, TensorMark] | None) -> None:
     """Raise `BaseMismatchError` (or warn, with ``strict_base=False``) unless the base is the one trained on.
 
     Args:
