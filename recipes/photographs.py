@@ -38,6 +38,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
+
 from paper.findings import source_accuracy
 from paper.parts import Published, cut, images_of
 from paper.photograph_tables import TASKS, table
@@ -45,8 +47,6 @@ from paper.pretraining import SourceTraining
 from paper.protocol import Protocol, parser_of, rows_of
 from paper.rows import write_rows
 from paper.study import run_study
-from PIL import Image
-
 from peft_surgical.errors import DataError, run_in_words
 from peft_surgical.experiment.choosing import batch_size_for
 from peft_surgical.experiment.experiment import Experiment
@@ -141,7 +141,7 @@ def read_photographs(folder: str, task: str, per_class: int, seed: int) -> Publi
         rows["tuning"] += own[:tuned].tolist()
         rows["validation"] += own[tuned : tuned + -(-tuned // 2)].tolist()
     rows["test"] = fixed.permutation(rows["test"])[:TEST_IMAGES].tolist()
-    origin = {part: f"drawn: seed {seed}" for part in ("tuning", "validation")}
+    origin = dict.fromkeys(("tuning", "validation"), f"drawn: seed {seed}")
     origin |= {"test": f"drawn once: seed {TEST_SEED}", "source": TASKS[task][0], "source_test": "a tenth, drawn once"}
     return cut(
         f"{task}, {per_class} per class",
@@ -190,7 +190,9 @@ def study(args: argparse.Namespace, rows: Ledger, task: str, per_class: int) -> 
     for lrs, names in ((args.all_lr, ["all"]), (args.lr, [name for name in methods if name != "all"])):
         if asked := [name for name in names if name in methods]:
             place = folder / ("all" if asked == ["all"] else "parts")
-            run_study(protocol, _with(args, own, output=str(place), target=asked, method=[], lr=lrs), data, export=export)
+            run_study(
+                protocol, _with(args, own, output=str(place), target=asked, method=[], lr=lrs), data, export=export
+            )
 
 
 def _with(args: argparse.Namespace, *others: Mapping[str, Any], **more: Any) -> argparse.Namespace:

@@ -20,12 +20,13 @@ from peft_surgical.tuner.model import SurgicalModel
 PUBLIC = """
 AdapterPool Anatomy BlockScores Pace Penalty SurgicalCallback SurgicalConfig SurgicalError anatomy_of combine_adapters
 compare diff load_adapted pull push_adapter read_adapter resolve_target score_blocks set_scale to_lora tune
+with_base_names
 """
 
 IMPORTED = """
 blocks blocks.anatomy blocks.inventory blocks.layouts blocks.parsing blocks.sources config errors evaluation
-evaluation.metrics evaluation.report extras files keys peft_api tuner tuner.attach tuner.combine tuner.layer
-tuner.mixed tuner.model tuner.plan tuner.saving tuner.specialise tuner.support
+evaluation.metrics evaluation.report extras files fingerprints keys peft_api tuner tuner.attach tuner.base
+tuner.combine tuner.layer tuner.loading tuner.mixed tuner.model tuner.plan tuner.saving tuner.specialise tuner.support
 """
 
 

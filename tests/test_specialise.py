@@ -12,7 +12,7 @@ from peft_surgical.tuner.specialise import (
     Special,
     base_class,
     has_statistics,
-    hold_statistics,
+    hold_buffers,
     moving_statistics,
     restore,
     specialise,
@@ -129,7 +129,7 @@ def test_policies():
 def test_held_statistics_ignore_the_mode_and_come_back():
     model = nn.Sequential(nn.BatchNorm1d(2), nn.Dropout(0.5))
     plain_class = type(model[0])
-    hold_statistics(model)
+    hold_buffers(model)
     x = torch.randn(4, 2)
     for again in (model, pickle.loads(pickle.dumps(model))):
         again.train()
@@ -146,7 +146,7 @@ def test_held_statistics_ignore_the_mode_and_come_back():
 def test_children_of_a_held_module_follow_the_mode():
     timm = pytest.importorskip("timm")
     norm = timm.layers.BatchNormAct2d(2, act_layer=nn.Dropout)
-    hold_statistics(norm)
+    hold_buffers(norm)
     norm.train()
     assert norm.training is False
     assert norm.act.training is True

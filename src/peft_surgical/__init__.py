@@ -28,7 +28,7 @@ from .blocks import Anatomy, anatomy_of
 from .config import SurgicalConfig
 from .errors import SurgicalError
 from .tuner import register as _register
-from .tuner.model import set_scale
+from .tuner.loading import set_scale
 
 if TYPE_CHECKING:
     from .adapters.adapter import read_adapter
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .adapters.pool import AdapterPool
     from .choosing.callback import SurgicalCallback
     from .choosing.methods import Penalty
+    from .choosing.models import with_base_names
     from .choosing.pace import Pace
     from .choosing.resolve import resolve_target, score_blocks
     from .choosing.scores import BlockScores
@@ -67,6 +68,7 @@ __all__ = [
     "set_scale",
     "to_lora",
     "tune",
+    "with_base_names",
 ]
 
 # Name -> the module that it is imported from when it is first used.
@@ -87,6 +89,7 @@ _MODULES = {
     "score_blocks": "choosing.resolve",
     "to_lora": "adapters.lora",
     "tune": "experiment.api",
+    "with_base_names": "choosing.models",
 }
 
 

@@ -1,4 +1,4 @@
-"""Adapter files: fingerprint of the base, reading, and verification. What writes them is in `folders`.
+"""Adapter files: reading and verification. What writes them is in `folders`.
 
 A file may be replaced by another process between two looks at it. So it is read once, as `Content`: the bytes that are
 hashed and checked are the bytes that are used.
@@ -21,14 +21,13 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors import SafetensorError
 from safetensors.torch import load
 
-from .errors import AdapterFileError, BaseMismatchError
+from .errors import AdapterFileError
 from .keys import PICKLE, WEIGHTS, neutral_key
 
 MAX_BYTES = 16 * 2**20
 """The largest config file that is read: some hundred times what the tensors of a large network need."""
 Held = Mapping[str, tuple[tuple[int, ...], bool]]
 """What an adapter file holds: key -> shape, and whether it is floating point."""
-_HASH_DIGITS = 16  # 64 bits a tensor: a guard against the wrong base, not against an attacker who forges one
 _SHOWN = 3  # how many tensors an error names before it counts the rest
 
 
@@ -39,41 +38,6 @@ def printable(value: Any) -> str:
     except (RecursionError, ValueError):  # too deep; too many digits
         text = f"a {type(value).__name__}"
     return text if len(text) <= 80 else f"{text[:80]}..."
-
-
-def fingerprint(base: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """Hash each base tensor's name, shape, dtype and bytes: name -> 16 hexadecimal digits of SHA-256.
-
-    Adding a delta to the wrong base gives silent garbage: same shapes, other values. One hash a tensor (instead of one
-    for all) lets the error name the tensors that differ.
-    """
-    return {name: _hash(name, tensor) for name, tensor in base.items()}
-
-
-def _hash(name: str, tensor: torch.Tensor) -> str:
-    full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    flat = full.detach().cpu().contiguous().reshape(-1)
-    digest = hashlib.sha256(f"{name}|{tuple(full.shape)}|{full.dtype}|".encode())
-    digest.update(flat.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:_HASH_DIGITS]
-
-
-def check_base(expected: Mapping[str, str], base: Mapping[str, torch.Tensor], base_name: str | None) -> None:
-    """Raise `BaseMismatchError` unless ``base`` has the fingerprint ``expected``.
-
-    Args:
-        expected: `fingerprint` of the base that the adapter was trained on.
-        base: The tensors of the model at hand, by the same names.
-        base_name: What the adapter's config calls its base, for the message.
-    """
-    wrong = [name for name, tensor in base.items() if _hash(name, tensor) != expected.get(name)]
-    if wrong:
-        dtypes = sorted({str(base[name].dtype).removeprefix("torch.") for name in wrong})
-        raise BaseMismatchError(
-            f"This adapter was trained on another base ({base_name or 'unnamed'}): {len(wrong)} of {len(base)} tuned "
-            f"tensors differ there, first {shown(wrong)}. Load that base, in the same dtype (here {', '.join(dtypes)}) "
-            "and revision; or, if you know that the deltas fit this one, say strict_base=False."
-        )
 
 
 def shown(names: Iterable[str], most: int = _SHOWN) -> str:
@@ -118,10 +82,17 @@ def _check_names(found: Iterable[str], expected: Iterable[str], where: str) -> N
         )
 
 
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds no NaN and no Inf; always true of integers and on the meta device."""
+    if tensor.is_meta or not tensor.is_floating_point():
+        return True
+    # In float32, where a float64 value may be too large, and which 8-bit formats have no check of their own for.
+    return bool(torch.isfinite(tensor.float()).all())
+
+
 def _check_finite(tensors: Mapping[str, torch.Tensor], where: str) -> None:
     for name, tensor in tensors.items():
-        # In float32, where a float64 value may be too large, and which 8-bit formats have no check of their own for.
-        if tensor.is_floating_point() and not tensor.is_meta and not bool(torch.isfinite(tensor.float()).all()):
+        if not is_finite(tensor):
             raise AdapterFileError(
                 f"{where}: {name} holds NaN or Inf. The run that made it diverged (try a smaller learning rate), or "
                 "the file is damaged."

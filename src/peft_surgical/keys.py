@@ -27,6 +27,8 @@ contain the prefix "surgical_": PEFT's ``delete_adapter`` skips modules whose pa
 PREFIX = "surgical_"
 DELTA, STATISTIC = f"{PREFIX}delta", f"{PREFIX}stats"
 """What a `HOLDER` keeps: deltas of parameters, and norm statistics, which are values."""
+BASE_MARKS = "surgery_base"
+"""Attribute of an adapted network: the marks of the base's tensors as they were at first."""
 PEFT_PREFIX = "base_model.model."
 """What PEFT puts before every key of an adapter file."""
 

@@ -28,6 +28,7 @@ from ..errors import AdapterError
 from ..folders import commit, staging
 from ..keys import PEFT_PREFIX, join
 from ..tuner.attach import bare, base_value, surgical_layers
+from ..tuner.base import recorded_base
 from ..tuner.plan import check_fingerprint, make_plan
 from .adapter import Adapter, AdapterSource, new_folder, read_adapter
 from .low_rank import LoraPlan, as_matrix, lora_config, lora_tensors, low_rank, plan_lora
@@ -148,7 +149,7 @@ def to_lora(
     network = _network_of(source, base)
     adapter = read_adapter(source)
     plan = make_plan(network, adapter.config)
-    check_fingerprint(plan, adapter.config)
+    check_fingerprint(plan, adapter.config, recorded_base(network))
     deltas = adapter.scaled()
     moved = {name for name, delta in deltas.items() if delta.any()} | set(adapter.statistics)
     chosen = plan_lora(network, plan, moved, adapter.config.modules_to_save or (), keep)

@@ -36,7 +36,7 @@ from ..evaluation import predict_logits, predicted_classes
 from ..evaluation.metrics import check_metrics, interval_of, judge, tolerant
 from ..evaluation.selected import evidence_of
 from ..extras import accelerator_or_cpu
-from ..files import fingerprint
+from ..fingerprints import fingerprint
 from ..keys import PRIVATE
 from ..training.auto import AutoSettings
 from ..training.engines import Engine, Workers

@@ -156,7 +156,10 @@ def _looked_at(experiment: Experiment, model: nn.Module, seed: int, file: Path) 
         logits = logits[:, list(outputs)]
         labels = torch.tensor([outputs.index(label) for label in labels.tolist()])
     confusion = confusion_of(logits, labels, len(names))
-    found = {name: None if share is None else round(share, 4) for name, share in zip(names, per_class(confusion))}
+    found = {
+        name: None if share is None else round(share, 4)
+        for name, share in zip(names, per_class(confusion), strict=True)
+    }
     files = list(experiment.data(seed).parts["test"].select_columns(["file"])["file"][:])
     wrong = write_mistakes(file, files, logits, labels, names)
     return {"accuracy_of_class": found, "confusion": confusion, "mistakes": wrong}

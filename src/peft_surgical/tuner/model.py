@@ -19,15 +19,17 @@ from peft.utils.transformers_weight_conversion import (
 from torch import nn
 
 from ..config import SurgicalConfig
-from ..errors import AdapterError, AdapterFileError
-from ..keys import PREFIX, tensor_name
-from .attach import attach, detach, surgical_layers
+from ..errors import AdapterError, SurgicalError
+from ..keys import BASE_MARKS, PREFIX, tensor_name
+from .attach import attach, detach, surgical_layers, without_base_layer
+from .base import recorded_base
 from .combine import Combination, config_of_combination, fill_combined
 from .layer import SurgicalLayer
+from .loading import checked_state, set_scale
 from .mixed import mixed_batch
 from .plan import Plan, check_fingerprint, fingerprint_of, make_plan
-from .saving import check_loaded, whole_state
-from .specialise import hold_statistics
+from .saving import whole_state
+from .specialise import hold_buffers
 from .support import check_adapter_name
 
 
@@ -91,7 +93,8 @@ class SurgicalModel(BaseTuner):
     def _inject(self, model: nn.Module, adapter: str, plan: Plan, empty: bool = False) -> None:
         config = self.peft_config[adapter]
         check_adapter_name(adapter, self.peft_config, model, plan.names)
-        check_fingerprint(plan, config)
+        marks = recorded_base(model)
+        check_fingerprint(plan, config, marks)
         tuned_already = any(True for _ in surgical_layers(model))
         known = {parameter: parameter.requires_grad for parameter in model.parameters()} if tuned_already else {}
         self._awaiting.discard(adapter)
@@ -103,6 +106,7 @@ class SurgicalModel(BaseTuner):
         except BaseException:
             self._remove(model, adapter)
             raise
+        model.__dict__[BASE_MARKS] = marks
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not empty:
             # They may shard the base. Trainer then lets one of them save, which could not ask the others for theirs.
             self._fingerprints[adapter] = fingerprint_of(model, config)
@@ -114,7 +118,7 @@ class SurgicalModel(BaseTuner):
             for entry in plan.modules:
                 hold = config.norm_stats == "estimated"
                 attach(entry.module, adapter, entry.parameters, entry.statistics, config.scale, hold)
-        hold_statistics(model)
+        hold_buffers(model)
         paths = [entry.path for entry in plan.modules if entry.path]
         self.targeted_module_names.extend(path for path in paths if path not in self.targeted_module_names)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -164,7 +168,7 @@ class SurgicalModel(BaseTuner):
         In between lies WiSE-FT (Wortsman et al. 2022, eq. 1). Saved with the adapter.
 
         Raises:
-            AdapterError: For an unknown adapter, a scale that is not finite, or while the adapter is merged.
+            AdapterError: For an unknown or merged adapter, or a scale that is not finite or gives tensors that are not.
         """
         if adapter_name not in self.peft_config:
             raise AdapterError(f"No adapter {adapter_name!r}; there are {', '.join(self.peft_config)}.")
@@ -203,9 +207,10 @@ class SurgicalModel(BaseTuner):
             layer.merge(adapter_names=adapter_names) if merge else layer.unmerge()
         detach(self.model)
         # What is left for PEFT: the wrappers of modules_to_save, and its own bookkeeping.
-        return super()._unload_and_optionally_merge(
-            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
-        )
+        with without_base_layer(self.model):
+            return super()._unload_and_optionally_merge(
+                merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+            )
 
     # --- combining ---
 
@@ -277,25 +282,11 @@ class SurgicalModel(BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         tuner = getattr(model, "base_model", None)
         try:
-            check_loaded(remapped, model.state_dict(), adapter_name, config)
-        except AdapterFileError:
+            found = checked_state(remapped, model, adapter_name, config)
+        except SurgicalError:
             if isinstance(tuner, SurgicalModel) and adapter_name in tuner._awaiting:
                 tuner._remove(tuner.model, adapter_name)
             raise
         if isinstance(tuner, SurgicalModel):
             tuner._awaiting.discard(adapter_name)
-        return remapped
-
-
-def set_scale(model: nn.Module, adapter_name: str, scale: float) -> None:
-    """`SurgicalModel.set_scale` for a network that transformers' own ``load_adapter`` adapted, without a tuner."""
-    if scale != scale or scale in (float("inf"), float("-inf")):
-        raise AdapterError(f"scale={scale} is not a finite number: 0 is the base, 1 the tuned model.")
-    layers = [layer for _, layer in surgical_layers(model) if adapter_name in layer.scaling]
-    if not layers:
-        raise AdapterError(f"No adapter {adapter_name!r} on this model.")
-    if any(adapter_name in layer.merged_adapters for layer in layers):
-        raise AdapterError(f"Adapter {adapter_name!r} is merged; unmerge it, set its scale, and merge it again.")
-    for layer in layers:
-        layer.scaling[adapter_name] = float(scale)
-        layer.forget()
+        return found

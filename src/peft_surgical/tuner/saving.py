@@ -1,4 +1,4 @@
-"""Saving and loading: what of an adapter goes into a file, files that are replaced whole, and the page beside them.
+"""Saving: what of an adapter goes into a file, files that are replaced whole, and the page beside them.
 
 PEFT writes the weights and then the config, each in place: a kill between the two leaves one adapter's weights beside
 another's config. Here PEFT writes into a hidden folder of its own, whose files then take the place of the old ones in a
@@ -16,20 +16,20 @@ import inspect
 import os
 import re
 import shutil
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import ModelCardData
+from safetensors import safe_open
 
 from ..config import SurgicalConfig, SurgicalType
 from ..errors import AdapterError
 from ..evaluation import Report
-from ..files import check_tensors
+from ..files import is_finite
 from ..folders import commit, staging
-from ..keys import CARD, CONFIG, DELTA, HOLDER, STATISTIC
+from ..keys import CARD, CONFIG, DELTA, WEIGHTS, neutral_key
 from ..results import published
 from ..texts import markdown_code, markdown_text
 
@@ -73,47 +73,23 @@ what was tuned and how far it moved.
 
 
 def whole_state(state: Mapping[str, torch.Tensor], config: SurgicalConfig, adapter: str) -> dict[str, torch.Tensor]:
-    """What is saved of an adapter: its tensors gathered from all processes, its deltas in the config's dtype."""
-    found = {key: value.full_tensor() if hasattr(value, "full_tensor") else value for key, value in state.items()}
-    broken = [key for key, value in found.items() if not value.is_meta and not bool(torch.isfinite(value).all())]
-    if broken:
-        warnings.warn(
-            f"Adapter {adapter!r} holds NaN or Inf ({broken[0]}): the run diverged, and what is saved now will be "
-            "refused on loading.",
-            stacklevel=3,
-        )
-    if config.delta_dtype is None:
-        return found
-    dtype = getattr(torch, config.delta_dtype)
-    return {key: value.to(dtype) if f".{DELTA}." in f".{key}" else value for key, value in found.items()}
+    """What is saved of an adapter: its tensors gathered from all processes, its deltas in the config's dtype.
 
-
-def check_loaded(
-    state: dict[str, torch.Tensor], own: Mapping[str, torch.Tensor], adapter: str, config: SurgicalConfig
-) -> None:
-    """Raise `AdapterFileError` unless a state dict holds what an attached adapter needs.
-
-    Args:
-        state: What is to be loaded, by the model's keys. Gets the tensors that were verified with the config, if
-            another file has taken the place of theirs since.
-        own: The model's own state dict.
-        adapter: The adapter's name.
-        config: Its config.
+    Raises:
+        AdapterError: What would be written is not finite. What was saved before stays.
     """
-    content, config.content = config.content, None
-    if content is not None:
-        content.settle(state, functools.partial(_key_in_file, adapter))
-    marks = (f"{HOLDER}.{DELTA}.{adapter}.", f"{HOLDER}.{STATISTIC}.{adapter}.")
-    expected = {key: tuple(value.shape) for key, value in own.items() if any(mark in key for mark in marks)}
-    # What belongs to modules_to_save has been given its place by PEFT already; it may be called anything.
-    deltas = {key: value for key, value in state.items() if key not in own or key in expected}
-    check_tensors(deltas, expected, f"adapter {adapter!r}")
-
-
-def _key_in_file(adapter: str, key: str) -> str:
-    for mark in (f"{HOLDER}.{DELTA}.", f"{HOLDER}.{STATISTIC}."):
-        key = key.replace(f"{mark}{adapter}.", mark)
-    return key.replace(f".modules_to_save.{adapter}.", ".")
+    found = {key: value.full_tensor() if hasattr(value, "full_tensor") else value for key, value in state.items()}
+    written = found
+    if config.delta_dtype is not None:
+        dtype = getattr(torch, config.delta_dtype)
+        written = {key: value.to(dtype) if f".{DELTA}." in f".{key}" else value for key, value in found.items()}
+    if broken := [key for key, value in written.items() if not is_finite(value)]:
+        if is_finite(found[broken[0]]):
+            reason = f"{broken[0]} has values that {config.delta_dtype} cannot hold. Leave delta_dtype out"
+        else:
+            reason = f"{broken[0]} holds NaN or Inf: the run diverged. Try a smaller learning rate"
+        raise AdapterError(f"Adapter {adapter!r} was not saved, {reason}. What was saved before is as it was.")
+    return written
 
 
 def saving_atomically(original: Callable[..., None]) -> Callable[..., None]:
@@ -151,6 +127,7 @@ def saving_atomically(original: Callable[..., None]) -> Callable[..., None]:
                     shutil.copy2(target / place / CARD, stage / place / CARD)
             original(self, stage, **rest)
             for config in list(stage.rglob(CONFIG)):
+                _check_written(config.with_name(WEIGHTS))
                 write_card(config.parent)
             commit(stage, target)
 
@@ -169,6 +146,17 @@ def publish_adapter(model: Any, folder: Path, root: Path | None = None) -> None:
         model.save_pretrained(place)
         if not may_replace(folder / CARD):
             (place / CARD).unlink()
+
+
+def _check_written(file: Path) -> None:
+    """Check what `whole_state` has not seen: the modules that PEFT saves whole, for ``modules_to_save``."""
+    with safe_open(file, framework="pt") as held:
+        for key in held.keys():  # noqa: SIM118 (safe_open is no mapping)
+            if neutral_key(key) is None and not is_finite(held.get_tensor(key)):
+                raise AdapterError(
+                    f"The adapter was not saved: {key}, which modules_to_save names, holds NaN or Inf. The run "
+                    "diverged: try a smaller learning rate. What was saved before is as it was."
+                )
 
 
 def is_repository(name: str | None) -> bool:

@@ -1,4 +1,4 @@
-"""Give one module of a network a subclass of its own class, in place; and the trait that holds norm statistics.
+"""Give one module of a network a subclass of its own class, in place; and the traits that hold what is frozen.
 
 The tuner has to make a module *read* base + delta wherever it reads a tensor. Wrapping the module in another one does
 that too, but changes its type, its state-dict keys and every reference that somebody holds to it. Swapping the class
@@ -12,6 +12,8 @@ share it, and a copied or pickled module finds it, or makes it again.
 
 from __future__ import annotations
 
+import sys
+import warnings
 import weakref
 from collections.abc import Iterable
 from typing import Any
@@ -19,7 +21,11 @@ from typing import Any
 from torch import nn
 
 from ..config import NormPolicy
+from ..errors import AdapterError, UnsupportedModelError
 from ..keys import HOLDER, join
+
+# Functions of torch and timm that put another norm module in the place of the one that they read.
+_REPLACING = ("convert_sync_batchnorm", "freeze_batch_norm_2d", "unfreeze_batch_norm_2d")
 
 
 class Special:
@@ -39,6 +45,13 @@ class Special:
     def tensor_property(cls, name: str) -> property:
         """The property through which this trait's modules read the tensor ``name``."""
         raise NotImplementedError(f"{cls.__name__} adds no tensor properties")
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script asks of every module first: it compiles a class's source, and knows no properties."""
+        raise UnsupportedModelError(
+            "torch.jit.script cannot compile a network while an adapter is on it. Use torch.jit.trace or torch.export, "
+            "or script what merge_and_unload returns."
+        )
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class cannot be found by module and name, as pickle would try: it has the name of its base.
@@ -155,9 +168,69 @@ class HoldsStatistics(Special):
     def training(self, mode: bool) -> None:
         self.__dict__["training"] = mode
 
+    @property
+    def affine(self) -> Any:
+        """As set by the module; refused to what is about to replace the module, and would let its statistics move."""
+        caller = sys._getframe(1).f_code.co_name
+        if caller in _REPLACING:
+            raise AdapterError(
+                f"{caller} would replace norm modules that belong to an adapted network, and so let frozen statistics "
+                "move. Call it on the network before get_peft_model, or on what merge_and_unload returns."
+            )
+        if "affine" not in self.__dict__:
+            raise AttributeError("affine")  # which nn.Module answers in its own words
+        return self.__dict__["affine"]
 
-def hold_statistics(model: nn.Module) -> None:
-    """Make every norm module of ``model`` hold its statistics; see `HoldsStatistics`."""
-    for module in model.modules():
+    @affine.setter
+    def affine(self, value: Any) -> None:
+        self.__dict__["affine"] = value
+
+    def reset_running_stats(self) -> None:
+        """Reset statistics that an active adapter owns and trains; a warning, and nothing else, for those held."""
+        surgery = self.__dict__["_modules"].get(HOLDER)
+        if surgery is not None and surgery.statistics_move():
+            super().reset_running_stats()  # type: ignore[misc]
+            return
+        warnings.warn(
+            f"{base_class(self).__name__} keeps its statistics: they are frozen. "  # type: ignore[arg-type]
+            "torch.optim.swa_utils.update_bn moves those of adapters with norm_stats='target' or 'all' only.",
+            stacklevel=2,
+        )
+
+
+class HoldsBuffers(Special):
+    """Trait of a module whose other buffers stay as they are: what a training forward writes to is a copy.
+
+    ``spectral_norm`` refines its vectors, a vector quantiser moves its codebook, and both do it in ``train()``, inside
+    the forward. No adapter owns these buffers, so they would be lost on saving. The forward has its copies from the
+    first hook to the last, so it computes what it always does.
+    """
+
+    def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
+        buffers = self.__dict__["_buffers"]
+        held = {name: buffers.get(name) for name in _other_buffers(self)} if self.training else {}  # type: ignore
+        try:
+            for name, value in held.items():
+                buffers[name] = value.clone()
+            return super()._call_impl(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            buffers.update(held)
+
+
+def _other_buffers(module: nn.Module) -> list[str]:
+    """The names of the persistent buffers that are no norm statistics."""
+    if has_statistics(module):  # all of them are what the norm updates in training
+        return []
+    hidden = module._non_persistent_buffers_set
+    return [name for name, value in module._buffers.items() if value is not None and name not in hidden]
+
+
+def hold_buffers(model: nn.Module) -> None:
+    """Make every module of ``model`` hold its buffers; see `HoldsStatistics` and `HoldsBuffers`."""
+    for path, module in model.named_modules():
+        if HOLDER in path.split("."):  # an adapter's own
+            continue
         if has_statistics(module):
             specialise(module, HoldsStatistics)
+        elif _other_buffers(module):
+            specialise(module, HoldsBuffers)
