@@ -45,11 +45,13 @@ if TYPE_CHECKING:
     from .experiment.api import compare, tune
     from .hub.pulling import load_adapted, pull
     from .hub.pushing import push_adapter
+    from .prefix.cached import CachedPrefix
 
 __all__ = [
     "AdapterPool",
     "Anatomy",
     "BlockScores",
+    "CachedPrefix",
     "Pace",
     "Penalty",
     "SurgicalCallback",
@@ -75,6 +77,7 @@ __all__ = [
 _MODULES = {
     "AdapterPool": "adapters.pool",
     "BlockScores": "choosing.scores",
+    "CachedPrefix": "prefix.cached",
     "Pace": "choosing.pace",
     "Penalty": "choosing.methods",
     "SurgicalCallback": "choosing.callback",

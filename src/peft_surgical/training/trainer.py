@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from accelerate.utils import broadcast
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
@@ -33,6 +33,7 @@ from ..folders import write_atomically
 
 if TYPE_CHECKING:
     from ..experiment.requests import Request
+    from ..prefix.cached import CachedPrefix
 
 SELECTED_BY = "selected_by"
 """Name of the logged metric that chooses the epoch; ``accuracy`` is logged beside it."""
@@ -75,6 +76,26 @@ class ClassifierTrainer(Trainer):
         return (loss, {"logits": logits_of(outputs[0])}) if return_outputs else loss
 
 
+class OneDevice(TrainingArguments):
+    """One process uses one device: where it sees several GPUs, Trainer would spread its batches over them."""
+
+    @property
+    def n_gpu(self) -> int:
+        """See TrainingArguments."""
+        return min(super().n_gpu, 1)
+
+
+def evaluated(predicted: Any, metric: Callable[[Tensor, Tensor], float] | None = None) -> dict[str, float]:
+    """The metrics that Trainer logs; its own loss would count the images that pad the last batch twice."""
+    given = predicted.predictions[0] if isinstance(predicted.predictions, tuple) else predicted.predictions
+    logits, labels = torch.from_numpy(given), torch.from_numpy(predicted.label_ids)
+    # NaN counts as wrong, so that an epoch or a candidate that diverged loses to the others.
+    right = (logits.argmax(1) == labels) & ~logits.isnan().any(1)
+    accuracy = int(right.sum()) / len(labels)
+    selected = accuracy if metric is None else metric(logits, labels)
+    return {"accuracy": accuracy, SELECTED_BY: selected, "loss": F.cross_entropy(logits.double(), labels).item()}
+
+
 # --- stopping and resuming ---
 
 
@@ -87,6 +108,17 @@ class StopAt(TrainerCallback):
     def on_epoch_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
         """See TrainerCallback."""
         control.should_training_stop = round(state.epoch) >= self.epoch
+
+
+class ViewOfEpoch(TrainerCallback):
+    """Tells a cached prefix which of several fixed views of the images an epoch uses."""
+
+    def __init__(self, cached: CachedPrefix) -> None:
+        self.cached = cached
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """See TrainerCallback."""
+        self.cached.set_epoch(round(state.epoch or 0))
 
 
 class Mark(TrainerCallback):
