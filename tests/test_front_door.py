@@ -20,7 +20,7 @@ from peft import (
 )
 from peft.utils.save_and_load import get_base_model_state_dict, set_base_model_state_dict
 from safetensors.torch import load_file
-from tiny import CASES, Tied, bits, disturb, images, llama, native_adapters, outputs, same, snapshot, train, vit
+from tiny import CASES, ConvNet, Tied, bits, disturb, images, llama, native_adapters, outputs, same, snapshot, train, vit
 from torch import nn
 from transformers import DynamicCache
 
@@ -824,6 +824,16 @@ def test_torch_compile_sees_deltas_switches_and_gradients():
         assert close(compiled(**INPUTS).logits, model(**INPUTS).logits)
     model.set_scale("default", 0.5)
     assert close(compiled(**INPUTS).logits, model(**INPUTS).logits)
+
+
+@pytest.mark.parametrize("mode", [False, True])
+def test_torch_compile_reads_the_mode_of_held_statistics(mode):
+    """Before 2.12 torch.compile took the mode that a norm stores for the property that reads it, without end."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = get_peft_model(ConvNet(nn.BatchNorm2d), SurgicalConfig(target="block1")).train(mode)
+    images = torch.randn(2, 3, 8, 8)
+    assert close(torch.compile(model, backend="eager", fullgraph=True)(images), model(images))
 
 
 def test_an_adapter_of_a_compiled_network_is_the_networks(tmp_path):

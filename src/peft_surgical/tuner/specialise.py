@@ -144,18 +144,21 @@ class HoldsStatistics(Special):
     @property
     def training(self) -> bool:
         """False while the statistics are held, whatever mode was set; children (timm's act, drop) keep their own."""
-        if not self.__dict__["training"]:
+        if not self.__dict__["mode_set"]:
             return False
         surgery = self.__dict__["_modules"].get(HOLDER)
         return surgery is not None and surgery.statistics_move()
 
     @training.setter
     def training(self, mode: bool) -> None:
-        self.__dict__["training"] = mode
+        # Twice: nn.Module's own name is for when the class is restored. torch.compile (2.11 and before) takes
+        # __dict__["training"] for this property, so reading it here would never end.
+        self.__dict__["training"] = self.__dict__["mode_set"] = mode
 
 
 def hold_statistics(model: nn.Module) -> None:
     """Make every norm module of ``model`` hold its statistics; see `HoldsStatistics`."""
     for module in model.modules():
         if has_statistics(module):
+            module.__dict__["mode_set"] = module.__dict__["training"]
             specialise(module, HoldsStatistics)
