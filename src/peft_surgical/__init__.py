@@ -28,7 +28,7 @@ from .blocks import Anatomy, anatomy_of
 from .config import SurgicalConfig
 from .errors import SurgicalError
 from .tuner import register as _register
-from .tuner.model import set_scale
+from .tuner.switch import set_scale
 
 if TYPE_CHECKING:
     from .adapters.adapter import read_adapter

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..config import NormPolicy
@@ -91,6 +92,15 @@ def restore(module: nn.Module) -> None:
         target: Any = module
         # Not type(module).__bases__: FSDP2 may have put a class of its own on top.
         target.__class__ = base_class(module)
+
+
+def stored(module: Any, name: str) -> torch.Tensor:
+    """The tensor that ``module`` stores under ``name``, without deltas."""
+    for store in (module._parameters, module._buffers, module.__dict__):
+        if name in store:
+            return store[name]
+    # As for any attribute that is not there: FSDP1 takes a parameter away and asks with hasattr().
+    raise AttributeError(f"{base_class(module).__name__} no longer has the tuned tensor {name!r}")
 
 
 def base_class(module: nn.Module) -> type[nn.Module]:
