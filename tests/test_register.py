@@ -27,6 +27,7 @@ IMPORTED = """
 blocks blocks.anatomy blocks.inventory blocks.layouts blocks.parsing blocks.sources config errors evaluation
 evaluation.metrics evaluation.report extras files fingerprints keys peft_api tuner tuner.attach tuner.base
 tuner.combine tuner.layer tuner.loading tuner.mixed tuner.model tuner.plan tuner.saving tuner.specialise tuner.support
+tuner.switch
 """
 
 
@@ -124,7 +125,14 @@ def test_nothing_but_what_docs_tuner_lists_is_changed_in_other_packages():
                 if isinstance(function, FunctionType) and function.__code__.co_filename.startswith(own):
                     changed.add(f"{holder.__name__}.{name}")
     assert changed == {
-        f"PeftModel.{name}" for name in ("save_pretrained", "push_to_hub", "create_or_update_model_card")
+        f"PeftModel.{name}"
+        for name in (
+            "save_pretrained",
+            "load_adapter",
+            "disable_adapter",
+            "push_to_hub",
+            "create_or_update_model_card",
+        )
     }
     page = (Path(__file__).parents[1] / "docs" / "tuner.md").read_text(encoding="utf-8")
     assert all(f"`{name}`" in page for name in changed)

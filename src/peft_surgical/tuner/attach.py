@@ -13,9 +13,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..errors import AdapterError
-from ..keys import BASE_MARKS, HOLDER
-from .layer import SurgicalLayer, stored
-from .specialise import Special, base_class, restore, specialise
+from ..keys import BASE_MARKS, HOLDER, join
+from .layer import SurgicalLayer
+from .specialise import Special, base_class, restore, specialise, stored
 
 
 class ReadsDeltas(Special):
@@ -159,7 +159,7 @@ def _link(layer: SurgicalLayer, key: str, module: nn.Module, name: str) -> None:
 def detach(model: nn.Module) -> None:
     """Remove every trace: holders, links, special classes. Base tensors stay as they are (merge first to keep)."""
     model.__dict__.pop(BASE_MARKS, None)
-    for module in list(model.modules()):
+    for _, module in list(walk(model)):
         if isinstance(module._modules.get(HOLDER), SurgicalLayer):
             del module._modules[HOLDER]
         links = module.__dict__.pop("surgery_links", None)
@@ -170,9 +170,23 @@ def detach(model: nn.Module) -> None:
 
 def surgical_layers(model: nn.Module) -> Iterator[tuple[str, SurgicalLayer]]:
     """(path of the tuned module, its `SurgicalLayer`), in the model's order; the root's path is ""."""
-    for path, module in model.named_modules():
-        if isinstance(module, SurgicalLayer):
-            yield path.removesuffix(HOLDER).removesuffix("."), module
+    for path, module in walk(model):
+        if SurgicalLayer in type(module).__mro__:
+            yield path.removesuffix(HOLDER).removesuffix("."), cast(SurgicalLayer, module)
+
+
+def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """``model.named_modules()`` without what lies in a `SurgicalLayer`: there is some for every adapter."""
+    seen, waiting = set(), [("", model)]
+    while waiting:
+        path, module = waiting.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield path, module
+        if SurgicalLayer not in type(module).__mro__:  # isinstance() is slow for a class with an abstract parent
+            children = [(join(path, name), child) for name, child in module._modules.items() if child is not None]
+            waiting += reversed(children)
 
 
 @contextmanager
@@ -183,11 +197,11 @@ def bare(model: nn.Module) -> Iterator[None]:
     """
     hidden = [
         (module, name, child)
-        for module in model.modules()
+        for _, module in walk(model)
         for name, child in module._modules.items()
         if isinstance(child, (SurgicalLayer, AuxiliaryTrainingWrapper))
     ]
-    special = [(module, type(module)) for module in model.modules() if isinstance(module, Special)]
+    special = [(module, type(module)) for _, module in walk(model) if isinstance(module, Special)]
     try:
         for module, name, child in hidden:
             if isinstance(child, SurgicalLayer):

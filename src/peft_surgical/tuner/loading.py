@@ -69,7 +69,9 @@ def set_scale(model: nn.Module, adapter_name: str, scale: float) -> None:
         raise AdapterError(f"No adapter {adapter_name!r} on this model.")
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise AdapterError(f"Adapter {adapter_name!r} is merged; unmerge it, set its scale, and merge it again.")
-    for path, layer in layers.items():
+    for path, layer in (
+        layers.items() if not 0 <= scale <= 1 else ()
+    ):  # between the base and the tuned model all is well
         for name, kind, value in _held(layer, adapter_name):
             _check_result(join(path, name), layer, name, kind, value, float(scale), AdapterError)
     for layer in layers.values():

@@ -31,6 +31,7 @@ from .plan import Plan, check_fingerprint, fingerprint_of, make_plan
 from .saving import whole_state
 from .specialise import hold_buffers
 from .support import check_adapter_name
+from .switch import activate, alone, switched
 
 
 class SurgicalModel(BaseTuner):
@@ -77,7 +78,8 @@ class SurgicalModel(BaseTuner):
             convert_peft_config_for_transformers(config, model, get_model_conversion_mapping(model))
         self._check_new_adapter_config(config)
         if state_dict is None:
-            self._inject(model, adapter_name, make_plan(model, config), low_cpu_mem_usage)
+            with alone(model):
+                self._inject(model, adapter_name, make_plan(model, config), low_cpu_mem_usage)
             return
         configured = {*make_plan(model, config).names}
         plan = make_plan(model, config, [name for key in state_dict if (name := tensor_name(key)) is not None])
@@ -161,6 +163,18 @@ class SurgicalModel(BaseTuner):
                     delta.data = delta.data.to(layer.base_tensor(key).dtype)
 
     # --- switching, scaling ---
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Activate adapters; see BaseTuner. The time it takes depends on the tuned modules alone.
+
+        Inactive adapters are frozen, but for tensors whose ``requires_grad`` was set by hand.
+        """
+        activate(self.model, adapter_name, inference_mode)
+        self.active_adapter = adapter_name
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        for module in switched(self.model):
+            module.enable_adapters(enabled)
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
         """Multiply an adapter's deltas by ``scale`` from now on: 0.0 is exactly the base, 1.0 exactly the tuned model.

@@ -18,6 +18,7 @@ import weakref
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..config import NormPolicy
@@ -108,6 +109,15 @@ def restore(module: nn.Module) -> None:
         target.__class__ = base_class(module)
 
 
+def stored(module: Any, name: str) -> torch.Tensor:
+    """The tensor that ``module`` stores under ``name``, without deltas."""
+    for store in (module._parameters, module._buffers, module.__dict__):
+        if name in store:
+            return store[name]
+    # As for any attribute that is not there: FSDP1 takes a parameter away and asks with hasattr().
+    raise AttributeError(f"{base_class(module).__name__} no longer has the tuned tensor {name!r}")
+
+
 def base_class(module: nn.Module) -> type[nn.Module]:
     """The class of ``module`` without any trait."""
     return module.special_base if isinstance(module, Special) else type(module)
@@ -159,14 +169,16 @@ class HoldsStatistics(Special):
     @property
     def training(self) -> bool:
         """False while the statistics are held, whatever mode was set; children (timm's act, drop) keep their own."""
-        if not self.__dict__["training"]:
+        if not self.__dict__["mode_set"]:
             return False
         surgery = self.__dict__["_modules"].get(HOLDER)
         return surgery is not None and surgery.statistics_move()
 
     @training.setter
     def training(self, mode: bool) -> None:
-        self.__dict__["training"] = mode
+        # Twice: nn.Module's own name is for when the class is restored. torch.compile (2.11 and before) takes
+        # __dict__["training"] for this property, so reading it here would never end.
+        self.__dict__["training"] = self.__dict__["mode_set"] = mode
 
     @property
     def affine(self) -> Any:
@@ -231,6 +243,7 @@ def hold_buffers(model: nn.Module) -> None:
         if HOLDER in path.split("."):  # an adapter's own
             continue
         if has_statistics(module):
+            module.__dict__["mode_set"] = module.__dict__["training"]
             specialise(module, HoldsStatistics)
         elif _other_buffers(module):
             specialise(module, HoldsBuffers)
