@@ -95,7 +95,7 @@ def auto(
         (leader,) = run([candidate_of(leader)])
         trials.append(leader)
         gain = _gain([leader], base)
-    if nothing and gain.mean <= 0:
+    if nothing and _score(base) >= _score(leader):
         return replace(result_of("auto", [base], trials), gain=gain)
     chosen = candidate_of(leader)
     (final,) = run([replace(chosen, how=replace(chosen.how, refit=True))])
