@@ -78,7 +78,7 @@ def test_the_active_adapter_has_no_part_in_what_is_shared():
     disturb(model, seed=5)
     model.set_adapter("one")
     with torch.no_grad():
-        expected = {name: None for name in ("one", "two")}
+        expected = dict.fromkeys(("one", "two"))
         for name in expected:
             model.set_adapter(name)
             expected[name] = model(IMAGES)
