@@ -26,7 +26,8 @@ tune with_base_names
 IMPORTED = """
 blocks blocks.anatomy blocks.inventory blocks.layouts blocks.parsing blocks.sources config errors evaluation
 evaluation.metrics evaluation.report extras files fingerprints keys peft_api tuner tuner.attach tuner.base
-tuner.combine tuner.layer tuner.loading tuner.mixed tuner.model tuner.plan tuner.saving tuner.specialise tuner.support
+tuner.combine tuner.layer tuner.loading tuner.mixed tuner.model tuner.plan tuner.saving tuner.sharing tuner.specialise
+tuner.support
 tuner.switch
 """
 
