@@ -297,14 +297,26 @@ def test_compare_writes_the_rows_that_are_done(run, data, tmp_path, monkeypatch)
 
     fit = experiment.fit
     monkeypatch.setattr(experiment, "fit", breaking)
-    line = ("compare", "test_resnet", data, "--output", tmp_path, "--random", "--epochs", 1, "--seeds", 0, "--cpu")
+    line = (
+        "compare",
+        "test_resnet",
+        data,
+        "--output",
+        tmp_path / "out",
+        "--random",
+        "--epochs",
+        1,
+        "--seeds",
+        0,
+        "--cpu",
+    )
     code, out, err = run(*line, "--methods", "none", "block1", "head", "--lr", "1e-2")
     assert code == 2
     assert [row.split()[0] for row in out.splitlines()[1:3]] == ["none", "head"]
     assert "Missing, since they failed: block1." in out
     assert "Traceback" in err
     assert err.endswith("peft-surgical: 1 of 3 rows failed: block1: RuntimeError: out of memory\n")
-    assert (tmp_path / "table.md").is_file()
+    assert (place / "table.md").is_file()
     code, out, err = run(*line, "--methods", "block1", "--lr", "1e-2")
     assert (code, out) == (2, "")
     assert "1 of 1 rows failed" in err

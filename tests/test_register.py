@@ -23,9 +23,9 @@ compare diff load_adapted pull push_adapter read_adapter resolve_target score_bl
 """
 
 IMPORTED = """
-blocks blocks.anatomy blocks.inventory blocks.layouts blocks.parsing blocks.sources config errors evaluation
-evaluation.metrics evaluation.report extras files keys peft_api tuner tuner.attach tuner.combine tuner.layer
-tuner.mixed tuner.model tuner.plan tuner.saving tuner.specialise tuner.support
+blocks blocks.anatomy blocks.inventory blocks.layouts blocks.parsing blocks.regexes blocks.sources config errors
+evaluation evaluation.metrics evaluation.report extras files folders keys peft_api results texts tuner tuner.attach
+tuner.combine tuner.layer tuner.mixed tuner.model tuner.plan tuner.saving tuner.specialise tuner.support
 """
 
 
