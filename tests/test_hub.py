@@ -728,9 +728,8 @@ def test_pull_into_a_folder_replaces_the_adapter_there_as_a_whole(hub, base, tmp
     with pytest.raises(ConfigError, match=r"site holds what came from 'me/frost': name another folder"):
         pull("me/fog", tmp_path / "site")
     push_adapter(second, "me/frost", **GIVEN)
-    hub.repos["me/frost"].commit(
-        {n: d for n, d in hub.repos["me/frost"].files().items() if n not in ("report.json", "figure.png")}, "by hand"
-    )
+    repo = hub.repos["me/frost"]
+    repo.commit({name: data for name, data in repo.files().items() if name not in ("report.json", "figure.png")}, "cut")
     assert torch.equal(logits(load_adapted(tmp_path / "site")), logits(first))
     (tmp_path / "site" / "notes.txt").write_text("mine")
     pull("me/frost", tmp_path / "site")
