@@ -747,10 +747,12 @@ def test_pull_into_a_folder_replaces_the_adapter_there_as_a_whole(hub, base, tmp
 @pytest.mark.parametrize("name", ["README.md", "report.json", "notes.txt"])
 def test_pull_refuses_a_folder_that_holds_other_things(hub, base, tmp_path, name):  # noqa: F811
     push_adapter(tuned(), "me/frost", **GIVEN)
-    (tmp_path / name).write_text("mine")
-    with pytest.raises(ConfigError, match=f"output=.* holds {name}, which might be overwritten: name a folder"):
-        pull("me/frost", tmp_path)
-    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "mine")]
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / name).write_text("mine")
+    with pytest.raises(ConfigError, match=f"site holds {name}, which might be overwritten: name a folder"):
+        pull("me/frost", site)
+    assert [(path.name, path.read_text()) for path in site.iterdir()] == [(name, "mine")]
 
 
 # The base

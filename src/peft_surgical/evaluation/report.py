@@ -219,7 +219,8 @@ class Report:
             content = json.loads(text)
             measurements = [{**m, "seeds": tuple(m["seeds"])} for m in content["measurements"]]
             found = cls(**{**content, "measurements": tuple(Measurement(**m) for m in measurements)})
-            for one in (found, *found.measurements):
+            _check_types(found)
+            for one in found.measurements:
                 _check_types(one)
             return found
         except DataError:

@@ -215,7 +215,7 @@ def _environment() -> jinja2.Environment:
         keep_trailing_newline=True,
         autoescape=False,  # Markdown
     )
-    found.filters |= {
+    filters: dict[str, Any] = {
         # Text that stays within its cell of a table.
         "cell": markdown_text,
         "percent": lambda value: f"{100 * value:.1f}",
@@ -224,6 +224,7 @@ def _environment() -> jinja2.Environment:
         "code": markdown_code,
         "interval": card_text.interval_name,
     }
+    found.filters |= filters
     return found
 
 
