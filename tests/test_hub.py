@@ -725,14 +725,34 @@ def test_pull_into_a_folder_replaces_the_adapter_there_as_a_whole(hub, base, tmp
     push_adapter(first, "me/frost", report=report(), **GIVEN)
     push_adapter(second, "me/fog", **GIVEN)
     assert pull("me/frost", tmp_path / "site").folder == tmp_path / "site"
+    with pytest.raises(ConfigError, match=r"site holds what came from 'me/frost': name another folder"):
+        pull("me/fog", tmp_path / "site")
+    push_adapter(second, "me/frost", **GIVEN)
+    repo = hub.repos["me/frost"]
+    repo.commit({name: data for name, data in repo.files().items() if name not in ("report.json", "figure.png")}, "cut")
     assert torch.equal(logits(load_adapted(tmp_path / "site")), logits(first))
     (tmp_path / "site" / "notes.txt").write_text("mine")
-    pull("me/fog", tmp_path / "site")
+    pull("me/frost", tmp_path / "site")
     assert torch.equal(logits(load_adapted(tmp_path / "site")), logits(second))
-    assert set(files_in(tmp_path / "site")) == {"README.md", CONFIG, WEIGHTS, "base.json", "notes.txt"}
+    names = {path.name for path in (tmp_path / "site").iterdir()}
+    assert names == {"README.md", CONFIG, WEIGHTS, "base.json", "notes.txt", ".peft-surgical"}
+    (tmp_path / "site" / "README.md").write_text("mine")
+    with pytest.raises(ConfigError, match=r"site holds README\.md, which something else has written or changed"):
+        pull("me/frost", tmp_path / "site", force=True)
     # What was pulled is pushed again with the record that it came with.
     push_adapter(tmp_path / "site", "me/again", **GIVEN)
     assert torch.equal(logits(load_adapted("me/again")), logits(second))
+
+
+@pytest.mark.parametrize("name", ["README.md", "report.json", "notes.txt"])
+def test_pull_refuses_a_folder_that_holds_other_things(hub, base, tmp_path, name):  # noqa: F811
+    push_adapter(tuned(), "me/frost", **GIVEN)
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / name).write_text("mine")
+    with pytest.raises(ConfigError, match=f"site holds {name}, which might be overwritten: name a folder"):
+        pull("me/frost", site)
+    assert [(path.name, path.read_text()) for path in site.iterdir()] == [(name, "mine")]
 
 
 # The base
@@ -895,7 +915,7 @@ def test_adapters_by_base(hub, base, checkpoints, tmp_path):  # noqa: F811
     for number, text in enumerate(hostile):
         (tmp_path / "sites" / f"hostile{number}").mkdir()
         (tmp_path / "sites" / f"hostile{number}" / CONFIG).write_text(text)
-    one, odd = adapters_in([tmp_path / "sites"])
+    one, odd = sorted(adapters_in([tmp_path / "sites"]), key=lambda found: found.name)
     assert (odd.target, odd.base, odd.is_whole) == ("{'a': 1}", "(no base named)", False)
     # One that is named itself is shown.
     assert [found.name for found in adapters_in(unfinished[:1])] == [str(unfinished[0])]

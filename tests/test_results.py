@@ -105,7 +105,7 @@ def test_a_config_of_a_save_that_was_killed_is_ones_own(tmp_path):
 def test_places_where_no_folder_can_be(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     for place in (tmp_path / "file", tmp_path / "file" / "below", "a\0b", tmp_path / ("x" * 300)):
-        with pytest.raises(ConfigError, match=r"output=.*: no results can be written there"):
+        with pytest.raises(ConfigError, match=r"no results can be written to .*: name another folder with output="):
             claim(place, [])
     monkeypatch.setenv("HOME", str(tmp_path))
     assert claim("~/results", []) == tmp_path / "results"

@@ -1,6 +1,8 @@
 import copy
+import gc
 import inspect
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -35,6 +37,18 @@ def test_a_special_module_is_still_what_it_was():
     detach(module)
     assert type(module) is nn.Linear
     assert "surgery_links" not in vars(module)
+
+
+def test_classes_that_nobody_uses_any_more_go():
+    class Local(nn.Linear):
+        pass
+
+    module = Local(2, 3)
+    specialise(module, HoldsStatistics)
+    special, base = weakref.ref(type(module)), weakref.ref(Local)
+    del module, Local
+    gc.collect()
+    assert (special(), base()) == (None, None)
 
 
 def test_the_same_request_gives_the_same_class_and_traits_add_up():

@@ -236,7 +236,7 @@ class SurgicalConfig(PeftConfig):
                 config = config if content is None else _superseded(content, config) or config
             except (ConfigError, TargetError) as error:
                 raise AdapterFileError(f"The config of {source} does not hold what a config holds: {error}") from error
-            found = (config.weights_sha256, content and content.sha256)
+            found = (config.weights_sha256, None if content is None else content.sha256)
             if None in found or found[0] == found[1] or found == before:
                 break  # they belong together, or nobody is replacing them
             before = found

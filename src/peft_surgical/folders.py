@@ -42,7 +42,7 @@ except ImportError:  # Windows
 LOCK_TIMEOUT = 60.0
 """Seconds to wait for another process that writes into a folder."""
 _POLL = 0.01
-_YOUNG, _DAY = 5.0, 24 * 3600.0  # seconds: may not be marked yet as written; where nothing can be marked
+_DAY = 24 * 3600.0  # seconds, after which something is abandoned where nothing can be marked
 
 
 def canonical_json(value: Any) -> str:
@@ -52,16 +52,20 @@ def canonical_json(value: Any) -> str:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write ``text`` beside ``path`` and rename it into place: a reader sees the old file or the new one."""
-    scratch = path.with_name(f"{SCRATCH}{secrets.token_hex(8)}")
-    # Never through a link that somebody has put there, and with the mode that a new file has.
-    descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666)
-    try:
-        with open(descriptor, "w", encoding="utf-8") as file:
-            _flock(file.fileno())
-            file.write(text)
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    while True:
+        scratch = path.with_name(f"{SCRATCH}{secrets.token_hex(8)}")
+        # Never through a link that somebody has put there, and with the mode that a new file has.
+        descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        try:
+            with open(descriptor, "w", encoding="utf-8") as file:
+                _mark(file.fileno())
+                if not scratch.exists():  # taken for something abandoned, before it was marked
+                    continue
+                file.write(text)
+            os.replace(scratch, path)
+            return
+        finally:
+            scratch.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -78,7 +82,7 @@ def staging(target: Path) -> Iterator[Path]:
         stage = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=target))
         held = os.open(stage, os.O_RDONLY) if fcntl is not None else None
         if held is not None:
-            _flock(held)
+            _mark(held)
     try:
         yield stage
     finally:
@@ -186,37 +190,41 @@ def _busy(folder: Path) -> AdapterError:
     )
 
 
-def _flock(descriptor: int) -> None:
+def _mark(descriptor: int) -> None:
     """Mark something unfinished as being written by a process that lives."""
     if fcntl is not None:
         with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
 
 
 def _sweep(folder: Path) -> None:
     """Remove what killed processes have left unfinished in a folder; only while it is locked."""
     for path in folder.glob(f"{SCRATCH}*"):
-        if path.name != f"{SCRATCH}lock" and _is_abandoned(path):
-            if path.is_dir() and not path.is_symlink():
+        if path.name == f"{SCRATCH}lock" or path.is_symlink():
+            continue
+        with contextlib.suppress(OSError), _abandoned(path) as abandoned:
+            if abandoned and path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
-            else:
+            elif abandoned:
                 path.unlink(missing_ok=True)
 
 
-def _is_abandoned(path: Path) -> bool:
+@contextmanager
+def _abandoned(path: Path) -> Iterator[bool]:
+    """Whether nobody writes there, who then has to wait until the block ends."""
+    old = time.time() - path.lstat().st_mtime > _DAY
+    if fcntl is None:
+        yield old
+        return
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
-        age = time.time() - path.lstat().st_mtime
-        if fcntl is None or age < _YOUNG:
-            return age > _DAY
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return age > _DAY
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        except OSError:
+            yield old
+        else:
+            yield True
     finally:
         os.close(descriptor)
-    return True

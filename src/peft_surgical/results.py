@@ -40,7 +40,8 @@ def claim(folder: str | os.PathLike[str], names: Iterable[str], origin: str | No
         others = sorted(path.name for path in target.iterdir() if not path.name.startswith("."))
         if others and not private.is_dir():
             raise ConfigError(
-                f"output={target} holds {shown(others)}, which might be overwritten: name a folder that is new or empty"
+                f"{target} holds {shown(others)}, which might be overwritten: name a folder that is new or empty with "
+                "output="
             )
         private.mkdir(exist_ok=True)
         with tempfile.TemporaryFile(dir=private):
@@ -48,14 +49,16 @@ def claim(folder: str | os.PathLike[str], names: Iterable[str], origin: str | No
     except (OSError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"output={printable(str(target))}: no results can be written there ({error})") from error
+        raise ConfigError(
+            f"no results can be written to {target} ({error}): name another folder with output="
+        ) from error
     if private.is_symlink():
         raise ConfigError(f"{private} is a link, and what is behind it would be removed: take it away")
     if origin is not None:
         note = private / _ORIGIN
         known = note.read_text(encoding="utf-8", errors="replace") if note.is_file() else origin
         if known != origin:
-            raise ConfigError(f"output={target} holds what came from {printable(known)}: name another folder")
+            raise ConfigError(f"{target} holds what came from {printable(known)}: name another folder with output=")
         write_atomically(note, origin)
     _refuse_foreign(target, names)
     return target

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 
-def visible(text: str, keep: str = "") -> str:
+def escaped(text: str, keep: str = "") -> str:
     """A text with escapes in place of characters that a terminal might obey, except for those in ``keep``."""
     shown = (c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
     return text if text.isprintable() else "".join(shown)
@@ -14,13 +14,13 @@ def visible(text: str, keep: str = "") -> str:
 
 def markdown_text(value: Any) -> str:
     """A value as text on one line of Markdown, in which it makes no HTML, no link, no image and no cell of a table."""
-    text = visible(" ".join(str(value).split())).replace("<", "&lt;")
-    return re.sub(r"(?<!\\)([|\[])", r"\\\1", text)
+    text = escaped(" ".join(str(value).split())).replace("<", "&lt;").replace("](", "]\\(")
+    return re.sub(r"(?<!\\)\|", r"\\|", text)
 
 
 def markdown_code(value: Any) -> str:
     """A value as code in Markdown, also within a table."""
-    return f"`{visible(' '.join(str(value).split())).replace('`', chr(39)).replace('|', chr(92) + '|')}`"
+    return f"`{escaped(' '.join(str(value).split())).replace('`', chr(39)).replace('|', chr(92) + '|')}`"
 
 
 def csv_cell(text: str) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 from ..errors import DataError
 from ..extras import require
 from ..files import MAX_BYTES
-from ..texts import markdown_text, visible
+from ..texts import escaped, markdown_text
 from .metrics import interval_of_runs
 
 ORACLE = "oracle"
@@ -156,7 +156,7 @@ class TextTable:
         for name in self.header:
             table.add_column(text(name))
         for row in self.rows:
-            table.add_row(*(text(visible(cell)) for cell in row))
+            table.add_row(*(text(escaped(cell)) for cell in row))
         console.Console(width=None if sys.stdout.isatty() else 150).print(table)
 
 
@@ -219,14 +219,15 @@ class Report:
             content = json.loads(text)
             measurements = [{**m, "seeds": tuple(m["seeds"])} for m in content["measurements"]]
             found = cls(**{**content, "measurements": tuple(Measurement(**m) for m in measurements)})
-            for one in (found, *found.measurements):
+            _check_types(found)
+            for one in found.measurements:
                 _check_types(one)
             return found
         except DataError:
             raise
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
             expected = ", ".join(f.name for f in fields(cls))
-            reason = visible(str(error))[:200]
+            reason = escaped(str(error))[:200]
             raise DataError(
                 f"not a report ({reason}): expected the JSON of {expected}, as Report.to_json writes it"
             ) from error

@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..errors import SurgicalError, reason_of
-from ..texts import visible
+from ..texts import escaped
 from ..training.search import HOW, NONE, USUAL, Candidate, Variant
 from ..training.trainer import Watch
 
@@ -130,7 +130,7 @@ class Bar(Watch):
             self._print(text)
 
     def _print(self, text: str) -> None:
-        self.out.print(escape(visible(text, keep="\n")))
+        self.out.print(escape(escaped(text, keep="\n")))
 
     def planned(self, requests: Sequence[Request], epochs: int) -> None:
         """See `Watch`."""

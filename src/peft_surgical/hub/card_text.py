@@ -12,7 +12,7 @@ from ..blocks.parsing import NUMBERED
 from ..config import SurgicalConfig
 from ..errors import ConfigError, SurgicalError
 from ..evaluation import ORACLE, Measurement, Report
-from ..texts import markdown_code, markdown_text, visible
+from ..texts import escaped, markdown_code, markdown_text
 from ..tuner.saving import is_repository
 
 _BEFORE = ", before tuning"
@@ -272,5 +272,5 @@ def readable(repo: str) -> Iterator[None]:
     except (ValueError, TypeError, KeyError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
         raise ConfigError(
             f"no card of {repo} can be written: the selection in its config, or its report, holds what this "
-            f"package does not write there ({visible(str(error))[:200]}). Save or tune it again"
+            f"package does not write there ({escaped(str(error))[:200]}). Save or tune it again"
         ) from error

@@ -101,13 +101,19 @@ def card_of(config: SurgicalConfig, report: Report | None, weights: Mapping[str,
         about: What none of them knows.
 
     Raises:
-        ConfigError: Something is missing; names all of it, and how to give it.
+        ConfigError: Something is missing; names all of it, and how to give it. Or config or report hold what no card
+            can show.
     """
     check(about)
+    with card_text.readable(about.repo):
+        return ModelCard(_text_of(config, report, weights, about))
+
+
+def _text_of(config: SurgicalConfig, report: Report | None, weights: Mapping[str, Any], about: About) -> str:
     rows = card_rows(report, about.comparison) if report is not None else []
     answer = "adapted.label_names[logits.argmax()]" if about.labelled else "logits.softmax(-1)"
     # Not `ModelCard.from_template`, which would write an empty string for a name that nothing gives.
-    text = (
+    return str(
         _environment()
         .get_template(TEMPLATE)
         .render(
@@ -130,7 +136,6 @@ def card_of(config: SurgicalConfig, report: Report | None, weights: Mapping[str,
             loading=about.loading or card_text.OPEN.format(repo=about.repo, answer=answer),
         )
     )
-    return ModelCard(text)
 
 
 def check(about: About, later: Sequence[str] = ()) -> None:
@@ -210,7 +215,7 @@ def _environment() -> jinja2.Environment:
         keep_trailing_newline=True,
         autoescape=False,  # Markdown
     )
-    found.filters |= {
+    filters: dict[str, Any] = {
         # Text that stays within its cell of a table.
         "cell": markdown_text,
         "percent": lambda value: f"{100 * value:.1f}",
@@ -219,6 +224,7 @@ def _environment() -> jinja2.Environment:
         "code": markdown_code,
         "interval": card_text.interval_name,
     }
+    found.filters |= filters
     return found
 
 
@@ -282,8 +288,7 @@ def add_card(folder: Path, report: Report | None, figure: Place | None, about: A
         with card_text.readable(about.repo):
             draw_figure(card_rows(report, about.comparison), weights, card_text.moved_of(report), folder / FIGURE)
     about = replace(about, figure=FIGURE if (folder / FIGURE).is_file() else None)
-    with card_text.readable(about.repo):
-        card = card_of(adapter.config, report, weights, about)
+    card = card_of(adapter.config, report, weights, about)
     with explained("check the card of", about.repo):
         try:
             patiently(card.validate)

@@ -30,6 +30,7 @@ from accelerate import PartialState
 from ..choosing.models import forward_loss, logits_of
 from ..errors import ConfigError
 from ..folders import write_atomically
+from ..keys import PRIVATE
 
 if TYPE_CHECKING:
     from ..experiment.requests import Request
@@ -130,6 +131,8 @@ class Mark(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """See TrainerCallback."""
+        if state.is_world_process_zero:  # from now on, checkpoints in this folder are ours to remove
+            Path(args.output_dir, PRIVATE).mkdir(parents=True, exist_ok=True)
         if state.best_global_step:  # Trainer keeps the path, and ignores one that does not exist
             state.best_model_checkpoint = str(_place(args.output_dir, state.best_global_step))
 
@@ -146,21 +149,33 @@ def last_checkpoint(folder: str | Path, processes: int) -> tuple[str | None, int
     """The last complete checkpoint in the folder of one run and its number of epochs; None and 0 if there is none.
 
     Raises:
-        ConfigError: The checkpoint was written by another number of processes than there are now.
+        ConfigError: The checkpoint was written by another number of processes than there are now, or by something else.
     """
-    found = Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-    for place in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+    found = {path: path.name.rpartition("-")[2] for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
+    numbered = [path for path, number in found.items() if number.isascii() and number.isdigit()]
+    if numbered and not Path(folder, PRIVATE).is_dir():
+        raise ConfigError(
+            f"{folder} holds checkpoints of something else, and a run would remove older ones: name another folder"
+        )
+    for place in sorted(numbered, key=lambda path: int(found[path]), reverse=True):
         try:
             state = json.loads((place / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
             wrote = json.loads((place / MARK).read_text(encoding="utf-8"))["processes"]
-        except (OSError, ValueError):  # the run was killed while this checkpoint was written
+            epochs = round(state["epoch"])
+        except (
+            OSError,
+            ValueError,
+            TypeError,
+            KeyError,
+            RecursionError,
+        ):  # the run was killed while this checkpoint was written
             continue
         if wrote != processes:
             raise ConfigError(
                 f"{place} was written by {wrote} process(es) and cannot be continued by {processes}, whose steps "
                 f"are others: launch {wrote}, or delete {folder} to start again"
             )
-        return str(place), round(state["epoch"])
+        return str(place), epochs
     return None, 0
 
 

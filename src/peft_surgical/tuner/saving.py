@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 from safetensors import safe_open
 
 from ..config import SurgicalConfig, SurgicalType
@@ -183,11 +183,12 @@ def write_card(folder: str | os.PathLike[str], report: Report | None = None) -> 
 
 
 def may_replace(page: Path) -> bool:
-    """Whether no user has written this page: there is none, it is PEFT's template, or this package wrote it."""
+    """Whether no user has written this page: there is none, it is PEFT's blank template, or this package wrote it."""
     if not page.is_file():
         return True
-    text = page.read_text(encoding="utf-8")
-    return PAGE_MARK in text or _EMPTY in text
+    text = page.read_text(encoding="utf-8", errors="replace")
+    # A section of the template that somebody has filled in is theirs.
+    return PAGE_MARK in text or text.count(_EMPTY) >= ModelCard.default_template_path.read_text("utf-8").count(_EMPTY)
 
 
 def target_of(config: SurgicalConfig) -> str:
