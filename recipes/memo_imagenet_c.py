@@ -170,8 +170,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name in ("accuracy",) if lines else ("before", "accuracy"):
             cells = (plus_minus([r.result[name] for r in some], some[0].result["n"]) for some in runs)
             lines.append([*(["none", "-", "-", "-"] if name == "before" else own), *cells])
+    count = args.images or PER_CLASS * len(class_numbers())
     caption = (
-        f"{args.model}, ImageNet-C: accuracy in percent of the predictions along streams of {args.images or PER_CLASS * len(class_numbers())} images, ± "
+        f"{args.model}, ImageNet-C: accuracy in percent of the predictions along streams of {count} images, ± "
         f"half the 95% interval ({'Wilson over images' if len(args.seeds) == 1 else 'Student over seeds'}); seeds "
         f"{', '.join(map(str, args.seeds))}. Selection: of several learning rates by the accuracy on "
         f"{args.validation_images} validation images of {args.select_on}; nothing was selected on test images."
