@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ sys.path.insert(0, str(ROOT / "recipes"))
 import cifar10c  # noqa: E402
 import synthetic  # noqa: E402
 from paper.cifar_tables import OVERLAP, cell, comparison_table, forgetting_table  # noqa: E402
+from paper.protocol import audit  # noqa: E402
 from peft_surgical.evaluation import TextTable, interval_of_runs, mean_interval, plus_minus  # noqa: E402
 from peft_surgical.training.ledger import Ledger, Run  # noqa: E402
 
@@ -254,7 +256,21 @@ def draw_blocks(network: str, file: Path) -> None:
     figure.savefig(file, dpi=150)
 
 
+AUDITED = ("cifar10c", "imagenet_c", "living17", "entity30", "cifar_flip", "waterbirds", "celeba", "camelyon17", "fmow")
+
+
+def audited() -> str:
+    """Every setting of every recipe, and where it is from."""
+    lines = [line for name in AUDITED for line in audit(importlib.import_module(name).PROTOCOL, f"`{name}.py`")]
+    caption = (
+        "Verdict: paper, its reference code (github.com/anniesch/surgical-finetuning), ours where neither says, or a "
+        "departure from what they say."
+    )
+    return TextTable(["recipe", "setting", "here", "verdict", "source"], lines, caption).markdown()
+
+
 SUMMARIES = {
+    "recipes.md": audited,
     **{f"compare-{network}.md": functools.partial(comparison, network) for network in NETWORKS},
     **{f"compare-flip-{network}.md": functools.partial(flip, network) for network in NETWORKS},
     **{f"cifar10c-{network}.md": functools.partial(forgetting, network) for network in NETWORKS},

@@ -221,7 +221,7 @@ def at_once(args: argparse.Namespace, ledger: Ledger) -> None:
         streams = [read(*(key[name] for name in ("corruption", "part", "seed", "images"))) for key in missing]
         plans = [Plan(pixels, key["seed"], key["lr"]) for key, (pixels, _) in zip(missing, streams, strict=True)]
         start = time.perf_counter()
-        outcomes = adapt_many(memo, plans, views[steps])
+        outcomes = adapt_many(memo, plans, views[steps], eager=args.eager)
         seconds = time.perf_counter() - start
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         for key, (_, labels), outcome in zip(missing, streams, outcomes, strict=True):
@@ -391,6 +391,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--select-on", nargs="+", default=["gaussian_noise"], help=chooses)
     add("--streams-at-once", action="store_true", help="all MEMO streams of a target and mode together, for a GPU")
     add("--device", help="for --streams-at-once; default: cuda where there is one")
+    add("--eager", action="store_true", help="with --streams-at-once: no CUDA graph of a step")
     add("--width", type=int, default=32, help="with --streams-at-once: images of an episodic batch")
     add("--figure", help="also draw the streams into this file")
     args = parser.parse_args(argv)

@@ -204,7 +204,7 @@ def test_help_and_plan(recipe, place, tmp_path, capsys):
         recipe.main(["--help"])
     said = " ".join(capsys.readouterr().out.split())
     assert "accelerate launch recipes/cifar_flip.py" in said
-    assert "default: 15 (paper, Table 4 and appendix)" in said
+    assert "default: 15 (paper, A.4)" in said
     (tmp_path / "models").mkdir()  # the plan needs no weights
     with mock.patch.object(Trainer, "train", side_effect=AssertionError):
         recipe.main(words(place, tmp_path / "out", "--dry-run", "--models", tmp_path / "models"))

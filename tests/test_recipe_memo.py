@@ -307,7 +307,20 @@ def folders(tmp_path, imagenet):
 def test_imagenet_c_folders_are_streamed(imagenet, folders, monkeypatch):
     options = ["--model", "test_resnet", "--random", "--data", str(folders / "data"), "--select-on", "fog"]
     options += ["--corruption", "frost", "fog", "--output", str(folders), "--views", "2", "--validation-images", "2"]
-    options += ["--target", "stem", "--method", "memo", "tent", "--lr", "1e-4", "1e-3", "--episodic-lr", "1e-3"]
+    options += [
+        "--images",
+        "2",
+        "--target",
+        "stem",
+        "--method",
+        "memo",
+        "tent",
+        "--lr",
+        "1e-4",
+        "1e-3",
+        "--episodic-lr",
+        "1e-3",
+    ]
     options += ["--tent-lr", "1e-3", "--device", "cpu", "--markdown", str(folders / "table.md")]
     imagenet.main(options)
     runs = Ledger(folders / "ledger.jsonl").runs()
@@ -327,7 +340,7 @@ def test_imagenet_c_folders_are_streamed(imagenet, folders, monkeypatch):
 
 
 def test_what_validates_on_imagenet_c_is_tested_nowhere(imagenet, folders):
-    args = imagenet.argparse.Namespace(data=str(folders / "data"), validation_images=2)
+    args = imagenet.argparse.Namespace(data=str(folders / "data"), validation_images=2, images=2)
     key = {"corruption": "fog", "severity": 5, "part": "validation", "seed": 0, "images": 2}
     validates = set(imagenet.stream_of(args, key).files)
     assert len(validates) == 2
@@ -339,8 +352,17 @@ def test_what_validates_on_imagenet_c_is_tested_nowhere(imagenet, folders):
             assert stream.read(0).size == (40, 36)
 
 
+def test_without_a_number_the_first_images_of_each_class_test_and_others_validate(imagenet, folders, monkeypatch):
+    monkeypatch.setattr(imagenet._first_of_each, "__defaults__", (1,))
+    args = imagenet.argparse.Namespace(data=str(folders / "data"), validation_images=2, images=None)
+    key = {"corruption": "fog", "severity": 5, "part": "test", "seed": 0, "images": 2000}
+    assert sorted(imagenet.stream_of(args, key).files) == ["n01440764/1.JPEG", "n15075141/1.JPEG"]
+    key |= {"part": "validation", "images": 2}
+    assert sorted(imagenet.stream_of(args, key).files) == ["n01440764/2.JPEG", "n15075141/2.JPEG"]
+
+
 def test_folders_that_are_not_imagenet_c_are_refused(imagenet, folders):
-    args = imagenet.argparse.Namespace(data=str(folders / "data"), validation_images=4)
+    args = imagenet.argparse.Namespace(data=str(folders / "data"), validation_images=4, images=2)
     key = {"corruption": "fog", "severity": 5, "part": "test", "seed": 0, "images": 2}
     with pytest.raises(DataError, match="4 images are too few for 4 to validate"):
         imagenet.stream_of(args, key)

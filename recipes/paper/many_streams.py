@@ -318,13 +318,14 @@ class ViewsOfMany:
         return self._draws[seed, position]
 
 
-def adapt_many(memo: ManyMemo, plans: Sequence[Plan], views: ViewsOfMany) -> list[Outcome]:
+def adapt_many(memo: ManyMemo, plans: Sequence[Plan], views: ViewsOfMany, *, eager: bool = False) -> list[Outcome]:
     """Adapt along every stream, online all together, episodic as many images at a time as ``memo`` has streams.
 
     Args:
         memo: New, or `ManyMemo.reset`; online it has as many streams as there are plans.
         plans: Streams of equal length online; images on the device of the network.
         views: Of `memo`'s steps.
+        eager: On a GPU, not to make a graph of a step.
     """
     device = memo.deltas[0].device
     rows = [[(i, j) for j in range(len(plan.images))] for i, plan in enumerate(plans)]
@@ -340,7 +341,7 @@ def adapt_many(memo: ManyMemo, plans: Sequence[Plan], views: ViewsOfMany) -> lis
     counts: list[tuple[Tensor, Tensor]] = []
     step: Callable[..., Tensor] = memo
     for rates, (views_of, images) in zip(every, _batches(batches, plans, views), strict=True):
-        if device.type == "cuda" and step is memo:
+        if device.type == "cuda" and step is memo and not eager:
             step = _captured(memo, (views_of, images, rates))
             memo.reset()
         before = memo.taken.clone(), memo.skipped.clone()

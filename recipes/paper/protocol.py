@@ -45,7 +45,10 @@ class Protocol:
         published: Row -> what the paper reports, in percent.
         reference: Where in the paper all this is.
         rates: Optimizer -> what to choose from in place of ``lrs`` and ``head_lrs`` where the user asks for it.
-        chosen: Options (``lr``, ``batch_size``, ...) whose defaults are chosen here, since the paper's are not known.
+        sources: Setting (``lr``, ``batch_size``, ``tuning``, ...) -> where it is from, if not from ``reference``: a
+            place in the paper or its reference code; ``chosen here`` where neither says; ``departure: `` and what they
+            say.
+        parts: Part of the data -> what it is, for `audit`.
     """
 
     name: str
@@ -61,7 +64,8 @@ class Protocol:
     published: Mapping[str, float] = field(default_factory=dict)
     reference: str = ""
     rates: Mapping[str, tuple[tuple[float, ...], tuple[float, ...]]] = field(default_factory=dict)
-    chosen: tuple[str, ...] = ()
+    sources: Mapping[str, str] = field(default_factory=dict)
+    parts: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_metrics(self.metrics)
@@ -86,7 +90,7 @@ def parser_of(protocol: Protocol, doc: str | None) -> argparse.ArgumentParser:
     fitting, paper = protocol.fitting, protocol.reference
 
     def stated(option: str, default: str = "%(default)s") -> str:
-        origin = "chosen here" if option in protocol.chosen else paper
+        origin = protocol.sources.get(option, paper)
         return f"default: {default} ({origin})" if origin else f"default: {default}"
 
     def rates(option: str, default: tuple[float, ...], place: int) -> str:
@@ -104,9 +108,15 @@ def parser_of(protocol: Protocol, doc: str | None) -> argparse.ArgumentParser:
         trained = "a network that is trained on the source already, by id or folder: the source step is left out"
         add("--source-checkpoint", metavar="ID", help=trained)
         add("--source-only", action="store_true", help="stop after the source step")
-        usual = protocol.source.fitting.epochs
-        add("--source-epochs", type=int, default=usual, help=f"default: {usual} ({protocol.source.reference})")
-    add("--tuning-images", type=int, metavar="N", help=f"images to tune on; default: the paper's ({paper})")
+        first, its = protocol.source.fitting, protocol.source.reference
+        add("--source-epochs", type=int, default=first.epochs, help=f"default: {first.epochs} ({its})")
+        how = f"default: {first.optimizer} ({its})"
+        add("--source-optimizer", choices=tuple(OPTIMIZERS), default=first.optimizer, help=how)
+        usual = {first.optimizer: first.lr} | dict(protocol.source.rates)
+        said = ", ".join(f"{rate:g} with {name}" for name, rate in usual.items())
+        add("--source-lr", type=float, help=f"default: {said} (chosen here)")
+    where = protocol.sources.get("tuning", paper)
+    add("--tuning-images", type=int, metavar="N", help=f"images to tune on; default: {where}")
     add("--validation-images", type=int, metavar="N", help="images to choose with; default: as above")
     add("--augment", choices=AUGMENTS, default="none", help="of the images to tune on; default: %(default)s")
 
@@ -228,3 +238,43 @@ def rule_of_row(row: str) -> str | None:
     if row == AUTO_SNR:
         return f"threshold and {rates}"
     return f"block by validation of each seed, {rates}" if row == CROSS_VAL else None
+
+
+AUDITED = ("model", "tuning", "validation", "test", "source", "optimizer", "lr", "head_lr", "epochs", "batch_size")
+AUDITED += ("scheduler", "weight_decay")
+"""Settings of `audit`, in order."""
+
+
+def audit(protocol: Protocol, recipe: str) -> list[list[str]]:
+    """Rows (recipe, setting, value here, verdict, source) of a protocol: what it is, and where that is from.
+
+    The verdict is ``paper``, ``code`` for its reference code, ``ours`` where neither says, or ``departure``.
+    """
+
+    def rates(values: Sequence[float]) -> str:
+        return ", ".join(f"{rate:g}" for rate in values)
+
+    fitting, source = protocol.fitting, protocol.source
+    values = {
+        "model": protocol.model,
+        **{part: protocol.parts.get(part, "") for part in ("tuning", "validation", "test")},
+        "optimizer": fitting.optimizer,
+        "lr": rates(protocol.lrs),
+        "head_lr": rates(protocol.head_lrs),
+        "epochs": str(fitting.epochs),
+        "batch_size": str(fitting.batch_size),
+        "scheduler": fitting.lr_scheduler,
+        "weight_decay": f"{fitting.weight_decay:g}",
+    }
+    if source is not None:
+        own = source.fitting
+        values["source"] = f"{own.optimizer} {own.lr:g}, {source.method}, {own.epochs} epochs, batch {own.batch_size}"
+    lines = []
+    for setting in AUDITED:
+        if setting in values:
+            where = protocol.sources.get(setting, protocol.reference)
+            where = source.reference if setting == "source" and source is not None else where
+            verdicts = {"departure": "departure", "chosen here": "ours", "reference code": "code"}
+            verdict = next((name for begins, name in verdicts.items() if where.startswith(begins)), "paper")
+            lines.append([recipe, setting, values[setting], verdict, where.removeprefix("departure: ")])
+    return lines

@@ -209,8 +209,14 @@ def _source(protocol: Protocol, args: argparse.Namespace, fitting: FitSettings) 
     assert training is not None
     world = PartialState().num_processes if args.spread == "batches" else 1
     batch = max(1, training.fitting.batch_size // world)
+    optimizer, first = args.source_optimizer, training.fitting
+    usual = first.lr if optimizer == first.optimizer else training.rates.get(optimizer)
+    if (lr := args.source_lr or usual) is None:
+        raise ConfigError(f"--source-optimizer {optimizer} has no usual rate here: give --source-lr, too")
     own = replace(
         training.fitting,
+        lr=lr,
+        optimizer=optimizer,
         epochs=args.source_epochs,
         batch_size=batch,
         precision=fitting.precision,
