@@ -42,7 +42,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from peft_surgical import SurgicalConfig
 from peft_surgical.evaluation import TextTable
-from peft_surgical.files import write_atomically
+from peft_surgical.folders import write_atomically
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("peft-surgical", "peft", "torch", "timm", "transformers", "accelerate", "safetensors")
