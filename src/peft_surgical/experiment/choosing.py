@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -166,12 +167,12 @@ def search(experiment: Experiment, name: str, seed: int) -> tuple[SearchResult, 
 
 def _auto(experiment: Experiment, settings: dict[str, Any]) -> SearchResult:
     seed = settings["seed"]
-    base = experiment.base(seed).model
+    base = copy.deepcopy(experiment.base(seed).model).cpu().eval()  # scoring may have left it on an accelerator
     asked, policy = experiment.asked, experiment.config.get("norm_stats", "frozen")
     if policy not in asked.policies or not any(has_statistics(module) for module in base.modules()):
         asked = replace(asked, policies=(policy,))
     look = collate([experiment.rows("validation", seed)[0]])
-    solved = LOGISTIC if can_solve(base.eval(), experiment.anatomy, look) else None
+    solved = LOGISTIC if can_solve(base, experiment.anatomy, look) else None
     return auto(
         parts_of(experiment.anatomy),
         experiment.train,
@@ -179,9 +180,16 @@ def _auto(experiment: Experiment, settings: dict[str, Any]) -> SearchResult:
         settings,
         experiment.run,
         asked=asked,
+        steps=_steps_of(experiment),
         solved=solved,
         nothing=not experiment.head_is_new,
     )
+
+
+def _steps_of(experiment: Experiment) -> int:
+    """Optimizer steps of a whole run."""
+    fitting, images = experiment.fitting, len(experiment.data(experiment.seed).tuning)
+    return math.ceil(images / (fitting.batch_size * fitting.accumulation)) * fitting.epochs
 
 
 def parts_of(anatomy: Anatomy) -> list[str]:
@@ -316,7 +324,7 @@ def plan_of(experiment: Experiment, asked: Sequence[str], is_method: bool = Fals
     purposes = {"tuning": "to tune on", "validation": "to choose with", "test": "to test on"}
     counts = {part: len(rows) for part, rows in data.parts.items()}
     images = ", ".join(f"{counts.get(part) or 'none'} {purpose}" for part, purpose in purposes.items())
-    steps = math.ceil(counts["tuning"] / (fitting.batch_size * fitting.accumulation)) * fitting.epochs
+    steps = _steps_of(experiment)
     epochs = "1 epoch" if fitting.epochs == 1 else f"{fitting.epochs} epochs"
     others, head = uses_rates(experiment, asked, is_method)
     rates = [", ".join(f"{rate:g}" for rate in experiment.lrs)] if others else []
