@@ -83,7 +83,7 @@ def evidence_of(logits: Tensor, labels: Tensor) -> dict[str, Any]:
     """
     broken = logits.isnan().any(1)
     if broken.all():
-        chances = torch.zeros(len(labels))
+        chances = torch.zeros(len(labels), dtype=torch.float64)
     else:
         chances = logits.double().softmax(1).gather(1, labels[:, None])[:, 0].masked_fill(broken, 0.0)
     right = (logits.argmax(1) == labels) & ~broken
