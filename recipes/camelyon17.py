@@ -16,7 +16,7 @@ best part is the first one. What else can be asked for::
     ... --source-checkpoint DIR_OR_ID          # a network that is trained on the source already saves the longest step
     ... --center 1                             # another hospital; 0 to 4, as the files number them; default: 2
     ... --optimizer adamw --source-optimizer adamw     # the paper's A.5, with rates of its own
-    ... --target auto --seeds 0                # let scores and a race choose, instead of comparing
+    ... --target auto --seeds 0                # let the default search choose, instead of comparing
     ... --method freeze-embed                  # Kumar et al. 2022b: everything but the embedding, by SGD
     ... --license apache-2.0 --push-to-hub ME/NAME     # with --source-checkpoint ID: the card, and where to push it
     ... --dry-run                              # parts, tensors, steps and rates; opens no image and trains nothing

@@ -11,11 +11,11 @@ Without ``--target`` and ``--method`` every row of the paper's Table 4 is run, o
 the test images, mean over corruptions (paper: 14, of another network; measured: gaussian_noise, frost, zoom_blur,
 pixelate):
 
-    ========= ==== ==== =========== ========== ===== ===== ======== ======== ========= ==== ====
-    row       none all  first-last  last-first L1-SP L2-SP Auto-SNR Auto-RGN Cross-Val race auto
-    paper     52.6 79.9    80.5        78.8    81.7    -     80.9     81.4     82.8     -    -
-    ResNet-26 63.4 80.1    79.7        76.7    80.7  80.9    79.7     79.7     79.4    79.3 79.5
-    ========= ==== ==== =========== ========== ===== ===== ======== ======== ========= ==== ====
+    ========= ==== ==== =========== ========== ===== ===== ======== ======== ========= ====
+    row       none all  first-last  last-first L1-SP L2-SP Auto-SNR Auto-RGN Cross-Val race
+    paper     52.6 79.9    80.5        78.8    81.7    -     80.9     81.4     82.8     -
+    ResNet-26 63.4 80.1    79.7        76.7    80.7  80.9    79.7     79.7     79.4    79.3
+    ========= ==== ==== =========== ========== ===== ===== ======== ======== ========= ====
 
 Each network, task, number of images and norm policy is a study with a folder of its own. What their runs gave also goes
 into one file of rows, ``OUTPUT/rows.jsonl``, from which the tables are drawn::
@@ -29,8 +29,8 @@ Protocol (paper, Sec. 2.1, A.3 and A.4): Adam, 15 epochs, three rates, 1,000 ima
 main.py: batch 64, a constant rate. 200 images validate, the others test, drawn per class with each seed. The epoch is
 chosen by validation accuracy, the rate by that of seed 0 (of equals the first listed). ``cross-val`` picks the best
 block on each seed's validation images, as the paper's does; ``cross-val-wide`` (80.1) the best of these, all and none;
-``race`` does so by successive halving with learning rates included, ``auto`` by a race among all, the head and the two
-blocks with the highest RGN. Auto-SNR's threshold is one of ``--thresholds``, by validation on seed 0; the measured row
+``race`` does so by successive halving with learning rates included; ``auto`` is the package's default choice
+(docs/selection.md), which was not measured here. Auto-SNR's threshold is one of ``--thresholds``, by validation on seed 0; the measured row
 has 0.3 alone, which nothing chose. Cost is in training steps of 64 images, of searches in those of all their runs.
 Departures from the paper: the ResNet-26 of its main text, where its A.4 and the reference code have RobustBench's
 Standard (a WRN-28-10 with BatchNorm), so that its numbers are another network's; 200 images to validate, where the code

@@ -1,4 +1,4 @@
-"""`auto` over a fit function whose scores are given: which runs it asks for, what it takes in the end, what it costs."""
+"""`auto` over a fit function whose scores are given: which runs it asks for, what it takes, what it costs."""
 
 import pytest
 
@@ -207,8 +207,7 @@ def test_the_gain_is_that_of_the_best_of_all_that_were_compared(ledger):
     def right(run):
         return [mark == "1" for mark in run.result["right"]]
 
-    wanted = gain_of_best(
-        [run.result["scores"] for run in compared], list(map(right, compared)), right(found.trials[0])
-    )
+    scores = [run.result["scores"] for run in compared]
+    wanted = gain_of_best(scores, list(map(right, compared)), right(found.trials[0]))
     assert found.gain == wanted
     assert found.record()["gain"] == wanted.record()

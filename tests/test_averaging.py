@@ -31,17 +31,8 @@ class Ends(TrainerCallback):
 
 def averaged(folder=None, kill=None, **how):
     ends = Ends(kill)
-    return fit(
-        used_batchnorm(),
-        "block1",
-        Rows(20, 1),
-        Rows(10, 2),
-        SETTINGS,
-        folder=folder,
-        average=True,
-        callbacks=[ends],
-        **how,
-    ), ends.weights
+    how = {"folder": folder, "average": True, "callbacks": [ends], **how}
+    return fit(used_batchnorm(), "block1", Rows(20, 1), Rows(10, 2), SETTINGS, **how), ends.weights
 
 
 @pytest.fixture(scope="module")

@@ -72,14 +72,14 @@ def test_a_summary_equals_arithmetic_of_its_own(summaries):
     def shown(values, sign=""):
         return f"{statistics.fmean(values):{sign}.1f} ± {4.302653 * statistics.stdev(values) / math.sqrt(3):.1f}"
 
-    own = by_seed(lambda key: key["method"] == "auto" and key["task"] != "flip")
+    own = by_seed(lambda key: key["method"] == "race" and key["task"] != "flip")
     before = by_seed(lambda key: key["method"] == "none" and key["task"] != "flip")
     rows = [[text.strip() for text in line.split("|")[1:-1]] for line in summaries.compare_means().splitlines()[:-2]]
     table = {row[0]: dict(zip(rows[0], row, strict=True)) for row in rows}
-    assert table["auto"]["both"] == shown(own)
+    assert table["race"]["both"] == shown(own)
     better = [float(table[name]["both"].split()[0]) for name in ("cross-val", "all")]
     assert float(table["none"]["minus all"].split()[0]) == pytest.approx(statistics.fmean(before) - better[1], abs=0.06)
-    assert float(table["auto"]["minus cross-val"].split()[0]) == pytest.approx(
+    assert float(table["race"]["minus cross-val"].split()[0]) == pytest.approx(
         statistics.fmean(own) - better[0], abs=0.11
     )
     assert summaries.minus([0.5, 0.75, 0.5], [0.25, 0.25, 0.5]) == shown([25, 50, 0], "+")

@@ -1,6 +1,7 @@
 """One's own data from folder to adapter: choosing, new heads, forgetting, resuming, comparing, and what is written."""
 
 import copy
+import csv
 import json
 import os
 import pickle
@@ -26,8 +27,9 @@ from peft import PeftModel  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from timm.models import save_for_hf  # noqa: E402
 
-from peft_surgical import SurgicalConfig, anatomy_of  # noqa: E402
+from peft_surgical import Anatomy, SurgicalConfig, anatomy_of  # noqa: E402
 from peft_surgical.bases import load_base  # noqa: E402
+from peft_surgical.blocks import Block  # noqa: E402
 from peft_surgical.choosing import BlockScores  # noqa: E402
 from peft_surgical.choosing.methods import METHODS, HeadFirst, Progress, method_of  # noqa: E402  # noqa: E402
 from peft_surgical.errors import AdapterError, ConfigError, DataError, RowsFailedError  # noqa: E402
@@ -38,6 +40,7 @@ from peft_surgical.experiment.api import compare, tune  # noqa: E402
 from peft_surgical.experiment.choosing import (  # noqa: E402
     batch_size_for,
     choose,
+    parts_of,
     plan_of,
     run_grid,
     search,
@@ -48,10 +51,11 @@ from peft_surgical.experiment.experiment import Experiment  # noqa: E402
 from peft_surgical.experiment.outputs import read_source, write_tuned  # noqa: E402
 from peft_surgical.experiment.requests import Bar, Score, Test, Train, key_of, request_of  # noqa: E402
 from peft_surgical.experiment.subject import NewHeadFirst, modules_of_head, with_new_head  # noqa: E402
+from peft_surgical.training.auto import AutoSettings  # noqa: E402
 from peft_surgical.training.fitting import FitSettings, fit  # noqa: E402
 from peft_surgical.training.ledger import Ledger  # noqa: E402
-from peft_surgical.training.search import candidates_of  # noqa: E402
-from peft_surgical.training.trainer import Watch  # noqa: E402
+from peft_surgical.training.search import candidate_of, candidates_of  # noqa: E402
+from peft_surgical.training.trainer import DivergedError, Watch  # noqa: E402
 
 NAMES = ("ant", "bee", "cow")
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
@@ -241,23 +245,73 @@ class Counted(Watch):
         self.failures.append(row)
 
 
-def test_auto_races_what_rgn_nominates(place, tmp_path):
+def test_auto_takes_the_best_and_trains_it_on_all_labels(place, tmp_path):
     watch = Counted()
-    run = of(place, tmp_path, epochs=2, watch=watch)
+    run = of(place, tmp_path, epochs=2, watch=watch, asked=AutoSettings(lrs=(1e-2,)))
     choice = choose(run, "auto", 0)
-    best = run.scores("rgn", 0).top(2)
-    first = [one.key["method"] for one in choice.trials if one.key.get("stop") or one.key["method"] == "none"]
-    assert sorted({*first}) == sorted({"none", *best, "head", "all"})
-    assert {one.key.get("stop") for one in choice.trials} <= {None, 0.5}  # two epochs have two rungs
-    assert choice.selection["asked"] == "auto"
-    assert choice.selection["scores"]["criterion"] == "rgn"
+    keys = [one.key for one in choice.trials]
+    solved = [key["how"]["norm_stats"] for key in keys if key["method"] == "logistic-head"]
+    assert sorted(solved[:2]) == ["estimated", "frozen"]
+    assert {key["method"] for key in keys} == {"none", "logistic-head", *parts_of(run.anatomy)}
+    assert {key["lr"] for key in keys} <= {None, 1e-2}
     assert len([known for _, known in watch.told if not known]) == watch.total
+    assert (choice.selection["asked"], choice.selection["chosen"]) == ("auto", str(candidate_of(choice.run)))
+    assert choice.selection["gain"]["images"] == 12
     report = write_tuned(run, choice, 0).report
-    assert report.target == choice.run.key["method"]
-    if report.target == "none":
-        assert not (tmp_path / ADAPTER[0]).exists()
-    else:
-        measured(run, reopened(tmp_path)[0], report)
+    assert report.target == choice.run.key["method"] != "none"
+    assert choice.run.key["how"]["refit"]
+    measured(run, reopened(tmp_path)[0], report)
+    # The validation images were trained on in the end: what is reported of them is from before.
+    found = report.find("accuracy", "validation")
+    assert found.value == choice.run.result["validation"]
+    assert "measured before the adapter was trained on these images, too" in found.selection
+    counts = report.settings["test"]["confusion"]
+    assert [sum(row) for row in counts] == [4, 4, 4]
+    assert report.settings["test"]["accuracy_of_class"]["bee"] == counts[1][1] / 4
+    with (tmp_path / "mistakes.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == report.settings["test"]["mistakes"] == 12 - sum(counts[i][i] for i in range(3))
+    # The same data, asked for again, trains nothing.
+    again = of(place, tmp_path, epochs=2, asked=AutoSettings(lrs=(1e-2,)))
+    assert choose(again, "auto", 0) == choice
+    assert len(again.found) == len(keys)
+
+
+@pytest.mark.parametrize(
+    ("names", "parts"),
+    [
+        (["block1", "head"], ["block1", "all"]),
+        (["block1", "block2", "head"], ["block1", "block2", "all"]),
+        (["embedding", "block1", "block2", "head"], ["embedding", "block1", "block2", "all"]),
+        (["a", "b", "c", "d", "head"], ["a", "b + c", "d", "all"]),
+        (["a", "b", "c", "d", "e", "head"], ["a", "b + c", "d + e", "all"]),
+        (["a", "b", "c", "d", "e", "f"], ["a + b", "c + d", "e + f", "all"]),
+    ],
+)
+def test_the_parts_that_auto_compares_are_thirds(names, parts):
+    found = Anatomy(tuple(Block(name, (name,), 1) for name in names))
+    assert parts_of(found) == parts
+
+
+def test_auto_keeps_the_norm_policy_that_is_given(place, tmp_path):
+    run = of(place, tmp_path, config={"norm_stats": "all"}, asked=AutoSettings(lrs=(1e-2,), policies=("all",)))
+    found = search(run, "auto", 0)[0]
+    assert {one.key["how"]["norm_stats"] for one in found.trials} == {"all"}
+
+
+def test_in_auto_a_run_that_diverges_loses(place, tmp_path, monkeypatch):
+    def diverging(network, method, *args, **how):
+        if method.name == "all":
+            raise DivergedError(3)
+        return fit(network, method, *args, **how)
+
+    monkeypatch.setattr(experiment, "fit", diverging)
+    run = of(place, tmp_path, asked=AutoSettings(lrs=(1e-2,)))
+    found = search(run, "auto", 0)[0]
+    lost = [one for one in found.trials if one.result.get("diverged")]
+    assert {one.key["method"] for one in lost} == {"all"}
+    assert (lost[0].result["score"], lost[0].result["right"]) == (0.0, "0" * 12)
+    assert found.chosen.method != "all"
 
 
 def test_not_to_tune_can_win(place, tmp_path, monkeypatch):
@@ -330,6 +384,15 @@ def test_some_of_the_networks_classes_in_another_order_keep_its_head(place, tmp_
     assert report.settings["head"].startswith("kept: the data has 2 of the 3 classes")
     assert report.settings["open"]["head"] == "keep"
     assert report.settings["data_parts"]["test"].endswith("2 to 3 per class of the tuning images")
+    # What is taken for a class that the data has not is a mistake like any other.
+    looked = report.settings["test"]
+    counts = looked["confusion"]
+    assert [len(row) for row in counts] == [3, 3]  # ant and cow, as ant, cow, and another class
+    assert (counts[0][0] + counts[1][1]) / 5 == report.find("accuracy", "test").value
+    assert looked["mistakes"] == 5 - counts[0][0] - counts[1][1]
+    with (tmp_path / "out" / "mistakes.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["predicted"] for row in rows].count("bee") == counts[0][2] + counts[1][2]
     model, _ = reopened(tmp_path / "out")  # without the warning
     assert model.get_base_model().num_classes == 3
     measured(run, model, report)
@@ -586,12 +649,13 @@ def few_candidates(monkeypatch):
     monkeypatch.setattr("peft_surgical.experiment.choosing.candidates_of", few)
 
 
-@pytest.mark.parametrize("rows", [["auto", "race"], ["race", "auto"], ["block1", "race", "auto"]])
-def test_searches_with_other_rungs_share_their_runs(place, tmp_path, monkeypatch, rows):
+@pytest.mark.parametrize("rows", [["block1", "race", "auto"]])
+def test_searches_share_their_runs(place, tmp_path, monkeypatch, rows):
     few_candidates(monkeypatch)
     settings = {"data": "flat", "epochs": 5, "lrs": (1e-2, 1e-4), "reading": {"test": 9, "validation": 9}}
-    for name, value in (("RUNGS", (0.2, 0.6, 1.0)), ("AUTO_RUNGS", (0.4, 0.8, 1.0))):
-        monkeypatch.setattr(f"peft_surgical.experiment.choosing.{name}", value)
+    settings["asked"] = AutoSettings(lrs=(1e-2,))
+    monkeypatch.setattr("peft_surgical.experiment.choosing.RUNGS", (0.2, 0.6, 1.0))
+    monkeypatch.setattr("peft_surgical.experiment.choosing.parts_of", lambda anatomy: ["block1"])
     shared = of(place, tmp_path / "shared", **settings)
     found = run_grid(shared, rows, [0])
     for name in rows:
@@ -702,7 +766,8 @@ def test_the_plan_says_images_batches_steps_and_rates(place, tmp_path):
         ("none", ""),
         ("block1", "; learning rates 0.001, 0.0001"),
         ("head", "; learning rates 0.01 for the head alone"),
-        ("auto", "; learning rates 0.001, 0.0001 and 0.01 for the head alone"),
+        ("race", "; learning rates 0.001, 0.0001 and 0.01 for the head alone"),
+        ("auto", "; learning rates between 1e-05 and 0.01"),
     ):
         lines = plan_of(run, [asked]).splitlines()
         assert lines[:2] == ["tuning: 18 images, given", "validation: 12 images, given"]
@@ -710,12 +775,13 @@ def test_the_plan_says_images_batches_steps_and_rates(place, tmp_path):
     assert "none to test on" in plan_of(of(place, tmp_path, data="flat"), ["block1"])
     uses = {
         name: uses_rates(run, [name])
-        for name in ("none", "greedy", "race", "auto-rgn", "head", "linear-probe", "lp-ft")
+        for name in ("none", "greedy", "race", "auto", "auto-rgn", "head", "linear-probe", "lp-ft")
     }
     assert uses == {
         "none": (False, False),
         "greedy": (True, False),
         "race": (True, True),
+        "auto": (True, False),
         "auto-rgn": (True, True),
         "head": (False, True),
         "linear-probe": (False, True),

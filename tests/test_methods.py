@@ -81,6 +81,7 @@ MOVED = {
     "auto-snr-reference": by_reference_snr(),
     "freeze-embed": NAMES - STEM,
     "dfr": HEAD,
+    "logistic-head": HEAD,
 }
 
 

@@ -16,7 +16,7 @@ from peft_surgical.blocks import Block
 from peft_surgical.errors import ConfigError
 from peft_surgical.training.engines import Workers, on_ray, separated, workers
 from peft_surgical.training.ledger import Ledger
-from peft_surgical.training.search import Candidate, auto, candidates_of, cross_val, greedy, nominated, race
+from peft_surgical.training.search import Candidate, candidates_of, cross_val, greedy, race
 
 EPOCHS = 15
 
@@ -542,43 +542,3 @@ def test_on_a_real_ray_cluster(tmp_path):
         assert found.cost == 3.0
     finally:
         ray.shutdown()
-
-
-def test_nominated_keeps_the_best_blocks_all_none_and_the_head_once():
-    rates = [1e-3, 1e-4]
-    given = [Candidate("none"), *(Candidate(m, lr) for m in ("block1", "block2", "block3", "all") for lr in rates)]
-    given[-2:-2] = [Candidate("head", 1e-1), Candidate("head", 1e-2)]
-    kept = nominated(given, {"block1": 1.0, "block2": 0.5, "block3": 2.0, "head": 0.1})
-    assert [str(one) for one in kept] == [
-        "none",
-        "block1 at 0.001",
-        "block1 at 0.0001",
-        "block3 at 0.001",
-        "block3 at 0.0001",
-        "head at 0.1",
-        "all at 0.001",
-        "all at 0.0001",
-    ]
-
-
-def test_auto_races_the_nominated_later_than_a_race(tmp_path):
-    calls = []
-
-    def fit(key):
-        calls.append((key["method"], key.get("stop", 1)))
-        # all starts worst and ends best, which a look after one epoch of fifteen would miss
-        curve = {"all": (0.3, 0.7, 0.9), "block1": (0.6, 0.6, 0.6), "head": (0.1, 0.1, 0.1), "none": (0.05,) * 3}
-        at = {2 / 15: 0, 2 / 5: 1}.get(key.get("stop"), 2)
-        return {"validation": curve[key["method"]][at], "cost": 15.0 * key.get("stop", 1) * (key["method"] != "none")}
-
-    given = [Candidate("none"), Candidate("block1", 1e-3), Candidate("block2", 1e-3), Candidate("head", 1e-1)]
-    scores = {"block1": 1.0, "block2": 0.1, "head": 0.5}
-    found = auto([*given, Candidate("all", 1e-3)], scores, fit, Ledger(tmp_path / "runs.jsonl"))
-    assert found.search == "auto"
-    assert found.chosen.method == "block1"  # of four a quarter survives, rounded up: one
-    wider = auto(
-        [*given, *(Candidate("all", lr) for lr in (1e-3, 1e-4, 1e-5, 1e-6))], scores, fit, Ledger(tmp_path / "b.jsonl")
-    )
-    assert wider.chosen.method == "all"
-    assert {stop for _, stop in calls} == {2 / 15, 2 / 5, 1}
-    assert "block2" not in {method for method, _ in calls}

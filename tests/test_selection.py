@@ -1,6 +1,8 @@
 """Criteria and targets from data: against ten-line references, on every form of batch, and leaving no trace."""
 
+import importlib
 import random
+import re
 
 import numpy as np
 import pytest
@@ -447,8 +449,10 @@ def test_resolve_target_leaves_a_concrete_target_alone(net, batches):
 def test_targets_that_need_runs_are_sent_to_the_searches(net, batches, target):
     with pytest.raises(ConfigError, match=f"peft-surgical tune --target {target}"):
         resolve_target(SurgicalConfig(target=target), net, batches)
-    with pytest.raises(UnresolvedTargetError, match=r"peft_surgical\.training\.search"):
+    with pytest.raises(UnresolvedTargetError, match=r"call peft_surgical\.training\.\w+\.\w+, which") as raised:
         get_peft_model(net, SurgicalConfig(target=target))
+    module, name = re.search(r"call (\S+)\.(\w+),", str(raised.value)).groups()
+    assert callable(getattr(importlib.import_module(module), name))
 
 
 def test_an_unresolved_score_target_names_the_call(net):

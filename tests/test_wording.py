@@ -20,7 +20,7 @@ OPTIONS = {p.name for command in COMMANDS.values() for p in command.params if p.
 # of them wrong, and none is a way out of what goes wrong in a command.
 # fmt: off
 UNREACHED = {
-    "accumulation", "arguments", "batch_first", "budget_bytes", "chains", "collapse_window", "depth",
+    "accumulation", "arguments", "average", "batch_first", "budget_bytes", "chains", "collapse_window", "depth",
     "exclude_modules", "is_trainable", "keep", "label_names", "loss_fn", "majority_sign", "metrics",
     "mixed_precision", "modules_to_save", "name", "order", "peft_type", "pretrained", "rungs",
     "safe_serialization", "save_embedding_layers", "scale", "severity", "share", "split", "strength",

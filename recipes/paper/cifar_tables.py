@@ -85,14 +85,15 @@ def comparison_table(args: argparse.Namespace, rows: Sequence[Run], methods: Seq
             summary = [mean, f"{fmean(ranks):.1f}", cost]
         lines.append([method, *cells, *summary])
     one = args.epochs * (-(-images // args.batch_size) + FORWARD_SHARE * args.validation_images / args.batch_size)
+    searches = " and ".join(name for name in ("race", "auto") if name in methods)
+    both, rates = (f"; {searches}: both by that of each seed", f" except in {searches}") if searches else ("", "")
     caption = (
         f"{args.model}. Test accuracy in percent on the images that neither tune nor validate, mean ± half the 95% "
         f"interval (Student's t) over seeds {', '.join(map(str, args.seeds))}, {OVERLAP}; {images} "
         f"images to tune. Mean and rank over {', '.join(whole) or 'no task yet'}. Selection: learning rate by "
         "validation accuracy of seed 0 (cross-val, over the blocks, and cross-val-wide, over these, all and none: then "
-        "the target by that of each seed; race and auto: both by that "
-        "of each seed), epoch by validation accuracy of each run; nothing was selected on test images. Cost: "
-        f"training steps for one adapter, without the search for the rate except in race and auto; one run "
+        f"the target by that of each seed{both}), epoch by validation accuracy of each run; nothing was selected on "
+        f"test images. Cost: training steps for one adapter, without the search for the rate{rates}; one run "
         f"of `all` costs {one:.0f}."
     )
     return TextTable(["method", *args.tasks, "mean", "rank", "cost"], lines, caption)

@@ -82,7 +82,8 @@ def _print(found: Tuned, folder: str) -> None:
     if (gain := (settings["selection"] or {}).get("gain")) is not None:
         out.print(f"{Gain(**gain)}.", soft_wrap=True)
     if (looked := settings.get("test")) is not None:
-        shares = [f"{escape(name)} {100 * share:.0f} %" for name, share in looked["accuracy_of_class"].items() if share]
+        found_of = looked["accuracy_of_class"].items()
+        shares = [f"{escape(name)} {100 * share:.0f} %" for name, share in found_of if share is not None]
         out.print(
             f"By class, on test images: {', '.join(shares[:20])}. {looked['mistakes']} are wrong.", soft_wrap=True
         )

@@ -18,8 +18,13 @@ from .parsing import NUMBERED, Count, Name, Pattern, Range, TargetSpec, Term
 
 _ALIASES = {"first": "block1", "last": "head", "stem": "embedding"}
 _BY_SCORES = "call config = peft_surgical.resolve_target(config, model, dataloader) before get_peft_model"
-_BY_RUNS = "call peft_surgical.training.search.{}, which trains candidates, or run `peft-surgical tune --target {}`"
-_SEARCHES = {"auto": "auto", "race": "race", "cross-val": "cross_val", "greedy": "greedy"}
+_BY_RUNS = "call peft_surgical.training.{}, which trains candidates, or run `peft-surgical tune --target {}`"
+_SEARCHES = {
+    "auto": "auto.auto",
+    "race": "search.race",
+    "cross-val": "search.cross_val",
+    "greedy": "search.greedy",
+}
 
 
 @dataclass(frozen=True)

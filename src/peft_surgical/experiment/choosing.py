@@ -17,7 +17,7 @@ from ..choosing.resolve import selection_record
 from ..choosing.scores import BlockScores
 from ..data.labelled import collate
 from ..errors import ConfigError, RowsFailedError
-from ..training.auto import auto
+from ..training.auto import HALF_DECADES, auto
 from ..training.engines import Workers
 from ..training.ledger import Run
 from ..training.logistic import can_solve
@@ -305,7 +305,11 @@ def uses_rates(experiment: Experiment, asked: Sequence[str], is_method: bool = F
     """
     both = [name for name in asked if name in SEARCHES or (name in SCORED and not is_method)]  # these may take the head
     head = [experiment.head_only(name) for name in asked if name not in both and name != NONE]
-    return bool(both) or not all(head), any(name != "greedy" for name in both) or any(head)
+    return bool(both) or not all(head), any(name not in ("auto", "greedy") for name in both) or any(head)
+
+
+def _listed(rates: Sequence[float]) -> str:
+    return ", ".join(f"{rate:g}" for rate in rates)
 
 
 def plan_of(experiment: Experiment, asked: Sequence[str], is_method: bool = False) -> str:
@@ -327,8 +331,11 @@ def plan_of(experiment: Experiment, asked: Sequence[str], is_method: bool = Fals
     steps = _steps_of(experiment)
     epochs = "1 epoch" if fitting.epochs == 1 else f"{fitting.epochs} epochs"
     others, head = uses_rates(experiment, asked, is_method)
-    rates = [", ".join(f"{rate:g}" for rate in experiment.lrs)] if others else []
-    rates += [", ".join(f"{rate:g}" for rate in experiment.head_lrs) + " for the head alone"] if head else []
+    rates = [_listed(experiment.lrs)] if others else []
+    rates += [f"{_listed(experiment.head_lrs)} for the head alone"] if head else []
+    if {*asked} - {NONE} == {"auto"}:
+        tried = experiment.asked.lrs
+        rates = [f"between {HALF_DECADES[0]:g} and {HALF_DECADES[-1]:g}" if tried is None else _listed(tried)]
     at = f"; learning rates {' and '.join(rates)}" if rates else ""
     lines.append(f"images: {images}; batches of {fitting.batch_size}, {epochs}: {steps} steps for a whole run{at}")
     return "\n".join(lines)

@@ -149,19 +149,27 @@ def write_tuned(experiment: Experiment, choice: Choice, seed: int, source: Sourc
 
 
 def _looked_at(experiment: Experiment, model: nn.Module, seed: int, file: Path) -> dict[str, Any]:
-    """The accuracy of each class on the test images and which class is taken for which; mistakes go to a table."""
+    """The accuracy of each class on the test images and which class is taken for which; mistakes go to a table.
+
+    Where the network has classes that the data has not, the last column of ``confusion`` counts them together.
+    """
     rows, names = experiment.rows("test", seed), list(experiment.data(seed).label_names)
     logits, labels = experiment.logits(model, rows), rows.label_tensor
-    if (outputs := experiment.outputs) is not None:  # those of the data's classes, in their order
-        logits = logits[:, list(outputs)]
+    known, others = experiment.base(seed).label_names, []
+    if (outputs := experiment.outputs) is not None:  # those of the data's classes, in their order, and then the others
+        others = [output for output in range(logits.shape[1]) if output not in outputs]
+        logits = logits[:, [*outputs, *others]]
         labels = torch.tensor([outputs.index(label) for label in labels.tolist()])
-    confusion = confusion_of(logits, labels, len(names))
+    confusion = confusion_of(logits, labels, logits.shape[1])[: len(names)]
+    if others:
+        confusion = [[*row[: len(names)], sum(row[len(names) :])] for row in confusion]
     found = {
         name: None if share is None else round(share, 4)
         for name, share in zip(names, per_class(confusion), strict=True)
     }
     files = list(experiment.data(seed).parts["test"].select_columns(["file"])["file"][:])
-    wrong = write_mistakes(file, files, logits, labels, names)
+    every = [*names, *(known[one] if known else str(one) for one in others)]
+    wrong = write_mistakes(file, files, logits, labels, every)
     return {"accuracy_of_class": found, "confusion": confusion, "mistakes": wrong}
 
 
@@ -253,7 +261,8 @@ def draw_confusion(axes: Any, names: list[str], confusion: list[list[int]]) -> N
     shares = [[count / max(1, sum(row)) for count in row] for row in confusion]
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     if len(names) <= 20:
-        axes.set_xticks(range(len(names)), names, rotation=90)
+        others = ["another class"] * (len(shares[0]) - len(names))
+        axes.set_xticks(range(len(shares[0])), [*names, *others], rotation=90)
         axes.set_yticks(range(len(names)), names)
         for i, row in enumerate(confusion):
             for j, count in enumerate(row):
