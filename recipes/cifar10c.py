@@ -30,8 +30,9 @@ main.py: batch 64, a constant rate. 200 images validate, the others test, drawn 
 chosen by validation accuracy, the rate by that of seed 0 (of equals the first listed). ``cross-val`` picks the best
 block on each seed's validation images, as the paper's does; ``cross-val-wide`` (80.1) the best of these, all and none;
 ``race`` does so by successive halving with learning rates included; ``auto`` is the package's default choice
-(docs/selection.md), which was not measured here. Auto-SNR's threshold is one of ``--thresholds``, by validation on seed 0; the measured row
-has 0.3 alone, which nothing chose. Cost is in training steps of 64 images, of searches in those of all their runs.
+(docs/selection.md), which was not measured here. Auto-SNR's threshold is one of ``--thresholds``, by validation on seed
+0; the measured row has 0.3 alone, which nothing chose. Cost is in training steps of 64 images, of searches in those of
+all their runs.
 Departures from the paper: the ResNet-26 of its main text, where its A.4 and the reference code have RobustBench's
 Standard (a WRN-28-10 with BatchNorm), so that its numbers are another network's; 200 images to validate, where the code
 has 100; weight decay pulls towards the pretrained weights; the penalties have one strength each. The measured rows have

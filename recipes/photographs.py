@@ -213,10 +213,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             for per_class in args.per_class:
                 study(args, rows, task, per_class)
     if args.table or not args.source_only:
-        for found in table(rows.runs(), args.tasks, args.per_class, args.seeds):
+        tables = table(rows.runs(), args.tasks, args.per_class, args.seeds)
+        for found in tables:
             found.show()
-            if args.markdown:
-                found.save(args.markdown)
+        if args.markdown:
+            Path(args.markdown).write_text("\n".join(found.markdown() for found in tables), encoding="utf-8")
 
 
 if __name__ == "__main__":
