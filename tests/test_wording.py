@@ -23,7 +23,7 @@ UNREACHED = {
     "accumulation", "arguments", "average", "batch_first", "budget_bytes", "chains", "collapse_window", "depth",
     "exclude_modules", "is_trainable", "keep", "label_names", "loss_fn", "majority_sign", "metrics",
     "mixed_precision", "modules_to_save", "name", "order", "peft_type", "pretrained", "rungs",
-    "safe_serialization", "save_embedding_layers", "scale", "severity", "share", "split", "strength",
+    "safe_serialization", "save_embedding_layers", "scale", "severity", "share", "split", "stop_epoch", "strength",
     "target_modules", "threshold", "total_steps", "transform", "weights",
 }
 # fmt: on
