@@ -35,12 +35,14 @@ from peft_surgical.errors import (  # noqa: E402
     AdapterFileError,
     ConfigError,
 )
+from peft_surgical.evaluation import Report, measure  # noqa: E402
 from peft_surgical.experiment.api import COMPARED  # noqa: E402
 from peft_surgical.experiment.choosing import (  # noqa: E402
     BATCH_SIZES,
     SCORED,
     STEPS_PER_EPOCH,
 )
+from peft_surgical.experiment.outputs import Tuned  # noqa: E402
 from peft_surgical.experiment.requests import Bar, Train  # noqa: E402
 from peft_surgical.experiment.settings import (  # noqa: E402
     ENGINES,
@@ -51,6 +53,7 @@ from peft_surgical.experiment.subject import SEARCHES  # noqa: E402
 from peft_surgical.training.fitting import OPTIMIZERS  # noqa: E402
 from peft_surgical_cli import app as cli  # noqa: E402
 from peft_surgical_cli.options import ManyValues, SharedOptions  # noqa: E402
+from peft_surgical_cli.tune import _print as print_tuned  # noqa: E402
 
 
 @pytest.fixture
@@ -259,6 +262,22 @@ def test_tune_and_compare(run, data, tmp_path):
     assert (tmp_path / "b" / "table.md").is_file()
 
 
+def test_what_tune_says_of_gain_and_classes(capsys, tmp_path):
+    found = measure("accuracy", [0.5], dataset="test", n=4, seeds=[0], selection="auto")
+    settings = {
+        "lr": 1e-3,
+        "cost": 10.0,
+        "head": "kept",
+        "selection": {"gain": {"mean": 0.04, "low": -0.04, "high": 0.12, "images": 60}},
+        "test": {"accuracy_of_class": {"ant": 1.0, "bee": 0.0, "cow": None}, "confusion": [], "mistakes": 2},
+    }
+    print_tuned(Tuned(None, Report("m", "block1", (found,), settings), None, tmp_path), str(tmp_path))
+    out = capsys.readouterr().out
+    assert "By class, on test images: ant 100 %, bee 0 %. 2 are wrong." in out  # there is no image of a cow
+    assert "+4.0 points over the base, 95% interval -4.0 to +12.0" in out
+    assert "About 240 validation images would show it." in out
+
+
 def test_folders_that_hold_other_things_are_refused_before_anything_is_read(run, tmp_path):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "events").write_text("TensorBoard's")
@@ -330,6 +349,7 @@ def test_rates_that_are_given_are_used_or_refused(run, data, tmp_path):
             "--head-lr is for the head tuned alone, which block1 does not do",
         ),
         (("--target", "greedy", "--head-lr", "1e-2"), "which greedy does not do: give --lr"),
+        (("--head-lr", "1e-2"), "--head-lr is for the head tuned alone, which auto does not do: give --lr"),
         (("--method", "linear-probe", "--lr", "1", "--head-lr", "1"), "--head-lr says at which rate: leave --lr out"),
         (("--target", "none", "--lr", "1"), "--lr is not used by none: leave it out"),
     ):
