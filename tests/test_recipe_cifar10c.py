@@ -131,7 +131,8 @@ def test_searches_and_scheduled_methods_have_rows(recipe, world, tmp_path):
     rows = {run.key["method"]: run for run in Ledger(tmp_path / "rows.jsonl")}
     assert set(rows) == {"none", "auto", "auto-rgn"}
     assert (rows["auto"].key["lr"], rows["auto"].key["grid"]) == (None, [[1e-3], [1e-1]])
-    assert rows["auto"].result["chosen"].split(" at ")[0] in {"none", "all", "head", "block1", "block2", "block3"}
+    chosen = rows["auto"].result["chosen"].split(",")[0].split(" at ")[0]
+    assert chosen in {"none", "all", "logistic-head", "block1", "block2", "block3"}
     rgn = rows["auto-rgn"].result
     assert [list(factors) for factors in rgn["factors"]] == [["block1", "block2", "block3", "head"]] * 3
     steps, scored, looks = 3 * 2, 3 * 2, 3 * 10 / 10 / 3

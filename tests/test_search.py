@@ -319,6 +319,8 @@ sys.modules["peft_surgical.blocks"] = types.SimpleNamespace(Anatomy=object)
 for name in ("evaluation", "training"):
     folder = sys.modules[f"peft_surgical.{name}"] = types.ModuleType(name); folder.__path__ = [f"{sys.argv[1]}/{name}"]
 sys.modules["peft_surgical.errors"] = types.SimpleNamespace(ConfigError=ValueError, DataError=ValueError)
+sys.modules["peft_surgical.files"] = types.SimpleNamespace(printable=str)
+sys.modules["peft_surgical.evaluation.selected"] = types.SimpleNamespace(Gain=object)
 from peft_surgical.training.ledger import Ledger
 from peft_surgical.training.search import Candidate, race
 
