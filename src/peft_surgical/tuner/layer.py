@@ -207,7 +207,7 @@ class SurgicalLayer(nn.Module, BaseTunerLayer):
     def enable_adapters(self, enabled: bool) -> None:
         """Toggle all adapters. Disabling shows the base, so a merged adapter is taken out first, as in PEFT."""
         if enabled:
-            self.set_adapter(self.active_adapters)
+            self.set_adapter(self._active_adapter)
         else:
             self.unmerge()
             self._train(self._trainable, False)
