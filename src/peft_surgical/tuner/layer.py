@@ -184,9 +184,9 @@ class SurgicalLayer(nn.Module, BaseTunerLayer):
         self._train(self._trainable - trained, False)
         self._train(trained, True)
         self.forget()
-        self._active_adapter = names
         own = self.surgical_stats._modules  # what `alone` hides stays as it is
-        self._movable = {name for name in self._movable if name not in own} | {name for name in trained if name in own}
+        movable = {name for name in self._movable if name not in own} | {name for name in trained if name in own}
+        self.__dict__.update(_active_adapter=names, _movable=movable)  # nn.Module's own way takes most of the time
 
     def _train(self, adapters: Iterable[str], trainable: bool) -> None:
         """Set ``requires_grad`` of the deltas of those adapters that this layer has."""

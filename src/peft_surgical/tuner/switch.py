@@ -73,7 +73,7 @@ def alone(model: nn.Module, shown: str | None = None) -> Iterator[None]:
     hidden: list[tuple[nn.ModuleDict, dict[str, Any]]] = []
     for _, layer in surgical_layers(model):
         for container in (layer.surgical_delta, layer.surgical_stats):
-            own: dict[str, Any] = container._modules  # type: ignore[assignment]
+            own: dict[str, Any] = container._modules
             hidden.append((container, own))
             container.__dict__["_modules"] = {name: module for name, module in own.items() if name == shown}
     try:
