@@ -197,9 +197,9 @@ class SurgicalLayer(nn.Module, BaseTunerLayer):
         self._train(self._trainable - trained, False)
         self._train(trained, True)
         self.forget()
-        self._active_adapter = names
         own = {*self.surgical_stats._modules}  # what `alone` hides stays as it is
-        self._movable = (self._movable - own) | ((trained & own) - self._held)
+        movable = (self._movable - own) | ((trained & own) - self._held)
+        self.__dict__.update(_active_adapter=names, _movable=movable)  # nn.Module's own way takes most of the time
 
     def _train(self, adapters: Iterable[str], trainable: bool) -> None:
         """Set ``requires_grad`` of the deltas of those adapters that this layer has."""
@@ -220,7 +220,7 @@ class SurgicalLayer(nn.Module, BaseTunerLayer):
     def enable_adapters(self, enabled: bool) -> None:
         """Toggle all adapters. Disabling shows the base, so a merged adapter is taken out first, as in PEFT."""
         if enabled:
-            self.set_adapter(self.active_adapters)
+            self.set_adapter(self._active_adapter)
         else:
             self.unmerge()
             self._train(self._trainable, False)
