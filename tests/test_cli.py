@@ -265,9 +265,7 @@ def test_folders_that_hold_other_things_are_refused_before_anything_is_read(run,
     for command, more in (("tune", ()), ("compare", ()), ("adapt", ("--lr", "0.1"))):
         code, out, err = run(command, "test_resnet", tmp_path / "nowhere", "--output", tmp_path, *more)
         assert (code, out, err.count("\n")) == (2, "", 1)
-        assert (
-            f"{tmp_path} holds runs, which might be overwritten: name a folder that is new or empty with --outp" in err
-        )
+        assert f"{tmp_path} holds runs, which might be overwritten: name a folder that is new or empty" in err
         code, _, err = run(command, "test_resnet", "x", "--output", tmp_path / "runs" / "events", *more)
         assert (code, "no results can be written to" in err, err.count("\n")) == (2, True, 1)
     assert [path.name for path in tmp_path.rglob("*")] == ["runs", "events"]

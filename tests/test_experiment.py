@@ -48,6 +48,7 @@ from peft_surgical.experiment.experiment import Experiment  # noqa: E402
 from peft_surgical.experiment.outputs import read_source, write_tuned  # noqa: E402
 from peft_surgical.experiment.requests import Bar, Score, Test, Train, key_of, request_of  # noqa: E402
 from peft_surgical.experiment.subject import NewHeadFirst, modules_of_head, with_new_head  # noqa: E402
+from peft_surgical.results import published  # noqa: E402
 from peft_surgical.training.fitting import FitSettings, fit  # noqa: E402
 from peft_surgical.training.ledger import Ledger  # noqa: E402
 from peft_surgical.training.search import candidates_of  # noqa: E402
@@ -264,11 +265,16 @@ def test_not_to_tune_can_win(place, tmp_path, monkeypatch):
     run = of(place, tmp_path)
     monkeypatch.setattr(experiment, "fit", lambda *args, **how: pytest.fail("nothing is to be trained"))
     choice = choose(run, "none", 0)
-    (tmp_path / ADAPTER[0]).write_bytes(b"of an earlier choice")
+    with published(tmp_path) as stage:
+        (stage / ADAPTER[0]).write_bytes(b"of an earlier choice")
     report = write_tuned(run, choice, 0).report
     assert report.target == "none"
     assert report.find("accuracy", "test").value == report.find("accuracy before", "test").value
     assert not (tmp_path / ADAPTER[0]).exists()
+    (tmp_path / ADAPTER[0]).write_bytes(b"somebody else's")
+    with pytest.raises(ConfigError, match=r"holds adapter_model\.safetensors, which something else has written"):
+        write_tuned(run, choice, 0)
+    assert (tmp_path / ADAPTER[0]).read_bytes() == b"somebody else's"
 
 
 @pytest.mark.parametrize(
