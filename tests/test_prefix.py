@@ -366,7 +366,7 @@ def test_what_does_not_fit_into_memory_goes_into_files_and_what_fits_nowhere_is_
 
 def test_a_file_is_whole_or_absent_and_the_least_recently_used_goes_first(tmp_path):
     layout = layout_of(torch.zeros(1, 4, 4))
-    store = FeatureStore(folder=tmp_path, disk=3 * 1024)
+    store = FeatureStore(folder=tmp_path, disk=3 * 1024, shared=True)
 
     def put(key, value):
         return store.features(key, [layout], 16, lambda made: made[0].fill_(value))[0]
@@ -399,7 +399,8 @@ def test_two_processes_share_a_folder(tmp_path):
             time.sleep(1)
             made[0].copy_(torch.arange(64.0).view(16, 4))
             done.append(1)
-        found = FeatureStore(folder={str(tmp_path)!r}).features("k", [layout_of(torch.zeros(1, 4))], 16, fill)
+        store = FeatureStore(folder={str(tmp_path)!r}, shared=True)
+        found = store.features("k", [layout_of(torch.zeros(1, 4))], 16, fill)
         print(json.dumps([len(done), found[0].sum().item()]))
     """
     lines = "\n".join(line[8:] for line in code.splitlines())

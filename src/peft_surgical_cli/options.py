@@ -91,6 +91,17 @@ class SharedOptions:
         ),
     ] = None
     workers: Annotated[int, typer.Option("--workers", min=0, metavar="N", help="Processes that load images.")] = 0
+    cache: Annotated[
+        bool, typer.Option(help="Compute what is frozen before the target once for each image; changes no result.")
+    ] = True
+    cached_views: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="With --augment: so many fixed views of each image, in turn, so that they can be computed once.",
+            show_default="new ones in every epoch",
+        ),
+    ] = None
     random: Random = False
     cpu: Cpu = False
     engine: Annotated[str, typer.Option(help="What carries out the runs: local, or ray for a Ray cluster.")] = "local"

@@ -176,6 +176,8 @@ def _experiment(
             opener=opener,
             engine=engine,
             watch=watch,
+            cache=given.cache,
+            cached_views=given.cached_views,
         )
         if given.batch_size is None:
             size = batch_size_for(len(experiment.data(seed).tuning))
