@@ -497,7 +497,7 @@ def test_a_reloaded_adapter_that_differs_is_an_error(place, tmp_path):
     run.check(model, other, 0)
     with torch.no_grad():
         other.fc.bias[0] += 1e-6
-    with pytest.raises(AdapterError, match="does not give the logits of the network that was trained"):
+    with pytest.raises(AdapterError, match="does not give the logits of the trained network"):
         run.check(model, other, 0)
 
 

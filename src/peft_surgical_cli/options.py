@@ -91,9 +91,10 @@ class SharedOptions:
         ),
     ] = None
     workers: Annotated[int, typer.Option("--workers", min=0, metavar="N", help="Processes that load images.")] = 0
-    cache: Annotated[
-        bool, typer.Option(help="Compute what is frozen before the target once for each image; changes no result.")
-    ] = True
+    no_cache: Annotated[
+        bool,
+        typer.Option("--no-cache", help="Compute what is frozen before the target again in every epoch: same results."),
+    ] = False
     cached_views: Annotated[
         int | None,
         typer.Option(
@@ -109,7 +110,7 @@ class SharedOptions:
     def settings(self) -> dict[str, Any]:
         """As keyword arguments of `peft_surgical.tune` and `peft_surgical.compare`."""
         given = asdict(self)
-        given["tuning"] = given.pop("images")
+        given["tuning"], given["cache"] = given.pop("images"), not given.pop("no_cache")
         given["weights"] = "random" if given.pop("random") else "pretrained"
         return given
 
