@@ -239,7 +239,8 @@ def test_tune_and_compare(run, data, tmp_path):
     )
     epoch, done = "seed 0, head at 0.01: epoch 1 of 1, validation ", "seed 0, head at 0.01: validation "
     assert [line.startswith(start) for line, start in zip(lines[4:6], (epoch, done), strict=True)] == [True, True]
-    assert len(lines) == 8
+    assert lines[6] == "head: prefix cached: 100% of a forward pass, all before fc, is computed once"
+    assert len(lines) == 9
     assert "validation" in out
     assert "learning rate and epoch by validation accuracy on these images" in out
     assert "load_base(report.model, **report.settings" in out
@@ -251,8 +252,8 @@ def test_tune_and_compare(run, data, tmp_path):
     )  # fmt: skip
     assert (code, err.count("\n")) == (
         0,
-        4 + 4 + 2,
-    )  # plan, runs, epochs of those that train
+        4 + 4 + 2 + 1,
+    )  # plan, runs, epochs of those that train, what is cached
     rows = [line.split() for line in out.splitlines()]
     assert [row[0] for row in rows[1:3]] == ["none", "head"]
     assert "over the seeds 0, 1" in out

@@ -449,7 +449,9 @@ def test_an_interrupted_experiment_ends_as_if_it_had_not_been(place, tmp_path, m
     run = of(place, tmp_path / "parts", lrs=lrs, epochs=2)
     write_tuned(run, choose(run, "block1", 0), 0)
     assert len(again.calls) == 1
-    for name in ("ledger.jsonl", *ADAPTER):
+    assert run.ledger.runs() == whole.ledger.runs()
+    assert all(set(one.notes) == {"seconds", "prefix"} for one in whole.ledger)
+    for name in ADAPTER:
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     parts, wholes = (Report.load(tmp_path / name / "report.json") for name in ("parts", "whole"))
     assert set(differing(parts, wholes)) <= {"finished", "seconds", "runs_from_ledger"}
@@ -504,7 +506,7 @@ def test_a_reloaded_adapter_that_differs_is_an_error(place, tmp_path):
     run.check(model, other, 0)
     with torch.no_grad():
         other.fc.bias[0] += 1e-6
-    with pytest.raises(AdapterError, match="does not give the logits of the network that was trained"):
+    with pytest.raises(AdapterError, match="does not give the logits of the trained network"):
         run.check(model, other, 0)
 
 

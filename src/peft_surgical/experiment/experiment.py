@@ -38,6 +38,7 @@ from ..evaluation.selected import evidence_of
 from ..extras import accelerator_or_cpu
 from ..fingerprints import fingerprint
 from ..keys import PRIVATE
+from ..prefix.storage import FeatureStore
 from ..training.auto import AutoSettings
 from ..training.engines import Engine, Workers
 from ..training.fitting import FORWARD_SHARE, FitSettings, fit, forget_checkpoints
@@ -48,6 +49,7 @@ from ..training.trainer import DivergedError, Epochs, Watch, file_name, logging_
 from .requests import Score, Test, Train, key_of, request_of
 from .subject import LABELLED, Subject
 
+_FEATURES = "features"  # folder for what is computed once for each image
 _LARGEST = sys.float_info.max  # stands for an infinite loss, which JSON cannot hold
 
 
@@ -67,6 +69,7 @@ class Experiment(Subject):
         engine: What carries out the runs; see `training.engines`.
         watch: Receives the progress of runs.
         asked: What the search `auto` looks among.
+        cache, cached_views: As for `fit`, but that the store is the experiment's own.
         started: When it was made, by `time.monotonic`.
         found: The runs so far that earlier calls had left in the ledger, by their digests.
     """
@@ -82,6 +85,8 @@ class Experiment(Subject):
     engine: Engine = field(default_factory=Workers)
     watch: Watch = field(default_factory=Watch)
     asked: AutoSettings = field(default_factory=AutoSettings)
+    cache: bool = True
+    cached_views: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -94,6 +99,8 @@ class Experiment(Subject):
                 raise ConfigError("precision='fp16' needs a GPU: choose bf16, or leave it out for float32")
             self.fitting = replace(self.fitting, use_cpu=True)  # Trainer refuses bfloat16 on the CPU otherwise
         self.ledger = Ledger(self.folder / "ledger.jsonl")
+        alone = isinstance(self.engine, Workers) and self.engine.world == 1  # or else one computes for all
+        self.features = FeatureStore(folder=self.folder / PRIVATE / _FEATURES, shared=not alone) if self.cache else False
         self.started = time.monotonic()
         self.done: set[str] = set()
         self.found: set[str] = set()
@@ -119,12 +126,10 @@ class Experiment(Subject):
         digest = _digest(prints) if self.weights == "pretrained" else None  # random weights follow from the seed
         sizes = {f"{part}_images": self.reading.get(part) for part in ("tuning", "validation", "test")}
         what = {"model": self.model, "base": digest, "weights": self.weights, "data": data.fingerprint, **sizes}
-        if self.metrics != ("accuracy",):
-            what["metrics"] = list(self.metrics)
-        if self.image_size is not None:
-            what["image_size"] = self.image_size
-        if self.outputs is not None:
-            what["outputs"] = list(self.outputs)
+        unusual: dict[str, Any] = {"metrics": None if self.metrics == ("accuracy",) else list(self.metrics)}
+        unusual |= {"image_size": self.image_size, "cached_views": self.cached_views}
+        unusual |= {"outputs": self.outputs and list(self.outputs)}
+        what |= {name: value for name, value in unusual.items() if value is not None}
         return what | {"augment": self.augment} | fitting | dict(self.config)
 
     def key(self, method: str, lr: float | None, seed: int) -> dict[str, Any]:
@@ -210,14 +215,16 @@ class Experiment(Subject):
                     callbacks=[Epochs(self.watch, run)],
                     metric=functools.partial(self._selecting, validation.groups),
                     arguments={**self.arguments, "run_name": name},
+                    cache=self.features,
+                    cached_views=self.cached_views,
                 )
         except DivergedError as error:  # one of several candidates: it loses, and does not end the search
             forget_checkpoints(place)
             lost = {"validation": 0.0, "validation_loss": _LARGEST, "cost": float(error.steps), "diverged": True}
             return lost | self._evidence(run, torch.full((len(validation), 1), torch.nan))
         result: dict[str, Any] = {"validation": fitted.validation, "validation_loss": fitted.losses[-1]}
-        result |= {"cost": fitted.cost, "epoch": fitted.best_epoch}
-        result |= {"curve": list(fitted.curve), "losses": list(fitted.losses)}
+        result |= {"cost": fitted.cost, "epoch": fitted.best_epoch, "seconds": round(fitted.seconds, 3)}
+        result |= {"curve": list(fitted.curve), "losses": list(fitted.losses), "prefix": fitted.prefix}
         if fitted.logits is not None:
             result |= self._evidence(run, fitted.logits)
         if fitted.record:
@@ -257,8 +264,7 @@ class Experiment(Subject):
         return score_blocks(network, loader, asked.criterion, blocks=self.anatomy, autocast=precision).to_json()
 
     def scores(self, criterion: str, seed: int) -> BlockScores:
-        """Scores of the blocks on the tuning images, without a new head, whose random values say nothing."""
-        # Through the ledger: processes must not disagree about candidates in the last digit.
+        """Scores of the blocks on the tuning images, in all processes the same; not of a new head, which is random."""
         (run,) = self.run(self.train, [key_of(Score(criterion, seed), self.shared)], self.ledger)
         found = BlockScores.from_json(run.result["scores"])
         return found.without("head", self.anatomy["head"].tensors) if self.head_is_new else found
@@ -266,15 +272,14 @@ class Experiment(Subject):
     def tested(self, runs: Sequence[Run]) -> list[Run]:
         """Finished runs with their results on the test images, if there are any: only what is reported sees them."""
         asked: list[dict[str, Any] | None] = []
-        for run in runs:
-            trained = request_of(run.key)
+        for trained in (request_of(run.key) for run in runs):
             assert isinstance(trained, Train)
             has_test = self.data(trained.seed).test is not None
             asked.append(key_of(Test(trained), self.shared) if has_test else None)
         keys = list({_digest(key): key for key in asked if key is not None}.values())
         found = {_digest(one.key): one.result for one in self.run(self.train, keys, self.ledger)} if keys else {}
         own = [found.get(_digest(key), {}) for key in asked]
-        return [Run(run.key, {**run.result, **result}) for run, result in zip(runs, own, strict=True)]
+        return [Run(run.key, {**run.result, **result}, run.notes) for run, result in zip(runs, own, strict=True)]
 
     def _test(self, run: Train) -> dict[str, Any]:
         """The metric that selects as ``test``; where there are several metrics, all of them with their intervals."""
@@ -295,9 +300,7 @@ class Experiment(Subject):
         found: dict[str, Any] = {"test": values[self.metrics[0]]}
         if self.metrics != ("accuracy",):
             intervals = {name: interval_of(name, scores, labels, rows.groups) for name in self.metrics}
-            found["measured"] = {
-                name: [values[name], interval.low, interval.high, n] for name, (interval, n) in intervals.items()
-            }
+            found["measured"] = {name: [values[name], at.low, at.high, n] for name, (at, n) in intervals.items()}
         return found
 
     def logits(self, model: nn.Module, rows: Dataset[Any]) -> Tensor:
@@ -325,14 +328,12 @@ class Experiment(Subject):
         rows = self.rows("validation", seed)
         one, other = self.logits(model, rows), self.logits(reloaded, rows)
         if not torch.equal(one, other):
-            raise AdapterError(
-                f"the adapter that was saved does not give the logits of the network that was trained: they differ by "
-                f"up to {(one - other).abs().max():.3g}. Report this, with the model {self.model!r} and the target"
-            )
+            differ = f"they differ by up to {(one - other).abs().max():.3g}. Report this, with the model {self.model!r}"
+            raise AdapterError(f"the saved adapter does not give the logits of the trained network: {differ}")
 
     def tidy(self) -> None:
         """Remove checkpoints and the adapters of all runs: everything that only an unfinished experiment needs."""
-        for name in ("checkpoints", "runs"):
+        for name in ("checkpoints", "runs", _FEATURES):
             shutil.rmtree(self.folder / PRIVATE / name, ignore_errors=True)
 
 
