@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 from torch import nn
 
-from .inventory import CONVS, Cut, Inventory, arrange, is_token_name, name_blocks, owner
+from .inventory import CONVS, Cut, Inventory, arrange, attends, is_token_name, name_blocks, owner
 
 _CLASSIFIERS = ("fc", "linear", "classifier", "head", "heads", "last_linear")
 _NUMBERED = re.compile(r"(layer|stage|block|denseblock|s)_?(\d+)")
@@ -55,6 +55,14 @@ def merge_by_width(units: list[list[str]], widths: list[int]) -> list[list[str]]
     """A stage of a MobileNet or EfficientNet is a run of residual units of one width, as in timm's groups."""
     runs = groupby(zip(widths, units, strict=True), key=lambda pair: pair[0])
     return [[name for _, unit in run for name in unit] for _, run in runs]
+
+
+def are_residual_units(modules: list[nn.Module]) -> bool:
+    """Whether a convolutional network lists residual units rather than stages (no container of composites inside)."""
+    inner = [child for module in modules for child in module.modules()]
+    lists = any(isinstance(child, nn.ModuleList) for child in inner)
+    stages = any(isinstance(child, nn.Sequential) and all_composite(child) for child in inner)
+    return not (lists or stages or attends(inner)) and all(map(width, modules))
 
 
 def unclear_parameters(inventory: Inventory, roots: set[str]) -> list[str]:
