@@ -29,6 +29,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -143,13 +144,19 @@ def _changed(one: nn.Module, other: nn.Module) -> set[str]:
     return {name for name, tensor in other.state_dict().items() if shapes.get(name) != tensor.shape}
 
 
-def skip_initialisation() -> None:
+@contextmanager
+def no_initialisation() -> Iterator[None]:
     """Let modules draw no values, which nobody reads here and which take nine tenths of the time."""
     names = [name for name in dir(nn.init) if name.endswith("_") and not name.startswith("_")]
-    for module in (nn.init, *(module for key, module in [*sys.modules.items()] if key.startswith("timm."))):
-        for name in names:
-            if hasattr(module, name):
-                setattr(module, name, lambda tensor, *_, **__: tensor)
+    modules = [nn.init, *(module for key, module in [*sys.modules.items()] if key.startswith("timm."))]
+    found = [(module, name, getattr(module, name)) for module in modules for name in names if hasattr(module, name)]
+    try:
+        for module, name, _ in found:
+            setattr(module, name, lambda tensor, *_, **__: tensor)
+        yield
+    finally:
+        for module, name, original in found:
+            setattr(module, name, original)
 
 
 # --- timm ---
@@ -159,10 +166,9 @@ def timm_rows(only: str, first: int = 0, step: int = 1) -> Iterator[tuple[str, s
     """(name, verdict, problems) of each model name of the installed timm."""
     import timm
 
-    skip_initialisation()
     for name in timm.list_models(only)[first::step]:
         try:
-            with torch.device("meta"):
+            with torch.device("meta"), no_initialisation():
                 model: Any = timm.create_model(name)
                 classes = getattr(model, "num_classes", 0) or 0
                 other: Any = timm.create_model(name, num_classes=classes + 7)
