@@ -113,9 +113,20 @@ def cut_timm(model: nn.Module, inventory: Inventory) -> Cut | str:
         # early whatever it is for, so only a token or position is stem.
         if name not in head and group_of[name] == tail:
             early = inventory.position[name] < first_start and ("." in name or is_token_name(name))
-            (stem if early else units[-1]).append(name)
+            (stem if early else units[_stage_of_norm(inventory, name, len(units))]).append(name)
     _add_buffers(inventory, [stem, *units, head])
     return name_blocks("timm", inventory, stem, units, head)
+
+
+def _stage_of_norm(inventory: Inventory, name: str, stages: int) -> int:
+    """The stage of a norm in a list with one norm for each stage, as in EfficientViM; the last for everything else."""
+    path, _, rest = name.partition(".")
+    norms = inventory.modules.get(path)
+    if not isinstance(norms, nn.ModuleList) or len(norms) not in (stages, stages + 1):
+        return stages - 1
+    if any(parameter.dim() > 1 for parameter in norms.parameters()):
+        return stages - 1
+    return min(int(rest.partition(".")[0]), stages - 1)
 
 
 def _timm_classifiers(model: nn.Module, inventory: Inventory) -> list[str]:
