@@ -22,7 +22,7 @@ from ..config import SurgicalConfig
 from ..errors import AdapterError, SurgicalError
 from ..keys import BASE_MARKS, PREFIX, tensor_name
 from .attach import attach, detach, surgical_layers, without_base_layer
-from .base import recorded_base
+from .base import recorded_base, warn_of_unfrozen
 from .combine import Combination, config_of_combination, fill_combined
 from .layer import SurgicalLayer
 from .loading import checked_state, set_scale
@@ -52,6 +52,8 @@ class SurgicalModel(BaseTuner):
         self._fingerprints: dict[str, dict[str, str] | None] = {}
         # Adapters whose config was read from disk and whose weights come next: refused weights take them along.
         self._awaiting: set[str] = set()
+        # Whether a training forward has looked for what was unfrozen by hand.
+        self._looked = False
         super().__init__(*args, **kwargs)
 
     # --- adding an adapter ---
@@ -191,6 +193,9 @@ class SurgicalModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if self.model.training and not self._looked:
+            self._looked = True
+            warn_of_unfrozen(self.model)
         names = kwargs.pop("adapter_names", None)
         routed = nullcontext() if names is None else mixed_batch(self.model, names, [*self.peft_config], args, kwargs)
         with routed:
