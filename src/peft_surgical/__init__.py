@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from .adapters.lora import to_lora
     from .adapters.pool import AdapterPool
     from .choosing.callback import SurgicalCallback
-    from .choosing.methods import Penalty
     from .choosing.pace import Pace
+    from .choosing.penalties import Penalty
     from .choosing.resolve import resolve_target, score_blocks
     from .choosing.scores import BlockScores
     from .experiment.api import compare, tune
@@ -74,7 +74,7 @@ _MODULES = {
     "AdapterPool": "adapters.pool",
     "BlockScores": "choosing.scores",
     "Pace": "choosing.pace",
-    "Penalty": "choosing.methods",
+    "Penalty": "choosing.penalties",
     "SurgicalCallback": "choosing.callback",
     "combine_adapters": "adapters.combination",
     "compare": "experiment.api",
