@@ -44,7 +44,6 @@ from statistics import fmean, stdev
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from torchvision.transforms import Normalize
 
@@ -401,7 +400,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     shard = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", args.shard)
     if not shard or int(shard[1]) > int(shard[2]):
         parser.error(f"--shard {args.shard}: write i/n with i from 1 to n, such as 1/2 and 2/2")
-    transformers.logging.set_verbosity_error()
     if args.threads:
         torch.set_num_threads(args.threads)
     args.episodic_images = args.episodic_images or args.images

@@ -193,6 +193,7 @@ def test_a_target_with_two_rates_and_a_source(place, tmp_path):
         "report.json",
         "figure.png",
         "ledger.jsonl",
+        ".peft-surgical",
     }
 
 
@@ -436,7 +437,7 @@ def test_an_interrupted_experiment_ends_as_if_it_had_not_been(place, tmp_path, m
     with pytest.raises(KeyboardInterrupt):
         choose(run, "block1", 0)
     assert len(run.ledger) == 1
-    assert any((tmp_path / "parts" / "checkpoints").rglob("checkpoint-*"))
+    assert any((tmp_path / "parts" / ".peft-surgical" / "checkpoints").rglob("checkpoint-*"))
     again = Interrupted(at=None)
     monkeypatch.setattr(experiment, "fit", again)
     run = of(place, tmp_path / "parts", lrs=lrs, epochs=2)
@@ -638,7 +639,7 @@ def test_rows_that_are_done_are_written_when_another_fails(place, tmp_path, monk
     assert [name for name, _ in experiment.fit.calls] == ["block2", "block2"]
     assert rows["block1"] == error.done["block1"]
     write_compared(again, rows, [0, 1])
-    assert not (tmp_path / "runs").exists()
+    assert not (tmp_path / ".peft-surgical" / "runs").exists()
 
 
 def test_a_search_whose_run_fails_loses_its_own_row_only(place, tmp_path, monkeypatch):

@@ -220,7 +220,7 @@ def test_from_end_to_end(name, place, tmp_path, monkeypatch):
     with without if name == "fmow" else contextlib.nullcontext(), openings() as counted:
         recipe.main(words(place, name, tmp_path))
     assert {"adapter", "figure.png", "ledger.jsonl", "report.json", "source", "table.md"} == {
-        entry.name for entry in tmp_path.iterdir()
+        entry.name for entry in tmp_path.iterdir() if not entry.name.startswith(".")
     }
     report, before, after, transform = reopened(tmp_path)
     assert report == Report.load(tmp_path / "adapter" / "report.json")

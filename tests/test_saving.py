@@ -19,6 +19,8 @@ from tiny import CASES, images, outputs
 import peft_surgical  # noqa: F401 (or PEFT would not know the method)
 from peft_surgical import SurgicalConfig
 from peft_surgical.evaluation import Report, measure
+from peft_surgical.tuner import model as tuner_model
+from peft_surgical.tuner import plan
 from peft_surgical.tuner.saving import PAGE_MARK, write_card
 
 SAVER = """
@@ -38,6 +40,20 @@ while True:
     for model in models:
         model.save_pretrained(sys.argv[1])
 """
+
+
+def test_a_plan_is_made_once_on_saving(tmp_path, monkeypatch):
+    model = get_peft_model(CASES["conv+BN"].network(), SurgicalConfig(target="block1 + head"))
+    made, make_plan = [], plan.make_plan
+
+    def counted(*given):
+        made.append(given)
+        return make_plan(*given)
+
+    for module in (plan, tuner_model):
+        monkeypatch.setattr(module, "make_plan", counted)
+    model.save_pretrained(tmp_path)
+    assert len(made) == 1
 
 
 @pytest.mark.slow
@@ -112,6 +128,21 @@ def test_ones_own_page_stays(model, tmp_path):
     model.save_pretrained(tmp_path)
     assert "# Surgical adapter: block1" in (tmp_path / "README.md").read_text()
     assert "# Surgical adapter: head" in (tmp_path / "second/README.md").read_text()
+
+
+def test_a_template_that_somebody_has_begun_to_fill_in_stays(model, tmp_path):
+    get_peft_model(tiny.ConvNet(torch.nn.BatchNorm2d), LoraConfig(target_modules=["fc"])).save_pretrained(tmp_path)
+    page = tmp_path / "README.md"
+    blank = page.read_text()
+    page.write_text(blank.replace("[More Information Needed]", "Ours.", 1))
+    model.save_pretrained(tmp_path)
+    assert "Ours." in page.read_text()
+    page.write_bytes(b"\xff\xfe not UTF-8")
+    write_card(tmp_path)
+    assert page.read_bytes().startswith(b"\xff\xfe")
+    page.write_text(blank)
+    model.save_pretrained(tmp_path)
+    assert "# Surgical adapter: block1" in page.read_text()
 
 
 def test_without_an_adapter_the_page_goes(model, tmp_path):

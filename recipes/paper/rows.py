@@ -76,18 +76,19 @@ def reported(
             "setting, or use one file for each"
         )
     found = {(row.key["lr"], row.key["seed"]): row for row in own}
-    chosen = rates[0]
-    if len(rates) > 1:
-        tried = [found[rate, SELECTION_SEED] for rate in rates if (rate, SELECTION_SEED) in found]
-        if len(tried) < len(rates):
-            return []
-        chosen = max(tried, key=lambda row: row.result["validation"]).key["lr"]
-    same = [found[chosen, seed] for seed in seeds if (chosen, seed) in found]
-    return same if len(same) == len(seeds) and all("test" in row.result for row in same) else []
+
+    def one(rate: float | None, part: str, seed: int) -> Run | None:
+        row = found.get((rate, seed))
+        return row if row is not None and part in row.result else None
+
+    return best_validated(rates, seeds, one, "validation")
 
 
 def best_validated(
-    candidates: Sequence[_Candidate], seeds: Sequence[int], run: Callable[[_Candidate, str, int], Run | None]
+    candidates: Sequence[_Candidate],
+    seeds: Sequence[int],
+    run: Callable[[_Candidate, str, int], Run | None],
+    score: str = "accuracy",
 ) -> list[Run]:
     """The test runs, one for each seed, of the candidate that is most accurate in validation; none if one is missing.
 
@@ -96,13 +97,13 @@ def best_validated(
     Args:
         candidates: Settings to choose among.
         seeds: To report.
-        run: Candidate, ``"validation"`` or ``"test"``, and seed -> the run with its ``accuracy``; None where it is not
-            to be had.
+        run: Candidate, ``"validation"`` or ``"test"``, and seed -> the run; None where it is not to be had.
+        score: Which result of a run in validation is compared, a fraction.
     """
     best = candidates[0]
     if len(candidates) > 1:
         validated = [run(one, "validation", SELECTION_SEED) for one in candidates]
-        shares = [one.result["accuracy"] for one in validated if one]
+        shares = [one.result[score] for one in validated if one]
         if len(shares) < len(candidates):
             return []
         best = candidates[shares.index(max(shares))]

@@ -68,9 +68,16 @@ class SharedOptions:
     weight_decay: Annotated[float, typer.Option(min=0, help="Pulls towards the pretrained weights.")] = 1e-4
     scheduler: Annotated[str, typer.Option(help="Of the learning rate: constant or cosine.")] = "constant"
     precision: Annotated[str | None, typer.Option(help="bf16 or fp16.", show_default="float32")] = None
-    norm_stats: Annotated[str, typer.Option(help="Whose normalisation statistics move: frozen, target or all.")] = (
-        "frozen"
-    )
+    norm_stats: Annotated[
+        str | None,
+        typer.Option(
+            help="Whose normalisation statistics move: frozen, target or all; or estimated, once from the images.",
+            show_default="frozen; auto chooses frozen or estimated",
+        ),
+    ] = None
+    effort: Annotated[
+        int, typer.Option(min=1, max=5, help="For auto: each candidate trains so many fifths of a run.")
+    ] = 1
     delta_dtype: Annotated[
         str | None, typer.Option(help="Of the saved deltas: bfloat16 or float16 halve the file.")
     ] = None

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import ConfigError
+from ..files import shown
 
 _SHOWN = 5  # classes that a message names before it counts the rest
 
@@ -83,16 +84,16 @@ def _by_name(known: Sequence[str], given: Sequence[str], keep: bool, name: str) 
             if one.strip().casefold() != known[output].strip().casefold()
         ]
         if respelled:
-            note += f"{';' if ':' in note else ':'} spelled differently, {_listed(respelled)}"
+            note += f"{';' if ':' in note else ':'} spelled differently, {shown(respelled, _SHOWN)}"
         return HeadFit(len(known), outputs, note, note != "kept")
     found = len(given) - len(unknown)
     if keep and not found and len(known) == len(given):
         return HeadFit(
             len(known), tuple(range(len(known))), f"kept: class n of the data is taken for class n of {name}"
         )
-    there = _listed([f"{one!r}{reason}" for one, reason in unknown.items()])
+    there = shown([f"{one!r}{reason}" for one, reason in unknown.items()], _SHOWN)
     has = f"the data has {len(unknown)} of {len(given)} classes that {name} does not know: {there}. It knows "
-    has += _listed([repr(one) for one in known])
+    has += shown([repr(one) for one in known], _SHOWN)
     if keep:
         raise ConfigError(f'head="keep": {has}. Rename the classes of the data, or say head="new" for a new head')
     note = f"new: {has}"
@@ -131,8 +132,3 @@ def _plain(name: str) -> str:
 def _numbers(names: Sequence[str]) -> bool:
     """Whether these are numbers in place of names, which name nothing."""
     return all(one.strip().isdecimal() for one in names)
-
-
-def _listed(names: Sequence[str]) -> str:
-    rest = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")

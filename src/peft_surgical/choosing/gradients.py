@@ -262,7 +262,7 @@ def _left_as_it_was(model: nn.Module, tensors: Mapping[str, TrainedTensor], data
     finally:
         _looking.pop()
         for module, training in modes.items():
-            module.__dict__["training"] = training
+            module.training = training
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
         current = dict(model.named_buffers())

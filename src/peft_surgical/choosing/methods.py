@@ -196,6 +196,7 @@ class Method:
         reset_moments: Whether the optimizer's state is forgotten at every epoch.
         balanced: Whether it trains on equally many images of every class.
         optimizer: Name of the optimizer that the method prescribes; None for any.
+        solved: Whether it is solved rather than trained: the head, by `training.logistic.solve_head`.
         options: Names and defaults of its own settings.
     """
 
@@ -206,6 +207,7 @@ class Method:
     reset_moments: bool = False
     balanced: bool = False
     optimizer: str | None = None
+    solved: bool = False
     options: tuple[tuple[str, float], ...] = ()
 
     def settings(self, given: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -225,11 +227,13 @@ def _named_bn(anatomy: Anatomy) -> frozenset[str]:
     return frozenset(name for name in anatomy.tensors if "bn" in name)
 
 
+LOGISTIC = "logistic-head"
 METHODS: dict[str, Method] = {
     row.name: row
     for row in (
         Method("full", "all"),
         Method("linear-probe", "head"),
+        Method(LOGISTIC, "head", solved=True),
         Method("gradual-first-last", "all", lambda a, _: gradual_unfreezing(a, "first-to-last")),
         Method("gradual-last-first", "all", lambda a, _: gradual_unfreezing(a)),
         Method("l1-sp", "all", penalty=lambda o: Penalty("l1-sp", **o), options=(("strength", 1e-4),)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from ..errors import DataError
 from ..extras import require
+from ..files import printable
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 """File endings that are read, in any mix of cases."""
@@ -32,7 +33,11 @@ def content(cell: Mapping[str, Any]) -> bytes:
     """
     if cell is None or (cell.get("bytes") is None and not cell.get("path")):
         raise ValueError("there is no image in it")
-    return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
+    if cell["bytes"] is not None:
+        return cell["bytes"]
+    if (place := Path(cell["path"])).exists() and not place.is_file():
+        raise ValueError(f"{printable(str(place))} is no regular file")  # a pipe would be waited for without end
+    return place.read_bytes()
 
 
 def decode(encoded: bytes, where: str) -> Any:
@@ -95,15 +100,15 @@ def to_rgb(image: Any, where: str = "the image") -> Any:
     """
     if image.mode == "RGB":
         return image
-    numpy, pillow = require("numpy", "reading images"), require("PIL.Image", "reading images")
+    pillow = require("PIL.Image", "reading images")
     if image.mode in (*SIXTEEN_BIT, "I"):
-        values = numpy.asarray(image).astype(numpy.int64)  # Pillow's own conversion clips everything above 255
+        values = np.asarray(image).astype(np.int64)  # Pillow's own conversion clips everything above 255
         if values.size and (values.min() < 0 or values.max() > 65535):
             raise DataError(
                 f"{where} holds 32-bit values from {values.min()} to {values.max()}, whose range nothing says: save it "
                 "as 8-bit or 16-bit"
             )
-        return pillow.fromarray(((values + 128) // 257).astype(numpy.uint8)).convert("RGB")
+        return pillow.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise DataError(f"{where} holds floating-point values, whose range nothing says: save it as 8-bit or 16-bit")
     if image.mode == "P":
@@ -137,30 +142,23 @@ def read_bytes(row: Mapping[str, Any]) -> bytes:
         raise DataError(f"{row['file']} cannot be read ({error}): bring it back, or take it out") from error
 
 
-def _read_all(part: Any, check: bool) -> Iterator[tuple[bytes, str | None]]:
-    """The bytes of every image, and what is wrong with it, if anything."""
-    for row in encoded(part):
-        try:
-            read = read_bytes(row)
-        except DataError as error:
-            yield b"", str(error)
-        else:
-            yield read, fault(read, row["file"]) if check else None
-
-
 def without_broken(part: Any) -> Any:
     """The part without the images that cannot be decoded, with a warning that names them.
 
     Raises:
         DataError: If none is left.
     """
-    faults = {i: reason for i, (_, reason) in enumerate(_read_all(part, check=True)) if reason is not None}
-    if not faults:
-        return part
-    if len(faults) == len(part):
-        raise DataError(f"no image is left: {_listed(list(faults.values()))}")
-    warnings.warn(f"left out {len(faults)} image(s): {_listed(list(faults.values()))}", stacklevel=3)
-    return part.select([i for i in range(len(part)) if i not in faults])
+    rows = encoded(part)
+
+    def fault_of(number: int) -> str | None:
+        row = rows[number]
+        try:
+            return fault(read_bytes(row), row["file"])
+        except DataError as error:
+            return str(error)
+
+    kept = sound(range(len(part)), fault_of, skip=True)
+    return part if len(kept) == len(part) else part.select(kept)
 
 
 def digests_of(part: Any, check: bool) -> list[bytes]:
@@ -174,7 +172,12 @@ def digests_of(part: Any, check: bool) -> list[bytes]:
         DataError: Names the images that cannot be read or decoded.
     """
     digests, faults = [], []
-    for read, reason in _read_all(part, check):
+    for row in encoded(part):
+        try:
+            read = read_bytes(row)
+            reason = fault(read, row["file"]) if check else None
+        except DataError as error:
+            read, reason = b"", str(error)
         digests.append(hashlib.blake2b(read, digest_size=16).digest())
         faults += [reason] if reason is not None else []
     if faults:

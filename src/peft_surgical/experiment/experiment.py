@@ -34,15 +34,19 @@ from ..data.labelled import collate
 from ..errors import AdapterError, ConfigError
 from ..evaluation import predict_logits, predicted_classes
 from ..evaluation.metrics import check_metrics, interval_of, judge, tolerant
+from ..evaluation.selected import evidence_of
 from ..extras import accelerator_or_cpu
-from ..files import fingerprint
+from ..fingerprints import fingerprint
+from ..keys import PRIVATE
+from ..training.auto import AutoSettings
 from ..training.engines import Engine, Workers
-from ..training.fitting import FitSettings, fit, forget_checkpoints
+from ..training.fitting import FORWARD_SHARE, FitSettings, fit, forget_checkpoints
 from ..training.ledger import Ledger, Run
-from ..training.search import NONE
+from ..training.logistic import solve_head
+from ..training.search import HOW, NONE, USUAL
 from ..training.trainer import DivergedError, Epochs, Watch, file_name, logging_to
 from .requests import Score, Test, Train, key_of, request_of
-from .subject import Subject
+from .subject import LABELLED, Subject
 
 _LARGEST = sys.float_info.max  # stands for an infinite loss, which JSON cannot hold
 
@@ -62,6 +66,7 @@ class Experiment(Subject):
         logs: Folder for TensorBoard's files, a folder for each run in it; None leaves them to Trainer.
         engine: What carries out the runs; see `training.engines`.
         watch: Receives the progress of runs.
+        asked: What the search `auto` looks among.
         started: When it was made, by `time.monotonic`.
         found: The runs so far that earlier calls had left in the ledger, by their digests.
     """
@@ -76,6 +81,7 @@ class Experiment(Subject):
     logs: Path | None = None
     engine: Engine = field(default_factory=Workers)
     watch: Watch = field(default_factory=Watch)
+    asked: AutoSettings = field(default_factory=AutoSettings)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -163,25 +169,43 @@ class Experiment(Subject):
 
     def _train(self, run: Train) -> dict[str, Any]:
         validation = self.rows("validation", run.seed)
-        if run.method == NONE or run.lr is None:
+        if run.method == NONE:
             logits = self.logits(self.base(run.seed).model, validation)
             found = judge(self.metrics[:1], logits, validation.label_tensor, validation.groups)
-            return {"validation": found[self.metrics[0]], "cost": 0.0}
+            return {"validation": found[self.metrics[0]], "cost": 0.0, **self._evidence(run, logits)}
         key = key_of(run, self.shared)
         row, zero, config = self.prepared(run.method)
-        place = self.folder / "checkpoints" / self.digest(key)
+        config = {**self.config, **config} | ({"norm_stats": run.how.norm_stats} if run.how.norm_stats else {})
+        tuning = self.rows(LABELLED if run.how.refit else "tuning", run.seed)
+        if row.solved:
+            size = self.fitting.batch_size
+            network = copy.deepcopy(self.base(run.seed, zero).model).to(self.device)
+            model, logits, folds = solve_head(network, tuning, validation, config=config, collate=collate)
+            found = judge(self.metrics[:1], logits, validation.label_tensor, validation.groups)
+            cost = FORWARD_SHARE * (len(tuning) + len(validation)) / size
+            self._keep(key, run, model, zero)
+            return {"validation": found[self.metrics[0]], "cost": cost, **folds, **self._evidence(run, logits)}
+        assert run.lr is not None
+        epochs = run.epochs(self.fitting.epochs)
+        place = self.folder / PRIVATE / "checkpoints" / self.digest(key)
         name = f"{run.method}-lr{run.lr:g}-seed{run.seed}"
         try:
             with logging_to(None if self.logs is None else self.logs / file_name(name)):
                 fitted = fit(
                     copy.deepcopy(self.base(run.seed, zero).model),
                     row,
-                    self.rows("tuning", run.seed),
+                    tuning,
                     validation,
-                    replace(self.fitting, lr=run.lr, seed=run.seed),
-                    config={**self.config, **config},
+                    replace(
+                        self.fitting,
+                        lr=run.lr,
+                        seed=run.seed,
+                        epochs=epochs if run.how.average else self.fitting.epochs,
+                    ),
+                    config=config,
                     folder=place,
-                    stop_epoch=None if run.stop is None else run.epochs(self.fitting.epochs),
+                    stop_epoch=None if run.stop is None or run.how.average else epochs,
+                    average=run.how.average,
                     collate=collate,
                     callbacks=[Epochs(self.watch, run)],
                     metric=functools.partial(self._selecting, validation.groups),
@@ -189,21 +213,37 @@ class Experiment(Subject):
                 )
         except DivergedError as error:  # one of several candidates: it loses, and does not end the search
             forget_checkpoints(place)
-            return {"validation": 0.0, "validation_loss": _LARGEST, "cost": float(error.steps), "diverged": True}
+            lost = {"validation": 0.0, "validation_loss": _LARGEST, "cost": float(error.steps), "diverged": True}
+            return lost | self._evidence(run, torch.full((len(validation), 1), torch.nan))
         result: dict[str, Any] = {"validation": fitted.validation, "validation_loss": fitted.losses[-1]}
         result |= {"cost": fitted.cost, "epoch": fitted.best_epoch}
         result |= {"curve": list(fitted.curve), "losses": list(fitted.losses)}
+        if fitted.logits is not None:
+            result |= self._evidence(run, fitted.logits)
         if fitted.record:
             result["factors"] = [block_means(factors, self.anatomy) for _, factors in sorted(fitted.record.items())]
         # Where all processes train together, the first one alone looks at the outcome.
         if run.stop is not None or not PartialState().is_main_process:
             return result
-        trained: Any = fitted.model
+        self._keep(key, run, fitted.model, zero)
+        forget_checkpoints(place)
+        return result
+
+    def _keep(self, key: dict[str, Any], run: Train, trained: Any, zero: bool) -> None:
+        """Save the adapter of a run, and see that it gives what was trained."""
         trained.save_pretrained(self.adapter(key))
         if not self.config.get("delta_dtype"):  # what is rounded on disk differs on purpose
             self.check(trained, self.load(self.adapter(key), self.base(run.seed, zero).model), run.seed)
-        forget_checkpoints(place)
-        return result
+
+    def _evidence(self, run: Train, logits: Tensor) -> dict[str, Any]:
+        """For `auto`: by what a candidate is compared, and whether it is right about each validation image."""
+        if run.how == USUAL:
+            return {}
+        rows = self.rows("validation", run.seed)
+        found = evidence_of(logits, rows.label_tensor)
+        if self.metrics[0] != "accuracy":
+            found["score"] = self._selecting(rows.groups, logits, rows.label_tensor)
+        return found
 
     def _selecting(self, groups: Tensor | None, logits: Tensor, labels: Tensor) -> float:
         return judge(self.metrics[:1], tolerant(logits), labels, groups)[self.metrics[0]]
@@ -268,12 +308,13 @@ class Experiment(Subject):
         return torch.cat([predict_logits(model, batch["pixel_values"]) for batch in batches])
 
     def digest(self, key: Mapping[str, Any]) -> str:
-        """A short name for a run, the same whatever share of it was trained."""
-        return _digest({name: value for name, value in key.items() if name != "stop"})
+        """A short name for a run, the same whatever share of it was trained if it can go on from there."""
+        goes_on = not key.get(HOW, {}).get("average")
+        return _digest({name: value for name, value in key.items() if name != "stop" or not goes_on})
 
     def adapter(self, key: Mapping[str, Any]) -> Path:
         """Where a finished run leaves its adapter until the experiment is over."""
-        return self.folder / "runs" / self.digest(key)
+        return self.folder / PRIVATE / "runs" / self.digest(key)
 
     def load(self, adapter: Path, network: nn.Module) -> Any:
         """The adapter in a folder on a copy of a network."""
@@ -292,7 +333,7 @@ class Experiment(Subject):
     def tidy(self) -> None:
         """Remove checkpoints and the adapters of all runs: everything that only an unfinished experiment needs."""
         for name in ("checkpoints", "runs"):
-            shutil.rmtree(self.folder / name, ignore_errors=True)
+            shutil.rmtree(self.folder / PRIVATE / name, ignore_errors=True)
 
 
 def _digest(what: Any) -> str:

@@ -24,7 +24,7 @@ class RunSettings:
     """Keyword arguments that `tune` and `compare` have in common.
 
     Attributes:
-        lr: Learning rate, or several to choose from; None for 1e-3 and 1e-4.
+        lr: Learning rate, or several to choose from; None for 1e-3 and 1e-4. ``auto`` looks further by itself.
         head_lr: The same where the head alone is tuned; None for ``lr``, or else 1e-2 and 1e-3.
         epochs: Length of each run; the epoch with the best validation accuracy counts.
         batch_size: Images per training step; None for the largest of `BATCH_SIZES` that makes 16 steps an epoch.
@@ -32,7 +32,9 @@ class RunSettings:
         weight_decay: Pulls towards the pretrained weights.
         scheduler: Schedule of the learning rate: ``constant`` or ``cosine``.
         precision: ``bf16`` or ``fp16``; None for float32.
-        norm_stats: Whose normalisation statistics move: ``frozen``, ``target`` or ``all``.
+        norm_stats: Whose normalisation statistics move: ``frozen``, ``target``, ``all``, or ``estimated`` once from the
+            tuning images. None lets ``auto`` choose between ``frozen`` and ``estimated``, and is ``frozen`` elsewhere.
+        effort: For ``auto``: how many fifths of a run each candidate trains, 1 to 5.
         delta_dtype: Dtype of the saved deltas: ``bfloat16`` or ``float16`` halve the file.
         tuning: Images to tune on, as a number or a share below 1; None for all.
         validation: The same of the images to choose with, which are drawn where the data brings none.
@@ -60,7 +62,8 @@ class RunSettings:
     weight_decay: float = 1e-4
     scheduler: str = "constant"
     precision: str | None = None
-    norm_stats: str = "frozen"
+    norm_stats: str | None = None
+    effort: int = 1
     delta_dtype: str | None = None
     tuning: int | float | None = None
     validation: int | float | None = None

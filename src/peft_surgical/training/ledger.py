@@ -2,7 +2,9 @@
 
 One JSON object per line: the key of a run, which is the dict of settings that determine it, and its result. Appending
 is one ``write`` under a lock, so that a line is whole, or torn at the very end of the file; a torn last line (from a
-kill in the middle of the write) is ignored when reading and cut off by the next append.
+kill in the middle of the write) is ignored when reading and cut off by the next append. A last line that is a whole run
+and lacks only its line end, as editors leave it, counts. A file that holds anything else is not a ledger, and is left
+as it is.
 """
 
 from __future__ import annotations
@@ -13,9 +15,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ..errors import DataError
+from ..files import printable
 
 try:
     import fcntl
@@ -95,14 +98,14 @@ class Ledger:
         """Add one run. On return it is on disk.
 
         Raises:
-            DataError: Key or result are not plain JSON (NaN is not).
+            DataError: Key or result are not plain JSON (NaN is not), or the file is not a ledger.
         """
         line = f'{{"key": {canonical(key)}, "result": {canonical(result)}}}\n'.encode()
         self.file.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             with _locked(descriptor):
-                _cut_torn_line(descriptor)
+                line = self._prepared(descriptor) + line
                 written = os.write(descriptor, line)
                 os.fsync(descriptor)
         finally:
@@ -116,16 +119,52 @@ class Ledger:
         # The whole file, every time: a ledger has some thousand lines, and other processes append to it.
         content = self.file.read_bytes() if self.file.exists() else b""
         runs: dict[str, Run] = {}
-        for line in content[: content.rfind(b"\n") + 1].splitlines():  # the rest is torn, or just being written
-            try:
-                parts = json.loads(line)
-                run = Run(dict(parts["key"]), dict(parts["result"]))
-            except (ValueError, TypeError, KeyError) as error:
-                raise DataError(
-                    f"{self.file} holds a line that is no run: {line[:80]!r}; delete that line, or name another ledger"
-                ) from error
+        *lines, tail = content.split(b"\n")
+        for run in (*map(self._run, lines), *([self._run(tail)] if self._is_whole(tail) else [])):
             runs[canonical(run.key)] = run
         return runs
+
+    def _run(self, line: bytes) -> Run:
+        try:
+            parts = json.loads(line)
+            return Run(dict(parts["key"]), dict(parts["result"]))
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise DataError(
+                f"{self.file} holds a line that is no run: {printable(line[:80])}; delete that line, or name another "
+                "ledger"
+            ) from error
+
+    def _is_whole(self, tail: bytes) -> bool:
+        """Whether the last line, which has no line end, is a run; False for the beginning of one.
+
+        Raises:
+            DataError: It is neither, so that somebody else has written it.
+        """
+        try:
+            json.loads(tail)
+        except (ValueError, RecursionError):
+            if tail.startswith(_BEGINNING) or _BEGINNING.startswith(tail):
+                return False
+        self._run(tail)
+        return True
+
+    def _prepared(self, descriptor: int) -> bytes:
+        """What the next line has to begin with, after a torn line has been cut off; only under the lock."""
+        size = os.lseek(descriptor, 0, os.SEEK_END)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        with open(descriptor, "rb", closefd=False) as file:
+            first = file.readline()
+            if first.endswith(b"\n"):
+                self._run(first)
+            file.seek(end := _end_of_last_line(file, size))
+            tail = file.read()
+        if self._is_whole(tail):
+            return b"\n"
+        os.ftruncate(descriptor, end)
+        return b""
+
+
+_BEGINNING = b'{"key": {'
 
 
 @contextmanager
@@ -139,16 +178,14 @@ def _locked(descriptor: int) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_UN)
 
 
-def _cut_torn_line(descriptor: int) -> None:
-    """Drop what a killed process left after the last line end; only under the lock."""
-    end = size = os.lseek(descriptor, 0, os.SEEK_END)
+def _end_of_last_line(file: BinaryIO, size: int) -> int:
+    """The position behind the last line end of a file of so many bytes."""
+    end = size
     while end > 0:
         start = max(0, end - 4096)
-        os.lseek(descriptor, start, os.SEEK_SET)
-        found = os.read(descriptor, end - start).rfind(b"\n")
+        file.seek(start)
+        found = file.read(end - start).rfind(b"\n")
         if found >= 0:
-            end = start + found + 1
-            break
+            return start + found + 1
         end = start
-    if end < size:
-        os.ftruncate(descriptor, end)
+    return 0

@@ -26,16 +26,7 @@ from torch import nn
 
 from ..errors import AdapterError
 from ..keys import HOLDER
-from .specialise import base_class
-
-
-def stored(module: Any, name: str) -> torch.Tensor:
-    """The tensor that ``module`` stores under ``name``, without deltas."""
-    for store in (module._parameters, module._buffers, module.__dict__):
-        if name in store:
-            return store[name]
-    # As for any attribute that is not there: FSDP1 takes a parameter away and asks with hasattr().
-    raise AttributeError(f"{base_class(module).__name__} no longer has the tuned tensor {name!r}")
+from .specialise import stored
 
 
 class Deltas(nn.Module):
@@ -62,6 +53,8 @@ class SurgicalLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._active_adapter: list[str] = []
         self._movable: set[str] = set()
+        self._held: set[str] = set()
+        self._trainable: set[str] = set()  # adapters whose deltas were made trainable here
         self._backup: dict[str, torch.Tensor] = {}
         self._owner = weakref.ref(owner)
         self._sites: dict[str, list[tuple[weakref.ref[nn.Module], str]]] = {}
@@ -86,8 +79,7 @@ class SurgicalLayer(nn.Module, BaseTunerLayer):
     def sites(self, key: str) -> Iterator[tuple[nn.Module, str]]:
         """Every (module, name) under which the tensor ``key`` is stored; more than one where it is tied."""
         for reference, name in self._sites.get(key, ()):
-            module = reference()
-            if module is not None:
+            if (module := reference()) is not None:
                 yield module, name
 
     # --- reading ---
@@ -135,12 +127,15 @@ class SurgicalLayer(nn.Module, BaseTunerLayer):
             return False
         return any(adapter in self._movable for adapter in self._active_adapter)
 
+    def let_move(self, move: bool) -> bool:
+        """Let training move the statistics that active adapters hold, or hold them again; False if there are none."""
+        held = {*self._active_adapter} & self._held
+        self._movable = self._movable | held if move else self._movable - held
+        return bool(held)
+
     def base_tensor(self, key: str) -> torch.Tensor:
         """The base's value of ``key``, also while adapters are merged into it."""
-        if key in self._backup:
-            return self._backup[key]
-        module, name = next(self.sites(key))
-        return stored(module, name)
+        return self._backup[key] if key in self._backup else stored(*next(self.sites(key)))
 
     def keys_of(self, adapter: str) -> tuple[str, ...]:
         """The names of the tensors that ``adapter`` brings to this module: deltas, then statistics."""
@@ -171,8 +166,13 @@ class SurgicalLayer(nn.Module, BaseTunerLayer):
 
     # --- adapters ---
 
-    def update_layer(self, adapter: str, parameters: Iterable[str], statistics: Iterable[str], scale: float) -> None:
-        """Add ``adapter`` with zero deltas for ``parameters`` and its own copy of ``statistics``."""
+    def update_layer(
+        self, adapter: str, parameters: Iterable[str], statistics: Iterable[str], scale: float, hold: bool = False
+    ) -> None:
+        """Add ``adapter`` with zero deltas for ``parameters`` and its own copy of ``statistics``.
+
+        With ``hold`` these do not move in training.
+        """
         deltas = Deltas()
         for key in parameters:
             base = self.base_tensor(key)
@@ -186,28 +186,46 @@ class SurgicalLayer(nn.Module, BaseTunerLayer):
             own.register_buffer(key, self.base_tensor(key).clone())
         if own._buffers:
             self.surgical_stats[adapter] = own
+            self._held = self._held | {adapter} if hold else self._held - {adapter}
         self.scaling[adapter] = scale
+        self._trainable.add(adapter)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Activate adapters; see BaseTunerLayer. Their statistics move unless ``inference_mode`` freezes them."""
-        super().set_adapter(adapter_names, inference_mode)
-        self.forget()
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        trained = set() if inference_mode else {*names}
+        self._train(self._trainable - trained, False)
+        self._train(trained, True)
+        self.forget()
         self._active_adapter = names
-        self._movable = {name for name in names if name in self.surgical_stats and not inference_mode}
+        own = {*self.surgical_stats._modules}  # what `alone` hides stays as it is
+        self._movable = (self._movable - own) | ((trained & own) - self._held)
+
+    def _train(self, adapters: Iterable[str], trainable: bool) -> None:
+        """Set ``requires_grad`` of the deltas of those adapters that this layer has."""
+        for name in adapters:
+            if (deltas := self.surgical_delta._modules.get(name)) is not None:
+                for delta in deltas._parameters.values():
+                    if delta is not None and delta.is_leaf:  # FSDP's views are none
+                        delta.requires_grad_(trainable)
+                self._trainable = self._trainable | {name} if trainable else self._trainable - {name}
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Enable or disable training of adapters, their statistics included."""
-        super().set_requires_grad(adapter_names, requires_grad)
-        names = ({adapter_names} if isinstance(adapter_names, str) else {*adapter_names}) & {*self.surgical_stats}
+        names = {adapter_names} if isinstance(adapter_names, str) else {*adapter_names}
+        self._train(names, requires_grad)
+        names = names & {*self.surgical_stats} - self._held
         self._movable = self._movable | names if requires_grad else self._movable - names
 
     def enable_adapters(self, enabled: bool) -> None:
         """Toggle all adapters. Disabling shows the base, so a merged adapter is taken out first, as in PEFT."""
-        if not enabled and self.merged_adapters:
+        if enabled:
+            self.set_adapter(self.active_adapters)
+        else:
             self.unmerge()
-        super().enable_adapters(enabled)
-        self.forget()
+            self._train(self._trainable, False)
+            self.forget()
+        self._disable_adapters = not enabled
 
     def forget(self) -> None:
         """Empty what the owners computed from their tensors and kept, as timm's LeViT does with its biases."""
@@ -220,7 +238,7 @@ class SurgicalLayer(nn.Module, BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter from this module."""
         super().delete_adapter(adapter_name)
-        self._movable.discard(adapter_name)
+        self._movable, self._trainable = self._movable - {adapter_name}, self._trainable - {adapter_name}
 
     # --- merging ---
 
