@@ -36,8 +36,8 @@ def table(rows: Sequence[Run], tasks: Sequence[str], sizes: Sequence[int], seeds
         "over draws of the images to tune and validate on, which overlap between seeds; test images are the same for "
         f"all seeds (n = {', '.join(map(str, sorted(counted)))}), and no seed tunes or validates on them. Rates of "
         "all, blocks and head: by validation accuracy of seed 0; epochs: by validation accuracy. Cross-Val: the block "
-        "that validates best on each seed. auto: everything on each seed's own labels. Oracle: the block or head that tests "
-        "best, which nobody can choose."
+        "that validates best on each seed. auto: everything on each seed's own labels. Oracle: the block or head that "
+        "tests best, which nobody can choose."
     )
     own = "The same networks on held-out images of the source domain, in percent."
     names = ["task", "per class", *COLUMNS]

@@ -37,9 +37,9 @@ if TYPE_CHECKING:
     from .adapters.lora import to_lora
     from .adapters.pool import AdapterPool
     from .choosing.callback import SurgicalCallback
-    from .choosing.methods import Penalty
     from .choosing.models import with_base_names
     from .choosing.pace import Pace
+    from .choosing.penalties import Penalty
     from .choosing.resolve import resolve_target, score_blocks
     from .choosing.scores import BlockScores
     from .experiment.api import compare, tune
@@ -79,7 +79,7 @@ _MODULES = {
     "BlockScores": "choosing.scores",
     "CachedPrefix": "prefix.cached",
     "Pace": "choosing.pace",
-    "Penalty": "choosing.methods",
+    "Penalty": "choosing.penalties",
     "SurgicalCallback": "choosing.callback",
     "combine_adapters": "adapters.combination",
     "compare": "experiment.api",

@@ -100,7 +100,8 @@ class Experiment(Subject):
             self.fitting = replace(self.fitting, use_cpu=True)  # Trainer refuses bfloat16 on the CPU otherwise
         self.ledger = Ledger(self.folder / "ledger.jsonl")
         alone = isinstance(self.engine, Workers) and self.engine.world == 1  # or else one computes for all
-        self.features = FeatureStore(folder=self.folder / PRIVATE / _FEATURES, shared=not alone) if self.cache else False
+        features = self.folder / PRIVATE / _FEATURES
+        self.features = FeatureStore(folder=features, shared=not alone) if self.cache else False
         self.started = time.monotonic()
         self.done: set[str] = set()
         self.found: set[str] = set()
