@@ -84,8 +84,10 @@ class _Stacked(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         module, (weight, bias) = self.module, self.tensors()
+        assert weight is not None
         each = x.unflatten(0, (self.count, -1))  # (streams, images, ...)
         if isinstance(module, nn.GroupNorm):
+            assert bias is not None
             each = F.group_norm(x, module.num_groups, eps=module.eps).unflatten(0, (self.count, -1))
             return (each * weight[:, None, :, None, None] + bias[:, None, :, None, None]).flatten(0, 1)
         if isinstance(module, nn.Linear):
@@ -313,7 +315,8 @@ class ViewsOfMany:
     def _drawn(self, images: Tensor, seed: int, position: int) -> list[Draw]:
         if (seed, position) not in self._draws:
             generator = generator_at(seed, position)
-            drawn = [self.augment.draw(*images.shape[2:], generator) for _ in range(self.steps)]
+            height, width = images.shape[2:]
+            drawn = [self.augment.draw(height, width, generator) for _ in range(self.steps)]
             self._draws[seed, position] = drawn
         return self._draws[seed, position]
 
@@ -334,7 +337,7 @@ def adapt_many(memo: ManyMemo, plans: Sequence[Plan], views: ViewsOfMany, *, eag
         flat += [flat[-1]] * (-len(flat) % memo.count)  # the last image again, until the last batch is full
         batches = [flat[at : at + memo.count] for at in range(0, len(flat), memo.count)]
     else:
-        batches = list(zip(*rows, strict=True))
+        batches = [list(batch) for batch in zip(*rows, strict=True)]
     numbers = torch.tensor([[stream for stream, _ in batch] for batch in batches])
     every = torch.tensor([plan.lr for plan in plans], dtype=memo.deltas[0].dtype)[numbers].to(device)
     found: list[Tensor] = []
@@ -378,7 +381,9 @@ def _batches(
 
 def collapses(logits: Tensor, window: int = COLLAPSE_WINDOW) -> list[int]:
     """Where the predictions (n, classes) of a whole window have become one class, as `Stream` counts it."""
-    found, recent, before = [], [], False
+    found: list[int] = []
+    recent: list[int] = []
+    before = False
     for place, row in enumerate(logits):
         if not bool(torch.isfinite(row).all()):
             continue
