@@ -129,8 +129,8 @@ def parser_of(protocol: Protocol, doc: str | None) -> argparse.ArgumentParser:
     methods = f"methods instead of, or beside, targets: {', '.join(METHODS)}; l1-sp@0.001 sets a method's option"
     add("--method", nargs="+", default=[], metavar="M", help=methods)
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="S", help="default: 0 1 2")
-    tried = " ".join(f"{one:g}" for one in THRESHOLDS)
-    snr = f"thresholds of auto-snr that validation chooses from, none for the package's; default: {tried} (chosen here)"
+    grid = " ".join(f"{one:g}" for one in THRESHOLDS)
+    snr = f"thresholds of auto-snr that validation chooses from, none for the package's; default: {grid} (chosen here)"
     add("--thresholds", nargs="*", type=float, default=THRESHOLDS, metavar="T", help=snr)
     held_out = "also measure the kept adapter on held-out images of the source"
     add("--forgetting", action="store_true", help=held_out)

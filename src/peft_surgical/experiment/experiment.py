@@ -11,7 +11,6 @@ import functools
 import hashlib
 import json
 import shutil
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, field, replace
@@ -19,38 +18,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from accelerate import PartialState
-
-from ..choosing.pace import block_means
-from ..choosing.resolve import score_blocks
 from ..choosing.scores import BlockScores
 from ..config import SurgicalConfig
 from ..data.labelled import collate
 from ..errors import AdapterError, ConfigError
-from ..evaluation import predict_logits, predicted_classes
-from ..evaluation.metrics import check_metrics, interval_of, judge, tolerant
-from ..evaluation.selected import evidence_of
+from ..evaluation import predict_logits
+from ..evaluation.metrics import check_metrics, judge
 from ..extras import accelerator_or_cpu
 from ..fingerprints import fingerprint
 from ..keys import PRIVATE
 from ..prefix.storage import FeatureStore
 from ..training.auto import AutoSettings
 from ..training.engines import Engine, Workers
-from ..training.fitting import FORWARD_SHARE, FitSettings, fit, forget_checkpoints
+from ..training.fitting import FitSettings
 from ..training.ledger import Ledger, Run
-from ..training.logistic import solve_head
-from ..training.search import HOW, NONE, USUAL
-from ..training.trainer import DivergedError, Epochs, Watch, file_name, logging_to
+from ..training.search import HOW
+from ..training.trainer import Watch
 from .requests import Score, Test, Train, key_of, request_of
-from .subject import LABELLED, Subject
+from .running import score_run, test_run, train_run
+from .subject import Subject
 
 _FEATURES = "features"  # folder for what is computed once for each image
-_LARGEST = sys.float_info.max  # stands for an infinite loss, which JSON cannot hold
 
 
 @dataclass(eq=False)
@@ -168,101 +160,10 @@ class Experiment(Subject):
         """Do what a key asks for; a ``Fit`` of `search`. A full run leaves its adapter in ``adapter(key)``."""
         request = request_of(key)
         if isinstance(request, Test):
-            return self._test(request.run)
+            return test_run(self, request.run)
         if isinstance(request, Score):
-            return {"scores": self._score(request)}
-        return self._train(request)
-
-    def _train(self, run: Train) -> dict[str, Any]:
-        validation = self.rows("validation", run.seed)
-        if run.method == NONE:
-            logits = self.logits(self.base(run.seed).model, validation)
-            found = judge(self.metrics[:1], logits, validation.label_tensor, validation.groups)
-            return {"validation": found[self.metrics[0]], "cost": 0.0, **self._evidence(run, logits)}
-        key = key_of(run, self.shared)
-        row, zero, config = self.prepared(run.method)
-        config = {**self.config, **config} | ({"norm_stats": run.how.norm_stats} if run.how.norm_stats else {})
-        tuning = self.rows(LABELLED if run.how.refit else "tuning", run.seed)
-        if row.solved:
-            size = self.fitting.batch_size
-            network = copy.deepcopy(self.base(run.seed, zero).model).to(self.device)
-            model, logits, folds = solve_head(network, tuning, validation, config=config, collate=collate)
-            found = judge(self.metrics[:1], logits, validation.label_tensor, validation.groups)
-            cost = FORWARD_SHARE * (len(tuning) + len(validation)) / size
-            self._keep(key, run, model, zero)
-            return {"validation": found[self.metrics[0]], "cost": cost, **folds, **self._evidence(run, logits)}
-        assert run.lr is not None
-        epochs = run.epochs(self.fitting.epochs)
-        place = self.folder / PRIVATE / "checkpoints" / self.digest(key)
-        name = f"{run.method}-lr{run.lr:g}-seed{run.seed}"
-        try:
-            with logging_to(None if self.logs is None else self.logs / file_name(name)):
-                fitted = fit(
-                    copy.deepcopy(self.base(run.seed, zero).model),
-                    row,
-                    tuning,
-                    validation,
-                    replace(
-                        self.fitting,
-                        lr=run.lr,
-                        seed=run.seed,
-                        epochs=epochs if run.how.average else self.fitting.epochs,
-                    ),
-                    config=config,
-                    folder=place,
-                    stop_epoch=None if run.stop is None or run.how.average else epochs,
-                    average=run.how.average,
-                    collate=collate,
-                    callbacks=[Epochs(self.watch, run)],
-                    metric=functools.partial(self._selecting, validation.groups),
-                    arguments={**self.arguments, "run_name": name},
-                    cache=self.features,
-                    cached_views=self.cached_views,
-                )
-        except DivergedError as error:  # one of several candidates: it loses, and does not end the search
-            forget_checkpoints(place)
-            lost = {"validation": 0.0, "validation_loss": _LARGEST, "cost": float(error.steps), "diverged": True}
-            return lost | self._evidence(run, torch.full((len(validation), 1), torch.nan))
-        result: dict[str, Any] = {"validation": fitted.validation, "validation_loss": fitted.losses[-1]}
-        result |= {"cost": fitted.cost, "epoch": fitted.best_epoch, "seconds": round(fitted.seconds, 3)}
-        result |= {"curve": list(fitted.curve), "losses": list(fitted.losses), "prefix": fitted.prefix}
-        if fitted.logits is not None:
-            result |= self._evidence(run, fitted.logits)
-        if fitted.record:
-            result["factors"] = [block_means(factors, self.anatomy) for _, factors in sorted(fitted.record.items())]
-        # Where all processes train together, the first one alone looks at the outcome.
-        if run.stop is not None or not PartialState().is_main_process:
-            return result
-        self._keep(key, run, fitted.model, zero)
-        forget_checkpoints(place)
-        return result
-
-    def _keep(self, key: dict[str, Any], run: Train, trained: Any, zero: bool) -> None:
-        """Save the adapter of a run, and see that it gives what was trained."""
-        trained.save_pretrained(self.adapter(key))
-        if not self.config.get("delta_dtype"):  # what is rounded on disk differs on purpose
-            self.check(trained, self.load(self.adapter(key), self.base(run.seed, zero).model), run.seed)
-
-    def _evidence(self, run: Train, logits: Tensor) -> dict[str, Any]:
-        """For `auto`: by what a candidate is compared, and whether it is right about each validation image."""
-        if run.how == USUAL:
-            return {}
-        rows = self.rows("validation", run.seed)
-        found = evidence_of(logits, rows.label_tensor)
-        if self.metrics[0] != "accuracy":
-            found["score"] = self._selecting(rows.groups, logits, rows.label_tensor)
-        return found
-
-    def _selecting(self, groups: Tensor | None, logits: Tensor, labels: Tensor) -> float:
-        return judge(self.metrics[:1], tolerant(logits), labels, groups)[self.metrics[0]]
-
-    def _score(self, asked: Score) -> str:
-        generator = torch.Generator().manual_seed(asked.seed)
-        rows = self.rows("tuning", asked.seed)
-        loader = DataLoader(rows, self.fitting.batch_size, shuffle=True, generator=generator, collate_fn=collate)
-        precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.fitting.precision or "")
-        network = copy.deepcopy(self.base(asked.seed).model).to(self.device)
-        return score_blocks(network, loader, asked.criterion, blocks=self.anatomy, autocast=precision).to_json()
+            return {"scores": score_run(self, request)}
+        return train_run(self, request)
 
     def scores(self, criterion: str, seed: int) -> BlockScores:
         """Scores of the blocks on the tuning images, in all processes the same; not of a new head, which is random."""
@@ -281,28 +182,6 @@ class Experiment(Subject):
         found = {_digest(one.key): one.result for one in self.run(self.train, keys, self.ledger)} if keys else {}
         own = [found.get(_digest(key), {}) for key in asked]
         return [Run(run.key, {**run.result, **result}, run.notes) for run, result in zip(runs, own, strict=True)]
-
-    def _test(self, run: Train) -> dict[str, Any]:
-        """The metric that selects as ``test``; where there are several metrics, all of them with their intervals."""
-        seed, first, key = run.seed, PartialState().is_main_process, key_of(run, self.shared)
-        if run.method == NONE:
-            model = self.base(seed).model
-        else:
-            (missing,) = broadcast_object_list([first and not self.adapter(key).is_dir()])
-            if missing:  # the experiment was over, and tidied up
-                self.train(key)
-            _, zero, _ = self.prepared(run.method)
-            model = self.load(self.adapter(key), self.base(seed, zero).model) if first else nn.Identity()
-        if not first:
-            return {}
-        rows = self.rows("test", seed)
-        scores, labels = predicted_classes(self.logits(model, rows), rows.label_tensor), rows.label_tensor
-        values = self.judge(self.metrics, scores, labels, rows.groups)
-        found: dict[str, Any] = {"test": values[self.metrics[0]]}
-        if self.metrics != ("accuracy",):
-            intervals = {name: interval_of(name, scores, labels, rows.groups) for name in self.metrics}
-            found["measured"] = {name: [values[name], at.low, at.high, n] for name, (at, n) in intervals.items()}
-        return found
 
     def logits(self, model: nn.Module, rows: Dataset[Any]) -> Tensor:
         """Logits (images, classes), on the CPU."""

@@ -56,8 +56,6 @@ class SurgicalModel(BaseTuner):
         self._looked = False
         super().__init__(*args, **kwargs)
 
-    # --- adding an adapter ---
-
     def inject_adapter(
         self,
         model: nn.Module,
@@ -164,8 +162,6 @@ class SurgicalModel(BaseTuner):
                 for key, delta in layer.surgical_delta[adapter_name].named_parameters():
                     delta.data = delta.data.to(layer.base_tensor(key).dtype)
 
-    # --- switching, scaling ---
-
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Activate adapters; see BaseTuner. The time it takes depends on the tuned modules alone.
 
@@ -201,8 +197,6 @@ class SurgicalModel(BaseTuner):
         with routed:
             yield
 
-    # --- merging ---
-
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge adapters into the base; see BaseTuner. ``safe_merge`` checks all tensors before it changes one."""
         if safe_merge:
@@ -230,8 +224,6 @@ class SurgicalModel(BaseTuner):
             return super()._unload_and_optionally_merge(
                 merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
             )
-
-    # --- combining ---
 
     def add_weighted_adapter(
         self,
@@ -271,8 +263,6 @@ class SurgicalModel(BaseTuner):
             self._remove(self.model, adapter_name)
             raise
 
-    # --- state dicts ---
-
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         # PEFT maps both ways through this, so an adapter made on a compiled network loads onto a plain one and back.
@@ -306,6 +296,5 @@ class SurgicalModel(BaseTuner):
             if isinstance(tuner, SurgicalModel) and adapter_name in tuner._awaiting:
                 tuner._remove(tuner.model, adapter_name)
             raise
-        if isinstance(tuner, SurgicalModel):
-            tuner._awaiting.discard(adapter_name)
+        getattr(tuner, "_awaiting", set()).discard(adapter_name)
         return found
