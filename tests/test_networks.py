@@ -67,7 +67,6 @@ TIMM = {
     "mobilevit_xxs": {},
     "mobilevitv2_050": {},
     "nest_tiny": {"size": 224},
-    "pit_ti_224": {"size": 224},
     "poolformer_s12": {},
     "pvt_v2_b0": {},
     "repghostnet_050": {},

@@ -74,7 +74,7 @@ def test_update_bn_moves_what_the_policy_lets_move():
 
 
 def test_a_module_that_something_replaced_is_noticed_on_saving(tmp_path):
-    model = adapted("head")
+    model = adapted("conv1 + head")
     model.get_base_model().fc = nn.Linear(8, 5)
     with pytest.raises(AdapterError, match=r"^fc.weight, fc.bias of the base changed"):
         model.save_pretrained(tmp_path)

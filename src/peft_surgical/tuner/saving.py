@@ -157,7 +157,13 @@ def publish_adapter(model: Any, folder: Path, root: Path | None = None) -> None:
 def _check_written(file: Path) -> None:
     """Check what `whole_state` has not seen: the modules that PEFT saves whole, for ``modules_to_save``."""
     with safe_open(file, framework="pt") as held:
-        for key in held.keys():  # noqa: SIM118 (safe_open is no mapping)
+        keys = list(held.keys())
+        if not keys:
+            raise AdapterError(
+                "The adapter was not saved: none of its tensors is in the model any more. Something has put other "
+                "modules in the place of those that it was attached to."
+            )
+        for key in keys:
             if neutral_key(key) is None and not is_finite(held.get_tensor(key)):
                 raise AdapterError(
                     f"The adapter was not saved: {key}, which modules_to_save names, holds NaN or Inf. The run "
