@@ -64,7 +64,7 @@ PROTOCOL = Protocol(
     data=None,
     layouts="the folder of the sets: <set>/<domain>/<class>/<image>",
     model="tf_efficientnet_lite0",
-    rows=("all", *BLOCKS, "head", "logistic-head", "auto-rgn", "auto"),
+    rows=("all", "auto", "logistic-head", "head", *BLOCKS),
     lrs=(3e-4, 1e-3),
     head_lrs=(1e-3, 1e-2),
     fitting=FitSettings(lr=1e-3, epochs=15, batch_size=16, optimizer="adam", weight_decay=1e-4),

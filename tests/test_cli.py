@@ -239,7 +239,8 @@ def test_tune_and_compare(run, data, tmp_path):
     )
     epoch, done = "seed 0, head at 0.01: epoch 1 of 1, validation ", "seed 0, head at 0.01: validation "
     assert [line.startswith(start) for line, start in zip(lines[4:6], (epoch, done), strict=True)] == [True, True]
-    assert len(lines) == 8
+    assert lines[6] == "head: prefix cached: 100% of a forward pass, all before fc, is computed once"
+    assert len(lines) == 9
     assert "validation" in out
     assert "learning rate and epoch by validation accuracy on these images" in out
     assert "load_base(report.model, **report.settings" in out
@@ -251,8 +252,8 @@ def test_tune_and_compare(run, data, tmp_path):
     )  # fmt: skip
     assert (code, err.count("\n")) == (
         0,
-        4 + 4 + 2,
-    )  # plan, runs, epochs of those that train
+        4 + 4 + 2 + 1,
+    )  # plan, runs, epochs of those that train, what is cached
     rows = [line.split() for line in out.splitlines()]
     assert [row[0] for row in rows[1:3]] == ["none", "head"]
     assert "over the seeds 0, 1" in out
@@ -265,9 +266,7 @@ def test_folders_that_hold_other_things_are_refused_before_anything_is_read(run,
     for command, more in (("tune", ()), ("compare", ()), ("adapt", ("--lr", "0.1"))):
         code, out, err = run(command, "test_resnet", tmp_path / "nowhere", "--output", tmp_path, *more)
         assert (code, out, err.count("\n")) == (2, "", 1)
-        assert (
-            f"{tmp_path} holds runs, which might be overwritten: name a folder that is new or empty with --outp" in err
-        )
+        assert f"{tmp_path} holds runs, which might be overwritten: name a folder that is new or empty" in err
         code, _, err = run(command, "test_resnet", "x", "--output", tmp_path / "runs" / "events", *more)
         assert (code, "no results can be written to" in err, err.count("\n")) == (2, True, 1)
     assert [path.name for path in tmp_path.rglob("*")] == ["runs", "events"]

@@ -102,15 +102,14 @@ def check_fields(values: Mapping[str, Any]) -> None:
 class SurgicalConfig(PeftConfig):
     """Configuration of a surgical adapter.
 
-    What to tune is either a ``target`` (blocks, paths, globs, regexes: see `parse`) or PEFT's ``target_modules``. A
-    config without either can be made, as with PEFT's other methods; ``get_peft_model`` refuses it.
+    What to tune is either a ``target`` (blocks, paths, globs, regexes: see `parse`) or PEFT's ``target_modules``.
 
     Args:
         target: For example ``"block1"``, ``"block2-4 + head"``, ``"all - head"``, ``"*.norm*"``, or a list of such
             terms, which is their sum.
-        norm_stats: Whose normalisation statistics move: ``"frozen"`` nobody's (the paper's protocol),
-            ``"target"`` those of targeted modules, ``"all"`` every module's. ``"estimated"`` holds them in training as
-            ``"frozen"`` does, with values that `estimate_statistics` takes from target images. What moves is saved.
+        norm_stats: Whose normalisation statistics move: ``"frozen"`` nobody's (the paper's protocol), ``"target"``
+            those of targeted modules, ``"all"`` every module's. ``"estimated"``: those of `estimate_statistics`,
+            which training does not move. All but the base's are saved.
         delta_dtype: Dtype of the deltas on disk: ``"bfloat16"`` or ``"float16"`` halve the file and round what is
             reloaded; None keeps the dtype in which they were trained.
         blocks: Block name -> module or tensor paths, for networks whose blocks cannot be derived. Saved.

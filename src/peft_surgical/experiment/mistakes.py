@@ -24,7 +24,7 @@ def confusion_of(logits: Tensor, labels: Tensor, classes: int) -> list[list[int]
         classes: Number of outputs.
     """
     counts = torch.bincount(labels * classes + logits.argmax(1), minlength=classes * classes)
-    return counts.reshape(classes, classes).tolist()  # type: ignore[no-any-return]
+    return counts.reshape(classes, classes).tolist()
 
 
 def per_class(confusion: Sequence[Sequence[int]]) -> list[float | None]:

@@ -127,6 +127,7 @@ def write_tuned(experiment: Experiment, choice: Choice, seed: int, source: Sourc
         "asked": choice.asked,
         "run": experiment.digest(key),
         "cost": choice.cost,
+        "prefix": choice.run.notes.get("prefix"),
         "head": kept.head,
         "open": kept.opening,
         "data_parts": dict(data.origin),

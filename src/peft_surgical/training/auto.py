@@ -10,6 +10,8 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from ..errors import ConfigError
 from ..evaluation.selected import Gain, gain_of_best
 from .engines import Engine, Fit
@@ -22,6 +24,8 @@ START = {"all": 3e-4}
 """Where it begins to look; at 1e-3 for a part of the network."""
 RUNG = 1 / 5
 """Share of a run that each candidate of `auto` trains, times its effort."""
+LEAST_STEPS = 45
+"""Steps that a candidate trains at least, if a run has as many: after fewer, what needs no training looks best."""
 
 
 @dataclass(frozen=True)
@@ -51,15 +55,17 @@ def auto(
     engine: Engine | None = None,
     *,
     asked: AutoSettings | None = None,
+    steps: int = 1000,
     solved: str | None = None,
     nothing: bool = True,
 ) -> SearchResult:
     """The default choice; docs/selection.md describes it.
 
     The solved head says which norm statistics fit the new images. Every part trains for a fifth of a run; around the
-    rates of the two best, neighbouring rates are tried until the best lies between worse ones. The best candidate is
-    trained on all labelled images. Results need, beside ``validation``: ``score``, by which candidates are compared,
-    ``scores`` and ``right`` for every validation image, and of the solved head ``fold_loss``.
+    rates of the two best, neighbouring rates are tried until the best lies between worse ones. Where the solved head
+    leads, or no gain over the base is shown, the best of the others trains to the end before they are compared again.
+    The winner is trained on all labelled images. Results need, beside ``validation``: ``score``, which is compared;
+    ``scores`` and ``right`` for every validation image; and of the solved head ``fold_loss``.
 
     Args:
         parts: Targets.
@@ -68,12 +74,13 @@ def auto(
         settings: See `Settings`.
         engine: Does the runs.
         asked: What to look among.
+        steps: Optimizer steps of a whole run.
         solved: The method that solves the head; None where the head cannot be solved.
         nothing: Whether no tuning is a candidate.
     """
     asked = asked or AutoSettings()
     run = functools.partial(run_candidates, fit=fit, ledger=ledger, settings=settings, engine=engine)
-    stop = min(1.0, RUNG * asked.effort)
+    stop = min(1.0, max(RUNG * asked.effort, LEAST_STEPS / steps))
     (base,) = run([Candidate(NONE, None, Variant(asked.policies[0]))])
     policy, heads = asked.policies[0], []
     if solved is not None:
@@ -86,15 +93,16 @@ def auto(
     tried = run([Candidate(part, rate, how) for part, rate in begun], stop=stop)
     while asked.lrs is None and (more := _neighbours(tried)):
         tried += run([Candidate(part, rate, how) for part, rate in more], stop=stop)
-    compared = [*heads[:1], *tried]
-    leader = max(compared, key=_score)
-    gain = _gain(compared, base)
-    trials = [base, *heads, *tried]
-    if not gain.is_shown and candidate_of(leader).how.average and stop < 1:
-        # A part of a run does not show it: the whole may.
+    compared, trials = [*heads[:1], *tried], [base, *heads, *tried]
+    gain, leader = _gain(compared, base), _largest_rate(tried)
+    solved_leads = bool(heads) and _score(heads[0]) >= _score(leader)
+    if stop < 1 and (solved_leads or not gain.is_shown):
+        # The solved head is as good as it gets, and what a part of a run does not show the whole may.
         (leader,) = run([candidate_of(leader)])
         trials.append(leader)
-        gain = _gain([leader], base)
+        compared = [*heads[:1], leader]
+        gain = _gain(compared, base)
+    leader = max([leader, *heads[:1]], key=_score)
     if nothing and _score(base) >= _score(leader):
         return replace(result_of("auto", [base], trials), gain=gain)
     chosen = candidate_of(leader)
@@ -102,6 +110,22 @@ def auto(
     measured = {name: leader.result[name] for name in ("validation", "validation_loss")}
     found = result_of("auto", [Run(final.key, {**final.result, **measured})], [*trials, final])
     return replace(found, gain=gain)
+
+
+def _largest_rate(tried: Sequence[Run]) -> Run:
+    """The best run; or one of the same part at a larger rate, if the scores of its images hardly differ.
+
+    What has trained for a part of a run only looks better at small rates than it is in the end. Hardly: by at most one
+    standard error of the paired difference.
+    """
+    best = max(tried, key=_score)
+    leader = best
+    for run in tried:
+        if run.key["method"] == best.key["method"] and run.key["lr"] > leader.key["lr"]:
+            less = np.subtract(best.result["scores"], run.result["scores"])
+            if less.mean() <= less.std() / np.sqrt(len(less)):
+                leader = run
+    return leader
 
 
 def _neighbours(tried: Sequence[Run]) -> list[tuple[str, float]]:

@@ -8,10 +8,7 @@ through a property that adds the active adapters' deltas. Its deltas live in a c
     conv1.weight                             the base's parameter, frozen, where it always was
     conv1.surgery                            SurgicalLayer
     conv1.surgery.surgical_delta.default     Deltas with the trainable parameter `weight`
-
-This serves every kind of tensor in one way: a convolution's weight, timm's root-level ``cls_token``, CLIP's
-``class_embedding`` beside child modules, ``nn.MultiheadAttention.in_proj_weight``, the weights of an LSTM, and tensors
-that are read from outside (``out_proj.weight``) or by another method than ``forward``.
+This serves every kind of tensor, also root parameters and tensors that are read from outside the module.
 """
 
 from __future__ import annotations
@@ -59,8 +56,6 @@ class SurgicalLayer(nn.Module, BaseTunerLayer):
         self._owner = weakref.ref(owner)
         self._sites: dict[str, list[tuple[weakref.ref[nn.Module], str]]] = {}
 
-    # --- copying: weak references do not copy; the owner puts itself back in __setstate__ ---
-
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key not in ("_owner", "_sites")}
 
@@ -81,8 +76,6 @@ class SurgicalLayer(nn.Module, BaseTunerLayer):
         for reference, name in self._sites.get(key, ()):
             if (module := reference()) is not None:
                 yield module, name
-
-    # --- reading ---
 
     def effective(self, key: str, base: torch.Tensor) -> torch.Tensor:
         """Base + deltas of the active adapters, differentiable; for statistics, the active adapter's own."""
@@ -164,8 +157,6 @@ class SurgicalLayer(nn.Module, BaseTunerLayer):
         """The owner's number of outputs, where PEFT knows its kind; None otherwise."""
         return _get_in_out_features(self.get_base_layer())[1]
 
-    # --- adapters ---
-
     def update_layer(
         self, adapter: str, parameters: Iterable[str], statistics: Iterable[str], scale: float, hold: bool = False
     ) -> None:
@@ -197,9 +188,9 @@ class SurgicalLayer(nn.Module, BaseTunerLayer):
         self._train(self._trainable - trained, False)
         self._train(trained, True)
         self.forget()
-        self._active_adapter = names
         own = {*self.surgical_stats._modules}  # what `alone` hides stays as it is
-        self._movable = (self._movable - own) | ((trained & own) - self._held)
+        movable = (self._movable - own) | ((trained & own) - self._held)
+        self.__dict__.update(_active_adapter=names, _movable=movable)  # nn.Module's own way takes most of the time
 
     def _train(self, adapters: Iterable[str], trainable: bool) -> None:
         """Set ``requires_grad`` of the deltas of those adapters that this layer has."""
@@ -220,7 +211,7 @@ class SurgicalLayer(nn.Module, BaseTunerLayer):
     def enable_adapters(self, enabled: bool) -> None:
         """Toggle all adapters. Disabling shows the base, so a merged adapter is taken out first, as in PEFT."""
         if enabled:
-            self.set_adapter(self.active_adapters)
+            self.set_adapter(self._active_adapter)
         else:
             self.unmerge()
             self._train(self._trainable, False)
@@ -239,8 +230,6 @@ class SurgicalLayer(nn.Module, BaseTunerLayer):
         """Remove an adapter from this module."""
         super().delete_adapter(adapter_name)
         self._movable, self._trainable = self._movable - {adapter_name}, self._trainable - {adapter_name}
-
-    # --- merging ---
 
     def merged_values(self, adapters: Sequence[str]) -> dict[str, torch.Tensor]:
         """What each tensor would be with ``adapters`` merged: exactly what a forward with them active reads."""
@@ -295,8 +284,6 @@ class SurgicalLayer(nn.Module, BaseTunerLayer):
             store = module._parameters if name in module._parameters else module._buffers
             store[name] = value  # type: ignore[assignment]
         self.forget()
-
-    # --- placement ---
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # The base class looks for one `weight`; here each tensor follows its own base.
