@@ -72,22 +72,17 @@ class _Stacked(nn.Module):
         for delta in self.deltas.values():
             delta.requires_grad_()
 
-    def tensors(self) -> Iterator[Tensor | None]:
-        """Weight and bias (streams, ...), with the deltas."""
-        for name in ("weight", "bias"):
-            base = getattr(self.module, name)
-            if base is not None and name in self.deltas:
-                base = base + self.deltas[name]
-            elif base is not None:
-                base = base.expand(self.count, *base.shape)
-            yield base
+    def tensor(self, name: str) -> Any:
+        """Weight or bias (streams, ...), with the deltas; None where the module has none."""
+        base = getattr(self.module, name)
+        if base is None or name in self.deltas:
+            return None if base is None else base + self.deltas[name]
+        return base.expand(self.count, *base.shape)
 
     def forward(self, x: Tensor) -> Tensor:
-        module, (weight, bias) = self.module, self.tensors()
-        assert weight is not None
+        module, weight, bias = self.module, self.tensor("weight"), self.tensor("bias")
         each = x.unflatten(0, (self.count, -1))  # (streams, images, ...)
         if isinstance(module, nn.GroupNorm):
-            assert bias is not None
             each = F.group_norm(x, module.num_groups, eps=module.eps).unflatten(0, (self.count, -1))
             return (each * weight[:, None, :, None, None] + bias[:, None, :, None, None]).flatten(0, 1)
         if isinstance(module, nn.Linear):
