@@ -19,7 +19,8 @@ from peft_surgical.tuner.model import SurgicalModel
 
 PUBLIC = """
 AdapterPool Anatomy BlockScores Pace Penalty SurgicalCallback SurgicalConfig SurgicalError anatomy_of combine_adapters
-compare diff load_adapted pull push_adapter read_adapter resolve_target score_blocks set_scale to_lora tune
+compare diff extract_adapter load_adapted pull push_adapter read_adapter resolve_target score_blocks set_scale to_lora
+tune
 """
 
 IMPORTED = """

@@ -32,7 +32,7 @@ from .keys import CONFIG, WEIGHTS, file_key
 
 NormPolicy = Literal["frozen", "target", "all"]
 """``frozen``: no statistics move. ``target``: those of modules with a targeted tensor. ``all``: every module's."""
-DELTA_DTYPES = ("float32", "bfloat16", "float16")
+DELTA_DTYPES = ("float32", "bfloat16", "float16", "float64")
 _UNSAVED = ("strict_base", "held", "measured_fingerprint")
 
 
@@ -118,7 +118,8 @@ class SurgicalConfig(PeftConfig):
         norm_stats: Whose normalisation statistics move: ``"frozen"`` nobody's (the paper's protocol),
             ``"target"`` those of targeted modules, ``"all"`` every module's. What moves is saved.
         delta_dtype: Dtype of the deltas on disk: ``"bfloat16"`` or ``"float16"`` halve the file and round what is
-            reloaded; None keeps the dtype in which they were trained.
+            reloaded; None keeps the dtype in which they were trained. ``"float64"`` keeps them in float64 in memory,
+            too, so that base + delta can be any float32 value, as for what `extract_adapter` makes.
         blocks: Block name -> module or tensor paths, for networks whose blocks cannot be derived. Saved.
         target_modules: PEFT's: a list of module names (exact or as a suffix) or a regex; all tensors of a matched
             module are tuned. Names that match nothing are named in a warning, and are an error if none matches; every

@@ -72,7 +72,7 @@ class SharedOptions:
         "frozen"
     )
     delta_dtype: Annotated[
-        str | None, typer.Option(help="Of the saved deltas: bfloat16 or float16 halve the file.")
+        str | None, typer.Option(help="Of the saved deltas: bfloat16 or float16 halve the file, float64 doubles it.")
     ] = None
     images: Few = None
     validation: Validation = None

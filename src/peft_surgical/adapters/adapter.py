@@ -60,6 +60,21 @@ class Adapter:
         wide = {name: delta.to(torch.promote_types(delta.dtype, torch.float32)) for name, delta in self.deltas.items()}
         return wide if scale == 1 else {name: delta * scale for name, delta in wide.items()}
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all tensors that it brings: deltas, statistics, and what is in its ``modules_to_save``."""
+        return (*self.deltas, *self.statistics, *self.whole)
+
+    def tuned(self, name: str, base: torch.Tensor) -> torch.Tensor:
+        """What a forward with this adapter reads for a tensor whose base value this is, perhaps in a wider dtype."""
+        scale = self.config.scale
+        if (delta := self.deltas.get(name)) is not None:
+            wide = torch.promote_types(delta.dtype, torch.float32)
+            return torch.add(base, delta.to(base.device, wide), alpha=scale)
+        own = self.whole.get(name, self.statistics.get(name, base)).to(base.device)
+        partly = name in self.statistics and scale != 1 and own.is_floating_point()
+        return torch.lerp(base, own.to(base.dtype), scale) if partly else own
+
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Its tensors by the keys of an adapter file."""
         found = {saved_key(name, DELTA): delta for name, delta in self.deltas.items()}

@@ -98,6 +98,7 @@ def attach(
     parameters: Mapping[str, Sequence[tuple[nn.Module, str]]],
     statistics: Sequence[str],
     scale: float,
+    double: bool = False,
 ) -> SurgicalLayer:
     """Give ``owner`` an adapter.
 
@@ -108,6 +109,7 @@ def attach(
             first; more than one for a tied parameter.
         statistics: Names of the owner's buffers that the adapter owns.
         scale: The factor of its deltas.
+        double: Whether its deltas are float64, whatever the dtype of the base.
     """
     layer = owner._modules.get(HOLDER)
     if not isinstance(layer, SurgicalLayer):
@@ -118,7 +120,7 @@ def attach(
     for key, sites in parameters.items():
         for module, name in sites:
             _link(layer, key, module, name)
-    layer.update_layer(adapter, parameters, statistics, scale)
+    layer.update_layer(adapter, parameters, statistics, scale, double)
     return layer
 
 

@@ -171,13 +171,16 @@ class SurgicalLayer(nn.Module, BaseTunerLayer):
 
     # --- adapters ---
 
-    def update_layer(self, adapter: str, parameters: Iterable[str], statistics: Iterable[str], scale: float) -> None:
-        """Add ``adapter`` with zero deltas for ``parameters`` and its own copy of ``statistics``."""
+    def update_layer(
+        self, adapter: str, parameters: Iterable[str], statistics: Iterable[str], scale: float, double: bool = False
+    ) -> None:
+        """Add ``adapter`` with zero deltas for ``parameters``, float64 if ``double``, and its own ``statistics``."""
         deltas = Deltas()
         for key in parameters:
             base = self.base_tensor(key)
             # fp32 for a half-precision base: a step of a small learning rate would vanish in its 8 or 11 bits.
-            dtype = torch.float32 if base.dtype in (torch.float16, torch.bfloat16) else base.dtype
+            narrow = torch.float32 if base.dtype in (torch.float16, torch.bfloat16) else base.dtype
+            dtype = torch.float64 if double else narrow
             # -0.0, not 0.0: x + -0.0 is x for every x, while 0.0 would turn a weight of -0.0 into 0.0.
             deltas.register_parameter(key, nn.Parameter(torch.full_like(base, -0.0, dtype=dtype)))
         self.surgical_delta[adapter] = deltas

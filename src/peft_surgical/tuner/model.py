@@ -111,8 +111,8 @@ class SurgicalModel(BaseTuner):
 
     def _attach(self, model: nn.Module, adapter: str, plan: Plan, config: SurgicalConfig, empty: bool) -> None:
         with init_empty_weights() if empty else nullcontext():
-            for entry in plan.modules:
-                attach(entry.module, adapter, entry.parameters, entry.statistics, config.scale)
+            for e in plan.modules:
+                attach(e.module, adapter, e.parameters, e.statistics, config.scale, config.delta_dtype == "float64")
         hold_statistics(model)
         paths = [entry.path for entry in plan.modules if entry.path]
         self.targeted_module_names.extend(path for path in paths if path not in self.targeted_module_names)
