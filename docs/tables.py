@@ -13,7 +13,14 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-TEXTS = ("README.md", "docs/adaptation.md", "docs/combining.md", "docs/measured.md", "docs/selection.md")
+TEXTS = (
+    "README.md",
+    "docs/adaptation.md",
+    "docs/combining.md",
+    "docs/extract.md",
+    "docs/measured.md",
+    "docs/selection.md",
+)
 MARK = re.compile(r"(<!-- table: (\S+?)(?:#(\d+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 

@@ -262,7 +262,7 @@ def test_the_paired_interval_covers_the_difference_and_turns_around_with_its_arg
 
 def test_the_page_on_extracting_runs(tmp_path, monkeypatch):
     page = (Path(__file__).parents[1] / "docs" / "extract.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    block, _ = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     base = used_batchnorm()
     tuned = walked(base)
     monkeypatch.chdir(tmp_path)

@@ -2,6 +2,9 @@
 
 import copy
 import json
+import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -115,3 +118,35 @@ def test_another_architecture_is_refused_by_its_tensors(run, pair, tmp_path):
     assert code == 2
     assert "The networks differ in more than values: the tuned network lacks" in err
     assert not (tmp_path / "site").exists()
+
+
+def test_export_without_the_extra_and_with_a_format_that_is_none(run, pair, tmp_path, monkeypatch):
+    base, tuned, _ = pair
+    assert run("extract", base, tuned, "--output", tmp_path / "site")[0] == 0
+    code, _, err = run("export", tmp_path / "site", "--output", tmp_path / "out", "--format", "tflite")
+    assert (code, err) == (2, "peft-surgical: --format tflite: choose one of onnx\n")
+    code, _, err = run("export", tmp_path / "site", tmp_path / "site", "--output", tmp_path / "out")
+    assert (code, "two adapters are called site" in err) == (2, True)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    code, _, err = run("export", tmp_path / "site", "--output", tmp_path / "out")
+    assert (code, 'pip install "peft-surgical[onnx]"' in err) == (2, True)
+
+
+@pytest.mark.slow
+def test_export_to_onnx(run, pair, tmp_path, monkeypatch):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    base, tuned, moved = pair
+    for name, part in (("frost", "stem"), ("fog", "block1")):
+        assert run("extract", base, tuned, "--output", tmp_path / name, "--blocks", part)[0] == 0
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run("export", "frost", "fog", "--output", "exported", "--merged")
+    assert (code, err) == (0, "")
+    assert "sites/fog.onnx_adapter" in out
+    assert "merged/frost.onnx" in out
+    page = (Path(__file__).parents[1] / "docs" / "extract.md").read_text(encoding="utf-8")
+    block = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[1]
+    scope = {"images": torch.randn(3, 3, 32, 32)}
+    exec(block, scope)
+    torch.testing.assert_close(torch.from_numpy(scope["logits"]), outputs(moved, scope["images"]), rtol=1e-3, atol=1e-4)

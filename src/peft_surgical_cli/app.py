@@ -19,7 +19,7 @@ import typer
 
 from .adapt import adapt_command
 from .adapters import list_command, merge_command, pull_command, push_command, to_lora_command
-from .extract import extract_command
+from .extract import export_command, extract_command
 from .inspect import blocks_command, diff_command, score_command, show_command
 from .options import ManyValues
 from .tune import compare_command, tune_command
@@ -41,6 +41,7 @@ app.command("diff")(diff_command)
 app.command("extract")(extract_command)
 app.command("merge")(merge_command)
 app.command("to-lora")(to_lora_command)
+app.command("export")(export_command)
 app.command("push", cls=ManyValues)(push_command)
 app.command("pull")(pull_command)
 app.command("list")(list_command)

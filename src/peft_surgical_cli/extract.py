@@ -1,4 +1,4 @@
-"""``peft-surgical extract BASE TUNED --output DIR``: a fine-tuned checkpoint as a surgical adapter of its base."""
+"""``extract``: a fine-tuned checkpoint becomes an adapter of its base. ``export``: adapters for ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import typer
 from rich.filesize import decimal
 from rich.markup import escape
 
+from .adapters import BaseOption, Revision
 from .options import Cpu, ImageColumn, LabelColumn, OnBroken
 from .terminal import console, table
 
@@ -104,4 +105,31 @@ def _print_extracted(found: Extracted, output: Path) -> None:
         out.print(f"base + delta misses values of {len(extraction.inexact)} tensors, by at most {worst:.2g}")
     if extraction.exact:
         out.print("exact: loaded from there onto the base, it is the tuned network, value for value")
+    out.print(escape(str(output)), soft_wrap=True)
+
+
+def export_command(
+    adapters: Annotated[list[str], typer.Argument(help="Folders, or owner/name on the Hub, of one base.")],
+    output: Annotated[Path, typer.Option(help="A new folder.", show_default=False)],
+    format: Annotated[str, typer.Option("--format", help="onnx.")] = "onnx",
+    merged: Annotated[bool, typer.Option("--merged", help="Each adapter as a graph of its own, too.")] = False,
+    revision: Revision = None,
+    base: BaseOption = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Write a base as one graph for ONNX Runtime, and each adapter as a small file that is swapped into it."""
+    from peft_surgical.hub.exporting import export_to
+
+    found = export_to(adapters, output, format=format, merged=merged, revision=revision, base=base)
+    if json:
+        typer.echo(to_json.dumps(found.to_dict(), indent=2))
+        return
+    out = console()
+    numbers = ("size", "largest difference from PyTorch")
+    rows = table("file", "adapter", *numbers, numbers=numbers)
+    for one in found.files:
+        rows.add_row(escape(one.file), escape(one.site), decimal(one.bytes), f"{one.difference:.1e}")
+    out.print(rows)
+    out.print()
+    out.print(f"{len(found.inputs)} tensors can be swapped; differences are relative to the largest logit")
     out.print(escape(str(output)), soft_wrap=True)
