@@ -19,6 +19,7 @@ import typer
 
 from .adapt import adapt_command
 from .adapters import list_command, merge_command, pull_command, push_command, to_lora_command
+from .diagnose import diagnose_command
 from .extract import export_command, extract_command
 from .inspect import blocks_command, diff_command, score_command, show_command
 from .options import ManyValues
@@ -33,6 +34,7 @@ app = typer.Typer(
 )
 app.command("blocks")(blocks_command)
 app.command("score")(score_command)
+app.command("diagnose")(diagnose_command)
 app.command("tune", cls=ManyValues)(tune_command)
 app.command("compare", cls=ManyValues)(compare_command)
 app.command("adapt")(adapt_command)
