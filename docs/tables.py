@@ -17,6 +17,7 @@ TEXTS = (
     "README.md",
     "docs/adaptation.md",
     "docs/combining.md",
+    "docs/extract.md",
     "docs/measured.md",
     "docs/selection.md",
     "recipes/README.md",

@@ -23,7 +23,8 @@ from peft_surgical_cli import app as cli  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "recipes" / "README.md"]
-RUN_ELSEWHERE = {"docs/hub.md", "docs/combining.md"}  # test_hub_commands.py and test_combination.py
+# By test_hub_commands.py, test_combination.py and test_extract.py.
+RUN_ELSEWHERE = {"docs/hub.md", "docs/combining.md", "docs/extract.md"}
 RUN_HERE = {"README.md", "docs/adaptation.md", "docs/cli.md", "docs/prefix.md", "docs/selection.md"}
 COMMANDS = typer.main.get_command(cli.app).commands
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .adapters.adapter import read_adapter
     from .adapters.combination import combine_adapters
     from .adapters.difference import diff
+    from .adapters.extract import extract_adapter
     from .adapters.lora import to_lora
     from .adapters.pool import AdapterPool
     from .choosing.callback import SurgicalCallback
@@ -61,6 +62,7 @@ __all__ = [
     "combine_adapters",
     "compare",
     "diff",
+    "extract_adapter",
     "load_adapted",
     "pull",
     "push_adapter",
@@ -84,6 +86,7 @@ _MODULES = {
     "combine_adapters": "adapters.combination",
     "compare": "experiment.api",
     "diff": "adapters.difference",
+    "extract_adapter": "adapters.extract",
     "load_adapted": "hub.pulling",
     "pull": "hub.pulling",
     "push_adapter": "hub.pushing",

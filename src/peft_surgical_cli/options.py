@@ -79,7 +79,7 @@ class SharedOptions:
         int, typer.Option(min=1, max=5, help="For auto: each candidate trains so many fifths of a run.")
     ] = 1
     delta_dtype: Annotated[
-        str | None, typer.Option(help="Of the saved deltas: bfloat16 or float16 halve the file.")
+        str | None, typer.Option(help="Of the saved deltas: bfloat16 or float16 halve the file, float64 doubles it.")
     ] = None
     images: Few = None
     validation: Validation = None

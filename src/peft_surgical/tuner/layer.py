@@ -1,8 +1,7 @@
 """Live deltas: a module that reads base + delta, and the place where its deltas are kept.
 
-A tuned module keeps its ``forward``, tensors and state-dict keys (see `specialise`); each of its tuned tensors is read
-through a property that adds the active adapters' deltas. Its deltas live in a child named ``surgery``, a
-`SurgicalLayer`, which is what PEFT finds, saves, switches and merges::
+A tuned module keeps its ``forward``, tensors and state-dict keys (see `specialise`); a property adds the active
+adapters' deltas to each of its tuned tensors. They live in a child ``surgery``, which PEFT finds, saves and merges::
 
     conv1                                    nn.Conv2d, read through `ReadsDeltas`
     conv1.weight                             the base's parameter, frozen, where it always was
@@ -103,10 +102,9 @@ class SurgicalLayer(nn.Module, BaseTunerLayer):
     def _statistics(self, key: str, base: torch.Tensor, adapters: Sequence[str]) -> torch.Tensor:
         owners = [a for a in adapters if a in self.surgical_stats and self.scaling[a] != 0.0]
         if len(owners) > 1:
-            raise AdapterError(
-                f"The active adapters {', '.join(owners)} each carry their own {key}: statistics do not add up. "
-                "Activate one of them, or train them with norm_stats='frozen'."
-            )
+            way = "Activate one of them, or train them with norm_stats='frozen'."
+            both = f"The active adapters {', '.join(owners)} each carry their own {key}: statistics do not add up."
+            raise AdapterError(f"{both} {way}")
         own, scale = self.surgical_stats[owners[0]]._buffers[key], self.scaling[owners[0]]
         assert own is not None
         # In training the module writes to what it reads, which must then be the adapter's own tensor.
@@ -143,8 +141,7 @@ class SurgicalLayer(nn.Module, BaseTunerLayer):
 
     def get_base_layer(self) -> nn.Module:
         """The module whose tensors are tuned. It is the parent: nothing is wrapped."""
-        owner = self._owner()
-        assert owner is not None, "a SurgicalLayer outlived its module"
+        assert (owner := self._owner()) is not None, "a SurgicalLayer outlived its module"
         return owner
 
     @property
@@ -158,17 +155,21 @@ class SurgicalLayer(nn.Module, BaseTunerLayer):
         return _get_in_out_features(self.get_base_layer())[1]
 
     def update_layer(
-        self, adapter: str, parameters: Iterable[str], statistics: Iterable[str], scale: float, hold: bool = False
+        self,
+        adapter: str,
+        parameters: Iterable[str],
+        statistics: Iterable[str],
+        scale: float,
+        hold: bool = False,
+        double: bool = False,
     ) -> None:
-        """Add ``adapter`` with zero deltas for ``parameters`` and its own copy of ``statistics``.
-
-        With ``hold`` these do not move in training.
-        """
+        """Add ``adapter`` with zero deltas, float64 if ``double``, and statistics of its own, still if ``hold``."""
         deltas = Deltas()
         for key in parameters:
             base = self.base_tensor(key)
             # fp32 for a half-precision base: a step of a small learning rate would vanish in its 8 or 11 bits.
-            dtype = torch.float32 if base.dtype in (torch.float16, torch.bfloat16) else base.dtype
+            narrow = torch.float32 if base.dtype in (torch.float16, torch.bfloat16) else base.dtype
+            dtype = torch.float64 if double else narrow
             # -0.0, not 0.0: x + -0.0 is x for every x, while 0.0 would turn a weight of -0.0 into 0.0.
             deltas.register_parameter(key, nn.Parameter(torch.full_like(base, -0.0, dtype=dtype)))
         self.surgical_delta[adapter] = deltas
@@ -220,11 +221,10 @@ class SurgicalLayer(nn.Module, BaseTunerLayer):
 
     def forget(self) -> None:
         """Empty what the owners computed from their tensors and kept, as timm's LeViT does with its biases."""
-        for key in self._sites:
-            for module, _ in self.sites(key):
-                for attribute, kept in vars(module).items():
-                    if attribute.endswith("_cache") and isinstance(kept, dict):
-                        kept.clear()
+        for module in [module for key in self._sites for module, _ in self.sites(key)]:
+            for attribute, kept in vars(module).items():
+                if attribute.endswith("_cache") and isinstance(kept, dict):
+                    kept.clear()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter from this module."""
@@ -291,7 +291,7 @@ class SurgicalLayer(nn.Module, BaseTunerLayer):
             if adapter_name not in container:
                 continue
             for key, value in (*container[adapter_name]._parameters.items(), *container[adapter_name]._buffers.items()):
-                target = device if device is not None else self.base_tensor(key).device
+                target = self.base_tensor(key).device if device is None else device
                 if value is not None and not value.is_meta and value.device != target:
                     value.data = value.data.to(target)
 

@@ -117,9 +117,9 @@ class SurgicalModel(BaseTuner):
 
     def _attach(self, model: nn.Module, adapter: str, plan: Plan, config: SurgicalConfig, empty: bool) -> None:
         with init_empty_weights() if empty else nullcontext():
-            for entry in plan.modules:
-                hold = config.norm_stats == "estimated"
-                attach(entry.module, adapter, entry.parameters, entry.statistics, config.scale, hold)
+            hold, double = config.norm_stats == "estimated", config.delta_dtype == "float64"
+            for e in plan.modules:
+                attach(e.module, adapter, e.parameters, e.statistics, config.scale, hold, double)
         hold_buffers(model)
         paths = [entry.path for entry in plan.modules if entry.path]
         self.targeted_module_names.extend(path for path in paths if path not in self.targeted_module_names)
