@@ -27,7 +27,7 @@ def confusion_of(logits: Tensor, labels: Tensor, classes: int) -> list[list[int]
     return counts.reshape(classes, classes).tolist()
 
 
-def per_class(confusion: Sequence[Sequence[int]]) -> list[float | None]:
+def accuracy_of_class(confusion: Sequence[Sequence[int]]) -> list[float | None]:
     """The share of each class that is right; None for a class without images."""
     return [row[i] / sum(row) if sum(row) else None for i, row in enumerate(confusion)]
 

@@ -29,7 +29,7 @@ from ..tuner.saving import write_card
 from .choosing import Choice
 from .experiment import Experiment
 from .keeping import keep_adapter
-from .mistakes import MISTAKES, confusion_of, per_class, write_mistakes
+from .mistakes import MISTAKES, accuracy_of_class, confusion_of, write_mistakes
 from .subject import Rows
 
 LOADING = """\
@@ -159,7 +159,7 @@ def _looked_at(experiment: Experiment, model: nn.Module, seed: int, file: Path) 
     confusion = confusion_of(logits, labels, len(names))
     found = {
         name: None if share is None else round(share, 4)
-        for name, share in zip(names, per_class(confusion), strict=True)
+        for name, share in zip(names, accuracy_of_class(confusion), strict=True)
     }
     files = list(experiment.data(seed).parts["test"].select_columns(["file"])["file"][:])
     wrong = write_mistakes(file, files, logits, labels, names)
