@@ -76,7 +76,11 @@ class Extraction:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         config = self.adapter.config
-        facts = {"target": config.target, "norm_stats": config.norm_stats, "delta_dtype": config.delta_dtype}
+        facts: dict[str, Any] = {
+            "target": config.target,
+            "norm_stats": config.norm_stats,
+            "delta_dtype": config.delta_dtype,
+        }
         facts |= {"exact": self.exact, "inexact": dict(self.inexact), "left_out": list(self.left_out)}
         return {**facts, "blocks": [asdict(block) for block in self.blocks]}
 

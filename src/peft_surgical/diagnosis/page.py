@@ -36,8 +36,8 @@ def to_html(found: Diagnosis, seen: Seen | None = None, pictures: int = 12) -> s
         parts += ["<h2>How far each block's features have moved</h2>", _bars(found)]
     parts += ["<h2>Numbers</h2>", _numbers(found)]
     if found.scores:
-        rows = sorted(found.scores.items(), key=lambda one: -one[1])
-        parts += ["<h2>RGN</h2>", _table(("block", "RGN"), [(name, f"{value:.3g}") for name, value in rows])]
+        scores = sorted(found.scores.items(), key=lambda one: -one[1])
+        parts += ["<h2>RGN</h2>", _table(("block", "RGN"), [(name, f"{value:.3g}") for name, value in scores])]
     if found.curve:
         parts += ["<h2>What labels bring</h2>", "<p>Accuracy of a probe on the last features.</p>", _curve(found)]
     if found.gain:

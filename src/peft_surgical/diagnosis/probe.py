@@ -98,9 +98,10 @@ def learning_curve(features: Tensor, labels: Tensor, classes: int) -> tuple[Curv
             accuracy = (predicted(fitted(x[chosen], labels[chosen], classes), x[out]) == labels[out]).double().mean()
             found.setdefault(part, []).append(float(accuracy))
     most = len(labels) - len(labels) // FOLDS
-    return tuple(
-        CurvePoint(most * part // 5, mean_interval(values)) for part, values in found.items() if len(values) > 1
-    )
+    points = {part: mean_interval(values) for part, values in found.items() if len(values) > 1}
+    # Student's t knows nothing of the ends of a proportion.
+    within = {part: Interval(one.value, max(0.0, one.low), min(1.0, one.high)) for part, one in points.items()}
+    return tuple(CurvePoint(most * part // 5, one) for part, one in within.items())
 
 
 # --- what to label next ---
