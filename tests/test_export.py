@@ -12,7 +12,7 @@ from peft import get_peft_model
 from tiny import outputs
 
 from peft_surgical import SurgicalConfig
-from peft_surgical.adapters.export import export_onnx, run, session_of
+from peft_surgical.adapters.export import export_onnx, run_onnx, session_of
 from peft_surgical.errors import AdapterError, BaseMismatchError, DataError
 
 NETWORKS = {"ResNet": tiny.used_batchnorm, "ViT": tiny.vit, "CLIP": tiny.clip}
@@ -67,11 +67,11 @@ def test_one_graph_serves_every_site(kind, tmp_path):
         # More images than were traced with, one site after another on one session.
         site = name.removesuffix(" again")
         file = tmp_path / "out" / "sites" / f"{site}.onnx_adapter" if site else None
-        logits = run(session, images, file)
+        logits = run_onnx(session, images, file)
         torch.testing.assert_close(logits, outputs(model, images), rtol=1e-4, atol=1e-5)
         if site:
             alone = session_of(tmp_path / "out" / "merged" / f"{site}.onnx")
-            torch.testing.assert_close(run(alone, images), outputs(model, images), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(run_onnx(alone, images), outputs(model, images), rtol=1e-4, atol=1e-5)
 
 
 def test_what_cannot_be_exported_is_refused_before_anything_is_written(base, tmp_path, monkeypatch):

@@ -86,8 +86,8 @@ def _print_extracted(found: Extracted, output: Path) -> None:
         out.print(rows)
         out.print()
     if found.curve:
-        numbers = ("%", "95% interval", "change", "95% interval of the change")
-        curve = table("deltas", *numbers, numbers=numbers, title=f"Accuracy on {found.curve[0].n} {found.part}")
+        shares = ("%", "95% interval", "change", "95% interval of the change")
+        curve = table("deltas", *shares, numbers=shares, title=f"Accuracy on {found.curve[0].n} {found.part}")
         names = {"": "all kept", "all": "none: the base"}
         for row in found.curve:
             own, change = ([100 * value for value in one] for one in (row.accuracy, row.change))

@@ -242,7 +242,7 @@ def _row(site: str, folder: Path, file: Path, difference: float) -> ExportedFile
 
 def _compared(session: Any, reader: _Reader, values: Mapping[str, Tensor], site: Path | None = None) -> float:
     expected = reader.logits(values)
-    found = run(session, reader.pixel_values, site)
+    found = run_onnx(session, reader.pixel_values, site)
     return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
 
 
@@ -265,7 +265,7 @@ def session_of(file: str | os.PathLike[str]) -> Any:
     return runtime.InferenceSession(os.fspath(file), options, providers=["CPUExecutionProvider"])
 
 
-def run(session: Any, pixel_values: Tensor, site: str | os.PathLike[str] | None = None) -> Tensor:
+def run_onnx(session: Any, pixel_values: Tensor, site: str | os.PathLike[str] | None = None) -> Tensor:
     """The logits (n, classes) of images (n, 3, h, w) with a site's file, or of the base."""
     given = {PIXELS: pixel_values.float().cpu().numpy()}
     if site is None:
