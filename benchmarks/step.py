@@ -13,6 +13,9 @@ same optimizer without weight decay:
 - *hand*: plain torch, ``requires_grad_(False)`` outside the target;
 - *peft*: ``LNTuningConfig`` on the target's modules, PEFT's nearest method (it trains a copy of each module; raw
   parameters outside any module, such as a ViT's ``pos_embed``, are out of its reach);
+- *lora*: ``LoraConfig(r=8)`` on the target's convolutions and linear maps, which trains less and other tensors;
+- *cache*: hand, with the activations in front of the target computed beforehand, by code written for this network
+  (training only; not where there is nothing in front of the target);
 - *full*: plain torch, every parameter trained.
 
 All hold the normalisation statistics, so the work is equal and the losses of ours and hand must agree before anything
@@ -28,6 +31,7 @@ import argparse
 import copy
 import functools
 import gc
+import itertools
 import math
 import os
 import platform
@@ -44,24 +48,29 @@ from typing import Any, NamedTuple
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would report on itself for every cell
 
+import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from peft import LNTuningConfig, get_peft_model
+from peft import LNTuningConfig, LoraConfig, get_peft_model
+from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.profiler import ProfilerActivity, profile
 
 from peft_surgical import SurgicalConfig, anatomy_of
+from peft_surgical.choosing.models import logits_of
 from peft_surgical.evaluation import Interval, TextTable
 from peft_surgical.training.ledger import Ledger, Run
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
-from paper.cifar_networks import ResNet26
+from paper.cifar_networks import SHARED_VARIABLE, ResNet26
 from peft_surgical.blocks import parse, resolve
 
 WEIGHTS = "adapter_model.safetensors"
+METHODS = ("ours", "hand", "peft", "lora", "cache", "full")
 CHECKED_STEPS = 3
 # Relative. On a bf16 base ours keeps fp32 deltas. No float16: trained by hand, its optimizer state underflows to NaN.
 LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 1e-1}
@@ -76,12 +85,41 @@ class Network(NamedTuple):
         batch_size: Default. A ViT's step at 16 would alone take longer than all other cells; what the package adds
             does not depend on the batch, so a smaller one can only make its share look larger.
         targets: Default.
+        images: (n, side) -> images; None for noise.
     """
 
     build: Callable[[], nn.Module]
     side: int
     batch_size: int
     targets: tuple[str, ...]
+    images: Callable[[int, int], Tensor] | None = None
+
+
+def transformers_vit() -> nn.Module:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    return ViTForImageClassification(ViTConfig(num_labels=1000))
+
+
+def shared(*path: str) -> Path:
+    """A file of the folder that ``PEFT_SURGICAL_SHARED`` names: real weights and photographs."""
+    if not os.environ.get(SHARED_VARIABLE):
+        raise SystemExit(f"this network has real weights: set {SHARED_VARIABLE} to the folder that holds {path[0]}/")
+    return Path(os.environ[SHARED_VARIABLE], *path)
+
+
+def efficientnet_lite0() -> nn.Module:
+    network = timm.create_model("tf_efficientnet_lite0")
+    network.load_state_dict(load_file(shared("models", "efficientnet_lite0_imagenet", "model.safetensors")))
+    return network
+
+
+def photographs(n: int, side: int) -> Tensor:
+    """The first ``n`` photographs of PACS, one class after the other, normalised as the network expects."""
+    by_class = [sorted(folder.iterdir()) for folder in sorted(shared("data", "pacs", "photo").iterdir())]
+    files = [file for group in itertools.zip_longest(*by_class) for file in group if file][:n]
+    rows = [Image.open(file).convert("RGB").resize((side, side)) for file in files]
+    return torch.stack([torch.from_numpy(np.array(row)) for row in rows]).permute(0, 3, 1, 2) / 127.5 - 1
 
 
 GOAL_TARGETS = ("block1", "head", "all")
@@ -90,7 +128,13 @@ NETWORKS = {
     # zero_init_last would give most convolutions a gradient of exactly zero, which no pretrained network has.
     "resnet50": Network(functools.partial(timm.create_model, "resnet50", zero_init_last=False), 224, 16, GOAL_TARGETS),
     "vit_b16": Network(functools.partial(timm.create_model, "vit_base_patch16_224"), 224, 4, ("block1",)),
+    "vit_b16_hf": Network(transformers_vit, 224, 4, ("block1",)),
+    "lite0": Network(efficientnet_lite0, 224, 16, ("block6", "head", "all"), photographs),
+    # For tests.
+    "tiny_resnet": Network(functools.partial(timm.create_model, "test_resnet"), 32, 2, GOAL_TARGETS),
+    "tiny_vit": Network(functools.partial(timm.create_model, "test_vit"), 160, 2, GOAL_TARGETS),
 }
+DEFAULT_NETWORKS = tuple(name for name in NETWORKS if not name.startswith("tiny"))
 
 
 class Goal(NamedTuple):
@@ -135,9 +179,21 @@ def ratio(seconds: dict[str, list[float]], method: str, base: str) -> Interval |
 
 
 def interleave(
-    calls: dict[str, Callable[[], object]], seconds: float, rounds: int, wait: Callable[[], object]
+    calls: dict[str, Callable[[], object]],
+    seconds: float,
+    rounds: int,
+    wait: Callable[[], object],
+    repeat: int = 1,
 ) -> dict[str, list[float]]:
-    """Seconds per call, every method once per round, for at least so many seconds and so many rounds."""
+    """Seconds per call, every method once per round, for at least so many seconds and so many rounds.
+
+    Args:
+        calls: Name of a method -> what is timed.
+        seconds: At least, in all.
+        rounds: At least.
+        wait: Waits for the device.
+        repeat: Calls between two waits, of which the mean counts: a GPU is to work while the CPU prepares the next.
+    """
     taken: dict[str, list[float]] = {name: [] for name in calls}
     names, done, end = list(calls), 0, time.perf_counter() + seconds
     while done < rounds or time.perf_counter() < end:
@@ -148,9 +204,10 @@ def interleave(
         for name in order if done // len(names) % 2 == 0 else reversed(order):
             wait()
             start = time.perf_counter()
-            calls[name]()
+            for _ in range(repeat):
+                calls[name]()
             wait()
-            taken[name].append(time.perf_counter() - start)
+            taken[name].append((time.perf_counter() - start) / repeat)
         gc.enable()
         done += 1
     return {name: [float(f"{value:.6g}") for value in values] for name, values in taken.items()}
@@ -203,6 +260,57 @@ def ln_tuned(model: nn.Module, config: LNTuningConfig) -> nn.Module:
         return get_peft_model(model, config)
 
 
+def tuned_layers(model: nn.Module, names: set[str]) -> list[str]:
+    """Paths of the convolutions and linear maps whose weights are in ``names``; not of those that LoRA cannot split."""
+    modules = dict(model.named_modules())
+    found = [name.removesuffix(".weight") for name in sorted(names) if name.endswith(".weight")]
+    kinds = (nn.Linear, nn.Conv2d)
+    return [path for path in found if isinstance(modules[path], kinds) and getattr(modules[path], "groups", 1) == 1]
+
+
+def suffix(model: nn.Module, target: str) -> tuple[nn.Module, Callable[[Tensor], Tensor]] | None:
+    """The first module of a late block or the head, and what follows from that module's input, written by hand.
+
+    None where there is nothing in front of the target, or where nobody has written it for this network.
+    """
+    if target == "head":
+        head = next(module for module in reversed(list(model.modules())) if isinstance(module, nn.Linear))
+        return head, head
+    number = re.fullmatch(r"block(\d+)", target)
+    first = int(number[1]) - 1 if number else 0
+    if not first:
+        return None
+    after: Sequence[Callable[[Tensor], Tensor]]
+    if isinstance(model, ResNet26):
+        blocks = [model.layer1, model.layer2, model.layer3]
+        after = (model.bn, F.relu, lambda x: F.avg_pool2d(x, 8).flatten(1), model.fc)
+    elif isinstance(model, timm.models.ResNet):
+        blocks, after = [model.layer1, model.layer2, model.layer3, model.layer4], (model.forward_head,)
+    elif isinstance(model, timm.models.VisionTransformer):
+        blocks, after = list(model.blocks), (model.norm, model.forward_head)
+    elif isinstance(model, timm.models.EfficientNet):
+        blocks, after = list(model.blocks), (model.conv_head, model.bn2, model.forward_head)
+    else:
+        return None
+
+    def run(x: Tensor) -> Tensor:
+        for part in (*blocks[first:], *after):
+            x = part(x)
+        return x
+
+    return blocks[first], run
+
+
+def features_before(model: nn.Module, module: nn.Module, x: Tensor) -> Tensor:
+    """The input of ``module`` in a forward of ``model``."""
+    found = []
+    handle = module.register_forward_pre_hook(lambda module, given: found.append(given[0].detach()))
+    with torch.no_grad():
+        model(x)
+    handle.remove()
+    return found[0]
+
+
 def builders(base: nn.Module, target: str) -> tuple[dict[str, Callable[[], nn.Module]], set[str]]:
     """What makes each method's model from a copy of ``base``, and which of them train exactly the same tensors."""
     parameters = {name for name, _ in base.named_parameters()}
@@ -215,11 +323,14 @@ def builders(base: nn.Module, target: str) -> tuple[dict[str, Callable[[], nn.Mo
             parameter.requires_grad_(name in names)
         return model
 
+    layers = "|".join(re.escape(path) for path in tuned_layers(base, tuned))
     made = {
         "ours": lambda: get_peft_model(copy.deepcopy(base), SurgicalConfig(target=target)),
         "hand": lambda: hand(tuned),
         "full": lambda: hand(parameters),
     }
+    if layers:
+        made["lora"] = lambda: get_peft_model(copy.deepcopy(base), LoraConfig(r=8, target_modules=layers))
     same = {"ours", "hand"} | ({"full"} if tuned == parameters else set())
     if paths:
         config = LNTuningConfig(target_modules="|".join(map(re.escape, paths)))
@@ -229,7 +340,7 @@ def builders(base: nn.Module, target: str) -> tuple[dict[str, Callable[[], nn.Mo
     return made, same
 
 
-def training_step(model: nn.Module, call: nn.Module, args: argparse.Namespace, x: Tensor, y: Tensor):
+def training_step(model: nn.Module, call: Callable[[Tensor], Tensor], args: argparse.Namespace, x: Tensor, y: Tensor):
     """The step of one method: forward, loss, backward, optimizer step, zero_grad; returns the loss."""
     trained = [p for p in model.parameters() if p.requires_grad]
     if args.optimizer == "adamw":
@@ -270,49 +381,88 @@ def peak_memory(work: Callable[[], Any], device: torch.device) -> tuple[Any, int
 # --- one cell ---
 
 
-def measure(args: argparse.Namespace, key: dict[str, Any]) -> dict[str, Any]:
-    """Check that the methods do the same work, then time them."""
+def measure(
+    args: argparse.Namespace, key: dict[str, Any], ready: Callable[[], object] = lambda: None
+) -> dict[str, Any]:
+    """Check that the methods do the same work, then time them; ``ready`` is called before the first timing."""
     start = time.perf_counter()
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     torch.manual_seed(0)
-    base = NETWORKS[key["network"]].build().to(device, dtype)
-    x = torch.randn(key["batch_size"], 3, key["side"], key["side"], device=device, dtype=dtype)
+    network = NETWORKS[key["network"]]
+    base = network.build().to(device, dtype)
+    draw = network.images or (lambda n, side: torch.randn(n, 3, side, side))
+    x = draw(key["batch_size"], key["side"]).to(device, dtype)
     y = torch.randint(0, 10, (key["batch_size"],), device=device)
-    estimate_statistics(base, x)
+    if network.images is None:  # random weights
+        estimate_statistics(base, x)
     made, same = builders(base, key["target"])
+    made = {name: make for name, make in made.items() if name in args.methods}
+    same &= {*made}
 
     models, calls, steps, losses, memory = {}, {}, {}, {}, {}
     for name, make in made.items():
 
         def begin(make: Callable[[], nn.Module] = make) -> tuple[Any, ...]:
             model = hold_statistics(make())
-            call = torch.compile(model) if args.compile else model
+            call = called(model, args)
             step = training_step(model, call, args, x, y)
             return model, call, step, [step() for _ in range(CHECKED_STEPS)]
 
         (models[name], calls[name], steps[name], losses[name]), memory[name] = peak_memory(begin, device)
         losses[name] = [float(loss) for loss in losses[name]]
-    check_losses({name: losses[name] for name in same}, LOSS_TOLERANCE[args.dtype])
+    check_losses({name: losses[name] for name in same}, LOSS_TOLERANCE["bfloat16" if args.autocast else args.dtype])
     result: dict[str, Any] = {"memory": memory, "losses": losses, "same": sorted(same)}
     result["trained"] = sum(p.numel() for p in models["hand"].parameters() if p.requires_grad)
-    result["training"] = interleave(steps, args.seconds, args.rounds, wait)
+    result["prepared"] = round(time.perf_counter() - start, 1)
+    if "cache" in args.methods and (part := suffix(model := hold_statistics(made["hand"]()), key["target"])):
+        call = torch.compile(part[1]) if args.compile else part[1]
+        with autocast(args):
+            features = features_before(model, part[0], x)
+        steps["cache"] = training_step(model, under(args, call), args, features, y)
+        steps["cache"]()
+    ready()
+    result["training"] = interleave(steps, args.seconds, args.rounds, wait, args.repeat)
+    result["seconds"] = round(time.perf_counter() - start, 1)
+    if not args.inference:
+        return result
 
     steps.clear()
-    calls.pop("full"), models.pop("full")  # for inference it is hand's network with other values
+    for name in {"full", "lora"} & {*calls}:  # full is, for inference, hand's network with other values
+        calls.pop(name), models.pop(name)
     models["merged"] = copy.deepcopy(models["ours"]).merge_and_unload()
-    check_merged(models["merged"], models["ours"], base, x)
-    result["merged"] = "the base's own classes, outputs bit-equal to unmerged"
+    equal = check_merged(models["merged"], models["ours"], base, x)
+    result["merged"] = f"the base's own classes, outputs {'bit-equal' if equal else 'close'} to unmerged"
     result["bytes"] = saved_bytes(models, base)
-    calls["merged"] = torch.compile(models["merged"]) if args.compile else models["merged"]
+    calls["merged"] = called(models["merged"], args)
     for model in models.values():
         model.eval()
     with torch.no_grad():
         passes = {name: lambda call=call: call(x) for name, call in calls.items()}
         interleave(passes, 0, 1, wait)  # warm
-        result["inference"] = interleave(passes, args.seconds, args.rounds, wait)
+        result["inference"] = interleave(passes, args.seconds, args.rounds, wait, args.repeat)
     result["seconds"] = round(time.perf_counter() - start, 1)
     return result
+
+
+def autocast(args: argparse.Namespace) -> torch.autocast:
+    """What `transformers.Trainer` runs a forward in with ``bf16=True``, where that was asked for."""
+    return torch.autocast(torch.device(args.device).type, dtype=torch.bfloat16, enabled=args.autocast)
+
+
+def under(args: argparse.Namespace, call: Callable[[Tensor], Any]) -> Callable[[Tensor], Tensor]:
+    """The logits of ``call``, in the precision that was asked for."""
+
+    def logits(x: Tensor) -> Tensor:
+        with autocast(args):
+            return logits_of(call(x))
+
+    return logits
+
+
+def called(model: nn.Module, args: argparse.Namespace) -> Callable[[Tensor], Tensor]:
+    """How a method's model is called: compiled and in reduced precision, where that was asked for."""
+    return under(args, torch.compile(model) if args.compile else model)
 
 
 def check_losses(losses: dict[str, list[float]], tolerance: float) -> None:
@@ -325,17 +475,22 @@ def check_losses(losses: dict[str, list[float]], tolerance: float) -> None:
             raise RuntimeError(f"{name} and hand do not do the same work: losses {values} against {hand}")
 
 
-def check_merged(merged: nn.Module, ours: nn.Module, base: nn.Module, x: Tensor) -> None:
-    """Raise unless the merged network is made of the base's classes and computes what the unmerged one does."""
+def check_merged(merged: nn.Module, ours: nn.Module, base: nn.Module, x: Tensor) -> bool:
+    """Raise unless the merged network is made of the base's classes and computes what the unmerged one does.
+
+    Returns whether it does so bit for bit, which the CPU must; a GPU may take another kernel for the same sum.
+    """
     classes = [[(path, type(module)) for path, module in network.named_modules()] for network in (merged, base)]
     if classes[0] != classes[1]:
         raise RuntimeError("merging leaves modules that the base does not have")
     with torch.no_grad():
-        before, after, untouched = ours.eval()(x), merged.eval()(x), base.eval()(x)
-    if not torch.equal(before, after):
+        before, after, untouched = (logits_of(model.eval()(x)) for model in (ours, merged, base))
+    equal = torch.equal(before, after)
+    if not (equal or (x.is_cuda and torch.allclose(before, after, rtol=1e-2, atol=1e-2))):
         raise RuntimeError(f"merging changes the outputs by up to {(before - after).abs().max():.3g}")
     if torch.equal(after, untouched):
         raise RuntimeError("the merged network is the base: the comparison would be empty")
+    return equal
 
 
 def saved_bytes(models: dict[str, nn.Module], base: nn.Module) -> dict[str, int]:
@@ -366,6 +521,7 @@ def key_of(args: argparse.Namespace, network: str, target: str) -> dict[str, Any
     key["batch_size"] = args.batch_size or entry.batch_size
     key |= {"optimizer": args.optimizer, "lr": args.lr, "dtype": args.dtype, "device": args.device}
     key |= {"compile": args.compile, "machine": machine(args.device)}
+    key |= {"autocast": "bfloat16"} if args.autocast else {}
     return key | {"versions": {name: version(name) for name in ("peft-surgical", "peft", "torch", "timm")}}
 
 
@@ -376,6 +532,8 @@ TIMES = [
     "target",
     "training: ours / hand",
     "ours / peft",
+    "ours / lora",
+    "cache / hand",
     "ours / full",
     "inference: ours / hand",
     "merged / hand",
@@ -400,7 +558,9 @@ def times(run: Run) -> list[str]:
     training, inference = run.result["training"], run.result["inference"]
     return [
         *place(run),
-        *(shown(ratio(training, "ours", base)) for base in ("hand", "peft", "full")),
+        *(shown(ratio(training, "ours", base)) for base in ("hand", "peft", "lora")),
+        shown(ratio(training, "cache", "hand")),
+        shown(ratio(training, "ours", "full")),
         *(shown(ratio(inference, method, "hand")) for method in ("ours", "merged")),
         f"{len(training['hand'])}, {len(inference['hand'])}",
     ]
@@ -450,8 +610,9 @@ def captions(runs: Sequence[Run]) -> tuple[str, str]:
     return (
         "Ratios of times: median over interleaved rounds (95% interval); below 1 ours is faster. Training is forward, "
         "loss, backward, optimizer step and zero_grad. hand: frozen by hand; peft: LNTuningConfig on the same modules; "
-        "full: all parameters trained; merged: ours after merge_and_unload, made of the base's own classes, with "
-        f"outputs bit-equal to unmerged. {'. '.join(sorted(described))}.",
+        "lora: LoraConfig(r=8) on the same modules; cache: hand, with the activations in front of the target computed "
+        "beforehand; full: all parameters trained; merged: ours after merge_and_unload, made of the base's own classes "
+        f"with outputs bit-equal to unmerged. {'. '.join(sorted(described))}.",
         "Memory: the most bytes of tensors held at once while training (weights, gradients, optimizer state, "
         "activations). File: the adapter; for full, a checkpoint of all weights.",
     )
@@ -475,9 +636,10 @@ def show(runs: Sequence[Run], markdown: str | None) -> None:
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    defaults = "; ".join(f"{name}: {' '.join(entry.targets)}" for name, entry in NETWORKS.items())
-    batches = ", ".join(f"{name} {entry.batch_size}" for name, entry in NETWORKS.items())
-    add("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
+    known = {name: NETWORKS[name] for name in DEFAULT_NETWORKS}
+    defaults = "; ".join(f"{name}: {' '.join(entry.targets)}" for name, entry in known.items())
+    batches = ", ".join(f"{name} {entry.batch_size}" for name, entry in known.items())
+    add("--networks", nargs="+", choices=list(NETWORKS), default=list(DEFAULT_NETWORKS))
     add("--targets", nargs="+", help=f"any target text, for every network (default {defaults})")
     add("--batch-size", type=int, help=f"for every network (default {batches})")
     add("--seconds", type=float, default=10, help="at least, for a cell's training, again for inference (default 10)")
@@ -488,12 +650,17 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--device", default="cpu", help="cpu, cuda, cuda:1")
     add("--dtype", choices=list(LOSS_TOLERANCE), default="float32", help="of the network and its input")
     add("--compile", action="store_true", help="torch.compile every method")
+    add("--autocast", action="store_true", help="bfloat16 autocast, as Trainer's bf16=True")
+    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="ours and hand are always measured")
+    add("--repeat", type=int, default=1, help="calls in a row that count as one, for a GPU (default: 1)")
+    add("--no-inference", dest="inference", action="store_false", help="measure training alone")
     add("--json", default="outputs/benchmarks/step.jsonl", help="finished cells, one per line; what is there is kept")
     add("--markdown", help="also write the table to this file")
     add("--from-json", metavar="FILE", help="measure nothing, draw the table of the cells in this file")
     args = parser.parse_args(argv)
     # A bfloat16 weight does not notice a step of 1e-6.
-    args.lr = args.lr or (1e-6 if args.dtype == "float32" else 1e-4)
+    args.lr = args.lr or (1e-6 if args.dtype == "float32" and not args.autocast else 1e-4)
+    args.methods = [*dict.fromkeys(["ours", "hand", *args.methods])]
     return args
 
 

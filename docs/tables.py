@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("adaptation", "combining", "diagnose", "extract", "measured", "selection")
-TEXTS = ("README.md", *(f"docs/{page}.md" for page in PAGES))
+TEXTS = ("README.md", *(f"docs/{page}.md" for page in PAGES), "recipes/README.md")
 MARK = re.compile(r"(<!-- table: (\S+?)(?:#(\d+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 

@@ -41,7 +41,7 @@ def delta_dtype():
 def run_script(name, *arguments):
     command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), *map(str, arguments)]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=600, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+        command, capture_output=True, text=True, timeout=1200, env={**os.environ, "HF_HUB_OFFLINE": "1"}
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -157,6 +157,50 @@ def test_a_goal_is_about_its_own_cells(step):
     lines = step.verdicts([cell("all", 16, 1.06)])
     assert lines[1].endswith("missed: 1.060 (1.060 to 1.060) on resnet50 all.")
     assert lines[3] == "Noise: full / hand on resnet50 all, the same network twice: 1.000 (1.000 to 1.000)."
+
+
+# --- on a GPU ---
+
+
+def test_what_fails_on_a_gpu_is_written_down_and_the_rest_goes_on(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    gpu = load("gpu")
+
+    def broken(args):
+        raise RuntimeError("out of memory")
+
+    def works(args):
+        return {"seconds": 1.5}
+
+    monkeypatch.setattr(gpu, "sections", lambda args: [
+        gpu.Section("snr", 0, broken), gpu.Section("launch", 5, works), gpu.Section("compile", 61, works),
+    ])  # fmt: skip
+    file, table = tmp_path / "gpu.json", tmp_path / "gpu.md"
+    file.write_text(json.dumps({"sections": {"earlier": {"skipped": "by hand", "took": 0}}}))
+    gpu.main(["--tiny", "--device", "cpu", "--minutes", "1", "--json", str(file), "--markdown", str(table)])
+    found = json.loads(file.read_text())
+    assert list(found["sections"]) == ["earlier", "snr", "launch", "compile"]
+    assert found["sections"]["snr"]["error"].endswith("RuntimeError: out of memory")
+    assert found["sections"]["launch"]["seconds"] == 1.5
+    assert found["sections"]["compile"]["skipped"].endswith("of 60 s were used")
+    assert found["machine"]["gpu"] is None
+    said = table.read_text()
+    assert "- snr: failed, RuntimeError: out of memory" in said
+    assert "| accelerate launch of a recipe on a miniature | 1.5 s |" in said
+    assert "snr: RuntimeError: out of memory" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_every_section_for_a_gpu_runs_tiny_on_the_cpu(tmp_path):
+    file, table = tmp_path / "gpu.json", tmp_path / "gpu.md"
+    words = ["--tiny", "--device", "cpu", "--minutes", "60", "--skip", "compile", "--json", file, "--markdown", table]
+    run_script("gpu", *words)
+    found = json.loads(file.read_text())["sections"]
+    assert {name: row["error"] for name, row in found.items() if "error" in row} == {}
+    assert found["launch"]["adapter"]
+    assert found["adapters"]["equal"] == 3
+    assert found["autocast tiny_vit last1"]["training"]["cache"]["n"] == 2
+    assert "| autocast tiny_resnet all |" in table.read_text()
 
 
 # --- the whole ---

@@ -268,6 +268,34 @@ SCORES = {
 }
 
 
+HOSTILE = "<script>alert(1)</script>![x](https://tracker/x.png)`|\x1b[2J\n# owned"
+
+
+def test_text_of_strangers_makes_no_html_link_image_or_heading():
+    selection = {
+        "asked": HOSTILE,
+        "criterion": HOSTILE,
+        "block_scores": {HOSTILE: 0.5},
+        "num_samples": 3,
+        "num_batches": 1,
+        "split": HOSTILE,
+        "validation": {HOSTILE: 0.5},
+        "parents": [HOSTILE],
+    }
+    rows = [measured(dataset=HOSTILE, selection=HOSTILE), measured(name=HOSTILE.replace("accuracy", ""))]
+    texts = [report(*rows, dataset=HOSTILE, moved={HOSTILE: 0.1}, target=HOSTILE).to_markdown()]
+    for choice in (selection, {key: value for key, value in selection.items() if key != "parents"}):
+        config = replace(CONFIG, selection=choice)
+        texts.append(str(card_of(config, report(*rows, moved={HOSTILE: 0.1}, dataset=HOSTILE), WEIGHTS, ABOUT)))
+    for text in texts:
+        text = text.rpartition("\n---\n")[2]  # the metadata is YAML
+        spans = re.sub(r"`[^`\n]*`", "", text)
+        assert "<script" not in spans
+        assert "](https://tracker" not in spans
+        assert "\n# owned" not in text
+        assert "\x1b" not in text
+
+
 def test_why_by_scores_in_the_order_in_which_data_flows():
     config = SurgicalConfig(target="head", selection=SCORES)
     assert "`auto-rgn` was asked for" in why(config)

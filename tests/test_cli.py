@@ -49,7 +49,6 @@ from peft_surgical.experiment.settings import (  # noqa: E402
 )
 from peft_surgical.experiment.subject import SEARCHES  # noqa: E402
 from peft_surgical.training.fitting import OPTIMIZERS  # noqa: E402
-from peft_surgical.training.search import NOMINATED  # noqa: E402
 from peft_surgical_cli import app as cli  # noqa: E402
 from peft_surgical_cli.options import ManyValues, SharedOptions  # noqa: E402
 
@@ -240,7 +239,8 @@ def test_tune_and_compare(run, data, tmp_path):
     )
     epoch, done = "seed 0, head at 0.01: epoch 1 of 1, validation ", "seed 0, head at 0.01: validation "
     assert [line.startswith(start) for line, start in zip(lines[4:6], (epoch, done), strict=True)] == [True, True]
-    assert len(lines) == 8
+    assert lines[6] == "head: prefix cached: 100% of a forward pass, all before fc, is computed once"
+    assert len(lines) == 9
     assert "validation" in out
     assert "learning rate and epoch by validation accuracy on these images" in out
     assert "load_base(report.model, **report.settings" in out
@@ -252,12 +252,65 @@ def test_tune_and_compare(run, data, tmp_path):
     )  # fmt: skip
     assert (code, err.count("\n")) == (
         0,
-        4 + 4 + 2,
-    )  # plan, runs, epochs of those that train
+        4 + 4 + 2 + 1,
+    )  # plan, runs, epochs of those that train, what is cached
     rows = [line.split() for line in out.splitlines()]
     assert [row[0] for row in rows[1:3]] == ["none", "head"]
     assert "over the seeds 0, 1" in out
     assert (tmp_path / "b" / "table.md").is_file()
+
+
+def test_folders_that_hold_other_things_are_refused_before_anything_is_read(run, tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "events").write_text("TensorBoard's")
+    for command, more in (("tune", ()), ("compare", ()), ("adapt", ("--lr", "0.1"))):
+        code, out, err = run(command, "test_resnet", tmp_path / "nowhere", "--output", tmp_path, *more)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert f"{tmp_path} holds runs, which might be overwritten: name a folder that is new or empty" in err
+        code, _, err = run(command, "test_resnet", "x", "--output", tmp_path / "runs" / "events", *more)
+        assert (code, "no results can be written to" in err, err.count("\n")) == (2, True, 1)
+    assert [path.name for path in tmp_path.rglob("*")] == ["runs", "events"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (("--seed", "-1"), "seed"),
+        (("--seed", 10**20), "--seed 100000000000000000000: give a number from 0 to "),
+        (("--lr", "inf"), "all must be positive and finite"),
+        (("--lr", "nan"), "all must be positive and finite"),
+        (("--weight-decay", "inf"), "--weight-decay inf: give a number from 0 to"),
+    ],
+)
+def test_numbers_that_are_none_to_train_with(run, data, tmp_path, arguments, match):
+    how = ("--output", tmp_path / "out", "--target", "block1", "--random", "--cpu")
+    code, out, err = run("tune", "test_resnet", data, *how, *arguments)
+    assert (code, out) == (2, "")
+    assert match in err
+
+
+def test_what_strangers_wrote_moves_no_cursor(run, tmp_path):
+    model = get_peft_model(tiny.used_batchnorm(), SurgicalConfig(target="block1"))
+    model.peft_config["default"].base_model_name_or_path = "\x1b]0;owned\x07 a\nb \u202e"
+    model.save_pretrained(tmp_path / "a\x1b[2J")
+    for command in (("show", tmp_path / "a\x1b[2J"), ("list", tmp_path), ("diff", *[tmp_path / "a\x1b[2J"] * 2)):
+        code, out, err = run(*command)
+        assert (code, err) == (0, "")
+        assert (out.replace("\n", "")).isprintable()
+    assert r"\x1b]0;owned\x07 a\nb \u202e" in run("show", tmp_path / "a\x1b[2J")[1]
+    assert r"a\x1b[2J" in run("list", tmp_path)[1]
+    code, out, err = run("show", tmp_path / "no\x1b[2J\nsuch")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert r"no\x1b[2J\nsuch" in err
+    assert run("show", "\udcff")[0] == 2
+
+
+def test_an_error_of_the_disk_is_one_line(run, monkeypatch, tmp_path):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device", "scores.json")
+
+    monkeypatch.setattr("peft_surgical.adapters.adapter.read_adapter", full)
+    assert run("show", tmp_path) == (2, "", "peft-surgical: scores.json: No space left on device\n")
 
 
 def test_rates_that_are_given_are_used_or_refused(run, data, tmp_path):
@@ -297,14 +350,15 @@ def test_compare_writes_the_rows_that_are_done(run, data, tmp_path, monkeypatch)
 
     fit = experiment.fit
     monkeypatch.setattr(experiment, "fit", breaking)
-    line = ("compare", "test_resnet", data, "--output", tmp_path, "--random", "--epochs", 1, "--seeds", 0, "--cpu")
+    place = tmp_path / "out"
+    line = ("compare", "test_resnet", data, "--output", place, "--random", "--epochs", 1, "--seeds", 0, "--cpu")
     code, out, err = run(*line, "--methods", "none", "block1", "head", "--lr", "1e-2")
     assert code == 2
     assert [row.split()[0] for row in out.splitlines()[1:3]] == ["none", "head"]
     assert "Missing, since they failed: block1." in out
     assert "Traceback" in err
     assert err.endswith("peft-surgical: 1 of 3 rows failed: block1: RuntimeError: out of memory\n")
-    assert (tmp_path / "table.md").is_file()
+    assert (place / "table.md").is_file()
     code, out, err = run(*line, "--methods", "block1", "--lr", "1e-2")
     assert (code, out) == (2, "")
     assert "1 of 1 rows failed" in err
@@ -438,7 +492,8 @@ def test_help(run):
         *((command, "--scheduler", SCHEDULERS) for command in ("tune", "compare")),
         *((command, "--engine", ENGINES) for command in ("tune", "compare")),
         *((command, "--augment", AUGMENTS) for command in ("tune", "compare")),
-        *((command, "--norm-stats", get_args(NormPolicy)) for command in ("tune", "compare", "adapt")),
+        *((command, "--norm-stats", get_args(NormPolicy)) for command in ("tune", "compare")),
+        ("adapt", "--norm-stats", [name for name in get_args(NormPolicy) if name != "estimated"]),
         *(
             (command, "--delta-dtype", [name for name in DELTA_DTYPES if name != "float32"])
             for command in ("tune", "compare")
@@ -450,7 +505,7 @@ def test_help(run):
             (command, "--batch-size", (*map(str, BATCH_SIZES), f"{STEPS_PER_EPOCH} steps"))
             for command in ("tune", "compare")
         ),
-        ("tune", "--target", (*SEARCHES, *SCORED, f"the {NOMINATED} blocks with the highest RGN")),
+        ("tune", "--target", (*SEARCHES, *SCORED, "each third of the network")),
         ("compare", "--methods", (*SEARCHES, *COMPARED)),
         ("adapt", "--reset-on-collapse", (f"{COLLAPSE_WINDOW} predictions",)),
     ],

@@ -56,7 +56,7 @@ def read(source, corruption="frost", severity=5, **options):
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch("PIL.Image.open", side_effect=opened))
         stack.enter_context(mock.patch.object(datasets.Image, "decode_example", side_effect=opened))
-        return read_imagenet_c(source, corruption, severity, **{"tuning": 4, "validation": 4, **options})
+        return read_imagenet_c(source, corruption, severity, **{"tuning": 4, "validation": 4, "test": 0, **options})
 
 
 def column(part, name):
@@ -97,10 +97,14 @@ def test_a_cell_is_drawn_by_class(folder):
 def test_sizes_of_the_paper(tmp_path):
     for wnid in WNIDS:
         (tmp_path / "frost" / "5" / wnid).mkdir(parents=True)
-        for image in range(12):
+        for image in range(27):
             (tmp_path / "frost" / "5" / wnid / f"{image}.JPEG").touch()
-    data = read(tmp_path, tuning=None, validation=None)
-    assert {name: len(part) for name, part in data.parts.items()} == {"tuning": 20, "validation": 20, "test": 8}
+    data = read(tmp_path, tuning=None, validation=None, test=None)
+    assert {name: len(part) for name, part in data.parts.items()} == {"tuning": 20, "validation": 40, "test": 40}
+    assert data.origin["test"] == "drawn: seed 0, 10 of each class of frost, severity 5"
+    data = read(tmp_path, tuning=None, validation=None, test=0)
+    assert len(data.test) == 4 * (27 - 15)
+    assert data.origin["test"] == "the rest of frost, severity 5"
 
 
 def test_images_are_those_of_their_files(folder):

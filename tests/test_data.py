@@ -1,6 +1,7 @@
 """Reading images as people have them: folders, parquet files, the Hub; and everything that can be wrong with them."""
 
 import io
+import os
 import pickle
 import warnings
 
@@ -11,7 +12,9 @@ import torch
 datasets = pytest.importorskip("datasets")
 PIL = pytest.importorskip("PIL.Image")
 
-from peft_surgical.data.images import to_rgb  # noqa: E402
+from peft_surgical.bases import load_base  # noqa: E402
+from peft_surgical.data.images import content, to_rgb  # noqa: E402
+from peft_surgical.data.incoming import read_incoming  # noqa: E402
 from peft_surgical.data.labelled import collate, items, read_data  # noqa: E402
 from peft_surgical.data.splits import allot, draw, level  # noqa: E402
 from peft_surgical.errors import ConfigError, DataError  # noqa: E402
@@ -307,6 +310,48 @@ def test_folders_that_are_wrong(tmp_path):
     fill(tmp_path / "two", {"val/a": 1, "valid/b": 1})
     with pytest.raises(DataError, match="both look like the validation split"):
         read_data(tmp_path / "two")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="links and pipes as POSIX has them")
+def test_links_that_lead_back_and_files_that_are_none(tmp_path):
+    """A link to a folder above listed its images 40 levels deep, and a pipe was waited for without end."""
+    root = tmp_path / "root"
+    fill(root, {"a/deep": 5, "b": 5})
+    for name, goal in (("a/back", "."), ("a/deep/up", "a"), ("b/self", "b")):
+        (root / name).symlink_to(root / goal, target_is_directory=True)
+    os.mkfifo(root / "a" / "pipe.png")
+    (root / "b" / "null.jpg").symlink_to("/dev/null")
+    left_out = r"left out of .*1 \.jpg that are no regular files, 1 \.png that are no regular files"
+    with pytest.warns(UserWarning, match=left_out):
+        data = read_data(root, on_broken="later")
+    assert sum(map(len, data.parts.values())) == 10
+    with pytest.warns(UserWarning, match=left_out):
+        assert len(read_incoming(root, unlabelled=True)) == 10
+    with pytest.raises(ValueError, match=r"pipe\.png' is no regular file"):
+        content({"bytes": None, "path": str(root / "a" / "pipe.png")})
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    fill(tmp_path, {"a": 2, "b": 2})
+    (tmp_path / "a" / "0.png").rename(os.fsdecode(os.fsencode(tmp_path) + b"/a/\xff.png"))
+    for reading in (read_data, lambda place: read_incoming(place, unlabelled=True)):
+        with pytest.raises(DataError, match=r"udcff\.png' has a name that is not UTF-8: rename it"):
+            reading(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["~nosuchuser/x", "a\0b", "x" * 5000, "\udcff"])
+def test_names_that_lead_nowhere(name):
+    for reading in (read_data, read_incoming):
+        with pytest.raises(DataError, match="does not exist"):
+            reading(name)
+    with pytest.raises(DataError, match="unknown base"):
+        load_base(name)
+
+
+def test_superscripts_are_no_numbers_to_sort_by(tmp_path):
+    fill(tmp_path, {"a": 2, "b": 2})
+    (tmp_path / "a" / "0.png").rename(tmp_path / "a" / "3²4.png")
+    assert any(file.endswith("3²4.png") for file in read_incoming(tmp_path).files)
 
 
 def test_files_that_are_left_out_are_named(tmp_path):

@@ -48,6 +48,7 @@ from peft_surgical.experiment.experiment import Experiment  # noqa: E402
 from peft_surgical.experiment.outputs import read_source, write_tuned  # noqa: E402
 from peft_surgical.experiment.requests import Bar, Score, Test, Train, key_of, request_of  # noqa: E402
 from peft_surgical.experiment.subject import NewHeadFirst, modules_of_head, with_new_head  # noqa: E402
+from peft_surgical.results import published  # noqa: E402
 from peft_surgical.training.fitting import FitSettings, fit  # noqa: E402
 from peft_surgical.training.ledger import Ledger  # noqa: E402
 from peft_surgical.training.search import candidates_of  # noqa: E402
@@ -193,6 +194,7 @@ def test_a_target_with_two_rates_and_a_source(place, tmp_path):
         "report.json",
         "figure.png",
         "ledger.jsonl",
+        ".peft-surgical",
     }
 
 
@@ -263,11 +265,16 @@ def test_not_to_tune_can_win(place, tmp_path, monkeypatch):
     run = of(place, tmp_path)
     monkeypatch.setattr(experiment, "fit", lambda *args, **how: pytest.fail("nothing is to be trained"))
     choice = choose(run, "none", 0)
-    (tmp_path / ADAPTER[0]).write_bytes(b"of an earlier choice")
+    with published(tmp_path) as stage:
+        (stage / ADAPTER[0]).write_bytes(b"of an earlier choice")
     report = write_tuned(run, choice, 0).report
     assert report.target == "none"
     assert report.find("accuracy", "test").value == report.find("accuracy before", "test").value
     assert not (tmp_path / ADAPTER[0]).exists()
+    (tmp_path / ADAPTER[0]).write_bytes(b"somebody else's")
+    with pytest.raises(ConfigError, match=r"holds adapter_model\.safetensors, which something else has written"):
+        write_tuned(run, choice, 0)
+    assert (tmp_path / ADAPTER[0]).read_bytes() == b"somebody else's"
 
 
 @pytest.mark.parametrize(
@@ -436,13 +443,15 @@ def test_an_interrupted_experiment_ends_as_if_it_had_not_been(place, tmp_path, m
     with pytest.raises(KeyboardInterrupt):
         choose(run, "block1", 0)
     assert len(run.ledger) == 1
-    assert any((tmp_path / "parts" / "checkpoints").rglob("checkpoint-*"))
+    assert any((tmp_path / "parts" / ".peft-surgical" / "checkpoints").rglob("checkpoint-*"))
     again = Interrupted(at=None)
     monkeypatch.setattr(experiment, "fit", again)
     run = of(place, tmp_path / "parts", lrs=lrs, epochs=2)
     write_tuned(run, choose(run, "block1", 0), 0)
     assert len(again.calls) == 1
-    for name in ("ledger.jsonl", *ADAPTER):
+    assert run.ledger.runs() == whole.ledger.runs()
+    assert all(set(one.notes) == {"seconds", "prefix"} for one in whole.ledger)
+    for name in ADAPTER:
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     parts, wholes = (Report.load(tmp_path / name / "report.json") for name in ("parts", "whole"))
     assert set(differing(parts, wholes)) <= {"finished", "seconds", "runs_from_ledger"}
@@ -497,7 +506,7 @@ def test_a_reloaded_adapter_that_differs_is_an_error(place, tmp_path):
     run.check(model, other, 0)
     with torch.no_grad():
         other.fc.bias[0] += 1e-6
-    with pytest.raises(AdapterError, match="does not give the logits of the network that was trained"):
+    with pytest.raises(AdapterError, match="does not give the logits of the trained network"):
         run.check(model, other, 0)
 
 
@@ -638,7 +647,7 @@ def test_rows_that_are_done_are_written_when_another_fails(place, tmp_path, monk
     assert [name for name, _ in experiment.fit.calls] == ["block2", "block2"]
     assert rows["block1"] == error.done["block1"]
     write_compared(again, rows, [0, 1])
-    assert not (tmp_path / "runs").exists()
+    assert not (tmp_path / ".peft-surgical" / "runs").exists()
 
 
 def test_a_search_whose_run_fails_loses_its_own_row_only(place, tmp_path, monkeypatch):

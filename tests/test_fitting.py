@@ -1,6 +1,7 @@
 """`fit` against a plain PyTorch loop bit for bit; the chosen epoch, costs, stopping and going on."""
 
 import copy
+import functools
 import sys
 from dataclasses import replace
 
@@ -24,6 +25,7 @@ from peft_surgical.training.fitting import (
 )
 
 pytestmark = pytest.mark.usefixtures("quick_collections", "own_accelerate_state")
+fit = functools.partial(fit, cache=False)  # what is read, in which order; test_prefix.py compares with the cache
 
 SETTINGS = FitSettings(lr=0.02, epochs=3, batch_size=4, weight_decay=0.1, use_cpu=True)
 BLOCK1 = (

@@ -20,7 +20,21 @@ from peft import (
 )
 from peft.utils.save_and_load import get_base_model_state_dict, set_base_model_state_dict
 from safetensors.torch import load_file
-from tiny import CASES, Tied, bits, disturb, images, llama, native_adapters, outputs, same, snapshot, train, vit
+from tiny import (
+    CASES,
+    ConvNet,
+    Tied,
+    bits,
+    disturb,
+    images,
+    llama,
+    native_adapters,
+    outputs,
+    same,
+    snapshot,
+    train,
+    vit,
+)
 from torch import nn
 from transformers import DynamicCache
 
@@ -824,6 +838,103 @@ def test_torch_compile_sees_deltas_switches_and_gradients():
         assert close(compiled(**INPUTS).logits, model(**INPUTS).logits)
     model.set_scale("default", 0.5)
     assert close(compiled(**INPUTS).logits, model(**INPUTS).logits)
+
+
+# --- among many ---
+
+
+def visits(model, monkeypatch, work):
+    """How often any module is asked for its children or parameters while ``work`` runs."""
+    counted = 0
+
+    def counting(original):
+        def method(self, *args, **kwargs):
+            nonlocal counted
+            counted += 1
+            return original(self, *args, **kwargs)
+
+        return method
+
+    with monkeypatch.context() as patches:
+        for name in ("named_modules", "_named_members", "_save_to_state_dict", "_load_from_state_dict", "train"):
+            patches.setattr(nn.Module, name, counting(getattr(nn.Module, name)))
+        work()
+    return counted
+
+
+def test_switching_scaling_disabling_and_loading_do_not_visit_the_other_adapters(monkeypatch, tmp_path):
+    _, model = adapted("block1")
+    disturb(model)
+    model.save_pretrained(tmp_path)
+
+    def disable():
+        with model.disable_adapter():
+            pass
+
+    works = {
+        "set_adapter": lambda: model.set_adapter("default"),
+        "set_scale": lambda: model.set_scale("default", 1.0),
+        "disable_adapter": disable,
+        "load_adapter": lambda: model.load_adapter(tmp_path, "further"),
+    }
+    few = {name: visits(model, monkeypatch, work) for name, work in works.items()}
+    for i in range(7):
+        model.load_adapter(tmp_path, f"other{i}")
+    model.delete_adapter("further")
+    many = {name: visits(model, monkeypatch, work) for name, work in works.items()}
+    assert many == few
+    assert [few[name] for name in ("set_adapter", "set_scale", "disable_adapter")] == [0, 0, 0]
+    # What was hidden while another was loaded is there again, and in its order.
+    layer = next(module for module in model.modules() if isinstance(module, SurgicalLayer))
+    assert list(layer.surgical_delta) == ["default", *(f"other{i}" for i in range(7)), "further"]
+
+
+def test_an_adapter_that_is_loaded_leaves_the_others_as_they_were(tmp_path):
+    _, model = adapted("block1 + head")
+    disturb(model)
+    model.save_pretrained(tmp_path)
+    model.load_adapter(tmp_path, "second", is_trainable=True)
+    model.set_requires_grad("default", False)
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    before = outputs(model, INPUTS)
+    model.load_adapter(tmp_path, "third")
+    assert {name: p.requires_grad for name, p in model.named_parameters() if ".third." not in name} == flags
+    assert not any(p.requires_grad for name, p in model.named_parameters() if ".third." in name)
+    assert torch.equal(outputs(model, INPUTS), before)
+    with pytest.raises(AdapterError, match="is also a part of a tensor's path"):
+        model.load_adapter(tmp_path, "weight")
+    assert list(model.peft_config) == ["default", "second", "third"]
+    assert torch.equal(outputs(model, INPUTS), before)
+    for name in ("third", "second", "default"):
+        model.set_adapter(name)
+        trained = {n.split(".")[-2] for n, p in model.named_parameters() if p.requires_grad}
+        assert trained == {name}
+    with model.disable_adapter():
+        assert not any(p.requires_grad for p in model.parameters())
+    assert {n.split(".")[-2] for n, p in model.named_parameters() if p.requires_grad} == {"default"}
+
+
+def test_disabling_what_is_disabled_in_part_warns_as_ever():
+    _, model = adapted("block1")
+    layer = next(module for module in model.modules() if isinstance(module, SurgicalLayer))
+    layer._disable_adapters = True
+    with pytest.warns(UserWarning, match="some adapter layers that are enabled and others"), model.disable_adapter():
+        pass
+    assert not layer._disable_adapters
+    model.base_model.disable_adapter_layers()
+    with model.disable_adapter():
+        pass
+    assert layer._disable_adapters  # it was before
+
+
+@pytest.mark.parametrize("mode", [False, True])
+def test_torch_compile_reads_the_mode_of_held_statistics(mode):
+    """Before 2.12 torch.compile took the mode that a norm stores for the property that reads it, without end."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = get_peft_model(ConvNet(nn.BatchNorm2d), SurgicalConfig(target="block1")).train(mode)
+    images = torch.randn(2, 3, 8, 8)
+    assert close(torch.compile(model, backend="eager", fullgraph=True)(images), model(images))
 
 
 def test_an_adapter_of_a_compiled_network_is_the_networks(tmp_path):

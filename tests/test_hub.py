@@ -725,14 +725,34 @@ def test_pull_into_a_folder_replaces_the_adapter_there_as_a_whole(hub, base, tmp
     push_adapter(first, "me/frost", report=report(), **GIVEN)
     push_adapter(second, "me/fog", **GIVEN)
     assert pull("me/frost", tmp_path / "site").folder == tmp_path / "site"
+    with pytest.raises(ConfigError, match=r"site holds what came from 'me/frost': name another folder"):
+        pull("me/fog", tmp_path / "site")
+    push_adapter(second, "me/frost", **GIVEN)
+    repo = hub.repos["me/frost"]
+    repo.commit({name: data for name, data in repo.files().items() if name not in ("report.json", "figure.png")}, "cut")
     assert torch.equal(logits(load_adapted(tmp_path / "site")), logits(first))
     (tmp_path / "site" / "notes.txt").write_text("mine")
-    pull("me/fog", tmp_path / "site")
+    pull("me/frost", tmp_path / "site")
     assert torch.equal(logits(load_adapted(tmp_path / "site")), logits(second))
-    assert set(files_in(tmp_path / "site")) == {"README.md", CONFIG, WEIGHTS, "base.json", "notes.txt"}
+    names = {path.name for path in (tmp_path / "site").iterdir()}
+    assert names == {"README.md", CONFIG, WEIGHTS, "base.json", "notes.txt", ".peft-surgical"}
+    (tmp_path / "site" / "README.md").write_text("mine")
+    with pytest.raises(ConfigError, match=r"site holds README\.md, which something else has written or changed"):
+        pull("me/frost", tmp_path / "site", force=True)
     # What was pulled is pushed again with the record that it came with.
     push_adapter(tmp_path / "site", "me/again", **GIVEN)
     assert torch.equal(logits(load_adapted("me/again")), logits(second))
+
+
+@pytest.mark.parametrize("name", ["README.md", "report.json", "notes.txt"])
+def test_pull_refuses_a_folder_that_holds_other_things(hub, base, tmp_path, name):  # noqa: F811
+    push_adapter(tuned(), "me/frost", **GIVEN)
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / name).write_text("mine")
+    with pytest.raises(ConfigError, match=f"site holds {name}, which might be overwritten: name a folder"):
+        pull("me/frost", site)
+    assert [(path.name, path.read_text()) for path in site.iterdir()] == [(name, "mine")]
 
 
 # The base
@@ -766,7 +786,8 @@ def test_a_base_that_was_changed_in_place_is_named_with_its_tensors(hub, base, c
         (tmp_path / name).write_bytes(data)
     with pytest.raises(BaseMismatchError, match=r"1 of \d+ tensors differ, first layer4.0.conv1.weight"):
         load_adapted("me/frost", base=str(tmp_path))
-    model = load_adapted("me/frost", base=str(tmp_path), strict_base=False)
+    with pytest.warns(UserWarning, match=r"1 of \d+ tensors that it does not tune differ there, first layer4.0.conv1"):
+        model = load_adapted("me/frost", base=str(tmp_path), strict_base=False)
     assert model.base_model.model.layer4[0].conv1.weight[0, 0, 0, 0] == content["layer4.0.conv1.weight"][0, 0, 0, 0]
     save_file({**content, "conv1.0.weight": content["conv1.0.weight"] + 1}, tmp_path / "model.safetensors")
     with pytest.warns(UserWarning, match=r"strict_base=False: .* 1 of \d+ tuned tensors differ there, first conv1.0"):
@@ -881,11 +902,21 @@ def test_adapters_by_base(hub, base, checkpoints, tmp_path):  # noqa: F811
     lora = get_peft_model(tiny.ConvNet(torch.nn.BatchNorm2d), LoraConfig(target_modules=["fc"]))
     lora.save_pretrained(tmp_path / "sites" / "c")
     site = tmp_path / "sites" / "a"
-    (site / "ledger.jsonl").write_text("")
-    unfinished = [site / "checkpoints" / "12ab" / "checkpoint-3", site / "runs" / "12ab", site / ".checkpoint-4"]
+    private = site / ".peft-surgical"
+    unfinished = [
+        site / "checkpoint-3",
+        private / "runs" / "12ab",
+        site / ".checkpoint-4",
+        site / ".peft-surgical-0123",
+    ]
     for folder in unfinished:
         tuned().save_pretrained(folder)
-    (one,) = adapters_in([tmp_path / "sites"])
+    hostile = ("[]", "[" * 100_000, '{"peft_type": "SURGICAL", "tensor_names": 3, "target": {"a": 1}}', "\x00", "null")
+    for number, text in enumerate(hostile):
+        (tmp_path / "sites" / f"hostile{number}").mkdir()
+        (tmp_path / "sites" / f"hostile{number}" / CONFIG).write_text(text)
+    one, odd = sorted(adapters_in([tmp_path / "sites"]), key=lambda found: found.name)
+    assert (odd.target, odd.base, odd.is_whole) == ("{'a': 1}", "(no base named)", False)
     # One that is named itself is shown.
     assert [found.name for found in adapters_in(unfinished[:1])] == [str(unfinished[0])]
     assert (stored.CONFIG_FILE, stored.WEIGHTS_FILE, stored.METHOD) == (

@@ -196,6 +196,18 @@ def test_a_checkpoint_without_its_mark_is_passed_over(tmp_path):
     assert last_checkpoint(tmp_path / "nothing", 1) == (None, 0)
 
 
+def test_checkpoints_of_something_else_are_refused_and_stay(tmp_path):
+    """Trainer's, say: those that are needed no longer are removed when a run goes on."""
+    (tmp_path / "checkpoints" / "checkpoint-7").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "checkpoint-best").mkdir()
+    with pytest.raises(ConfigError, match=r"checkpoints holds checkpoints of something else, .*: name another folder"):
+        train("full", tmp_path)
+    assert names(tmp_path) == {"checkpoints/checkpoint-7", "checkpoints/checkpoint-best"}
+    (tmp_path / "checkpoints" / "checkpoint-7").rmdir()
+    train("full", tmp_path, stop_epoch=1)
+    assert (tmp_path / "checkpoints" / "checkpoint-best").is_dir()
+
+
 def test_a_checkpoint_of_other_processes_is_refused(tmp_path):
     train("full", tmp_path, stop_epoch=1)
     mark = tmp_path / "checkpoints" / f"checkpoint-{STEPS}" / MARK

@@ -11,6 +11,15 @@ from peft_surgical.errors import DataError
 from peft_surgical.training.ledger import Ledger
 
 
+def test_notes_lie_beside_the_result_and_make_no_run_another(tmp_path):
+    ledger = Ledger(tmp_path / "runs.jsonl")
+    first = ledger.run({"seed": 0}, lambda key: {"value": 1, "seconds": 2.5, "prefix": "none"})
+    again = Ledger(tmp_path / "other.jsonl").run({"seed": 0}, lambda key: {"value": 1, "seconds": 9.0})
+    assert first == again
+    assert first.notes == ledger.runs()[0].notes == {"seconds": 2.5, "prefix": "none"}
+    assert ledger.find({"seed": 0}) == {"value": 1}
+
+
 def test_append_and_find(tmp_path):
     ledger = Ledger(tmp_path / "deep" / "runs.jsonl")
     key = {"target": "block1", "lr": 1e-3, "seed": 0, "delta_dtype": None}
@@ -55,6 +64,45 @@ def test_a_torn_last_line_is_passed_over_and_cut_off(tmp_path, length):
     assert [run.key for run in ledger] == [{"seed": 2}]
 
 
+def test_a_last_line_without_its_end_is_kept(tmp_path):
+    """As an editor leaves it that takes away the last line end."""
+    ledger = Ledger(tmp_path / "runs.jsonl")
+    for seed in (0, 1):
+        ledger.append({"seed": seed}, {"value": seed})
+    ledger.file.write_bytes(ledger.file.read_bytes()[:-1])
+    assert ledger.find({"seed": 1}) == {"value": 1}
+    ledger.append({"seed": 2}, {"value": 2})
+    assert [run.result["value"] for run in ledger] == [0, 1, 2]
+    ledger.file.write_bytes(b'{"key": {"seed": 3}, "result": {"value": 3}}')
+    ledger.append({"seed": 4}, {"value": 4})
+    assert [run.result["value"] for run in ledger] == [3, 4]
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        b'{"event": "started"}\n',
+        b'{"event": "started"}',
+        b"notes of a user",
+        b'{"key": {"seed": 1}, "result": 3}',
+        b'{"key": 1',
+        b"[" * 100_000,
+        b"\x1b]0;title\x07\n",
+        b'{"key": {}, "result": {}}\n\n',
+    ],
+)
+def test_a_foreign_file_is_refused_and_stays(tmp_path, foreign):
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    ledger.file.write_bytes(foreign)
+    for use in (ledger.runs, lambda: ledger.append({"seed": 0}, {"value": 0})):
+        if foreign.endswith(b"\n\n") and use != ledger.runs:
+            continue  # only reading looks at all lines
+        with pytest.raises(DataError, match=r"ledger\.jsonl holds a line that is no run: .*another ledger") as found:
+            use()
+        assert str(found.value).isprintable()
+    assert ledger.file.read_bytes() == foreign
+
+
 def test_what_is_no_run_is_refused(tmp_path):
     ledger = Ledger(tmp_path / "runs.jsonl")
     for bad in ({"value": math.nan}, {"value": object()}):
@@ -76,7 +124,8 @@ def test_processes_appending_at_once_lose_nothing(tmp_path):
         # the machine is busy.
         package = types.ModuleType("peft_surgical"); package.__path__ = [sys.argv[1]]
         errors = types.ModuleType("peft_surgical.errors"); errors.DataError = ValueError
-        sys.modules |= {"peft_surgical": package, "peft_surgical.errors": errors}
+        files = types.ModuleType("peft_surgical.files"); files.printable = repr
+        sys.modules |= {"peft_surgical": package, "peft_surgical.errors": errors, "peft_surgical.files": files}
         from peft_surgical.training.ledger import Ledger
         ledger = Ledger(sys.argv[2])
         for i in range(60):

@@ -13,6 +13,7 @@ from peft_surgical.choosing.methods import (
     AutoRGN,
     AutoSNR,
     Progress,
+    alternating,
     gradual_unfreezing,
     lp_ft,
     method_of,
@@ -57,9 +58,13 @@ def by_snr():
 
 
 def by_reference_snr():
-    """The reference code's: variance along the first axis of the gradient of a batch, here of one batch of all."""
-    columns = {name: g.double().reshape(len(g), -1) for name, g in gradients(IMAGES, LABELS).items()}
-    return above({name: (g.mean(0) ** 2 / g.var(0)).mean().item() for name, g in columns.items()}, 0.5)
+    """The reference code's, of a batch of all: per entry g^2 over the variance along the first axis, compared as is."""
+    found = {}
+    for name, g in gradients(IMAGES, LABELS).items():
+        if "bn" not in name:
+            variance = g.double().numpy().var(axis=0, ddof=1, keepdims=True)
+            found[name] = float((g.double().numpy() ** 2 / (variance + 1e-8)).mean())
+    return {name for name, score in found.items() if score >= 0.95}
 
 
 MOVED = {
@@ -70,9 +75,10 @@ MOVED = {
     "l1-sp": NAMES,
     "l2-sp": NAMES,
     "lp-ft": HEAD,
+    "alternating": NAMES - HEAD,
     "auto-rgn": NAMES,
     "auto-rgn-reset": NAMES,
-    "auto-rgn-reference": NAMES - NORMS,
+    "auto-rgn-reference": {name for name in NAMES if "bn" not in name},
     "auto-snr": by_snr(),
     "auto-snr-reference": by_reference_snr(),
     "freeze-embed": NAMES - STEM,
@@ -140,7 +146,9 @@ def test_options_have_defaults_and_are_the_methods_own():
     assert METHODS["auto-snr"].settings({}) == {"threshold": 0.3}
     anatomy = anatomy_of(network())
     assert METHODS["auto-snr"].schedule(anatomy, {"threshold": 0.7}) == AutoSNR(0.7)
-    assert METHODS["auto-snr-reference"].schedule(anatomy, {"threshold": 0.7}) == AutoSNR(0.7, "snr-reference")
+    reference = METHODS["auto-snr-reference"].schedule(anatomy, METHODS["auto-snr-reference"].settings())
+    left_out = frozenset(name for name in anatomy.tensors if "bn" in name)
+    assert reference == AutoSNR(0.95, "snr-reference", scaled=False, left_out=left_out)
     assert METHODS["lp-ft"].schedule(anatomy, {"share": 0.25}).share == 0.25
 
 
@@ -173,6 +181,16 @@ def test_an_option_out_of_range_is_refused(name, given, message):
 
 
 # --- names ---
+
+
+def test_a_number_after_a_name_is_the_option():
+    assert method_of("auto-snr@0.5").settings() == {"threshold": 0.5}
+    assert method_of("l1-sp@1e-3").settings() == {"strength": 1e-3}
+    assert method_of("auto-snr@0.5").target == "all"
+    with pytest.raises(ConfigError, match=r"'full@2': full has no option; those that have one are l1-sp \(strength\)"):
+        method_of("full@2")
+    with pytest.raises(ConfigError, match=r"'auto-snr@much': threshold is a number, such as auto-snr@0.3"):
+        method_of("auto-snr@much")
 
 
 def test_rows_go_by_their_names():
@@ -260,12 +278,25 @@ def test_auto_rgn_scales_by_the_largest():
     assert left_out == {"conv1.weight": 1.0, "bn1.weight": 0.0, "fc.weight": 0.0}
 
 
+def test_parts_take_turns_by_epoch():
+    schedule = alternating(ANATOMY)
+    head = set(ANATOMY["head"].tensors)
+    for epoch in range(4):
+        trained = {name for name, factor in schedule.factors(Progress(0, 1, epoch)).items() if factor == 1.0}
+        assert trained == (head if epoch % 2 else set(ANATOMY.tensors) - head)
+
+
 def test_auto_snr_freezes_below_the_threshold():
     assert AutoSNR(0.25).factors(Progress(0, 1), SCORES) == {"conv1.weight": 1.0, "bn1.weight": 1.0, "fc.weight": 0.0}
     assert AutoSNR(0.26).factors(Progress(0, 1), SCORES)["conv1.weight"] == 0.0
     assert set(AutoSNR(0.0).factors(Progress(0, 1), SCORES).values()) == {1.0}
-    with pytest.raises(ConfigError, match="threshold=2"):
+    raw = AutoSNR(0.5, scaled=False, left_out=frozenset({"bn1.weight"}))
+    assert raw.factors(Progress(0, 1), SCORES) == {"conv1.weight": 1.0, "bn1.weight": 0.0, "fc.weight": 0.0}
+    assert AutoSNR(2, scaled=False).factors(Progress(0, 1), SCORES)["bn1.weight"] == 1.0
+    with pytest.raises(ConfigError, match="threshold=2: SNRs are compared after scaling"):
         AutoSNR(2)
+    with pytest.raises(ConfigError, match="threshold=-1: give a number of at least 0"):
+        AutoSNR(-1, scaled=False)
 
 
 def test_normalised_and_block_means():

@@ -274,14 +274,14 @@ def test_fmow(tmp_path):
         "source_validation": 62 * 6 - 1,
         "source_test": 62 * 6 - 1,
         "tuning": 61,
-        "validation": 61,
-        "test": 122,
+        "validation": 122,
+        "test": 61,
     }
     assert set(counts(data.tuning, "label").values()) == {1}
     africa = REGIONS.index("Africa")
     assert set(column(data.test, "group")) == set(column(data.tuning, "group")) == {africa}
     assert set(column(data.source, "group")) == set(range(6))
-    spans = {"source": "train", "source_validation": "val", "source_test": "test", "tuning": "val", "test": "test"}
+    spans = {"source": "train", "source_test": "test", "tuning": "test", "test": "test"}  # all others: val
     for name, part in data.parts.items():
         for file, label, group in zip(*(column(part, c) for c in ("file", "label", "group")), strict=True):
             split, category, timestamp, country = rows[int(file.removeprefix("images/rgb_img_").removesuffix(".png"))]
@@ -289,28 +289,37 @@ def test_fmow(tmp_path):
             assert category == FMOW_CATEGORIES[label]
             assert COUNTRIES[REGIONS[group]] == country
             year = int(timestamp[:4])
-            assert year < 2013 if "source" in name else year >= 2016 if name == "test" else 2013 <= year <= 2015
-    assert data.origin["tuning"] == "drawn: seed 0, 1 of each class of the validation split in Africa, 2013 to 2015"
-    assert data.origin["test"] == "given: the test split in Africa, 2016 on"
+            assert year < 2013 if "source" in name else 2013 <= year <= 2015 if name == "validation" else year >= 2016
+    assert data.origin["tuning"] == "drawn: seed 0, 1 of each class of the test split in Africa, 2016 on"
+    assert data.origin["validation"] == "given: the validation split in Africa, 2013 to 2015"
+    assert data.origin["test"] == "the rest of the test split in Africa, 2016 on"
+    assert not set(column(data.tuning, "file")) & set(column(data.test, "file"))
+    with pytest.warns(UserWarning, match="space_facility"):
+        before = read("fmow", tmp_path, tune_on="validation")
+    assert [sizes(before)[part] for part in ("tuning", "validation", "test")] == [61, 61, 122]
+    assert before.origin["tuning"] == "drawn: seed 0, 1 of each class of the validation split in Africa, 2013 to 2015"
+    assert before.origin["test"] == "given: the test split in Africa, 2016 on"
+    with pytest.raises(DataError, match=r"tune_on='train': choose test or validation"):
+        read("fmow", tmp_path, tune_on="train")
 
 
 def test_fmow_with_another_region_and_years(tmp_path):
     rows = fmow_rows()
     fmow_folder(tmp_path, rows)
-    data = read("fmow", tmp_path, region="Oceania", years=(2012, 2015), validation=62)
+    data = read("fmow", tmp_path, region="Oceania", years=(2012, 2015), validation=62, tune_on="validation")
     assert counts(data.tuning) == counts(data.validation) == {REGIONS.index("Oceania"): 62}
     assert len(data.test) == 62
     assert len(data.source_test) == len(data.source_validation) == 62 * 6 - 1 - 62  # the target's are taken out
     with pytest.raises(
         DataError, match=r"class 'airport' has 2 image\(s\) in the validation split in Asia, 2013 to 2015, a"
     ):
-        read("fmow", tmp_path, region="Asia", tuning=62 * 3)
+        read("fmow", tmp_path, region="Asia", tuning=62 * 3, tune_on="validation")
     with pytest.raises(DataError, match=r"no image in the validation split in Asia, 2001 to 2001 to draw from"):
-        read("fmow", tmp_path, region="Asia", years=(2001, 2001))
+        read("fmow", tmp_path, region="Asia", years=(2001, 2001), tune_on="validation")
     with pytest.raises(
         DataError, match=r"no image is left for the validation part of fmow \(the rest of the validation"
     ):
-        read("fmow", tmp_path, region="Asia", tuning=124)
+        read("fmow", tmp_path, region="Asia", tuning=124, tune_on="validation")
     with pytest.raises(
         DataError, match=r"region='Antarctica' is no region of fmow: choose one of Asia, Europe, Africa"
     ):

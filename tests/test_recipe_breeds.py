@@ -64,7 +64,7 @@ def test_options_are_the_papers(name, recipe, capsys):
         recipe.main(["--help"])
     said = " ".join(capsys.readouterr().out.split())
     assert "--hierarchy DIR the hierarchy files: imagenet_class_hierarchy/modified of github.com/MadryLab" in said
-    assert "default: 5 (3 for the head and 2 for all: the paper; the rest is chosen here)" in said
+    assert "default: 5 (paper, A.4: Adam, 3 epochs of the head, 2 of all; rate, batch and crops chosen here)" in said
     assert "NOT measured here" in said
     assert f"{BREEDS_EACH * BENCHMARKS[name].superclasses:,} images of" in said
     protocol = recipe.PROTOCOL

@@ -212,11 +212,26 @@ def test_cross_val_takes_each_targets_rate_from_seed_0_and_the_target_from_each_
     for block in ("block2", "block3", "all"):
         fill(recipe, tmp_path, block, lr1m3_0=(0.3, 0.99), lr1m4_0=(0.1, 0.99), lr1m3_1=(0.3, 0.99))
     fill(recipe, tmp_path, "head", lr1m1_0=(0.3, 0.99), lr1m2_0=(0.1, 0.99), lr1m1_1=(0.3, 0.99))
-    text, rows = drawn(recipe, tmp_path, "block1", "cross-val")
+    text, rows = drawn(recipe, tmp_path, "block1", "cross-val", "cross-val-wide")
     assert "| 60.5 ± 6.4 |" in rows["block1"]  # the rate that validates best on seed 0, although it tests no better
-    assert "| 40.5 ±" in rows["cross-val"]  # block1 on seed 0 (60.0), none on seed 1 (21.0), never the 99
-    assert rows["cross-val"].rstrip(" |").endswith("500")  # five trained targets of 100 each
+    assert "| 60.5 ±" in rows["cross-val"]  # the paper's: the best of the blocks, on seed 1 block1 again
+    assert rows["cross-val"].rstrip(" |").endswith("400")  # four trained targets of 100 each
+    assert "| 40.5 ±" in rows["cross-val-wide"]  # block1 on seed 0 (60.0), none on seed 1 (21.0), never the 99
+    assert rows["cross-val-wide"].rstrip(" |").endswith("500")
     assert "one run of `all` costs 256" in text
+
+
+def test_auto_snr_takes_the_threshold_that_validates_best_on_seed_0(recipe, tmp_path):
+    runs = {0.1: (0.5, 0.4), 0.3: (0.7, 0.3), 0.5: (0.6, 0.9), 0.7: (0.5, 0.9), 0.9: (0.5, 0.9)}
+    for threshold, (validation, test) in runs.items():
+        one = {"lr1m3_0": (validation, test), "lr1m4_0": (0.1, 0.1), "lr1m3_1": (1 - validation, test)}
+        fill(recipe, tmp_path, f"auto-snr@{threshold:g}", **one)
+    _, rows = drawn(recipe, tmp_path, "auto-snr")
+    assert "| 30.0 ±" in rows["auto-snr"]  # 0.3, although 0.1 validates best on seed 1
+    assert rows["auto-snr"].rstrip(" |").endswith("500")
+    fill(recipe, tmp_path, "auto-snr", lr1m3_0=(0.2, 0.2), lr1m4_0=(0.1, 0.1), lr1m3_1=(0.2, 0.2))
+    _, rows = drawn(recipe, tmp_path, "auto-snr", "--thresholds")
+    assert "| 20.0 ±" in rows["auto-snr"]  # the package's own
 
 
 def test_a_missing_run_leaves_its_cell_and_the_mean_empty(recipe, tmp_path):

@@ -204,7 +204,7 @@ def test_help_and_plan(recipe, place, tmp_path, capsys):
         recipe.main(["--help"])
     said = " ".join(capsys.readouterr().out.split())
     assert "accelerate launch recipes/cifar_flip.py" in said
-    assert "default: 15 (paper, Table 4 and appendix)" in said
+    assert "default: 15 (paper, A.4)" in said
     (tmp_path / "models").mkdir()  # the plan needs no weights
     with mock.patch.object(Trainer, "train", side_effect=AssertionError):
         recipe.main(words(place, tmp_path / "out", "--dry-run", "--models", tmp_path / "models"))
@@ -212,7 +212,7 @@ def test_help_and_plan(recipe, place, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
     assert "one run: 30 steps (adam, constant rate, batch 10, 15 epochs)" in said
     assert "full: 77 tensors, 366,938 parameters (100.0%); rates 0.001, 0.0001, 1e-05; the paper: 85.9 %" in said
-    assert "cross-val: a search over blocks, head and all; the paper: 93.8 %" in said
+    assert "cross-val: the one of block1, block2, block3, head that validates best; the paper: 93.8 %" in said
 
 
 def test_the_measured_numbers_are_those_of_the_results():

@@ -51,7 +51,19 @@ def place(tmp_path_factory):
 
 def words(place, output, *more):
     given = ["--data", place / "data", "--model", place / "model", "--output", output, "--cpu", "--batch-size", "4"]
-    given += ["--epochs", "2", "--lr", "1e-2", "--tuning-images", "8", "--validation-images", "8", *more]
+    given += [
+        "--epochs",
+        "2",
+        "--lr",
+        "1e-2",
+        "--tuning-images",
+        "8",
+        "--validation-images",
+        "8",
+        "--test-images",
+        "0",
+        *more,
+    ]
     return [str(word) for word in given]
 
 
@@ -71,7 +83,7 @@ def test_one_cell_from_end_to_end(recipe, place, tmp_path, capsys):
     assert {p.name for p in tmp_path.iterdir()} == {"fog", "report.json", "table.md", "figure.png"}
     assert {"adapter", "ledger.jsonl", "report.json", "table.md"} <= {p.name for p in cell.iterdir()}
 
-    report, data = Report.load(cell / "report.json"), read_imagenet_c(place / "data", "fog", 5, 0, 8, 8)
+    report, data = Report.load(cell / "report.json"), read_imagenet_c(place / "data", "fog", 5, 0, 8, 8, 0)
     assert report.settings["parts"] == {"tuning": 8, "validation": 8, "test": 8}
     assert report.settings["head"] == "kept"
     before, after, labels = logits_of(report, cell / "adapter", data)
@@ -107,7 +119,7 @@ def test_the_plan_trains_nothing_and_reads_no_weights(recipe, place, tmp_path, c
     assert not (tmp_path / "out").exists()
     assert "tuning: 8 images (drawn: seed 0, 2 of each class of fog, severity 5)" in said
     assert "one run: 4 steps (adam, constant rate, batch 4, 2 epochs)" in said
-    assert "cross-val: a search over blocks" in said
+    assert "cross-val: the one of block1, " in said
     assert "and so for each of 2 corruptions and severities" in said
 
 
@@ -131,7 +143,7 @@ def test_help_names_every_option_and_the_protocol(recipe, capsys):
         recipe.parse_arguments(["--help"])
     said = " ".join(capsys.readouterr().out.split())
     assert "--corruptions" in said
-    assert "default: resnet50.tv_in1k (paper, Table 4 and appendix; batch: its reference code)" in said
+    assert "default: resnet50.tv_in1k (reference code, config/imagenet-c.yaml" in said
     assert "NOT measured here" in said
     args = recipe.parse_arguments(["--data", "x"])
     assert tuple(args.corruptions) == CORRUPTIONS

@@ -13,7 +13,7 @@ from paper import cifar, cifar_networks, cifar_tasks
 from peft_surgical.errors import DataError
 from peft_surgical.evaluation import wilson_interval
 from peft_surgical.experiment import adapting
-from peft_surgical.training.ledger import Ledger
+from peft_surgical.training.ledger import Ledger, canonical
 
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
@@ -93,8 +93,26 @@ def test_streams_run_once_and_are_drawn_from_the_ledger_alone(recipe, world, mon
 def test_the_committed_table_is_drawn_from_the_committed_ledger(recipe, tmp_path):
     options = ["--table", "--ledger", str(ROOT / "docs/results/memo.jsonl"), "--markdown", str(tmp_path / "table.md")]
     options += ["--episodic-images", "400", "--corruption", *recipe.LISTED]
+    options += ["--lr", "1e-5", "1e-4", "1e-3", "--episodic-lr", "1e-4", "1e-3", "1e-2", "--head-lr", "1e-3", "1e-2"]
     recipe.main([*options, "--target", "all", "stem", "conv1 + layer1.0.conv1", "block1 + block2", "head"])
     assert (tmp_path / "table.md").read_bytes() == (ROOT / "docs/results/memo-resnet26.md").read_bytes()
+
+
+def test_streams_at_once_are_those_of_one_after_the_other(recipe, world):
+    options = ["--target", "head", "conv1 + layer1.0.conv1", "--corruption", "frost", "--images", "2"]
+    options += ["--lr", "1e-4", "1e-2", "--episodic-lr", "1e-3", "--head-lr", "1e-3", "--width", "2", "--device", "cpu"]
+    options += ["--select-on", "frost", "fog", "--mode"]
+    found = {}
+    for name, own in (("one", []), ("together", ["--streams-at-once"])):
+        ledger = world / f"{name}.jsonl"
+        start(recipe, world, *options, "online", "episodic", *own, "--ledger", str(ledger))
+        found[name] = {canonical(run.key): run.result for run in Ledger(ledger)}
+    one, together = found["one"], found["together"]
+    assert set(one) == set(together)
+    assert len(one) == 9  # five rows, and two candidates of one of them on two corruptions
+    for key, result in together.items():
+        same = ("right", "accuracy", "n", "steps", "skipped", "collapses")
+        assert {name: result[name] for name in same} == {name: one[key][name] for name in same}
 
 
 def test_test_images_are_those_that_nothing_else_sees(recipe, world):
@@ -167,7 +185,7 @@ def test_rates_are_chosen_on_validation_images_of_one_corruption_and_seed(recipe
     ]  # with the paper's, where it is
     assert rows_of(text)["none", "none", "none"][0] == "25.0 ± 0.0 (66.9)"
     assert rows_of(text, 1)["memo", "online", "stem"] == ["+25.0 ± 0.0"] * 2
-    assert rows_of(text, 2)["memo", "online", "stem"] == ["sgd", "0.001", "1", "250", "0", "0"]
+    assert rows_of(text, 2)["memo", "online", "stem"] == [*("sgd", "0.001 (an end of the grid)", "1", "250", "0", "0")]
     assert "nothing was selected on test images" in text
 
 
@@ -289,7 +307,20 @@ def folders(tmp_path, imagenet):
 def test_imagenet_c_folders_are_streamed(imagenet, folders, monkeypatch):
     options = ["--model", "test_resnet", "--random", "--data", str(folders / "data"), "--select-on", "fog"]
     options += ["--corruption", "frost", "fog", "--output", str(folders), "--views", "2", "--validation-images", "2"]
-    options += ["--target", "stem", "--method", "memo", "tent", "--lr", "1e-4", "1e-3", "--episodic-lr", "1e-3"]
+    options += [
+        "--images",
+        "2",
+        "--target",
+        "stem",
+        "--method",
+        "memo",
+        "tent",
+        "--lr",
+        "1e-4",
+        "1e-3",
+        "--episodic-lr",
+        "1e-3",
+    ]
     options += ["--tent-lr", "1e-3", "--device", "cpu", "--markdown", str(folders / "table.md")]
     imagenet.main(options)
     runs = Ledger(folders / "ledger.jsonl").runs()
@@ -309,7 +340,7 @@ def test_imagenet_c_folders_are_streamed(imagenet, folders, monkeypatch):
 
 
 def test_what_validates_on_imagenet_c_is_tested_nowhere(imagenet, folders):
-    args = imagenet.argparse.Namespace(data=str(folders / "data"), validation_images=2)
+    args = imagenet.argparse.Namespace(data=str(folders / "data"), validation_images=2, images=2)
     key = {"corruption": "fog", "severity": 5, "part": "validation", "seed": 0, "images": 2}
     validates = set(imagenet.stream_of(args, key).files)
     assert len(validates) == 2
@@ -321,8 +352,17 @@ def test_what_validates_on_imagenet_c_is_tested_nowhere(imagenet, folders):
             assert stream.read(0).size == (40, 36)
 
 
+def test_without_a_number_the_first_images_of_each_class_test_and_others_validate(imagenet, folders, monkeypatch):
+    monkeypatch.setattr(imagenet._first_of_each, "__defaults__", (1,))
+    args = imagenet.argparse.Namespace(data=str(folders / "data"), validation_images=2, images=None)
+    key = {"corruption": "fog", "severity": 5, "part": "test", "seed": 0, "images": 2000}
+    assert sorted(imagenet.stream_of(args, key).files) == ["n01440764/1.JPEG", "n15075141/1.JPEG"]
+    key |= {"part": "validation", "images": 2}
+    assert sorted(imagenet.stream_of(args, key).files) == ["n01440764/2.JPEG", "n15075141/2.JPEG"]
+
+
 def test_folders_that_are_not_imagenet_c_are_refused(imagenet, folders):
-    args = imagenet.argparse.Namespace(data=str(folders / "data"), validation_images=4)
+    args = imagenet.argparse.Namespace(data=str(folders / "data"), validation_images=4, images=2)
     key = {"corruption": "fog", "severity": 5, "part": "test", "seed": 0, "images": 2}
     with pytest.raises(DataError, match="4 images are too few for 4 to validate"):
         imagenet.stream_of(args, key)

@@ -18,15 +18,16 @@ from peft_surgical.tuner import register
 from peft_surgical.tuner.model import SurgicalModel
 
 PUBLIC = """
-AdapterPool Anatomy BlockScores Pace Penalty SurgicalCallback SurgicalConfig SurgicalError anatomy_of combine_adapters
-compare diff extract_adapter load_adapted pull push_adapter read_adapter resolve_target score_blocks set_scale to_lora
-tune
+AdapterPool Anatomy BlockScores CachedPrefix Pace Penalty SurgicalCallback SurgicalConfig SurgicalError anatomy_of
+combine_adapters compare diff extract_adapter load_adapted pull push_adapter read_adapter resolve_target score_blocks
+set_scale to_lora tune with_base_names
 """
 
 IMPORTED = """
-blocks blocks.anatomy blocks.inventory blocks.layouts blocks.parsing blocks.sources config errors evaluation
-evaluation.metrics evaluation.report extras files keys peft_api tuner tuner.attach tuner.combine tuner.layer
-tuner.mixed tuner.model tuner.plan tuner.saving tuner.specialise tuner.support
+blocks blocks.anatomy blocks.inventory blocks.layouts blocks.parsing blocks.regexes blocks.sources config errors
+evaluation evaluation.metrics evaluation.report extras files fingerprints folders keys peft_api results texts tuner
+tuner.attach tuner.base tuner.combine tuner.layer tuner.loading tuner.mixed tuner.model tuner.plan tuner.saving
+tuner.sharing tuner.specialise tuner.support tuner.switch
 """
 
 
@@ -124,7 +125,14 @@ def test_nothing_but_what_docs_tuner_lists_is_changed_in_other_packages():
                 if isinstance(function, FunctionType) and function.__code__.co_filename.startswith(own):
                     changed.add(f"{holder.__name__}.{name}")
     assert changed == {
-        f"PeftModel.{name}" for name in ("save_pretrained", "push_to_hub", "create_or_update_model_card")
+        f"PeftModel.{name}"
+        for name in (
+            "save_pretrained",
+            "load_adapter",
+            "disable_adapter",
+            "push_to_hub",
+            "create_or_update_model_card",
+        )
     }
     page = (Path(__file__).parents[1] / "docs" / "tuner.md").read_text(encoding="utf-8")
     assert all(f"`{name}`" in page for name in changed)

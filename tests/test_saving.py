@@ -130,6 +130,21 @@ def test_ones_own_page_stays(model, tmp_path):
     assert "# Surgical adapter: head" in (tmp_path / "second/README.md").read_text()
 
 
+def test_a_template_that_somebody_has_begun_to_fill_in_stays(model, tmp_path):
+    get_peft_model(tiny.ConvNet(torch.nn.BatchNorm2d), LoraConfig(target_modules=["fc"])).save_pretrained(tmp_path)
+    page = tmp_path / "README.md"
+    blank = page.read_text()
+    page.write_text(blank.replace("[More Information Needed]", "Ours.", 1))
+    model.save_pretrained(tmp_path)
+    assert "Ours." in page.read_text()
+    page.write_bytes(b"\xff\xfe not UTF-8")
+    write_card(tmp_path)
+    assert page.read_bytes().startswith(b"\xff\xfe")
+    page.write_text(blank)
+    model.save_pretrained(tmp_path)
+    assert "# Surgical adapter: block1" in page.read_text()
+
+
 def test_without_an_adapter_the_page_goes(model, tmp_path):
     model.save_pretrained(tmp_path)
     (tmp_path / "adapter_config.json").unlink()

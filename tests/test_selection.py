@@ -17,6 +17,7 @@ from peft_surgical import SurgicalConfig, anatomy_of, resolve_target, score_bloc
 from peft_surgical.choosing import CRITERIA
 from peft_surgical.choosing.gradients import is_looking
 from peft_surgical.choosing.models import forward_loss, trained_tensors
+from peft_surgical.choosing.scores import axis_ratios
 from peft_surgical.errors import AdapterError, ConfigError, DataError, UnresolvedTargetError, UnsupportedModelError
 
 
@@ -97,11 +98,23 @@ def test_fisher_is_the_mean_squared_gradient_over_inputs(net, batches):
     assert scores["head"] == pytest.approx(float(head.square().mean()), rel=1e-4)
 
 
-def test_snr_reference_is_taken_along_the_first_axis_of_the_mean_gradient(net, batches):
+def test_snr_reference_is_the_mean_over_minibatches_of_what_the_reference_code_computes(net, batches):
+    """Against plain numpy, from gradients by hand; every tensor of more than one row, and one of a single row."""
     scores = score_blocks(net, batches, "snr-reference", num_batches=None)
     found = [gradients_by_hand(net, x, y) for x, y in batches]
-    g = sum(row["layer1.0.weight"].double() for row in found) / 3
-    assert scores.tensor_scores["layer1.0.weight"] == pytest.approx(float((g.mean(0) ** 2 / g.var(0)).mean()), rel=1e-3)
+    blocks = {}
+    for name, score in scores.tensor_scores.items():
+        values = []
+        for row in found:
+            g = row[name].double().numpy()
+            values.append(g**2 / (g.var(axis=0, ddof=1, keepdims=True) + 1e-8))
+        assert score == pytest.approx(sum(value.mean() for value in values) / len(values), rel=1e-4)
+        blocks.setdefault("head" if name.startswith("fc") else name, []).extend(values)
+    head = sum(float(value.sum()) for value in blocks["head"]) / len(found)
+    entries = sum(value.size for value in blocks["head"]) / len(found)
+    assert scores["head"] == pytest.approx(head / entries, rel=1e-4)
+    single = axis_ratios(torch.tensor([[[0.5, -2.0]]]))  # one unit, a tensor (1, 2): no variance
+    assert single.tolist() == pytest.approx([(0.25 + 4.0) / 1e-8])
 
 
 @pytest.mark.parametrize("criterion", ["snr", "fisher"])

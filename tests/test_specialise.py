@@ -1,6 +1,8 @@
 import copy
+import gc
 import inspect
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from peft_surgical.tuner.specialise import (
     Special,
     base_class,
     has_statistics,
-    hold_statistics,
+    hold_buffers,
     moving_statistics,
     restore,
     specialise,
@@ -35,6 +37,18 @@ def test_a_special_module_is_still_what_it_was():
     detach(module)
     assert type(module) is nn.Linear
     assert "surgery_links" not in vars(module)
+
+
+def test_classes_that_nobody_uses_any_more_go():
+    class Local(nn.Linear):
+        pass
+
+    module = Local(2, 3)
+    specialise(module, HoldsStatistics)
+    special, base = weakref.ref(type(module)), weakref.ref(Local)
+    del module, Local
+    gc.collect()
+    assert (special(), base()) == (None, None)
 
 
 def test_the_same_request_gives_the_same_class_and_traits_add_up():
@@ -129,7 +143,7 @@ def test_policies():
 def test_held_statistics_ignore_the_mode_and_come_back():
     model = nn.Sequential(nn.BatchNorm1d(2), nn.Dropout(0.5))
     plain_class = type(model[0])
-    hold_statistics(model)
+    hold_buffers(model)
     x = torch.randn(4, 2)
     for again in (model, pickle.loads(pickle.dumps(model))):
         again.train()
@@ -146,7 +160,7 @@ def test_held_statistics_ignore_the_mode_and_come_back():
 def test_children_of_a_held_module_follow_the_mode():
     timm = pytest.importorskip("timm")
     norm = timm.layers.BatchNormAct2d(2, act_layer=nn.Dropout)
-    hold_statistics(norm)
+    hold_buffers(norm)
     norm.train()
     assert norm.training is False
     assert norm.act.training is True

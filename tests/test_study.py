@@ -110,7 +110,8 @@ def test_a_study_from_end_to_end(tmp_path, monkeypatch):
 
     monkeypatch.setattr(evaluate_metrics, "metric", counted)
     report = run("--output", str(tmp_path), "--seeds", "0", "1", "--forgetting")
-    assert {p.name for p in tmp_path.iterdir()} == {"adapter", "figure.png", "ledger.jsonl", "report.json", "table.md"}
+    shown = {p.name for p in tmp_path.iterdir()} - {".peft-surgical"}
+    assert shown == {"adapter", "figure.png", "ledger.jsonl", "report.json", "table.md"}
     assert Report.load(tmp_path / "report.json") == report == Report.load(tmp_path / "adapter" / "report.json")
 
     # What is reported is what the adapter that is kept gives, on a base opened anew.

@@ -1,8 +1,10 @@
+import contextlib
 import copy
 import doctest
 import fnmatch
 import pickle
 import re
+import time
 from dataclasses import FrozenInstanceError
 from types import SimpleNamespace
 
@@ -184,7 +186,7 @@ def test_terms(text, term):
         ("head + re:layers.[0-3", "'re:layers.\\[0-3' holds a bad regex: .* at position 7"),
         ("re:a{99999999999999}", "bad regex"),
         ("re:[[a]", "bad regex: Possible nested set"),
-        ("re:" + "(" * 5000 + ")" * 5000, "bad regex"),
+        ("re:" + "(" * 5000 + ")" * 5000, "has 10003 characters, where a term has at most 1000"),
         ("auto-foo", "unknown criterion in 'auto-foo'; .*auto, auto-rgn, auto-snr, .*greedy"),
         ("auto-rgn + head", r"'auto-rgn' stands alone.*got 'auto-rgn \+ head'"),
         ("all - race", "'race' stands alone"),
@@ -424,6 +426,67 @@ def test_list_is_read_as_its_members_in_a_row(first, rest):
     assert spec == parsed(" + ".join(members))
     if spec is not None:
         assert len(spec.steps) == len(members)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        " " * 200_000,
+        "block1" + " " * 200_000,
+        "\t" * 200_000 + "block1",
+        "+ " * 100_000,
+        "block1 + " * 50_000,
+        ["head"] * 100_000,
+        "a" * 200_000,
+        "*" * 200_000,
+        "re:" + "a" * 200_000,
+        "block" + "1" * 5_000,
+        "a." * 400 + "block1-",
+    ],
+)
+def test_reading_takes_time_in_proportion_to_the_length(text):
+    begun = time.process_time()
+    with contextlib.suppress(TargetError):
+        parse(text)
+    assert time.process_time() - begun < 1
+
+
+@pytest.mark.parametrize(
+    "regex",
+    [
+        "(a+)+b",
+        "(a*)*b",
+        "((a|aa)|b)*c",
+        "(.*a){12}b",
+        ".*.*.*.*.*.*b",
+        "(?=(a+)+b).*",
+        "(?:a?){30}a{30}",
+        "(a{1,9}){9}b",
+    ],
+)
+def test_a_regex_that_could_take_for_ever_is_refused(regex):
+    for use in (lambda: parse(f"re:{regex}"), lambda: paths_matched(regex, ["a" * 60])):
+        with pytest.raises(TargetError, match=r"could take for ever: .* several terms joined by"):
+            use()
+
+
+@pytest.mark.parametrize(
+    "regex", [r".*layers\.([0-9]|1[01])\.(q|k|v)_proj\..*", r"(.*\.)?(fc|head)", r"(?!head).*\.\d+\..*"]
+)
+def test_usual_regexes_are_not(regex):
+    assert parse(f"re:{regex}").terms == (Pattern(f"re:{regex}"),)
+
+
+def test_globs_take_no_longer_for_more_stars():
+    begun = time.process_time()
+    assert parse("*a" * 200 + "*b").terms[0].regex.fullmatch("a" * 400) is None
+    assert time.process_time() - begun < 1
+
+
+def test_messages_stay_short():
+    with pytest.raises(TargetError) as found:
+        parse("block1 block2" + " " * 10_000 + "x" * 10_000)
+    assert len(str(found.value)) < 300
 
 
 @settings(fast, max_examples=600)

@@ -25,6 +25,11 @@ def applied(image, name, share, sign=1):
     return images[0]
 
 
+def crops_of(image, n, kind):
+    draws = [module._draw_crops(n, kind, *image.shape[1:], generator_at(0, 0))]
+    return module._crops(image[None], n, kind, draws)
+
+
 def test_a_position_and_a_seed_have_their_own_numbers():
     first = torch.rand(4, generator=generator_at(0, 7))
     assert torch.equal(first, torch.rand(4, generator=generator_at(0, 7)))
@@ -48,9 +53,21 @@ def test_views_are_images_and_depend_on_the_generator_alone(crop, channels):
     assert torch.equal(image, picture(channels=channels))  # the image itself is not written to
 
 
+@pytest.mark.parametrize("crop", ["pad", "resize"])
+def test_views_of_several_images_are_those_of_each(crop):
+    make, images = (
+        AugMix(views=5, crop=crop, severity=3),
+        torch.stack([picture(), picture().flip(1), picture().flip(2)]),
+    )
+    draws = [make.draw(24, 32, generator_at(0, position)) for position in (4, 7)]
+    found = make.of_each(images, [draws[0], draws[1], draws[0]])
+    for views, image, position in zip(found, images, (4, 7, 4), strict=True):
+        assert torch.allclose(views, make(image, generator_at(0, position)), atol=1e-6)
+
+
 def test_a_padded_crop_is_a_window_of_the_padded_image_or_its_mirror_image():
     image = torch.rand(3, 16, 24)
-    crops = module._crops(image, 40, "pad", generator_at(0, 0))
+    crops = crops_of(image, 40, "pad")
     padded = torch.zeros(3, 20, 30)
     padded[:, 2:18, 3:27] = image
     windows = [padded[:, y : y + 16, x : x + 24] for y in range(5) for x in range(7)]
@@ -62,7 +79,7 @@ def test_a_padded_crop_is_a_window_of_the_padded_image_or_its_mirror_image():
 
 def test_a_resized_crop_is_a_part_of_the_image_at_the_images_size():
     ramp = torch.linspace(0, 1, 32).expand(1, 24, 32)
-    crops = module._crops(ramp, 60, "resize", generator_at(0, 0))
+    crops = crops_of(ramp, 60, "resize")
     inner = crops[:, 0, 12, 4:-4]
     steps = inner.diff(dim=1)
     spread = steps.max(1).values - steps.min(1).values
@@ -76,7 +93,7 @@ def test_a_resized_crop_is_a_part_of_the_image_at_the_images_size():
 def test_a_mixture_of_chains_that_do_nothing_is_the_crop(monkeypatch):
     monkeypatch.setattr(module, "_apply", lambda *arguments: None)
     found = AugMix(20)(picture(), generator_at(0, 0))
-    assert torch.allclose(found, module._crops(picture(), 20, "pad", generator_at(0, 0)), atol=1e-6)
+    assert torch.allclose(found, crops_of(picture(), 20, "pad"), atol=1e-6)
 
 
 def test_views_mix_between_the_crop_and_its_chains(monkeypatch):

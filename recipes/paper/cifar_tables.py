@@ -18,10 +18,14 @@ from peft_surgical.training.search import NONE
 
 from .cifar import digest_of
 from .cifar_tasks import task_images
+from .protocol import AUTO_SNR, CROSS_VAL, CROSS_VAL_WIDE, reported_rows, runs_behind
 from .rows import reported
 
-CROSS_VALIDATED = (NONE, "block1", "block2", "block3", "head", "all")
-"""The targets among which ``cross-val`` chooses."""
+BLOCKS = ("block1", "block2", "block3", "head")
+CROSS_VALIDATED = {CROSS_VAL: BLOCKS, CROSS_VAL_WIDE: (NONE, *BLOCKS, "all")}
+"""The targets among which each chooses: as the paper does, and with doing nothing and tuning everything."""
+OVERLAP = "whose images overlap, so that it is too short"
+"""What every interval over these seeds has to be read with: they share tuning, validation and test images."""
 SELECTION = "learning rate by validation accuracy of seed 0, epoch by validation accuracy of each run"
 
 
@@ -45,15 +49,19 @@ def cell(
 ) -> list[Run]:
     """The runs to report of one method on one task, in the order of the seeds; none if one is missing.
 
-    ``cross-val`` has on each seed the run of the target that validates best, and the cost of all targets' runs; the
-    rate of each target is the one that seed 0 chose.
+    ``cross-val`` and ``cross-val-wide`` have on each seed the run of the target that validates best, and the cost of
+    all targets' runs; the rate of each target is the one that seed 0 chose. So has ``auto-snr``, of its thresholds,
+    where there are several.
     """
-    if method == "cross-val":
-        tried = [cell(args, rows, task, target, images, norm_stats) for target in CROSS_VALIDATED]
-        if not all(tried):
+    behind = CROSS_VALIDATED.get(method) or runs_behind([method], args.thresholds, BLOCKS)
+    if behind != [method]:
+        tried = {name: cell(args, rows, task, name, images, norm_stats) for name in behind}
+        if not all(tried.values()):
             return []
-        cost = sum(run.result["cost"] for some in tried for run in some) / len(args.seeds)
-        best = [max(same, key=lambda run: run.result["validation"]) for same in zip(*tried, strict=True)]
+        if method == AUTO_SNR:
+            return reported_rows([method], args.thresholds, BLOCKS, tried)[method]
+        cost = sum(run.result["cost"] for some in tried.values() for run in some) / len(args.seeds)
+        best = [max(same, key=lambda run: run.result["validation"]) for same in zip(*tried.values(), strict=True)]
         return [Run(run.key, {**run.result, "cost": cost, "chosen": run.key["method"]}) for run in best]
     rates = (None,) if method in {NONE, *SEARCHES} else args.head_lr if method == "head" else args.lr
     return reported(rows, settings_of(args, task, method, images, norm_stats), tuple(rates), args.seeds)
@@ -79,9 +87,10 @@ def comparison_table(args: argparse.Namespace, rows: Sequence[Run], methods: Seq
     one = args.epochs * (-(-images // args.batch_size) + FORWARD_SHARE * args.validation_images / args.batch_size)
     caption = (
         f"{args.model}. Test accuracy in percent on the images that neither tune nor validate, mean ± half the 95% "
-        f"interval (Student's t) over seeds {', '.join(map(str, args.seeds))}, whose test sets overlap; {images} "
+        f"interval (Student's t) over seeds {', '.join(map(str, args.seeds))}, {OVERLAP}; {images} "
         f"images to tune. Mean and rank over {', '.join(whole) or 'no task yet'}. Selection: learning rate by "
-        "validation accuracy of seed 0 (cross-val: then the target by that of each seed; race and auto: both by that "
+        "validation accuracy of seed 0 (cross-val, over the blocks, and cross-val-wide, over these, all and none: then "
+        "the target by that of each seed; race and auto: both by that "
         "of each seed), epoch by validation accuracy of each run; nothing was selected on test images. Cost: "
         f"training steps for one adapter, without the search for the rate except in race and auto; one run "
         f"of `all` costs {one:.0f}."
@@ -102,7 +111,7 @@ def forgetting_table(args: argparse.Namespace, rows: Sequence[Run], targets: Seq
                 if all(name in run.result for runs in done.values() for run in runs):
                     texts[column] = plus_minus(_means(list(done.values()), name))
         lines.append([target, *(texts.get(column, "-") for column in (*args.tasks, "mean", "clean, mean"))])
-    kind = "Wilson's over test images" if len(args.seeds) == 1 else "Student's t over seeds, whose test sets overlap"
+    kind = "Wilson's over test images" if len(args.seeds) == 1 else f"Student's t over seeds, {OVERLAP}"
     caption = (
         f"{args.model}, CIFAR-10-C severity {args.severity}, norm_stats={norm_stats}. Test accuracy in percent, "
         f"mean ± half the 95% interval ({kind}); seeds {', '.join(map(str, args.seeds))}; "

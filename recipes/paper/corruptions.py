@@ -7,11 +7,14 @@ and transformers' ImageNet networks: `open_classifier` keeps their head.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from peft_surgical.bases.load import Base, load_base
 from peft_surgical.data import layouts as tables
@@ -49,7 +52,9 @@ CORRUPTIONS = tuple(ALEXNET_ERRORS)
 """The 15 corruptions that are reported; the four others of ImageNet-C are for validation (Hendrycks & Dietterich)."""
 
 IMAGENET_C_EACH = 5
-"""Images of each class to tune on (paper: 5,000 of 1,000 classes)."""
+"""Images of each class to tune on (paper, A.3: 5,000 of 1,000 classes)."""
+HELD_OUT_EACH = 10
+"""Images of each class to validate, and to test (reference code, dataset.py)."""
 
 IMAGENET_C_HUB_ID = "WNJXYK/TTA-ImageNet-C"
 """A copy on the Hub, as parquet files ``data/<corruption>/severity_<1-5>/*.parquet``."""
@@ -71,13 +76,12 @@ def read_imagenet_c(
     seed: int = 0,
     tuning: int | None = None,
     validation: int | None = None,
+    test: int | None = None,
 ) -> Published:
     """ImageNet's validation images under one corruption; no image is opened.
 
-    From each class 5 images are drawn to tune on and 5 to validate; the others test. In the published folders the same
-    seed draws the same photographs under every corruption and severity.
-
-    Chosen here, since the paper does not say: how many images validate.
+    From each class 5 images are drawn to tune on, 10 to validate and 10 to test, as the paper's reference code does. In
+    the published folders the same seed draws the same photographs under every corruption and severity.
 
     Args:
         source: The folder with ``<corruption>/<1-5>/<WordNet id>/*.JPEG``; a Hub id such as `IMAGENET_C_HUB_ID`; or a
@@ -86,7 +90,8 @@ def read_imagenet_c(
         severity: 1 to 5.
         seed: Seed of the draw. Draws of one seed are nested: ``tuning=1000`` is a part of ``tuning=5000``.
         tuning: Number of images to tune on, over all classes; None is the paper's.
-        validation: The same to validate; None is as many as the paper's to tune on.
+        validation: The same to validate.
+        test: The same to test; 0 is all others.
 
     Raises:
         DataError: Names the folder, file, class or number that does not fit, and the way out.
@@ -96,13 +101,14 @@ def read_imagenet_c(
     if severity not in SEVERITIES:
         raise DataError(f"severity={severity!r}: choose one of {', '.join(map(str, SEVERITIES))}")
     cell = _read(source, corruption, severity)
-    usual = IMAGENET_C_EACH * len(cell.names)
-    # Tuning last, so that its draws are nested.
-    sizes = {"validation": usual if validation is None else validation, "tuning": usual if tuning is None else tuning}
+    classes = len(cell.names)
+    sizes = {} if test == 0 else {"test": HELD_OUT_EACH * classes if test is None else test}
+    sizes["validation"] = HELD_OUT_EACH * classes if validation is None else validation
+    sizes["tuning"] = IMAGENET_C_EACH * classes if tuning is None else tuning  # last, so that its draws are nested
     each = {part: per_class(size, cell.labels, part) for part, size in sizes.items()}
     shown = f"{corruption}, severity {severity}"
     try:
-        parts = draw(cell.labels, each, "test", seed, cell.names)
+        parts = draw(cell.labels, each, "test" if test == 0 else None, seed, cell.names)
     except DataError as error:
         raise DataError(f"{source}, {shown}: {error}") from error
     drawn = {part: f"drawn: seed {seed}, {count} of each class of {shown}" for part, count in each.items()}
@@ -114,7 +120,7 @@ def read_imagenet_c(
         parts,
         label_names=cell.names,
         group_names=(shown,),
-        origin={**drawn, "test": f"the rest of {shown}"},
+        origin={"test": f"the rest of {shown}", **drawn},
         files=cell.files,
     )
 
@@ -139,6 +145,8 @@ def open_classifier(
 ) -> Base:
     """`load_base` for a network whose outputs are these classes already: whatever ``head`` asks for, it is kept.
 
+    Images of the network's own size, as ImageNet-C's are of most networks', are taken as they are, not scaled and cut.
+
     Args:
         name: As for `load_base`.
         label_names: The classes of the data; WordNet ids are not what checkpoints call their outputs, so that only
@@ -155,7 +163,27 @@ def open_classifier(
             f"{os.fspath(name)} has {base.classes} outputs, and the data has {len(label_names)} classes: the head is "
             f"kept, so bring the images of all its classes, or a network whose outputs are these {len(label_names)}"
         )
-    return base
+    as_it_is = _AsItIs(base.transform_eval)
+    train = as_it_is if base.transform_train is base.transform_eval else base.transform_train
+    return replace(base, transform_train=train, transform_eval=as_it_is)
+
+
+class _AsItIs:
+    """A transform that leaves images of the network's own size uncut, as the reference code does; scales others."""
+
+    def __init__(self, transform: Callable[[Any], Tensor]) -> None:
+        pillow = require("PIL.Image", "opening images")
+        self.transform = transform
+        black, white = (transform(pillow.new("RGB", (64, 64), (value,) * 3)) for value in (0, 255))
+        self.size = black.shape[1:]
+        self.low = black.flatten(1).mean(1).view(3, 1, 1)
+        self.span = white.flatten(1).mean(1).view(3, 1, 1) - self.low
+
+    def __call__(self, image: Any) -> Tensor:
+        if (image.height, image.width) != tuple(self.size):
+            return self.transform(image)
+        pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+        return pixels.float() / 255 * self.span + self.low
 
 
 def _read(source: str | os.PathLike[str], corruption: str, severity: int) -> _Cell:

@@ -27,7 +27,7 @@ from peft_surgical.keys import CARD, FIGURE, REPORT
 from peft_surgical.training.ledger import Run
 from peft_surgical.training.search import NONE
 
-from .protocol import Protocol
+from .protocol import Protocol, rule_of_row
 
 ADAPTER = "adapter"
 """Folder of the kept adapter, in that of the study."""
@@ -106,7 +106,7 @@ def write_study(
 def _measured(
     protocol: Protocol, experiment: Experiment, row: str, metric: str, runs: list[Run], seeds: Sequence[int]
 ) -> Measurement:
-    name, dataset, rule = f"{metric} of {row}", f"{protocol.name}, test", rule_of(experiment, row)
+    name, dataset, rule = f"{metric} of {row}", f"{protocol.name}, test", rule_of_row(row) or rule_of(experiment, row)
     if "measured" not in runs[0].result:
         n = len(experiment.rows("test", seeds[0]))
         return measure(name, [run.result["test"] for run in runs], dataset=dataset, n=n, seeds=seeds, selection=rule)

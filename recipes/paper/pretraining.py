@@ -46,6 +46,7 @@ class SourceTraining:
         method: ``full``, or ``lp-ft``: the new head first, then everything.
         options: Options of the method, such as ``{"share": 0.6}``.
         augment: As for `load_base`.
+        rates: Optimizer -> the rate where the user asks for it.
         reference: Where these settings are from.
     """
 
@@ -53,6 +54,7 @@ class SourceTraining:
     method: str = "full"
     options: Mapping[str, Any] = field(default_factory=dict)
     augment: str = "none"
+    rates: Mapping[str, float] = field(default_factory=dict)
     reference: str = ""
 
     def __post_init__(self) -> None:

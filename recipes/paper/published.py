@@ -107,7 +107,13 @@ def _camelyon17(rows: WildsTable, center: int = 2) -> ImageSplit:
     return ImageSplit(given, target, f"hospital {center}", "test", hospital)
 
 
-def _fmow(rows: WildsTable, region: str = "Africa", years: tuple[int, int] | None = None) -> ImageSplit:
+def _fmow(
+    rows: WildsTable, region: str = "Africa", years: tuple[int, int] | None = None, tune_on: str = "test"
+) -> ImageSplit:
+    if tune_on not in ("test", "validation"):
+        raise DataError(
+            f"tune_on={tune_on!r}: choose test or validation, the split that the images to tune on are from"
+        )
     if region not in REGIONS[:-1]:
         raise DataError(f"region={region!r} is no region of fmow: choose one of {', '.join(REGIONS[:-1])}")
     when = {"validation": (2013, 2015), "test": (2016, 9999)}
@@ -124,8 +130,9 @@ def _fmow(rows: WildsTable, region: str = "Africa", years: tuple[int, int] | Non
     given = {part: (before & (split == of), f"given: the {of} {when_before}") for part, of in names.items()}
     until = {s: " on" if last == 9999 else f" to {last}" for s, (_, last) in when.items()}
     words = {s: f"the {s} split in {region}, {first}{until[s]}" for s, (first, _) in when.items()}
-    given["test"] = (target["test"], f"given: {words['test']}")
-    return ImageSplit(given, target["validation"], words["validation"], "validation", rows.facts["region"])
+    other, rest = ("validation", "test") if tune_on == "test" else ("test", "validation")
+    given[other] = (target[other], f"given: {words[other]}")
+    return ImageSplit(given, target[tune_on], words[tune_on], rest, rows.facts["region"])
 
 
 RECIPES: Mapping[str, Recipe] = {
@@ -158,7 +165,7 @@ RECIPES: Mapping[str, Recipe] = {
         balanced="class",
         tuning=len(FMOW_CATEGORIES),
         split=_fmow,
-        options=("region", "years"),
+        options=("region", "years", "tune_on"),
         sparse=True,
     ),
 }
@@ -186,13 +193,14 @@ def read_published(
     ``source_validation`` those that WILDS sets aside there. A table without source images gives None for them.
 
     ``fmow`` (group: region): the target is a ``region``, by default Africa, after the source: 62 images, one of each
-    class, are drawn from the validation split of WILDS (2013 to 2015) in that region, the rest of which validates, and
-    its test split (from 2016) in that region tests. The source is that of WILDS, before 2013 and in all regions (the
-    group tells which): train, ``source_validation`` and ``source_test``. A class of which the region has no image is
-    left out of the draw, with a warning.
+    class, are drawn from the test split of WILDS (from 2016) in that region, the rest of which tests (paper, A.3); its
+    validation split (2013 to 2015) in that region validates. With ``tune_on="validation"`` it is the other way round:
+    the 62 are drawn from the validation split, whose rest validates, and the whole test split tests. The source is that
+    of WILDS, before 2013 and in all regions (the group tells which): train, ``source_validation`` and ``source_test``.
+    A class of which the region has no image is left out of the draw, with a warning.
 
-    Chosen here, since it could not be looked up: the target hospital, that of WILDS; that FMoW's source keeps all
-    regions, and that its tuning images come from WILDS' validation years.
+    Chosen here, since the paper does not say: the target hospital, that of WILDS; that FMoW's source keeps all regions,
+    and which of its images validate.
 
     Args:
         name: ``waterbirds``, ``celeba``, ``camelyon17`` or ``fmow``.
@@ -204,7 +212,8 @@ def read_published(
         tuning: Number of images to tune on, over all classes or groups; None is the paper's.
         validation: The same for validation. Where the paper uses the rest, the remaining images are then left out.
         **options: ``center``, the target hospital of ``camelyon17``, 0 to 4. ``region``, the target region of ``fmow``,
-            and ``years``, its first and last year, both for the validation and the test split. None is as above.
+            ``years``, its first and last year, both for the validation and the test split, and ``tune_on``. None is as
+            above.
             Images of the target are never in the source.
 
     Raises:

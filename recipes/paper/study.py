@@ -39,7 +39,7 @@ from .corruptions import open_classifier
 from .findings import check_handover, hand_over, held_out, write_study
 from .parts import Published
 from .pretraining import SOURCE_REPORT, SourceTraining, train_source
-from .protocol import Protocol, rows_of
+from .protocol import AUTO_SNR, CROSS_VAL, CROSS_VAL_WIDE, Protocol, reported_rows, rows_of, runs_behind
 
 SOURCE = "source"
 """Folder of the network that was trained on the source, in that of the study."""
@@ -152,12 +152,14 @@ def _carried_out(
         engine=engine,
     )
     with watched() if _is_first(engine) else nullcontext(Watch()) as experiment.watch:
-        found = run_grid(experiment, rows, args.seeds)
+        behind = runs_behind(rows, args.thresholds, experiment.anatomy.names)
+        found = run_grid(experiment, behind, args.seeds)
     report = None
     if _is_first(engine):
         if export is not None:
             export(experiment, found)
         unit = fitting.batch_size / args.batch_size
+        found = reported_rows(rows, args.thresholds, experiment.anatomy.names, found)
         report = write_study(protocol, experiment, found, args.seeds, unit=unit, forgetting=args.forgetting)
         if (url := hand_over(args, report, folder)) is not None:
             print(f"pushed to {url}")
@@ -207,8 +209,14 @@ def _source(protocol: Protocol, args: argparse.Namespace, fitting: FitSettings) 
     assert training is not None
     world = PartialState().num_processes if args.spread == "batches" else 1
     batch = max(1, training.fitting.batch_size // world)
+    optimizer, first = args.source_optimizer, training.fitting
+    usual = first.lr if optimizer == first.optimizer else training.rates.get(optimizer)
+    if (lr := args.source_lr or usual) is None:
+        raise ConfigError(f"--source-optimizer {optimizer} has no usual rate here: give --source-lr, too")
     own = replace(
         training.fitting,
+        lr=lr,
+        optimizer=optimizer,
         epochs=args.source_epochs,
         batch_size=batch,
         precision=fitting.precision,
@@ -271,6 +279,11 @@ def plan(protocol: Protocol, args: argparse.Namespace, data: Published, opener: 
     lines += [f"one run: {steps} steps ({run})", f"seeds: {', '.join(map(str, args.seeds))}", ""]
     head = set(anatomy["head"].tensors) if "head" in anatomy else set()
     for name in rows_of(protocol, args.target, args.method):
+        if name in (CROSS_VAL, CROSS_VAL_WIDE):
+            beside = "" if name == CROSS_VAL else ", all and none"
+            what = f"the one of {', '.join(anatomy.names)}{beside} that validates best"
+            lines.append(f"{name}: {what}{_paper(protocol, name)}")
+            continue
         if name == NONE or name in SEARCHES:
             what = "the network as it is" if name == NONE else "a search over blocks, head and all"
             lines.append(f"{name}: {what}{_paper(protocol, name)}")
@@ -279,6 +292,8 @@ def plan(protocol: Protocol, args: argparse.Namespace, data: Published, opener: 
         count = sum(sizes[tensor] for tensor in tensors)
         rates = args.head_lr if set(tensors) <= head else args.lr
         said = ", ".join(f"{rate:g}" for rate in rates)
+        if name == AUTO_SNR and args.thresholds:
+            said += f"; thresholds {', '.join(f'{one:g}' for one in args.thresholds)}"
         size = f"{len(tensors)} tensors, {count:,} parameters ({count / whole:.1%})"
         lines.append(f"{name}: {size}; rates {said}{_paper(protocol, name)}")
     return "\n".join(lines)

@@ -28,7 +28,7 @@ from .blocks import Anatomy, anatomy_of
 from .config import SurgicalConfig
 from .errors import SurgicalError
 from .tuner import register as _register
-from .tuner.model import set_scale
+from .tuner.loading import set_scale
 
 if TYPE_CHECKING:
     from .adapters.adapter import read_adapter
@@ -38,18 +38,21 @@ if TYPE_CHECKING:
     from .adapters.lora import to_lora
     from .adapters.pool import AdapterPool
     from .choosing.callback import SurgicalCallback
-    from .choosing.methods import Penalty
+    from .choosing.models import with_base_names
     from .choosing.pace import Pace
+    from .choosing.penalties import Penalty
     from .choosing.resolve import resolve_target, score_blocks
     from .choosing.scores import BlockScores
     from .experiment.api import compare, tune
     from .hub.pulling import load_adapted, pull
     from .hub.pushing import push_adapter
+    from .prefix.cached import CachedPrefix
 
 __all__ = [
     "AdapterPool",
     "Anatomy",
     "BlockScores",
+    "CachedPrefix",
     "Pace",
     "Penalty",
     "SurgicalCallback",
@@ -69,14 +72,16 @@ __all__ = [
     "set_scale",
     "to_lora",
     "tune",
+    "with_base_names",
 ]
 
 # Name -> the module that it is imported from when it is first used.
 _MODULES = {
     "AdapterPool": "adapters.pool",
     "BlockScores": "choosing.scores",
+    "CachedPrefix": "prefix.cached",
     "Pace": "choosing.pace",
-    "Penalty": "choosing.methods",
+    "Penalty": "choosing.penalties",
     "SurgicalCallback": "choosing.callback",
     "combine_adapters": "adapters.combination",
     "compare": "experiment.api",
@@ -90,6 +95,7 @@ _MODULES = {
     "score_blocks": "choosing.resolve",
     "to_lora": "adapters.lora",
     "tune": "experiment.api",
+    "with_base_names": "choosing.models",
 }
 
 

@@ -6,6 +6,7 @@ A config file may come from anybody, so every field's type is checked: a wrong o
 from __future__ import annotations
 
 import enum
+import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -18,22 +19,15 @@ from peft.utils import TaskType
 
 from .blocks import parse
 from .errors import AdapterFileError, BaseMismatchError, ConfigError, TargetError
-from .files import (
-    Held,
-    canonical_json,
-    file_sha256,
-    find_weights,
-    printable,
-    read_object,
-    verify_file,
-    write_atomically,
-)
+from .files import Content, Held, file_sha256, find_weights, printable, read_object, verify_file
+from .folders import canonical_json, write_atomically
 from .keys import CONFIG, WEIGHTS, file_key
 
-NormPolicy = Literal["frozen", "target", "all"]
-"""``frozen``: no statistics move. ``target``: those of modules with a targeted tensor. ``all``: every module's."""
+NormPolicy = Literal["frozen", "target", "all", "estimated"]
+"""``frozen``: no statistics move. ``target``: those of modules with a targeted tensor. ``all``: every module's.
+``estimated``: every module's are estimated once, by `estimate_statistics`, and held in training."""
 DELTA_DTYPES = ("float32", "bfloat16", "float16", "float64")
-_UNSAVED = ("strict_base", "held", "measured_fingerprint")
+_UNSAVED = ("strict_base", "held", "content", "measured_fingerprint")
 
 
 class SurgicalType(str, enum.Enum):
@@ -100,8 +94,7 @@ def check_fields(values: Mapping[str, Any]) -> None:
             raise ConfigError(f"{name}={printable(value)} is not {kind}.")
     task = values.get("task_type")
     if task is not None and task not in list(TaskType):
-        # PEFT's words, which its callers match.
-        choices = ", ".join(TaskType)
+        choices = ", ".join(TaskType)  # in PEFT's words, which its callers match
         raise ConfigError(f"Invalid task type: {printable(task)}. Must be one of the following task types: {choices}.")
 
 
@@ -109,17 +102,15 @@ def check_fields(values: Mapping[str, Any]) -> None:
 class SurgicalConfig(PeftConfig):
     """Configuration of a surgical adapter.
 
-    What to tune is either a ``target`` (blocks, paths, globs, regexes: see `parse`) or PEFT's ``target_modules``. A
-    config without either can be made, as with PEFT's other methods; ``get_peft_model`` refuses it.
+    What to tune is either a ``target`` (blocks, paths, globs, regexes: see `parse`) or PEFT's ``target_modules``.
 
     Args:
         target: For example ``"block1"``, ``"block2-4 + head"``, ``"all - head"``, ``"*.norm*"``, or a list of such
             terms, which is their sum.
-        norm_stats: Whose normalisation statistics move: ``"frozen"`` nobody's (the paper's protocol),
-            ``"target"`` those of targeted modules, ``"all"`` every module's. What moves is saved.
+        norm_stats: Whose normalisation statistics move: ``"frozen"`` nobody's (the paper's protocol), ``"target"``
+            those of targeted modules, ``"all"`` every module's, ``"estimated"`` only in `estimate_statistics`.
         delta_dtype: Dtype of the deltas on disk: ``"bfloat16"`` or ``"float16"`` halve the file and round what is
-            reloaded; None keeps the dtype in which they were trained. ``"float64"`` keeps them in float64 in memory,
-            too, so that base + delta can be any float32 value, as for what `extract_adapter` makes.
+            reloaded; None keeps their dtype. ``"float64"`` is theirs in memory, too, as `extract_adapter` needs it.
         blocks: Block name -> module or tensor paths, for networks whose blocks cannot be derived. Saved.
         target_modules: PEFT's: a list of module names (exact or as a suffix) or a regex; all tensors of a matched
             module are tuned. Names that match nothing are named in a warning, and are an error if none matches; every
@@ -136,10 +127,11 @@ class SurgicalConfig(PeftConfig):
     Attributes:
         held: What the adapter file holds that `from_pretrained` verified. None for a config that was not read with a
             file. Not saved.
-        measured_fingerprint: `fingerprint` of the base when the adapter's tensors were last gathered for saving, saved
-            as ``base_fingerprint``. That field stays as it is: the config may serve a fresh adapter on another base.
+        content: That file, until its tensors are on a model. Not saved.
+        measured_fingerprint: `fingerprint` of the base when the adapter's tensors were last gathered, saved as
+            ``base_fingerprint``. That field stays as it is: the config may serve a fresh adapter on another base.
 
-    The two attributes are here because PEFT and transformers pass nothing but the config between files and the tuner.
+    These attributes are here because PEFT and transformers pass nothing but the config between files and the tuner.
 
     Raises:
         ConfigError: For arguments that contradict each other or have unknown values.
@@ -164,6 +156,7 @@ class SurgicalConfig(PeftConfig):
     base_fingerprint: dict[str, str] | None = None
     weights_sha256: str | None = None
     held: Held | None = field(default=None, init=False, repr=False, compare=False)
+    content: Content | None = field(default=None, init=False, repr=False, compare=False)
     measured_fingerprint: dict[str, str] | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -217,7 +210,7 @@ class SurgicalConfig(PeftConfig):
         """Read the config in a folder or Hub repository, and verify the adapter file that belongs to it.
 
         PEFT reads the config before it touches the model, so a truncated, altered, incomplete or non-finite file is
-        refused while the model is still exactly as it was.
+        refused while the model is still exactly as it was. While it is being replaced, one of the two is read whole.
 
         Args:
             pretrained_model_name_or_path: A folder or a Hub repository id.
@@ -230,24 +223,30 @@ class SurgicalConfig(PeftConfig):
         """
         strict = kwargs.pop("strict_base", True)
         source = os.fspath(pretrained_model_name_or_path)
-        try:
-            config = super().from_pretrained(source, subfolder=subfolder, **kwargs)
-            if not isinstance(config, cls):
-                return config
-            weights = find_weights(source, subfolder, kwargs)
-            if weights is not None:
-                config = _superseded(weights) or config
-        except (ConfigError, TargetError) as error:
-            raise AdapterFileError(f"The config of {source} does not hold what a config holds: {error}") from error
+        before: tuple[str | None, ...] = ()
+        for _ in range(20):
+            try:
+                config = super().from_pretrained(source, subfolder=subfolder, **kwargs)
+                if not isinstance(config, cls):
+                    return config
+                weights = find_weights(source, subfolder, kwargs)
+                content = None if weights is None else Content(weights)
+                config = config if content is None else _superseded(content, config) or config
+            except (ConfigError, TargetError) as error:
+                raise AdapterFileError(f"The config of {source} does not hold what a config holds: {error}") from error
+            found = (config.weights_sha256, None if content is None else content.sha256)
+            if None in found or found[0] == found[1] or found == before:
+                break  # they belong together, or nobody is replacing them
+            before = found
         config.strict_base = strict
-        if weights is not None:
-            config.held = config._verified(source, weights)
+        if content is not None:
+            config.held, config.content = config._verified(source, content), content
+            content.again = functools.partial(find_weights, source, subfolder, {**kwargs, "local_files_only": True})
         elif config.weights_sha256 is not None or config.base_fingerprint is not None:
-            # PEFT would look for the file once the adapter is on the model.
             raise AdapterFileError(f"{source} has an adapter's config, but no {WEIGHTS}: save or download it again.")
         return config
 
-    def _verified(self, source: str, weights: Path) -> Held:
+    def _verified(self, source: str, content: Content) -> Held:
         if self.tensor_names is None:
             # The target would be resolved anew, by patterns from a file, and perhaps to other tensors.
             raise AdapterFileError(
@@ -260,7 +259,7 @@ class SurgicalConfig(PeftConfig):
                 "say strict_base=False."
             )
         keys = {file_key(name) for name in self.tensor_names}
-        return verify_file(weights, self.weights_sha256, keys, others=bool(self.modules_to_save))
+        return verify_file(content, self.weights_sha256, keys, others=bool(self.modules_to_save))
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
@@ -273,29 +272,29 @@ class SurgicalConfig(PeftConfig):
 
 def _found_from_anywhere(base: str | None) -> str | None:
     """The absolute path of a base that is a folder here, since the adapter may be loaded in another directory."""
-    folder = Path((base or "").removeprefix("local-dir:")).expanduser()
+    folder = Path(os.path.expanduser((base or "").removeprefix("local-dir:")))
     return str(folder.absolute()) if base and folder.is_dir() else base
 
 
 def _as_blocks(blocks: Mapping[str, str | Sequence[str]]) -> dict[str, list[str]]:
     named = {name: [paths] if isinstance(paths, str) else paths for name, paths in blocks.items()}
-    whole = all(isinstance(paths, (list, tuple)) and all(isinstance(p, str) for p in paths) for paths in named.values())
-    if not named or not whole or not all(isinstance(name, str) for name in named):
+    whole = (isinstance(v, (list, tuple)) and all(isinstance(part, str) for part in (k, *v)) for k, v in named.items())
+    if not named or not all(whole):
         raise ConfigError(
             f"blocks={blocks!r}: give a mapping such as {{'block1': ['conv1', 'layer1'], 'head': ['fc']}}."
         )
     return {name: list(paths) for name, paths in named.items()}
 
 
-def _superseded(weights: Path) -> SurgicalConfig | None:
+def _superseded(weights: Content, config: SurgicalConfig) -> SurgicalConfig | None:
     """The older config, if a save was killed between its two files: these weights are still the old adapter's."""
-    path = weights.with_name(CONFIG)
-    old = read_object(path).get("superseded") if path.is_file() else None
-    if old is None:
+    path = weights.path.with_name(CONFIG)
+    if config.weights_sha256 == weights.sha256 or not path.is_file():
         return None
-    if not isinstance(old, dict):
+    old = read_object(path).get("superseded")
+    if old is not None and not isinstance(old, dict):
         raise ConfigError("superseded is not the config of an older adapter.")
-    if old.get("weights_sha256") != file_sha256(weights):
+    if old is None or old.get("weights_sha256") != weights.sha256:
         return None
     arguments = {field.name for field in fields(SurgicalConfig) if field.init}
     return SurgicalConfig(**{key: value for key, value in old.items() if key in arguments})

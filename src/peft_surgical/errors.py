@@ -28,6 +28,8 @@ from typing import Any
 
 from peft.utils.error import NoMatchingPeftModuleError
 
+from .texts import escaped
+
 
 class SurgicalError(Exception):
     """Root of every exception that this package raises on purpose."""
@@ -111,7 +113,7 @@ def run_in_words(main: Callable[[], Any]) -> int:
     try:
         main()
     except SurgicalError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {escaped(str(error))}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: interrupted; start it again to go on", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What only some installations and machines have: optional libraries, and accelerators (CUDA, ROCm, XPU, MPS, ...)."""
+"""Optional libraries, accelerators (CUDA, ROCm, XPU, MPS, ...), and the ranges of arguments."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 
-from .errors import DataError
+from .errors import ConfigError, DataError
+
+LARGEST_SEED = 2**32 - 1
+"""The largest seed that NumPy, and so Trainer, takes."""
 
 
 def require(module: str, purpose: str, extra: str = "recipes") -> Any:
@@ -33,6 +36,12 @@ def accelerator_or_cpu(cpu: bool = False) -> torch.device:
     """Where to compute: the accelerator that PyTorch finds, or the CPU where there is none or ``cpu`` asks for it."""
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() and not cpu else None
     return found or torch.device("cpu")
+
+
+def check_range(name: str, value: Any, low: float, high: float) -> None:
+    """Raise `ConfigError` unless an argument is a number from ``low`` to ``high``, both included; NaN is none."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise ConfigError(f"{name}={value!r}: give a number from {low:g} to {high:g}")
 
 
 @contextmanager

@@ -1,13 +1,7 @@
-"""Adapter files: fingerprint of the base, verification, and replacing them atomically.
+"""Adapter files: reading and verification. What writes them is in `folders`.
 
-An adapter is two files, its weights and its config, and a kill between writing the two would leave one adapter's
-weights beside another's config. So `commit` renames files that are already complete, in three steps::
-
-    1. the new config, with the old one inside as "superseded"     weights: old -> the old config applies
-    2. the new weights                                             weights: new -> the new config applies
-    3. the new config alone
-
-Each step is atomic and leaves a whole adapter: a reader compares the SHA-256 of the weights with what the configs say.
+A file may be replaced by another process between two looks at it. So it is read once, as `Content`: the bytes that are
+hashed and checked are the bytes that are used.
 """
 
 from __future__ import annotations
@@ -16,7 +10,7 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +18,16 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load
 
-from .errors import AdapterFileError, BaseMismatchError
-from .keys import CONFIG, PICKLE, WEIGHTS, neutral_key
+from .errors import AdapterFileError
+from .keys import PICKLE, WEIGHTS, neutral_key
 
 MAX_BYTES = 16 * 2**20
 """The largest config file that is read: some hundred times what the tensors of a large network need."""
 Held = Mapping[str, tuple[tuple[int, ...], bool]]
 """What an adapter file holds: key -> shape, and whether it is floating point."""
-_HASH_DIGITS = 16  # 64 bits a tensor: a guard against the wrong base, not against an attacker who forges one
 _SHOWN = 3  # how many tensors an error names before it counts the rest
 
 
@@ -44,41 +38,6 @@ def printable(value: Any) -> str:
     except (RecursionError, ValueError):  # too deep; too many digits
         text = f"a {type(value).__name__}"
     return text if len(text) <= 80 else f"{text[:80]}..."
-
-
-def fingerprint(base: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """Hash each base tensor's name, shape, dtype and bytes: name -> 16 hexadecimal digits of SHA-256.
-
-    Adding a delta to the wrong base gives silent garbage: same shapes, other values. One hash a tensor (instead of one
-    for all) lets the error name the tensors that differ.
-    """
-    return {name: _hash(name, tensor) for name, tensor in base.items()}
-
-
-def _hash(name: str, tensor: torch.Tensor) -> str:
-    full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    flat = full.detach().cpu().contiguous().reshape(-1)
-    digest = hashlib.sha256(f"{name}|{tuple(full.shape)}|{full.dtype}|".encode())
-    digest.update(flat.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:_HASH_DIGITS]
-
-
-def check_base(expected: Mapping[str, str], base: Mapping[str, torch.Tensor], base_name: str | None) -> None:
-    """Raise `BaseMismatchError` unless ``base`` has the fingerprint ``expected``.
-
-    Args:
-        expected: `fingerprint` of the base that the adapter was trained on.
-        base: The tensors of the model at hand, by the same names.
-        base_name: What the adapter's config calls its base, for the message.
-    """
-    wrong = [name for name, tensor in base.items() if _hash(name, tensor) != expected.get(name)]
-    if wrong:
-        dtypes = sorted({str(base[name].dtype).removeprefix("torch.") for name in wrong})
-        raise BaseMismatchError(
-            f"This adapter was trained on another base ({base_name or 'unnamed'}): {len(wrong)} of {len(base)} tuned "
-            f"tensors differ there, first {shown(wrong)}. Load that base, in the same dtype (here {', '.join(dtypes)}) "
-            "and revision; or, if you know that the deltas fit this one, say strict_base=False."
-        )
 
 
 def shown(names: Iterable[str], most: int = _SHOWN) -> str:
@@ -123,21 +82,98 @@ def _check_names(found: Iterable[str], expected: Iterable[str], where: str) -> N
         )
 
 
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds no NaN and no Inf; always true of integers and on the meta device."""
+    if tensor.is_meta or not tensor.is_floating_point() or not tensor.numel():
+        return True
+    # In float32, where a float64 value may be too large, and which 8-bit formats have no check of their own for.
+    # Least and largest are NaN where one entry is: one pass, without a second tensor.
+    return all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor.float()))
+
+
 def _check_finite(tensors: Mapping[str, torch.Tensor], where: str) -> None:
     for name, tensor in tensors.items():
-        # In float32, where a float64 value may be too large, and which 8-bit formats have no check of their own for.
-        if tensor.is_floating_point() and not tensor.is_meta and not bool(torch.isfinite(tensor.float()).all()):
+        if not is_finite(tensor):
             raise AdapterFileError(
                 f"{where}: {name} holds NaN or Inf. The run that made it diverged (try a smaller learning rate), or "
                 "the file is damaged."
             )
 
 
-def verify_file(path: str | Path, sha256: str | None, keys: Iterable[str], others: bool = False) -> Held:
+class Content:
+    """An adapter file as it was when it was read.
+
+    Attributes:
+        path: The file.
+        sha256: SHA-256 of its bytes.
+        tensors: Key -> tensor, on the CPU.
+        stamp: What tells this file from another one that took its place.
+        again: Finds the file that whoever looks for it now will find; None if there is none.
+    """
+
+    again: Callable[[], Path | None] = staticmethod(lambda: None)
+
+    def __init__(self, path: str | Path) -> None:
+        """Read a safetensors file; an `AdapterFileError` where it is none."""
+        self.path = Path(path)
+        try:
+            with open(self.path, "rb") as file:
+                self.stamp = stamp_of(os.fstat(file.fileno()))
+                content = file.read()
+            self.sha256 = hashlib.sha256(content).hexdigest()
+            self.tensors: dict[str, torch.Tensor] = load(content)
+        except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, OverflowError, struct.error) as error:
+            raise AdapterFileError(
+                f"{path} cannot be read as safetensors ({error}). It is truncated or damaged: save or download it "
+                "again."
+            ) from error
+
+    def __deepcopy__(self, memo: Any) -> Content:
+        return self  # a config that carries it is copied often, and nobody changes it
+
+    def settle(self, loaded: dict[str, torch.Tensor], key_of: Callable[[str], str]) -> None:
+        """Put the tensors that were verified in place of others that somebody has read from another file meanwhile.
+
+        Args:
+            loaded: Key -> tensor, as they are about to be loaded: read from the file once more, or a user's own.
+            key_of: The key in the file, for a key of ``loaded``.
+
+        Raises:
+            AdapterFileError: The file has been replaced more than once, so that nothing tells what was read.
+        """
+        try:
+            path = self.again()
+            if path is not None and path.samefile(self.path) and stamp_of(path.stat()) == self.stamp:
+                return
+            others = None if path is None else Content(path).tensors
+        except (OSError, AdapterFileError):
+            others = None
+        pairs = {key: key_of(key) for key in loaded if key_of(key) in self.tensors}
+
+        def holds(tensors: Mapping[str, torch.Tensor]) -> bool:
+            same = (name in tensors and torch.equal(loaded[key].cpu(), tensors[name]) for key, name in pairs.items())
+            return {*pairs.values()} == {*self.tensors} and all(same)
+
+        if holds(self.tensors):
+            return
+        if others is None or not holds(others):
+            raise AdapterFileError(
+                f"{self.path} was replaced while it was being loaded: load it again. Or, if these tensors are your "
+                "own, load them once more: now they are taken as they are."
+            )
+        loaded.update({key: self.tensors[name].to(loaded[key].device) for key, name in pairs.items()})
+
+
+def stamp_of(found: os.stat_result) -> tuple[int, ...]:
+    """What two files, and one file before and after it was written, differ in."""
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def verify_file(file: str | Path | Content, sha256: str | None, keys: Iterable[str], others: bool = False) -> Held:
     """Check an adapter file by itself, before any model is touched: whole, unaltered, complete, finite.
 
     Args:
-        path: A safetensors file.
+        file: A safetensors file, or what was read from one.
         sha256: The SHA-256 in its config; None skips that check.
         keys: The `file_key` of every tensor that it must hold.
         others: Whether it may hold other tensors too (those of ``modules_to_save``).
@@ -145,23 +181,17 @@ def verify_file(path: str | Path, sha256: str | None, keys: Iterable[str], other
     Raises:
         AdapterFileError: Names the file and what is wrong with it.
     """
-    where = str(path)
-    try:
-        with safe_open(where, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
-    except (SafetensorError, OSError, ValueError, RuntimeError, struct.error) as error:
-        raise AdapterFileError(
-            f"{where} cannot be read as safetensors ({error}). It is truncated or damaged: save or download it again."
-        ) from error
+    content = file if isinstance(file, Content) else Content(file)
+    where, tensors = str(content.path), content.tensors
     _check_names({neutral_key(key) or key for key in tensors if not others or neutral_key(key)}, keys, where)
     for key, tensor in tensors.items():
         delta = not others or neutral_key(key) is not None
         if delta and not tensor.is_floating_point() and not key.endswith("num_batches_tracked"):
             raise AdapterFileError(f"{where}: {key} has dtype {tensor.dtype}; deltas are floating point.")
     _check_finite(tensors, where)
-    if sha256 is not None and file_sha256(path) != sha256:
+    if sha256 is not None and content.sha256 != sha256:
         raise AdapterFileError(
-            f"{where} is not the file that its config was saved with (SHA-256 {file_sha256(path)[:12]}..., expected "
+            f"{where} is not the file that its config was saved with (SHA-256 {content.sha256[:12]}..., expected "
             f"{sha256[:12]}...). It was altered or replaced: save or download both again."
         )
     return {key: (tuple(tensor.shape), tensor.is_floating_point()) for key, tensor in tensors.items()}
@@ -237,49 +267,3 @@ def read_object(file: str | os.PathLike[str]) -> dict[str, Any]:
             "'SURGICAL'. Save or download it again, or install what it was made with."
         )
     return plain
-
-
-def canonical_json(value: Any) -> str:
-    """JSON with sorted keys, as written beside the weights."""
-    return json.dumps(value, indent=2, sort_keys=True)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write ``text`` beside ``path`` and rename it into place: a reader sees the old file or the new one."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        scratch.write_text(text, encoding="utf-8")
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
-
-
-def commit(stage: Path, target: Path) -> None:
-    """Move the adapters in ``stage`` (and in its folders, one per further adapter) to ``target``."""
-    for source in sorted({path.parent for path in stage.rglob(CONFIG)}):
-        goal = target / source.relative_to(stage)
-        goal.mkdir(parents=True, exist_ok=True)
-        _replace(source, goal)
-    for path in sorted(path for path in stage.rglob("*") if path.is_file()):
-        os.replace(path, target / path.relative_to(stage))
-
-
-def _replace(source: Path, goal: Path) -> None:
-    config = json.loads((source / CONFIG).read_text(encoding="utf-8"))
-    old = _whole(goal)
-    if old is not None:
-        write_atomically(goal / CONFIG, canonical_json({**config, "superseded": old}))
-    os.replace(source / WEIGHTS, goal / WEIGHTS)
-    os.replace(source / CONFIG, goal / CONFIG)
-
-
-def _whole(folder: Path) -> dict[str, Any] | None:
-    """The config that belongs to the weights in ``folder`` now; None where there is no adapter."""
-    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
-        return None
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    previous = config.pop("superseded", None)
-    # An earlier save was killed before its weights were in place.
-    if previous is not None and previous.get("weights_sha256") == file_sha256(folder / WEIGHTS):
-        return previous
-    return config

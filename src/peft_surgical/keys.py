@@ -16,6 +16,10 @@ RECORD_FILE = "base.json"
 """What is known of the base, beside an adapter on the Hub."""
 REPORT = "report.json"
 FIGURE = "figure.png"
+SCRATCH = ".peft-surgical-"
+"""What the name of everything begins with that is not complete yet."""
+PRIVATE = ".peft-surgical"
+"""Folder of what an experiment needs until it is over, in the folder of its results, and of the record of these."""
 
 HOLDER = "surgery"
 """Name of the child module that holds a module's deltas, and so a part of the keys in an adapter file. It must not
@@ -23,6 +27,8 @@ contain the prefix "surgical_": PEFT's ``delete_adapter`` skips modules whose pa
 PREFIX = "surgical_"
 DELTA, STATISTIC = f"{PREFIX}delta", f"{PREFIX}stats"
 """What a `HOLDER` keeps: deltas of parameters, and norm statistics, which are values."""
+BASE_MARKS = "surgery_base"
+"""Attribute of an adapted network: the marks of the base's tensors as they were at first."""
 PEFT_PREFIX = "base_model.model."
 """What PEFT puts before every key of an adapter file."""
 

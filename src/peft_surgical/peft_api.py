@@ -46,11 +46,13 @@ peft.utils.transformers_weight_conversion:convert_peft_config_for_transformers
 peft.utils.other:AuxiliaryTrainingWrapper
 peft.utils.other:AuxiliaryTrainingWrapper.set_adapter(self, adapter_names, inference_mode)
 peft.utils.other:ModulesToSaveWrapper
+peft.utils.other:_set_adapter(model, adapter_name, inference_mode)
 peft.utils.other:set_additional_trainable_modules(model, peft_config, model_config, adapter_name, activate_adapter)
 # Methods of BaseTuner that `SurgicalModel` overrides.
 {tuner}.inject_adapter(self, model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
 {tuner}._cast_adapter_dtype(self, adapter_name, autocast_adapter_dtype)
 {tuner}._check_tied_modules(self, model, peft_config)
+{tuner}._enable_adapter_layers(self, enabled)
 {tuner}._create_and_replace()
 {tuner}._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 {tuner}._get_tied_target_modules(self, model)
@@ -58,12 +60,14 @@ peft.utils.other:set_additional_trainable_modules(model, peft_config, model_conf
 {tuner}._remove_adapter_name_from_key(key, adapter_name)
 {tuner}._unload_and_optionally_merge(self, merge, progressbar, safe_merge, adapter_names)
 {tuner}.merge_adapter(self, adapter_names, safe_merge)
+{tuner}.set_adapter(self, adapter_name, inference_mode)
 # Methods of BaseTuner that it calls.
 {tuner}._check_new_adapter_config(self, config)
 {tuner}._mark_only_adapters_as_trainable(self, model)
 {tuner}.active_adapters
 {tuner}.get_model_config(model)
-{tuner}.set_adapter(self, adapter_name, inference_mode)
+{tuner}.disable_adapter_layers(self)
+{tuner}.enable_adapter_layers(self)
 # What PeftModel calls around every forward; a tuner that defines it may route samples to adapters.
 peft:PeftModel._enable_peft_forward_hooks(self, args, kwargs)
 # Methods of BaseTunerLayer that `SurgicalLayer` overrides.
@@ -83,6 +87,8 @@ peft:PeftConfig.from_pretrained(pretrained_model_name_or_path, subfolder, kwargs
 peft:PeftConfig.save_pretrained(self, save_directory, kwargs)
 peft:PeftConfig.to_dict(self)
 peft:PeftModel.create_or_update_model_card(self, output_dir)
+peft:PeftModel.disable_adapter(self)
+peft:PeftModel.load_adapter(self, model_id, adapter_name)
 peft:PeftModel.push_to_hub(self, repo_id, commit_message, private, token, revision, create_pr)
 peft:PeftModel.save_pretrained(self, save_directory, safe_serialization, save_embedding_layers, is_main_process, kwargs)
 """.format(tuner="peft.tuners.tuners_utils:BaseTuner", layer="peft.tuners.tuners_utils:BaseTunerLayer")

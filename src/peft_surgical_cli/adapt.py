@@ -86,8 +86,16 @@ def adapt_command(
 
     from peft_surgical.data.incoming import read_incoming
     from peft_surgical.errors import HARMED
-    from peft_surgical.experiment.adapting import AdaptSettings, adapt, numbered_as, open_base, write_adapted
+    from peft_surgical.experiment.adapting import (
+        ADAPTED_FILES,
+        AdaptSettings,
+        adapt,
+        numbered_as,
+        open_base,
+        write_adapted,
+    )
     from peft_surgical.extras import accelerator_or_cpu
+    from peft_surgical.results import claim
 
     settings = AdaptSettings(
         method=method,
@@ -104,6 +112,7 @@ def adapt_command(
         seed=seed,
         reset_on_collapse=reset_on_collapse,
     )
+    output = claim(output, ADAPTED_FILES)
     transformers.logging.set_verbosity_error()
     columns: dict[str, Any] = {} if unlabelled else {"image_column": image_column, "label_column": label_column}
     order = None if in_order else seed

@@ -23,6 +23,7 @@ from .diagnose import diagnose_command
 from .extract import export_command, extract_command
 from .inspect import blocks_command, diff_command, score_command, show_command
 from .options import ManyValues
+from .terminal import printable_text
 from .tune import compare_command, tune_command
 
 app = typer.Typer(
@@ -76,7 +77,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
     def show_warning(message: Warning | str, *place: Any, **more: Any) -> None:
         # Without the place in the code, which says nothing to whoever typed the command.
-        print(f"peft-surgical: warning: {in_options(str(message), command)}", file=sys.stderr)
+        text = printable_text(in_options(str(message), command))
+        print(f"peft-surgical: warning: {text}", file=sys.stderr)
 
     with warnings.catch_warnings():
         warnings.showwarning = show_warning
@@ -90,6 +92,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
                 return _complain(error.format_message())
             from peft_surgical.errors import SurgicalError
 
+            if isinstance(error, OSError) and error.errno is not None:  # of the disk, whatever was to be done there
+                return _complain(f"{error.filename or 'a file'}: {error.strerror}")
             if not isinstance(error, SurgicalError):
                 raise
             return _complain(in_options(str(error), command))
@@ -97,7 +101,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def _complain(message: str) -> int:
-    print(f"peft-surgical: {message}", file=sys.stderr)
+    print(f"peft-surgical: {printable_text(message)}", file=sys.stderr)
     return 2
 
 

@@ -68,9 +68,16 @@ class SharedOptions:
     weight_decay: Annotated[float, typer.Option(min=0, help="Pulls towards the pretrained weights.")] = 1e-4
     scheduler: Annotated[str, typer.Option(help="Of the learning rate: constant or cosine.")] = "constant"
     precision: Annotated[str | None, typer.Option(help="bf16 or fp16.", show_default="float32")] = None
-    norm_stats: Annotated[str, typer.Option(help="Whose normalisation statistics move: frozen, target or all.")] = (
-        "frozen"
-    )
+    norm_stats: Annotated[
+        str | None,
+        typer.Option(
+            help="Whose normalisation statistics move: frozen, target or all; or estimated, once from the images.",
+            show_default="frozen; auto chooses frozen or estimated",
+        ),
+    ] = None
+    effort: Annotated[
+        int, typer.Option(min=1, max=5, help="For auto: each candidate trains so many fifths of a run.")
+    ] = 1
     delta_dtype: Annotated[
         str | None, typer.Option(help="Of the saved deltas: bfloat16 or float16 halve the file, float64 doubles it.")
     ] = None
@@ -91,6 +98,18 @@ class SharedOptions:
         ),
     ] = None
     workers: Annotated[int, typer.Option("--workers", min=0, metavar="N", help="Processes that load images.")] = 0
+    no_cache: Annotated[
+        bool,
+        typer.Option("--no-cache", help="Compute what is frozen before the target again in every epoch: same results."),
+    ] = False
+    cached_views: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="With --augment: so many fixed views of each image, in turn, so that they can be computed once.",
+            show_default="new ones in every epoch",
+        ),
+    ] = None
     random: Random = False
     cpu: Cpu = False
     engine: Annotated[str, typer.Option(help="What carries out the runs: local, or ray for a Ray cluster.")] = "local"
@@ -98,7 +117,7 @@ class SharedOptions:
     def settings(self) -> dict[str, Any]:
         """As keyword arguments of `peft_surgical.tune` and `peft_surgical.compare`."""
         given = asdict(self)
-        given["tuning"] = given.pop("images")
+        given["tuning"], given["cache"] = given.pop("images"), not given.pop("no_cache")
         given["weights"] = "random" if given.pop("random") else "pretrained"
         return given
 

@@ -19,7 +19,8 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 METHOD = "SURGICAL"
 
 UNNAMED = "(no base named)"
-_CHECKPOINT = re.compile(r"\.?checkpoint-\d+")
+_CHECKPOINT = re.compile(r"checkpoint-\d+")
+_LARGEST = 16 * 2**20  # bytes of a config, as in `peft_surgical.files`
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def adapters_in(folders: Iterable[str | os.PathLike[str]]) -> list[Stored]:
     for folder in folders:
         for file in Path(folder).rglob(CONFIG_FILE):
             config = _config_in(file.parent)
-            if config is not None and (file.parent == Path(folder) or not _is_intermediate(file.parent)):
+            if config is not None and not _is_intermediate(file.parent.relative_to(folder)):
                 found.append(_stored(str(file.parent), file.parent, config))
     return found
 
@@ -95,25 +96,29 @@ def by_base(adapters: Iterable[Stored]) -> dict[str, list[Stored]]:
 
 
 def _config_in(folder: Path) -> dict[str, Any] | None:
-    """The config of a surgical adapter; None for everything else."""
+    """The config of a surgical adapter; None for everything else, whatever somebody has written there."""
+    file = folder / CONFIG_FILE
     try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        if not file.is_file() or file.stat().st_size > _LARGEST:
+            return None
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return None
     return config if isinstance(config, dict) and config.get("peft_type") == METHOD else None
 
 
-def _is_intermediate(folder: Path) -> bool:
-    if _CHECKPOINT.match(folder.name):
-        return True
-    return folder.parent.name == "runs" and (folder.parent.parent / "ledger.jsonl").is_file()
+def _is_intermediate(place: Path) -> bool:
+    """Whether this is a checkpoint of training, or unfinished: hidden, or in a hidden folder."""
+    return _CHECKPOINT.match(place.name) is not None or any(part.startswith(".") for part in place.parts)
 
 
 def _stored(
     name: str, folder: Path, config: dict[str, Any], commit: str | None = None, refs: tuple[str, ...] = ()
 ) -> Stored:
-    terms = config.get("target") or config.get("target_modules") or f"{len(config.get('tensor_names') or [])} tensors"
-    target = terms if isinstance(terms, str) else " + ".join(map(str, terms))
+    names = config.get("tensor_names")
+    count = f"{len(names) if isinstance(names, list) else 0} tensors"
+    terms = config.get("target") or config.get("target_modules") or count
+    target = " + ".join(map(str, terms)) if isinstance(terms, list) else str(terms)
     file = folder / WEIGHTS_FILE
     size = file.stat().st_size if file.is_file() else 0
     base = str(config.get("base_model_name_or_path") or UNNAMED)

@@ -25,8 +25,8 @@ def tune_command(
         typer.Option(
             help="What to tune: block2, 'block1 + head', all; auto-rgn, auto-snr or auto-fisher, which tune the blocks "
             "that score best (as a method, auto-rgn trains all tensors, each at its own rate: --method auto-rgn); or a "
-            "search that trains candidates: race, cross-val, greedy, and auto, which races the "
-            "2 blocks with the highest RGN, the head, all, and, unless the head is new, no tuning.",
+            "search that trains candidates: race, cross-val, greedy, and auto, which compares each third of the "
+            "network, all of it and the head, looks for the learning rate, and trains the best on all labelled images.",
         ),
     ] = "auto",
     method: Annotated[str | None, typer.Option(help="Instead: a method, such as auto-rgn, lp-ft or full.")] = None,
@@ -63,6 +63,7 @@ def tune_command(
 
 
 def _print(found: Tuned, folder: str) -> None:
+    from peft_surgical.evaluation.selected import Gain
     from peft_surgical.experiment.outputs import LOADING
     from peft_surgical.keys import CONFIG, FIGURE, REPORT, WEIGHTS
     from peft_surgical.training.ledger import Ledger
@@ -78,6 +79,13 @@ def _print(found: Tuned, folder: str) -> None:
         rows.add_row(*map(escape, cells))
     out.print(rows)
     out.print()
+    if (gain := (settings["selection"] or {}).get("gain")) is not None:
+        out.print(f"{Gain(**gain)}.", soft_wrap=True)
+    if (looked := settings.get("test")) is not None:
+        shares = [f"{escape(name)} {100 * share:.0f} %" for name, share in looked["accuracy_of_class"].items() if share]
+        out.print(
+            f"By class, on test images: {', '.join(shares[:20])}. {looked['mistakes']} are wrong.", soft_wrap=True
+        )
     if settings["head"] != "kept":
         out.print(f"The head is {settings['head']}.", soft_wrap=True)
     if found.adapter is None:

@@ -1,7 +1,7 @@
 """Test-time adaptation: MEMO and TENT, on exactly the tensors of an adapter, without labels.
 
 Adapting all parameters to a stream of unlabelled images drifts and can destroy a network; adapting its first layer
-keeps improving it (Lee et al. 2023, Sec. 3.2, Table 9)::
+keeps improving it (Lee et al. 2023, Sec. 2.2, Table 9)::
 
     model = get_peft_model(network, SurgicalConfig(target="stem"))
     memo = Memo(model, lr=1e-3, preprocess=normalize)
@@ -93,7 +93,7 @@ class Memo(Stream):
         lr: Learning rate, absolute.
         weight_decay: Acts on the deltas, so it pulls towards the pretrained weights.
         episodic: Put everything back after every image, bit for bit (MEMO as published). Otherwise online: what was
-            learnt stays (Lee et al. 2023, Sec. 3.2).
+            learnt stays (Lee et al. 2023, Sec. 2.2).
         preprocess: Images (n, c, h, w) in [0, 1] -> the network's input; None for the images themselves.
         prior_strength: For BatchNorms, N of `mixed_statistics`; None for the source's statistics.
         seed: Seed of the views, which depend on it and on the position in the stream alone.

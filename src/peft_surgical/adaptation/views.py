@@ -13,7 +13,7 @@ every channel where it fills the red channel alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,19 @@ def generator_at(seed: int, position: int) -> torch.Generator:
     """A generator on the CPU for one position of a stream, from 0: no two positions or seeds share their numbers."""
     state = np.random.SeedSequence((seed, position)).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]))
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What is random about the views of one image; tensors on the CPU, in the order in which `AugMix` draws them."""
+
+    crops: tuple[Tensor, ...]
+    lengths: Tensor
+    operations: Tensor
+    levels: Tensor
+    signs: Tensor
+    weights: Tensor
+    kept: Tensor
 
 
 @dataclass(frozen=True)
@@ -86,8 +99,12 @@ class AugMix:
                 f"views are made of one float image (1 or 3 channels, height, width) in [0, 1], not of {image.dtype} "
                 f"{tuple(image.shape)}: pass the image before it is normalised"
             )
+        return self.of_each(image[None], [self.draw(image.shape[1], image.shape[2], generator)])[0]
+
+    def draw(self, height: int, width: int, generator: torch.Generator) -> Draw:
+        """What is random about the views of one image of that size, on the CPU; the same serves several images."""
         n, chains, depth = self.views, self.chains, self.depth
-        start = _crops(image, n, self.crop, generator)
+        crops = _draw_crops(n, self.crop, height, width, generator)
         # Everything is drawn, also what a short chain does not use: each number has its place in the sequence.
         lengths = torch.randint(1, depth + 1, (n * chains,), generator=generator)
         operations = torch.randint(len(OPERATIONS), (depth, n * chains), generator=generator)
@@ -96,40 +113,63 @@ class AugMix:
         exponential = -torch.rand(n, chains, generator=generator).clamp_min(1e-12).log()
         weights = exponential / exponential.sum(1, keepdim=True)  # Dirichlet(1, ..., 1)
         kept = torch.rand(n, generator=generator)  # Beta(1, 1)
+        return Draw(crops, lengths, operations, levels, signs, weights, kept)
 
+    def of_each(self, images: Tensor, draws: Sequence[Draw]) -> Tensor:
+        """Views (k, views, c, h, w) of k images (k, c, h, w), the i-th by the i-th of ``draws``.
+
+        Those of an image do not depend on what else is there, beyond the last bits of a float.
+        """
+        k, n, chains = len(images), self.views, self.chains
+        lengths, weights, kept = (
+            torch.cat([getattr(d, name) for d in draws]) for name in ("lengths", "weights", "kept")
+        )
+        operations, levels, signs = (
+            torch.cat([getattr(d, name) for d in draws], 1) for name in ("operations", "levels", "signs")
+        )
+        start = _crops(images, n, self.crop, [draw.crops for draw in draws])
         mixed = start.repeat_interleave(chains, 0)
-        for step in range(depth):
+        for step in range(self.depth):
             active = torch.where(lengths > step, operations[step], -1)
             _apply(mixed, active, levels[step] / _MOST_LEVEL, signs[step])
-        weights, kept = (value.to(image.device, image.dtype) for value in (weights, kept))
-        chained = torch.einsum("nk,nkchw->nchw", weights, mixed.unflatten(0, (n, chains)))
-        return torch.lerp(chained, start, kept.view(-1, 1, 1, 1)).clamp(0, 1)
+        weights, kept = (value.to(images.device, images.dtype) for value in (weights, kept))
+        chained = torch.einsum("nk,nkchw->nchw", weights, mixed.unflatten(0, (k * n, chains)))
+        return torch.lerp(chained, start, kept.view(-1, 1, 1, 1)).clamp(0, 1).unflatten(0, (k, n))
 
 
-def _crops(image: Tensor, n: int, crop: str, generator: torch.Generator) -> Tensor:
-    """Random crops of the image's own size, half of them mirrored (n, c, h, w)."""
-    height, width = image.shape[1:]
+def _draw_crops(n: int, crop: str, height: int, width: int, generator: torch.Generator) -> tuple[Tensor, ...]:
     flips = torch.rand(n, generator=generator) < 0.5
     if crop == "pad":
-        pads = [side // 8 for side in (height, width)]
-        padded = F.pad(image, (pads[1], pads[1], pads[0], pads[0]))
-        rows, columns = (
-            torch.randint(2 * pad + 1, (n, 1), generator=generator) + torch.arange(side)
-            for pad, side in zip(pads, (height, width), strict=True)
-        )
-        columns = torch.where(flips[:, None], columns.flip(1), columns)
-        rows, columns = rows.to(image.device), columns.to(image.device)
-        return padded[:, rows[:, :, None], columns[:, None, :]].transpose(0, 1).contiguous()
+        return flips, *(torch.randint(2 * (side // 8) + 1, (n,), generator=generator) for side in (height, width))
     scale = torch.rand(n, generator=generator) * (1 - 0.08) + 0.08
     ratio = torch.exp((torch.rand(n, generator=generator) * 2 - 1) * math.log(4 / 3))
     # As shares of the image; a part that would stick out is cut at the border.
     wide = (scale * ratio * height / width).sqrt().clamp_max(1)
     high = (scale / ratio * width / height).sqrt().clamp_max(1)
     right, down = ((torch.rand(n, generator=generator) * 2 - 1) * (1 - share) for share in (wide, high))
-    theta = torch.zeros(n, 2, 3)
-    theta[:, 0, 0], theta[:, 0, 2] = torch.where(flips, -wide, wide), right
+    return flips, wide, high, right, down
+
+
+def _crops(images: Tensor, n: int, crop: str, draws: Sequence[tuple[Tensor, ...]]) -> Tensor:
+    """Random crops of the images' own size, half of them mirrored (k * n, c, h, w)."""
+    height, width = images.shape[2:]
+    drawn = [torch.stack(of_each) for of_each in zip(*draws, strict=True)]  # each (k, n)
+    flips = drawn[0]
+    if crop == "pad":
+        pads = [side // 8 for side in (height, width)]
+        padded = F.pad(images, (pads[1], pads[1], pads[0], pads[0]))
+        rows, columns = (
+            start[..., None] + torch.arange(side) for start, side in zip(drawn[1:], (height, width), strict=True)
+        )
+        columns = torch.where(flips[..., None], columns.flip(-1), columns)
+        which = torch.arange(len(images), device=images.device)[:, None, None, None]
+        rows, columns = rows.to(images.device)[..., :, None], columns.to(images.device)[..., None, :]
+        return padded.permute(0, 2, 3, 1)[which, rows, columns].movedim(-1, 2).flatten(0, 1).contiguous()
+    _, wide, high, right, down = (value.flatten() for value in drawn)
+    theta = torch.zeros(len(wide), 2, 3)
+    theta[:, 0, 0], theta[:, 0, 2] = torch.where(flips.flatten(), -wide, wide), right
     theta[:, 1, 1], theta[:, 1, 2] = high, down
-    return _sampled(image.expand(n, *image.shape), theta, "border")
+    return _sampled(images[:, None].expand(-1, n, -1, -1, -1).flatten(0, 1), theta, "border")
 
 
 def _apply(images: Tensor, operations: Tensor, shares: Tensor, signs: Tensor) -> None:

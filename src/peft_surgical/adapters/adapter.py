@@ -6,7 +6,6 @@ Reading needs no base. What is read has been verified as `PeftModel.from_pretrai
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +13,14 @@ from typing import Any, TypeAlias
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from ..blocks import Name, parse
 from ..blocks.parsing import NUMBERED
 from ..config import SurgicalConfig
 from ..errors import AdapterError, AdapterFileError
-from ..files import commit, file_sha256
+from ..files import file_sha256
+from ..folders import commit, staging
 from ..keys import CONFIG, DELTA, PEFT_PREFIX, PICKLE, STATISTIC, WEIGHTS, saved_key, split_key
 from .remote import download
 
@@ -62,15 +62,14 @@ class Adapter:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of all tensors that it brings: deltas, statistics, and what is in its ``modules_to_save``."""
+        """All tensors that it brings."""
         return (*self.deltas, *self.statistics, *self.whole)
 
     def tuned(self, name: str, base: torch.Tensor) -> torch.Tensor:
         """What a forward with this adapter reads for a tensor whose base value this is, perhaps in a wider dtype."""
-        scale = self.config.scale
-        if (delta := self.deltas.get(name)) is not None:
-            wide = torch.promote_types(delta.dtype, torch.float32)
-            return torch.add(base, delta.to(base.device, wide), alpha=scale)
+        scale, delta = self.config.scale, self.deltas.get(name)
+        if delta is not None:
+            return torch.add(base, delta.to(base.device, torch.promote_types(delta.dtype, torch.float32)), alpha=scale)
         own = self.whole.get(name, self.statistics.get(name, base)).to(base.device)
         partly = name in self.statistics and scale != 1 and own.is_floating_point()
         return torch.lerp(base, own.to(base.dtype), scale) if partly else own
@@ -89,11 +88,10 @@ class Adapter:
             AdapterError: If there is something at that place already.
         """
         target = new_folder(folder)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
-            save_file(self.state_dict(), Path(scratch, WEIGHTS), metadata={"format": "pt"})
-            self.config.save_pretrained(scratch)
-            commit(Path(scratch), target)
+        with staging(target) as stage:
+            save_file(self.state_dict(), stage / WEIGHTS, metadata={"format": "pt"})
+            self.config.save_pretrained(stage)
+            commit(stage, target)
 
     @property
     def sha256(self) -> str | None:
@@ -175,7 +173,10 @@ def read_adapter(source: AdapterSource, *, revision: str | None = None, token: s
     if isinstance(source, tuple):
         return _live(*source)
     folder, oid = locate(source, revision=revision, token=token)
-    return _adapter(os.fspath(source), read_config(folder), load_file(folder / WEIGHTS), folder, oid)
+    config = read_config(folder)
+    content, config.content = config.content, None
+    assert content is not None  # read_config asks for the file
+    return _adapter(os.fspath(source), config, content.tensors, folder, oid)
 
 
 def locate(
@@ -226,7 +227,7 @@ def read_config(folder: str | os.PathLike[str], strict_base: bool = True) -> Sur
 
 def new_folder(folder: str | os.PathLike[str]) -> Path:
     """The path of a folder to write to; an `AdapterError` where there is something at that place already."""
-    target = Path(folder)
+    target = Path(os.path.expanduser(folder))
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise AdapterError(f"{target} exists and is not empty: choose a new folder.")
     return target

@@ -18,6 +18,8 @@ import torch
 
 from ..errors import AdapterError, BaseMismatchError
 from ..files import shown
+from ..fingerprints import differing, joined
+from ..tuner.base import is_whole
 from ..tuner.combine import Combination, check_weights, combine_deltas, combined_config
 from .adapter import Adapter, AdapterSource, read_adapter
 
@@ -93,14 +95,13 @@ def combine_adapters(
         for parent, weight in zip(parents, weights, strict=True)
     ]
     record = {**how.record(), "parents": rows}
-    fingerprints = {name: mark for parent in reversed(parents) for name, mark in _fingerprint(parent).items()}
     config = combined_config(
         [parent.config for parent in parents],
         [*deltas, *statistics],
         record if values_from is None else {**record, "values_from": values_from},
-        norm_stats=next((policy for policy in ("all", "target") if policy in policies), "frozen"),
+        norm_stats=next((policy for policy in ("all", "estimated", "target") if policy in policies), "frozen"),
         modules_to_save=list(modules) or None,
-        base_fingerprint={name: fingerprints[name] for name in deltas if name in fingerprints},
+        base_fingerprint=joined(map(_fingerprint, parents)),
     )
     if config.delta_dtype is not None:
         deltas = {name: delta.to(getattr(torch, config.delta_dtype)) for name, delta in deltas.items()}
@@ -132,8 +133,10 @@ def _check_one_base(parents: Sequence[Adapter]) -> None:
             raise BaseMismatchError(f"{parent.label} does not say what its base is at {shown(unknown)}. {way_out}")
     for a, b in itertools.combinations(parents, 2):
         one, other = (parent.config.base_model_name_or_path or None for parent in (a, b))
-        common = [name for name in a.deltas if name in b.deltas]
-        if wrong := [name for name in common if _fingerprint(a)[name] != _fingerprint(b)[name]]:
+        common = [name for name in _fingerprint(a) if name in _fingerprint(b)]
+        held = [parent.config for parent in (a, b)]
+        wrong = differing(_fingerprint(a), _fingerprint(b))
+        if wrong := [name for name in wrong if not any(is_whole(name, config) for config in held)]:
             raise BaseMismatchError(
                 f"{a.label} and {b.label} were trained on different bases ({one}, {other}): {len(wrong)} of their "
                 f"{len(common)} common tensors differ there, first {shown(wrong)}. {way_out}"

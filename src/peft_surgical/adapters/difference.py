@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from ..fingerprints import differing
 from .adapter import Adapter, AdapterSource, read_adapter
 from .combination import check_shapes
 
@@ -132,7 +133,7 @@ def diff(a: AdapterSource, b: AdapterSource) -> Difference:
         _row("all", tuners.pop() if len(tuners) == 1 else "both", together),
         _values(first, second),
         {name: pair for name, pair in settings.items() if pair[0] != pair[1]},
-        tuple(name for name in marks_a if name in marks_b and marks_a[name] != marks_b[name]),
+        tuple(name for name in differing(marks_a, marks_b) if name in deltas_a and name in deltas_b),
     )
 
 

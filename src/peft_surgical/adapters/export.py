@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ..errors import AdapterError, BaseMismatchError
 from ..extras import require
 from ..tuner.attach import bare
+from ..tuner.base import recorded_base
 from ..tuner.plan import check_fingerprint, make_plan
 from .adapter import Adapter, AdapterSource, new_folder, read_adapter
 
@@ -130,7 +131,7 @@ def export_onnx(
 
 def _tuned(base: nn.Module, values: Mapping[str, Tensor], adapter: Adapter) -> dict[str, Tensor]:
     """Name -> value of each tensor that an adapter changes, as a forward with it reads it."""
-    check_fingerprint(make_plan(base, adapter.config), adapter.config)
+    check_fingerprint(make_plan(base, adapter.config), adapter.config, recorded_base(base))
     for name, whole in adapter.whole.items():
         if name not in values or values[name].shape != whole.shape:
             there = tuple(values[name].shape) if name in values else "not there"

@@ -22,7 +22,8 @@ from ..blocks import Anatomy, anatomy_of, parse, resolve
 from ..blocks.inventory import Inventory
 from ..config import DELTA_DTYPES, SurgicalConfig
 from ..errors import AdapterError, AnatomyError, BaseMismatchError
-from ..files import fingerprint, shown
+from ..files import shown
+from ..fingerprints import fingerprint
 from ..keys import join
 from ..tuner.attach import bare
 from ..tuner.specialise import statistics_of

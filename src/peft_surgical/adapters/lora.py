@@ -25,8 +25,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..errors import AdapterError
+from ..folders import commit, staging
 from ..keys import PEFT_PREFIX, join
 from ..tuner.attach import bare, base_value, surgical_layers
+from ..tuner.base import recorded_base
 from ..tuner.plan import check_fingerprint, make_plan
 from .adapter import Adapter, AdapterSource, new_folder, read_adapter
 from .low_rank import LoraPlan, as_matrix, lora_config, lora_tensors, low_rank, plan_lora
@@ -102,9 +104,10 @@ class LoraConversion:
             AdapterError: If there is something at that place already.
         """
         target = new_folder(folder)
-        target.mkdir(parents=True, exist_ok=True)
-        save_file(dict(self.tensors), target / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-        self.config.save_pretrained(str(target))
+        with staging(target) as stage:
+            save_file(dict(self.tensors), stage / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+            self.config.save_pretrained(str(stage))
+            commit(stage, target)
 
 
 def to_lora(
@@ -146,7 +149,7 @@ def to_lora(
     network = _network_of(source, base)
     adapter = read_adapter(source)
     plan = make_plan(network, adapter.config)
-    check_fingerprint(plan, adapter.config)
+    check_fingerprint(plan, adapter.config, recorded_base(network))
     deltas = adapter.scaled()
     moved = {name for name, delta in deltas.items() if delta.any()} | set(adapter.statistics)
     chosen = plan_lora(network, plan, moved, adapter.config.modules_to_save or (), keep)

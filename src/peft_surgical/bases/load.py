@@ -22,6 +22,7 @@ from transformers.utils import logging
 from ..blocks import anatomy_of
 from ..errors import ConfigError, DataError, SurgicalError
 from ..extras import require
+from ..files import printable
 from .classes import HeadFit, fit_head
 from .libraries import TimmBase, TransformersBase
 from .transforms import AUGMENTS
@@ -178,8 +179,8 @@ def _choice(option: str, value: str, choices: tuple[str, ...]) -> str:
 
 def _find(name: str) -> tuple[type[TimmBase] | type[TransformersBase], str]:
     """The library that a name belongs to, and what that library calls it."""
-    folder = Path(name.removeprefix(_FOLDER)).expanduser()
-    if folder.is_dir() or name.startswith(_FOLDER):
+    folder = Path(os.path.expanduser(name.removeprefix(_FOLDER)))
+    if os.path.isdir(folder) or name.startswith(_FOLDER):
         file = folder / "config.json"
         if not file.is_file():
             raise DataError(
@@ -207,8 +208,10 @@ def _find(name: str) -> tuple[type[TimmBase] | type[TransformersBase], str]:
 def _is_timm(file: Path, name: str) -> bool:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{file} is no JSON ({error}): save or download {name!r} again") from error
+    if not isinstance(config, dict):
+        raise DataError(f"{file} holds {printable(config)}, no settings of a network: save or download {name!r} again")
     # A timm network that transformers has saved has both: transformers' names of the weights, and so its reader.
     if "model_type" in config:
         return False
@@ -237,7 +240,7 @@ def _tried(name: str) -> str:
 
 
 def _absent(name: str) -> str:
-    return f"the folder {Path(name).expanduser().absolute()} (none)"
+    return f"the folder {Path(os.path.expanduser(name)).absolute()} (none)"
 
 
 def _fit(

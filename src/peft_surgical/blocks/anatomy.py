@@ -14,7 +14,7 @@ from functools import cached_property
 
 from ..errors import AnatomyError, UnknownTargetError, UnresolvedTargetError
 from .inventory import near_misses, shortened
-from .parsing import NUMBERED, Count, Name, Pattern, Range, TargetSpec, Term, compiled
+from .parsing import NUMBERED, Count, Name, Pattern, Range, TargetSpec, Term
 
 _ALIASES = {"first": "block1", "last": "head", "stem": "embedding"}
 _BY_SCORES = "call config = peft_surgical.resolve_target(config, model, dataloader) before get_peft_model"
@@ -211,7 +211,7 @@ def _select(anatomy: Anatomy, term: Term) -> set[str]:
     elif isinstance(term, Range | Count):
         found = _numbered(anatomy, term)
     elif isinstance(term, Pattern):
-        regex = compiled(term.regex, text)
+        regex = term.regex
         found = set().union(*(tensors for path, tensors in anatomy._paths.items() if regex.fullmatch(path)))
     else:
         found = _by_name(anatomy, text)

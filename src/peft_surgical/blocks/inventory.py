@@ -20,7 +20,7 @@ from .parsing import NUMBERED
 
 # ConvNd has no public base class.
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TOKEN = re.compile(r"tok|pos|embed")
+_TOKEN = re.compile(r"tok|pos|embed|emb$")
 
 
 class Inventory:

@@ -19,23 +19,29 @@ is a range. A ``re:`` term runs to the next space, so that ``+`` and ``-`` keep 
 for a space in a name. A regex also reaches names that the grammar reserves: ``re:race`` is a module called ``race``.
 
 One name can mean several things; the first of these that exists wins: a block, a part, an exact path, a path's end.
+
+A target may come from a stranger's file, so reading one takes time in proportion to its length, and matching it bounded
+time: terms are few and short, and a regex whose search could explode is refused.
 """
 
 from __future__ import annotations
 
-import fnmatch
 import functools
 import itertools
 import re
-import warnings
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from ..errors import TargetError
+from ..files import printable
+from .regexes import compiled, translated
 
 DATA_TARGETS = ("auto", "auto-rgn", "auto-snr", "auto-fisher", "race", "cross-val", "greedy")
 """Targets that data decides. They name no tensors by themselves."""
+
+MAX_TERMS, MAX_LENGTH = 4096, 1000
+"""The largest number of terms, and of characters of one term."""
 
 # A minus is a sign at the start of a token, and part of a word where the word goes on right behind it.
 _TOKEN = re.compile(r"\s*(?:(?P<regex>re:\S*)|(?P<sign>[+-])|(?P<word>(?:[^\s+,-]|-(?=[^\s+,-]))+)|(?P<bad>\S))")
@@ -65,9 +71,9 @@ class Pattern(_Text):
     """A glob, or a regex behind ``re:``, over module paths and tensor names."""
 
     @property
-    def regex(self) -> str:
-        """What a whole path or name has to match."""
-        return self.text[3:] if self.text.startswith("re:") else fnmatch.translate(self.text)
+    def regex(self) -> re.Pattern[str]:
+        """What a whole path or name has to match; a `TargetError` as `compiled` says."""
+        return compiled(self.text[3:], self.text) if self.text.startswith("re:") else translated(self.text)
 
 
 @dataclass(frozen=True)
@@ -147,7 +153,7 @@ def parse(text: str | Sequence[str]) -> TargetSpec:
     members = [text] if isinstance(text, str) else text
     if not isinstance(members, Sequence) or not all(isinstance(member, str) for member in members):
         raise TargetError(
-            f"a target is a string or a list of strings, e.g. 'block1' or ['block1', 'head'], not {text!r}"
+            f"a target is a string or a list of strings, e.g. 'block1' or ['block1', 'head'], not {printable(text)}"
         )
     if not members:
         raise TargetError("the target is an empty list: name a block, e.g. 'block1'")
@@ -157,7 +163,9 @@ def parse(text: str | Sequence[str]) -> TargetSpec:
 @functools.lru_cache(maxsize=256)
 def _spec(members: tuple[str, ...]) -> TargetSpec:
     # A config's target is checked when the config is made and read again when its tensors are looked up.
-    steps = [step for member in members for step in _steps(member)]
+    steps = list(itertools.islice((step for member in members for step in _steps(member)), MAX_TERMS + 1))
+    if len(steps) > MAX_TERMS:
+        raise TargetError(f"the target has more than {MAX_TERMS} terms: say it with globs, such as '*.norm*'")
     spec = TargetSpec(tuple(steps))
     if steps[0].minus:
         raise TargetError(f"target {str(spec)!r} starts by taking away: say from what, e.g. 'all - {steps[0].term}'")
@@ -174,40 +182,40 @@ def _spec(members: tuple[str, ...]) -> TargetSpec:
     return spec
 
 
-def _steps(text: str) -> list[Step]:
+def _steps(text: str) -> Iterator[Step]:
     """Cut one string into steps; each carries its sign, so that a list member may start with a minus."""
-    steps: list[Step] = []
-    signs = ""
-    for token in _TOKEN.finditer(text):
+    before: Step | None = None
+    signs, shown = "", printable(text)
+    for token in _TOKEN.finditer(text.rstrip()):  # spaces at the end belong to no token, and would all be tried
         word = token.group().strip()
         if token["bad"]:
-            raise TargetError(f"unexpected {word!r} at position {token.start('bad')} of {text!r}: terms join with '+'")
+            raise TargetError(f"unexpected {word!r} at position {token.start('bad')} of {shown}: terms join with '+'")
         if token["sign"]:
             signs += word
             # '+ -head' is what joining the members of a list with ' + ' gives.
-            if signs not in ("+", "-", "+-") or (signs[0] == "+" and not steps):
-                raise TargetError(f"{word!r} at position {token.start('sign')} of {text!r} has no term before it")
+            if signs not in ("+", "-", "+-") or (signs[0] == "+" and before is None):
+                raise TargetError(f"{word!r} at position {token.start('sign')} of {shown} has no term before it")
             continue
-        if steps and not signs:
-            raise TargetError(f"{text!r} needs a '+' or a '-' between '{steps[-1].term}' and {word!r}")
-        steps.append(Step(_term(word), minus="-" in signs))
+        if len(word) > MAX_LENGTH:
+            raise TargetError(f"{printable(word)} has {len(word)} characters, where a term has at most {MAX_LENGTH}")
+        if before is not None and not signs:
+            raise TargetError(f"{shown} needs a '+' or a '-' between '{before.term}' and {word!r}")
+        before = Step(_term(word), minus="-" in signs)
+        yield before
         signs = ""
     if signs:
-        raise TargetError(f"{text!r} ends in {signs[-1]!r} with no term behind it")
-    if not steps:
+        raise TargetError(f"{shown} ends in {signs[-1]!r} with no term behind it")
+    if before is None:
         raise TargetError("the target is empty: name a block, e.g. 'block1'")
-    return steps
 
 
 def _term(word: str) -> Term:
-    if word.startswith("re:"):
-        if word == "re:":
-            raise TargetError(r"'re:' has no regex behind it; write e.g. 're:layers\.[0-3]\..*'")
-        compiled(word[3:], word)
-        return Pattern(word)
-    if any(character in word for character in "*?["):
-        compiled(fnmatch.translate(word), word)
-        return Pattern(word)
+    if word == "re:":
+        raise TargetError(r"'re:' has no regex behind it; write e.g. 're:layers\.[0-3]\..*'")
+    if word.startswith("re:") or any(character in word for character in "*?["):
+        found = Pattern(word)
+        _ = found.regex  # refuses what cannot be used
+        return found
     if word in DATA_TARGETS:
         return FromData(word)
     if word.startswith("auto-"):
@@ -224,17 +232,6 @@ def _term(word: str) -> Term:
     if re.fullmatch("block0+", word):
         raise TargetError(f"{word!r} is no block: they count from 1; for a module of that name write 're:{word}'")
     return Name(word)
-
-
-def compiled(regex: str, text: str) -> re.Pattern[str]:
-    """The regex that a term holds; a `TargetError` if it does not compile, or Python is about to change its meaning."""
-    try:
-        with warnings.catch_warnings():
-            # Python warns where a regex is about to change its meaning; an adapter outlives the Python that wrote it.
-            warnings.simplefilter("error")
-            return re.compile(regex)
-    except (re.error, ValueError, OverflowError, RecursionError, Warning) as error:
-        raise TargetError(f"{text!r} holds a bad regex: {error}") from error
 
 
 def paths_matched(patterns: str | Collection[str], paths: Iterable[str]) -> dict[str, tuple[str, ...]]:

@@ -18,21 +18,26 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..errors import AnatomyError
 from .anatomy import Anatomy, Block
 from .inventory import (
+    CONVS,
     Cut,
     Inventory,
     arrange,
-    attends,
     cut_by_spec,
     name_blocks,
     owner,
     shortened,
     skeleton,
 )
-from .layouts import all_composite, cut_layout, cut_timm, final_linear, merge_by_width, unclear_parameters, width
+from .layouts import are_residual_units, cut_layout, cut_timm, final_linear, merge_by_width, unclear_parameters, width
+from .parsing import NUMBERED
 
-_CLASSIFIER = re.compile(r"classifier|lm_head|score|fc$|projection$")
+_CLASSIFIER = re.compile(r"classifier|lm_head|score|fc$|projection$|^head$")
+# What is beside a stack and feeds all of it, wherever it is registered: MPNet's relative_attention_bias, CPM-Ant's
+# position_bias, Gemma 3n's per_layer_model_projection and altup_projections.
+_BEFORE_BLOCKS = r"embed|position|relative|interpolation|per_layer|altup_projections"
 # Parts of a two-tower trunk that belong to neither tower and come after both.
-_AFTER_TOWERS = re.compile(r"logit_|final_logits|\w+_projection\.|classifier\.|lm_head\.")
+_BETWEEN_TOWERS = re.compile(r"multi_modal_projector|connector")  # from images to a language model
+_AFTER_TOWERS = re.compile(r"logit_|temperature|final_logits|\w+_projection\.|classifier\.|lm_head\.")
 
 
 def cut_transformers(model: nn.Module, inventory: Inventory) -> Cut | str:
@@ -67,31 +72,53 @@ def cut_transformers(model: nn.Module, inventory: Inventory) -> Cut | str:
     towers = {path[len(dot) :].split(".")[0] for path in stacks}
     if not stacks:
         return "the trunk holds no ModuleList of blocks"
-    if len(stacks) > 1 and len(towers) == len(stacks):
-        return _cut_towers(inventory, dot, stacks)
+    declared = set(model._no_split_modules or ())
+    if len(stacks) > 1 and len(towers) == len(stacks) and not _are_parallel(inventory, stacks, declared):
+        return _cut_towers(inventory, dot, stacks, outside if trunk else [])
     if isinstance(units := _units(inventory, stacks), str):
         return units
     if raw := unclear_parameters(inventory, {"", trunk}):
         return f"cannot tell where the parameter {raw[0]!r} belongs"
     last_start = inventory.below(stacks[-1])[0]
-    after = [name for name in outside if inventory.position[inventory.below(name)[0]] > inventory.position[last_start]]
-    head = inventory.below(*_transformers_classifiers(inventory, after))
-    if beside := _beside(inventory, stacks[0], r"decoder|neck"):
+    late = [name for name in outside if inventory.position[inventory.below(name)[0]] > inventory.position[last_start]]
+    after = late + [n for n in outside if n not in late and _CLASSIFIER.search(n)]  # XLM-RoBERTa's comes first
+    shared = _input_embedding(model, inventory)
+    head = [name for name in inventory.below(*_transformers_classifiers(inventory, after)) if name not in shared]
+    units[-1] += [name for name in inventory.below(*after) if name not in (*head, *shared)]
+    beside = _beside(inventory, stacks[0], r"decoder|neck")
+    if beside and not isinstance(inventory.modules[owner(beside[0])], nn.Linear):  # ModernBERT calls its lm_head so
         return f"cannot tell what {beside[0]!r} is to the blocks in {stacks[0]!r}"
-    stem = _beside(inventory, stacks[0], "embed") or _embedding_inside(inventory, stacks, units, head)
-    stem, units, head = arrange(inventory, units, head, stem)
+    stem = _beside(inventory, stacks[0], _BEFORE_BLOCKS) or _embedding_inside(inventory, stacks, units, head)
+    stem, units, head = arrange(inventory, units, head, [*stem, *shared])
     return name_blocks("transformers", inventory, stem, units, head)
+
+
+def _input_embedding(model: PreTrainedModel, inventory: Inventory) -> list[str]:
+    """The tensors of the token embedding: CamemBERT's has the name of the head that shares it and comes first."""
+    try:
+        module = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return []
+    own = {id(tensor) for tensor in module.parameters()} if isinstance(module, nn.Embedding) else set()
+    return [name for name, tensor in inventory.tensors.items() if id(tensor) in own]
 
 
 def _stacks(model: PreTrainedModel, inventory: Inventory, lists: list[str]) -> list[str]:
     """The ModuleLists that hold blocks: where some hold declared block classes, only those."""
     declared = set(model._no_split_modules or ())
+    return [path for path in lists if _holds_blocks(inventory.modules[path], declared)] or lists
 
-    def holds_blocks(path: str) -> bool:
-        children = inventory.modules[path].children()
-        return any(isinstance(c, GradientCheckpointingLayer) or type(c).__name__ in declared for c in children)
 
-    return [path for path in lists if holds_blocks(path)] or lists
+def _holds_blocks(stack: nn.Module, declared: set[str]) -> bool:
+    children = stack.children()
+    return any(isinstance(c, GradientCheckpointingLayer) or type(c).__name__ in declared for c in children)
+
+
+def _are_parallel(inventory: Inventory, stacks: list[str], declared: set[str]) -> bool:
+    """Whether each list holds one kind of part of every layer (XLM: attentions, norms, feed-forward parts)."""
+    modules = [inventory.modules[path] for path in stacks]
+    same = len({(owner(path), len(list(module.children()))) for path, module in zip(stacks, modules, strict=True)}) == 1
+    return same and not any(_holds_blocks(module, declared) for module in modules)
 
 
 def _units(inventory: Inventory, stacks: list[str]) -> list[list[str]] | str:
@@ -110,21 +137,23 @@ def _units(inventory: Inventory, stacks: list[str]) -> list[list[str]] | str:
             moved = inventory.below(f"{stage}.downsample")
             units[index] = [name for name in units[index] if name not in moved]
             units[index + 1] = moved + units[index + 1]
-    if len(stacks) == 1 and _are_residual_units(list(inventory.modules[stacks[0]].children())):
+    if len(stacks) == 1 and are_residual_units(list(inventory.modules[stacks[0]].children())):
         widths = [width(module) for module in inventory.modules[stacks[0]].children()]
         units = merge_by_width(units, widths)
     return units
 
 
 def _beside(inventory: Inventory, stack: str, pattern: str) -> list[str]:
-    """Tensors of modules beside a stack, or beside what holds it, whose own name matches.
+    """Tensors of modules and parameters beside a stack, or beside what holds it, whose own name matches.
 
     Names decide here since the order of registration does not: BART's layernorm_embedding follows its layers.
     """
     found: list[str] = []
     while stack:
         above = owner(stack)
-        siblings = (f"{above}.{name}".lstrip(".") for name, _ in inventory.modules[above].named_children())
+        module = inventory.modules[above]
+        beside = (name for named in (module.named_children(), module._parameters.items()) for name, _ in named)
+        siblings = (f"{above}.{name}".lstrip(".") for name in beside)
         found += [path for path in siblings if path != stack and re.search(pattern, path[len(above) :])]
         stack = above
     return inventory.below(*found)
@@ -150,7 +179,7 @@ def _transformers_classifiers(inventory: Inventory, outside: list[str]) -> list[
     mapped = [
         path
         for name in outside
-        if any(inventory.tensors[tensor].dim() > 1 for tensor in inventory.below(name))  # more than a norm
+        if any(isinstance(module, (nn.Linear, *CONVS)) for module in inventory.modules[name].modules())
         for path in final_linear(name, inventory.modules[name])
     ]
     widths = [getattr(inventory.modules[path], "out_features", None) for path in mapped]
@@ -160,38 +189,40 @@ def _transformers_classifiers(inventory: Inventory, outside: list[str]) -> list[
     return final + [name for name in own if name.split(".")[0] in outside]
 
 
-def _cut_towers(inventory: Inventory, dot: str, stacks: list[str]) -> Cut | str:
+def _cut_towers(inventory: Inventory, dot: str, stacks: list[str], outside: list[str]) -> Cut | str:
     """Two stacks: a dual encoder (CLIP) or an encoder and a decoder (T5, BART).
 
-    A shared input embedding comes first as `embedding`; projections, temperatures and whatever follows the trunk are
-    the `head`. An image tower comes before a text tower, since it is what a shift of the images reaches.
+    A shared input embedding comes first as `embedding`. Projections, temperatures and whatever follows the trunk are
+    the `head`; what precedes the classifier in a head of its own closes the last block. An image tower comes before a
+    text tower, since it is what a shift of the images reaches; what leads from one to the other closes it.
     """
     blocks: dict[str, list[str]] = {}
     roots = {path[len(dot) :].split(".")[0]: path for path in stacks}
     for name in sorted(roots, key=lambda name: not name.startswith("vision")):
         if isinstance(units := _units(inventory, [roots[name]]), str):
             return units
-        stem = _beside(inventory, roots[name], "embed")
+        stem = _beside(inventory, roots[name], _BEFORE_BLOCKS)
         stem, units, _ = arrange(inventory, units, stem=stem, scope=inventory.below(f"{dot}{name}"))
         prefix = re.sub(r"_(model|tower)$", "", name)
         blocks |= name_blocks("", inventory, stem, units, [], prefix=f"{prefix}.").blocks
+    between = [n for n in inventory.below(dot.rstrip(".")) if _BETWEEN_TOWERS.match(n.removeprefix(dot))]
+    first = next(iter(blocks)).rpartition(".")[0]
+    *_, end = (name for name in blocks if name.startswith(f"{first}.block"))
+    blocks[end] = blocks[end] + between
     placed = {name for names in blocks.values() for name in names}
     left = [name for name in inventory.tensors if name not in placed]
     embedding = [name for name in left if isinstance(inventory.modules[owner(name)], nn.Embedding)]
+    if classifiers := _transformers_classifiers(inventory, outside):
+        hidden = [name for name in inventory.below(*outside) if name not in inventory.below(*classifiers)]
+        *_, last = (name for name in blocks if NUMBERED.fullmatch(name))
+        blocks[last] = blocks[last] + hidden
+        left = [name for name in left if name not in hidden]
     head = [name for name in left if name not in embedding]
     for name in head:
         if name.startswith(dot) and not _AFTER_TOWERS.match(name.removeprefix(dot)):
             return f"cannot tell whether {name!r}, outside the towers {', '.join(roots)}, is head or block"
     cut = {"embedding": embedding} | blocks | {"head": head}
     return Cut("transformers", {name: held for name, held in cut.items() if held})
-
-
-def _are_residual_units(modules: list[nn.Module]) -> bool:
-    """Whether a convolutional network lists residual units rather than stages (no container of composites inside)."""
-    inner = [child for module in modules for child in module.modules()]
-    lists = any(isinstance(child, nn.ModuleList) for child in inner)
-    stages = any(isinstance(child, nn.Sequential) and all_composite(child) for child in inner)
-    return not (lists or stages or attends(inner)) and all(map(width, modules))
 
 
 SOURCES: dict[str, Callable[[nn.Module, Inventory], Cut | str]] = {

@@ -31,6 +31,15 @@ _CHUNK_ENTRIES = 2**28  # per-input gradients held at once, 1 GiB in float32
 _HALF_PRECISION_SCALE = 2.0**12  # keeps float16 gradients out of the subnormals; divided out again
 
 
+Measure = Callable[[Tensor], Tensor]
+"""Gradients of one tensor (units, *tensor) -> a number for each unit (units,), float64."""
+
+
+def squared_norms(gradients: Tensor) -> Tensor:
+    """The squared L2 norm of each unit's gradient; see `Measure`."""
+    return gradients.flatten(1).double().square().sum(1)
+
+
 @dataclass
 class GradientStatistics:
     """What the criteria are computed from, over all batches and processes.
@@ -39,7 +48,9 @@ class GradientStatistics:
 
     Attributes:
         units: Number of units.
-        squares: (units, tensors) float64: squared L2 norm of each tensor's gradient in each unit.
+        measure: Gradients of a tensor (units, *tensor) -> what is kept of each unit (units,), float64; by default the
+            squared L2 norm.
+        sums: (units, tensors) float64, what ``measure`` gave.
         mean: Tensor -> mean of its gradient over units, in its shape.
         deviations: Tensor -> sum over units of (gradient - mean)^2, in its shape.
         weights: Tensor -> its value, in its shape.
@@ -51,7 +62,8 @@ class GradientStatistics:
     samples: int = 0
     batches: int = 0
     labels: bool = False
-    squares: Tensor = field(default_factory=lambda: torch.empty(0))
+    measure: Measure = squared_norms
+    sums: Tensor = field(default_factory=lambda: torch.empty(0))
     mean: dict[str, Tensor] = field(default_factory=dict)
     deviations: dict[str, Tensor] = field(default_factory=dict)
 
@@ -66,7 +78,7 @@ class GradientStatistics:
         rows = []
         for name in self.names:
             new = gradients[name].float()
-            rows.append(new.flatten(1).double().square().sum(1))
+            rows.append(self.measure(new))
             mean = new.mean(0)
             deviations = (new - mean).square_().sum(0)
             if name in self.mean:
@@ -75,7 +87,7 @@ class GradientStatistics:
                 self.mean[name] += shift * (count / total)
             else:
                 self.mean[name], self.deviations[name] = mean, deviations
-        self.squares = torch.cat([self.squares.to(rows[0]).reshape(-1, len(rows)), torch.stack(rows, 1)])
+        self.sums = torch.cat([self.sums.to(rows[0]).reshape(-1, len(rows)), torch.stack(rows, 1)])
         self.units = total
 
     def gather(self) -> None:
@@ -84,13 +96,13 @@ class GradientStatistics:
         if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
             return
         device = next(iter(self.weights.values())).device
-        squares = self.squares.double().reshape(-1, len(self.names)).cpu()
+        sums = self.sums.double().reshape(-1, len(self.names)).cpu()
         counts: list[Any] = [None] * distributed.get_world_size()
-        distributed.all_gather_object(counts, (self.units, self.samples, self.batches, self.labels, squares))
+        distributed.all_gather_object(counts, (self.units, self.samples, self.batches, self.labels, sums))
         total = sum(count[0] for count in counts)
         if not total:
             return
-        self.squares = torch.cat([count[4] for count in counts]).to(device)
+        self.sums = torch.cat([count[4] for count in counts]).to(device)
         for name in self.names:
             own_mean = self.mean.get(name, torch.zeros_like(self.weights[name], dtype=torch.float32))
             own_deviations = self.deviations.get(name, torch.zeros_like(own_mean))
@@ -114,20 +126,21 @@ def collect(
     loss_fn: LossFunction | None = None,
     autocast: torch.dtype | None = None,
     chunk_size: int | None = None,
+    measure: Measure = squared_norms,
 ) -> GradientStatistics:
     """Gradients of the loss with respect to ``tensors``, over the first ``num_batches`` batches of this process.
 
     The model runs in ``eval()``, as in the paper's reference code: no dropout, source statistics. Everything is left
     bit-identical: parameters, gradients, modes, buffers, random number generators, and the loader's generator.
-    Arguments are those of `score_blocks`, the result of `trained_tensors`, and whether a unit is one input or one
-    minibatch.
+    Arguments are those of `score_blocks`, the result of `trained_tensors`, whether a unit is one input or one
+    minibatch, and what is kept of each.
 
     Raises:
         DataError: No process has a batch, or a batch has a form that is not understood.
     """
     model = unwrapped(model)
     names = tuple(tensors)
-    found = GradientStatistics(names, {name: tensor.value.float() for name, tensor in tensors.items()})
+    found = GradientStatistics(names, {name: tensor.value.float() for name, tensor in tensors.items()}, measure=measure)
     device = next(iter(tensors.values())).parameter.device
     scale = _HALF_PRECISION_SCALE if torch.float16 in {autocast, next(iter(tensors.values())).value.dtype} else 1.0
     entries = sum(tensor.parameter.numel() for tensor in tensors.values())
@@ -249,7 +262,7 @@ def _left_as_it_was(model: nn.Module, tensors: Mapping[str, TrainedTensor], data
     finally:
         _looking.pop()
         for module, training in modes.items():
-            module.__dict__["training"] = training
+            module.training = training
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
         current = dict(model.named_buffers())

@@ -9,16 +9,14 @@ both to an optimizer. Surgical fine-tuning has no row: any target (``block1``, `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol, get_args
-
-import torch
-from torch import nn
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
 
 from ..blocks import Anatomy, parse
-from ..errors import AdapterError, ConfigError, TargetError
-from .models import TrainedTensor, trained_tensors
+from ..errors import ConfigError, TargetError
+from .penalties import Penalty
 from .scores import BlockScores
 
 
@@ -49,7 +47,7 @@ class Schedule(Protocol):
 
 @dataclass(frozen=True)
 class GradualUnfreezing:
-    """Blocks join one after the other, each after an equal share of the run, and stay (paper, Sec. 3.1).
+    """Blocks join one after the other, each after an equal share of the run, and stay (paper, Sec. 4.1).
 
     Attributes:
         blocks: The tensors of each block, in the order in which they join.
@@ -96,6 +94,33 @@ class HeadFirst:
         return dict.fromkeys(self.others, float(progress.share >= self.share))
 
 
+@dataclass(frozen=True)
+class Alternating:
+    """Two parts of a network are trained in turn, each for an epoch.
+
+    So knowledge-guided neural networks (KGNN) that were trained on simulations are tuned to few observations, encoder
+    and decoder alternately, lest what the encoder has learned is distorted. Here these are all before the head, which
+    begins, and the head; classifiers have no other decoder.
+
+    Attributes:
+        parts: The tensors of each part, in the order in which they take turns.
+    """
+
+    parts: tuple[tuple[str, ...], ...]
+    criterion: None = None
+
+    def factors(self, progress: Progress, scores: BlockScores | None = None) -> dict[str, float]:
+        """See `Schedule`."""
+        turn = progress.epoch % len(self.parts)
+        return {name: float(i == turn) for i, part in enumerate(self.parts) for name in part}
+
+
+def alternating(anatomy: Anatomy) -> Alternating:
+    """The head, and all that is before it, in turns."""
+    head = anatomy["head"].tensors
+    return Alternating((tuple(name for name in anatomy.tensors if name not in set(head)), head))
+
+
 def lp_ft(anatomy: Anatomy, share: float = 0.5) -> HeadFirst:
     """LP-FT for a network with a head."""
     head = set(anatomy["head"].tensors)
@@ -107,7 +132,7 @@ class AutoRGN:
     """Auto-RGN (paper, Sec. 4.1): each tensor's rate is the base rate times its RGN over the largest RGN.
 
     Attributes:
-        left_out: Tensors that are not trained at all; the reference code leaves BatchNorm's parameters out.
+        left_out: Tensors that are not trained at all; the reference code leaves out those with "bn" in their name.
     """
 
     left_out: frozenset[str] = frozenset()
@@ -124,80 +149,36 @@ class AutoSNR:
     """Auto-SNR (paper, Sec. 4.1): tensors whose SNR over the largest is below a threshold are frozen for the epoch.
 
     Attributes:
-        threshold: In [0, 1]; the paper tunes it like a learning rate.
+        threshold: In [0, 1]; the paper tunes it like a learning rate, on validation data. At least 0 where SNRs are
+            compared as they are.
         criterion: ``snr``, or ``snr-reference`` for what the reference code computes.
+        scaled: Whether SNRs are divided by the largest, as in the paper; its reference code compares them as they are.
+        left_out: Tensors that are not trained at all.
     """
 
     threshold: float = 0.5
     criterion: str = "snr"
+    scaled: bool = True
+    left_out: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
-        if not 0 <= self.threshold <= 1:
+        if self.scaled and not 0 <= self.threshold <= 1:
             raise ConfigError(f"threshold={self.threshold}: SNRs are compared after scaling to [0, 1]")
+        if not 0 <= self.threshold < math.inf:
+            raise ConfigError(f"threshold={self.threshold}: give a number of at least 0")
 
     def factors(self, progress: Progress, scores: BlockScores | None) -> dict[str, float]:
         """See `Schedule`."""
         assert scores is not None
-        return {name: float(s >= self.threshold) for name, s in normalised(scores.tensor_scores).items()}
+        found = {name: score for name, score in scores.tensor_scores.items() if name not in self.left_out}
+        compared = normalised(found) if self.scaled else found
+        return {name: float(compared.get(name, -1.0) >= self.threshold) for name in scores.tensor_scores}
 
 
 def normalised(scores: Mapping[str, float]) -> dict[str, float]:
     """Scores divided by the largest, so that they lie in [0, 1]; all 1 where every score is 0."""
     largest = max(scores.values(), default=0.0)
     return {name: score / largest if largest > 0 else 1.0 for name, score in scores.items()}
-
-
-# --- penalties ---
-
-PenaltyKind = Literal["l1-sp", "l2-sp", "l2"]
-
-
-@dataclass(frozen=True)
-class Penalty:
-    """A penalty on the trained tensors (Xuhong et al. 2018).
-
-    Attributes:
-        kind: ``l1-sp``: sum of |delta|. ``l2-sp``: half the sum of delta^2. ``l2``: half the sum of (base + delta)^2,
-            the paper's own weight decay, which pulls towards zero.
-        strength: The factor, at least 0.
-    """
-
-    kind: PenaltyKind
-    strength: float
-
-    def __post_init__(self) -> None:
-        if self.kind not in get_args(PenaltyKind):
-            raise ConfigError(f"penalty {self.kind!r}: choose one of {', '.join(get_args(PenaltyKind))}")
-        if not self.strength >= 0:
-            raise ConfigError(f"penalty {self.kind} with strength={self.strength}: give a factor of at least 0")
-
-    def loss(self, model: nn.Module) -> torch.Tensor:
-        """The penalty as a differentiable term of the loss, for a training loop of your own."""
-        values = []
-        for tensor in self.applies_to(trained_tensors(model).values()):
-            value = getattr(tensor.owner, tensor.attribute) if self.kind == "l2" else tensor.parameter
-            values.append(value.abs().sum() if self.kind == "l1-sp" else 0.5 * value.square().sum())
-        return self.strength * torch.stack(values).sum()
-
-    def gradient(self, tensor: TrainedTensor) -> torch.Tensor:
-        """The gradient of that term with respect to one parameter; that of |x| at 0 is taken as 0."""
-        if self.kind == "l1-sp":
-            return self.strength * tensor.parameter.detach().sign()
-        return self.strength * (tensor.value if self.kind == "l2" else tensor.parameter.detach())
-
-    def applies_to(self, tensors: Iterable[TrainedTensor]) -> list[TrainedTensor]:
-        """The penalised tensors; for ``-sp`` those with a pretrained value, so not a new head's.
-
-        Raises:
-            AdapterError: There is none.
-        """
-        found = [tensor for tensor in tensors if tensor.is_delta or self.kind == "l2"]
-        if not found:
-            raise AdapterError(
-                f"{self.kind} measures the distance from the pretrained weights, and nothing here is trained as a "
-                "delta: tune with SurgicalConfig(target='all')"
-            )
-        return found
 
 
 # --- methods ---
@@ -215,6 +196,7 @@ class Method:
         reset_moments: Whether the optimizer's state is forgotten at every epoch.
         balanced: Whether it trains on equally many images of every class.
         optimizer: Name of the optimizer that the method prescribes; None for any.
+        solved: Whether it is solved rather than trained: the head, by `training.logistic.solve_head`.
         options: Names and defaults of its own settings.
     """
 
@@ -225,6 +207,7 @@ class Method:
     reset_moments: bool = False
     balanced: bool = False
     optimizer: str | None = None
+    solved: bool = False
     options: tuple[tuple[str, float], ...] = ()
 
     def settings(self, given: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -239,33 +222,35 @@ class Method:
         return known | (given or {})
 
 
-def _norms(anatomy: Anatomy) -> frozenset[str]:
-    # The affine parameters of norms with statistics, which the reference code's Auto-RGN leaves out.
-    owners = {name.rpartition(".")[0] for name in anatomy.tensors if name.endswith("running_mean")}
-    return frozenset(name for name in anatomy.tensors if name.rpartition(".")[0] in owners)
+def _named_bn(anatomy: Anatomy) -> frozenset[str]:
+    # What the reference code leaves out, by the name alone: the BatchNorms of its CIFAR network.
+    return frozenset(name for name in anatomy.tensors if "bn" in name)
 
 
+LOGISTIC = "logistic-head"
 METHODS: dict[str, Method] = {
     row.name: row
     for row in (
         Method("full", "all"),
         Method("linear-probe", "head"),
+        Method(LOGISTIC, "head", solved=True),
         Method("gradual-first-last", "all", lambda a, _: gradual_unfreezing(a, "first-to-last")),
         Method("gradual-last-first", "all", lambda a, _: gradual_unfreezing(a)),
         Method("l1-sp", "all", penalty=lambda o: Penalty("l1-sp", **o), options=(("strength", 1e-4),)),
         Method("l2-sp", "all", penalty=lambda o: Penalty("l2-sp", **o), options=(("strength", 1e-2),)),
         Method("lp-ft", "all", lambda a, o: lp_ft(a, **o), options=(("share", 0.5),)),
+        Method("alternating", "all", lambda a, _: alternating(a)),
         Method("auto-rgn", "all", lambda a, _: AutoRGN()),
         # The paper's reference code makes a new Adam every epoch; auto-rgn-reset measures what that alone does.
         Method("auto-rgn-reset", "all", lambda a, _: AutoRGN(), reset_moments=True),
-        Method("auto-rgn-reference", "all", lambda a, _: AutoRGN(_norms(a)), reset_moments=True),
+        Method("auto-rgn-reference", "all", lambda a, _: AutoRGN(_named_bn(a)), reset_moments=True),
         Method("auto-snr", "all", lambda a, o: AutoSNR(**o), options=(("threshold", 0.3),)),
         Method(
             "auto-snr-reference",
             "all",
-            lambda a, o: AutoSNR(criterion="snr-reference", **o),
+            lambda a, o: AutoSNR(criterion="snr-reference", scaled=False, left_out=_named_bn(a), **o),
             reset_moments=True,
-            options=(("threshold", 0.5),),
+            options=(("threshold", 0.95),),
         ),
         # Kumar et al. 2022b, arXiv 2211.09359; last-layer retraining, Kirichenko et al. 2023.
         Method("freeze-embed", "all - stem", optimizer="sgd"),
@@ -274,14 +259,32 @@ METHODS: dict[str, Method] = {
 }
 
 
+def _with_option(row: Method, number: str) -> Method:
+    name = f"{row.name}@{number}"
+    if len(row.options) != 1:
+        having = [f"{other.name} ({other.options[0][0]})" for other in METHODS.values() if other.options]
+        raise ConfigError(f"{name!r}: {row.name} has no option; those that have one are {', '.join(having)}")
+    try:
+        return replace(row, name=name, options=((row.options[0][0], float(number)),))
+    except ValueError as error:
+        raise ConfigError(
+            f"{name!r}: {row.options[0][0]} is a number, such as {row.name}@{row.options[0][1]}"
+        ) from error
+
+
 def method_of(name: str) -> Method:
     """The row of a method, or surgical fine-tuning of the target of this name.
 
+    ``auto-snr@0.5`` is the method auto-snr with the number as its option, for those that have one.
+
     Raises:
-        ConfigError: The name is neither a method nor a target.
+        ConfigError: The name is neither a method nor a target, or the method has no such option.
     """
     if name in METHODS:
         return METHODS[name]
+    method, _, number = name.partition("@")
+    if number and method in METHODS:
+        return _with_option(METHODS[method], number)
     if name == "none":
         raise ConfigError("'none' trains nothing: evaluate the base itself")
     try:

@@ -8,7 +8,7 @@ adapter, the tensor itself; `trained_tensors` is the one place that knows how th
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -191,6 +191,48 @@ def _named(network: nn.Module, name: str, path: str, parameter: nn.Parameter) ->
         if isinstance(network.get_submodule(".".join(parts[:at])), ModulesToSaveWrapper):
             owner = ".".join(parts[:at] + parts[at + 2 :])
     return join(owner, attribute), TrainedTensor(parameter, path, module, attribute, False)
+
+
+class _ByBaseNames(nn.Module):
+    """A network as it was before any adapter, by the names of its parameters; what is trained stands for the rest."""
+
+    def __init__(self, network: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+        super().__init__()
+        self.__dict__.update(network=network, shown=dict(parameters))  # not as a child, whose names would come back
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        return iter(self.__dict__["shown"].items())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["network"], name)
+
+
+def with_base_names(model: nn.Module) -> nn.Module:
+    """The model as functions read it that make parameter groups by name, such as timm's optimizers with layer decay.
+
+    ::
+
+        create_optimizer_v2(with_base_names(model), opt="adamw", lr=1e-4, weight_decay=0.05, layer_decay=0.75)
+
+    An adapter's parameters have names of their own, which timm's patterns do not know: the delta of ``cls_token`` would
+    get the head's rate, and weight decay. Here each is called like the tensor that it changes, beside the frozen
+    parameters that the network's layers are counted by, and the groups are those of the network tuned by hand.
+
+    Args:
+        model: A PeftModel with a surgical adapter, also in the wrappers of Accelerate or torch.compile.
+
+    Returns:
+        A view for optimizers: it lists parameters and has the network's attributes, and is neither called nor saved.
+
+    Raises:
+        AdapterError: Nothing is trainable.
+        UnsupportedModelError: Two active adapters train the same tensor.
+    """
+    network = _network_of(unwrapped(model))
+    trained = trained_tensors(model)
+    with bare(network):
+        parameters = dict(network.named_parameters())
+    return _ByBaseNames(network, {n: trained[n].parameter if n in trained else p for n, p in parameters.items()})
 
 
 def anatomy_under(model: nn.Module, blocks: Mapping[str, str | Sequence[str]] | Anatomy | None = None) -> Anatomy:

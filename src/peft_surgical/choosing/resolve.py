@@ -68,6 +68,7 @@ def score_blocks(
         loss_fn=loss_fn,
         autocast=autocast,
         chunk_size=chunk_size,
+        measure=row.measure,
     )
     members: dict[str, list[str]] = {block.name: [] for block in anatomy}
     for name in tensors:

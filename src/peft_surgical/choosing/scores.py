@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from ..errors import ConfigError, DataError
-from .gradients import GradientStatistics
+from .gradients import GradientStatistics, Measure, squared_norms
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -179,12 +179,14 @@ class Criterion:
         unit: What one gradient is taken over. Scores over inputs do not depend on how they are batched.
         relative: Whether it divides by the weights, so that it is undefined for a tensor that is all zero (a new
             head's bias): such a tensor gets the score of its block.
+        measure: What is kept of each unit's gradient.
     """
 
     name: str
     score: Callable[[GradientStatistics, Sequence[str]], float]
     unit: Literal["batch", "input"]
     relative: bool = False
+    measure: Measure = squared_norms
 
 
 def rgn(statistics: GradientStatistics, names: Sequence[str]) -> float:
@@ -193,7 +195,7 @@ def rgn(statistics: GradientStatistics, names: Sequence[str]) -> float:
     Norms are taken over the entries of all the tensors together. Weights that are all zero count as 0.
     """
     columns = [statistics.names.index(name) for name in names]
-    gradients = statistics.squares[:, columns].sum(1).sqrt().mean()
+    gradients = statistics.sums[:, columns].sum(1).sqrt().mean()
     weights = math.sqrt(sum(float(statistics.weights[name].double().square().sum()) for name in names))
     return float(gradients) / weights if weights > 0 else 0.0
 
@@ -201,8 +203,9 @@ def rgn(statistics: GradientStatistics, names: Sequence[str]) -> float:
 def snr(statistics: GradientStatistics, names: Sequence[str]) -> float:
     """Signal to noise (paper, eq. 4; Mahsereci et al. 2017): mean over entries of squared mean over variance.
 
-    Mean and variance are those of the entry's gradient over inputs. An entry whose gradient has no variance (that of a
-    dead unit is always zero) counts as 0.
+    Mean and variance are those of the entry's gradient over inputs: here of all minibatches together, five by default,
+    where eq. 4 speaks of one, which ``num_batches=1`` is. An entry whose gradient has no variance (that of a dead unit
+    is always zero) counts as 0.
     """
     if statistics.units < 2:
         raise ConfigError("snr needs at least 2 inputs: a variance over inputs has no meaning for one")
@@ -214,27 +217,30 @@ def snr(statistics: GradientStatistics, names: Sequence[str]) -> float:
     return total / entries
 
 
-def snr_reference(statistics: GradientStatistics, names: Sequence[str]) -> float:
-    """What the paper's reference code computes as SNR: mean and variance along the first axis of the mean gradient.
+def axis_ratios(gradients: torch.Tensor) -> torch.Tensor:
+    """Sum over entries of g^2 / (variance of g along the tensor's first axis + 1e-8), for each unit; see `Measure`."""
+    found = gradients.double() if gradients.ndim > 1 else gradients.double()[:, None]
+    # Torch's variance of one value is NaN, which the reference code then trains; as 0 it gives a large ratio, too.
+    variance = found.var(1, keepdim=True) if found.shape[1] > 1 else torch.zeros_like(found)
+    return (found.square() / (variance + 1e-8)).flatten(1).sum(1)
 
-    It uses no variance over inputs, so it is another quantity than eq. 4. Tensors whose first axis has one entry count
-    as 0; several tensors are averaged, weighted by their numbers of columns.
+
+def snr_reference(statistics: GradientStatistics, names: Sequence[str]) -> float:
+    """What the paper's reference code (``get_lr_weights`` of main.py) computes as SNR, mean over minibatches.
+
+    The mean over entries of g^2 / (variance of g along the tensor's first axis + 1e-8), where g is the gradient of a
+    minibatch. It has no variance over inputs, so it is another quantity than eq. 4. Several tensors, which the code
+    does not join, count by their entries.
     """
-    total, entries = 0.0, 0
-    for name in names:
-        gradient = statistics.mean[name].double()
-        columns = gradient.reshape(len(gradient), -1) if gradient.ndim else gradient.reshape(1, 1)
-        entries += columns.shape[1]
-        if len(columns) > 1:
-            variance = columns.var(0)
-            total += float(torch.where(variance > 0, columns.mean(0).square() / variance, 0.0).sum())
-    return total / entries
+    columns = [statistics.names.index(name) for name in names]
+    entries = sum(statistics.weights[name].numel() for name in names)
+    return float(statistics.sums[:, columns].sum(1).mean()) / entries
 
 
 def fisher(statistics: GradientStatistics, names: Sequence[str]) -> float:
     """Empirical Fisher information (Kirkpatrick et al. 2017): mean over inputs and entries of the squared gradient."""
     columns = [statistics.names.index(name) for name in names]
-    return float(statistics.squares[:, columns].sum(1).mean()) / sum(statistics.weights[name].numel() for name in names)
+    return float(statistics.sums[:, columns].sum(1).mean()) / sum(statistics.weights[name].numel() for name in names)
 
 
 CRITERIA: dict[str, Criterion] = {
@@ -242,7 +248,7 @@ CRITERIA: dict[str, Criterion] = {
     for row in (
         Criterion("rgn", rgn, "batch", relative=True),
         Criterion("snr", snr, "input"),
-        Criterion("snr-reference", snr_reference, "batch"),
+        Criterion("snr-reference", snr_reference, "batch", measure=axis_ratios),
         Criterion("fisher", fisher, "input"),
     )
 }

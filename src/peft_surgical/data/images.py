@@ -13,6 +13,7 @@ import numpy as np
 
 from ..errors import DataError
 from ..extras import require
+from ..files import printable
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 """File endings that are read, in any mix of cases."""
@@ -32,7 +33,11 @@ def content(cell: Mapping[str, Any]) -> bytes:
     """
     if cell is None or (cell.get("bytes") is None and not cell.get("path")):
         raise ValueError("there is no image in it")
-    return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
+    if cell["bytes"] is not None:
+        return cell["bytes"]
+    if (place := Path(cell["path"])).exists() and not place.is_file():
+        raise ValueError(f"{printable(str(place))} is no regular file")  # a pipe would be waited for without end
+    return place.read_bytes()
 
 
 def decode(encoded: bytes, where: str) -> Any:

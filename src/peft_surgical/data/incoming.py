@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from ..errors import ConfigError, DataError
 from ..extras import require
 from .images import IMAGE_SUFFIXES, decode, encoded, fault, read_bytes, sound
 from .labelled import ON_BROKEN, read_data
-from .layouts import visible
+from .listing import counted, image_files, visible
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,8 @@ def read_incoming(
     """
     if on_broken not in ON_BROKEN:
         raise ConfigError(f"on_broken={on_broken!r}: choose one of {', '.join(ON_BROKEN)}")
-    place = Path(source).expanduser() if isinstance(source, (str, os.PathLike)) else None
-    if place is not None and place.is_dir() and (unlabelled or _has_no_classes(place)):
+    place = Path(os.path.expanduser(source)) if isinstance(source, (str, os.PathLike)) else None
+    if place is not None and os.path.isdir(place) and (unlabelled or _has_no_classes(place)):
         found = _unlabelled(place)
     elif unlabelled:
         raise DataError(f"{source} is no folder: streams without labels are read from folders of images only")
@@ -127,23 +129,18 @@ def _has_no_classes(folder: Path) -> bool:
     return any(map(_is_image, entries)) and not any(entry.is_dir() for entry in entries)
 
 
-def _images_below(folder: Path) -> Iterator[Path]:
-    for entry in visible(folder):
-        if entry.is_dir():
-            yield from _images_below(entry)
-        elif _is_image(entry):
-            yield entry
-
-
 def _natural(name: str) -> list[Any]:
     """Sorts row 9 before row 10."""
-    return [(int(word), "") if word.isdigit() else (-1, word) for word in re.split(r"(\d+)", name)]
+    return [(int(word), "") if word.isdecimal() else (-1, word) for word in re.split(r"(\d+)", name)]
 
 
 def _unlabelled(folder: Path) -> Incoming:
-    paths = list(_images_below(folder))
+    passed_over: Counter[str] = Counter()
+    paths = list(image_files(folder, passed_over))
     if not paths:
         raise DataError(f"{folder} holds no image: add files that end in {', '.join(IMAGE_SUFFIXES)}")
+    if odd := {suffix: n for suffix, n in passed_over.items() if " " in suffix}:
+        warnings.warn(f"left out of {folder}: {counted(odd)}", stacklevel=3)
     files = tuple(path.relative_to(folder).as_posix() for path in paths)
     return Incoming(files, lambda number: paths[number].read_bytes())
 

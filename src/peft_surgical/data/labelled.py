@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ..errors import ConfigError, DataError
-from ..extras import require
+from ..extras import LARGEST_SEED, check_range, require
 from . import layouts
 from .images import data_fingerprint, decode, digests_of, encoded, read_bytes, warn_of_duplicates, without_broken
 from .labels import RawLabels, encode
@@ -101,7 +101,7 @@ def read_data(
 
     Raises:
         DataError: Names the file or row that does not fit, and the way out.
-        ConfigError: If ``on_broken`` is none of the three.
+        ConfigError: If ``on_broken`` is none of the three, or the seed is out of range.
 
     Warns:
         UserWarning: For images that are in two parts, for anything that is left out, and for a part that has fewer
@@ -109,6 +109,7 @@ def read_data(
     """
     if on_broken not in ON_BROKEN:
         raise ConfigError(f"on_broken={on_broken!r}: choose one of {', '.join(ON_BROKEN)}")
+    check_range("seed", seed, 0, LARGEST_SEED)
     found = _find(source, image_column, label_column)
     _drop_unlabelled_test(found)
     names, numbers = encode({split: raw for split, (_, raw) in found.items()})
@@ -131,10 +132,10 @@ def _find(source: Any, image: str | None, label: str | None) -> dict[str, tuple[
         if not isinstance(source, Sequence) or not source:
             raise DataError(f"{source!r} is no data: pass a folder, parquet files, a Hub id or a datasets.Dataset")
         return _from_tables(layouts.read_parquet([_parquet(Path(file)) for file in source], None), "them", image, label)
-    place, shown = Path(source).expanduser(), os.fspath(source)
-    if place.is_file():
+    place, shown = Path(os.path.expanduser(source)), os.fspath(source)
+    if os.path.isfile(place):
         return _from_tables(layouts.read_parquet([_parquet(place)], None), shown, image, label)
-    if place.is_dir():
+    if os.path.isdir(place):
         if (saved := layouts.from_disk(place)) is not None:
             return _from_tables(layouts.by_split(saved, shown), shown, image, label)
         if files := layouts.parquet_files(place):

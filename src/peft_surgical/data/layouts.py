@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from ..errors import DataError
 from ..extras import require
 from .images import IMAGE_SUFFIXES
+from .listing import counted, image_files, visible
 
 SPLITS = {
     "tuning": ("train", "training"),
@@ -22,7 +22,6 @@ SPLITS = {
 }
 """Our name of each split -> the names under which people have it, in any mix of cases."""
 
-_SYSTEM = ("__macosx", "@eadir", "$recycle.bin")
 # Notes that people keep beside their images; anything else that is left out is worth a warning.
 _SILENT = (".csv", ".db", ".htm", ".html", ".ini", ".json", ".jsonl", ".md", ".txt", ".xml", ".yaml", ".yml")
 
@@ -41,11 +40,6 @@ class Listing:
     paths: list[str]
     classes: list[str]
     files: list[str]
-
-
-def visible(folder: Path) -> list[Path]:
-    """What lies in a folder, sorted by name, without hidden files and those of operating systems."""
-    return sorted(p for p in folder.iterdir() if not p.name.startswith(".") and p.name.lower() not in _SYSTEM)
 
 
 def list_images(root: Path) -> dict[str, Listing]:
@@ -68,7 +62,7 @@ def list_images(root: Path) -> dict[str, Listing]:
         raise DataError(
             f"{root} has {by_split.popitem()[1].name}/ but no train/: name the folder with the images to tune on train/"
         )
-    if others := [p for p in folders if p not in by_split.values() and next(_images_below(p), None)]:
+    if others := [p for p in folders if p not in by_split.values() and next(image_files(p), None)]:
         raise DataError(
             f"{others[0]} holds images but is none of the splits beside it: name it for one of "
             f"{', '.join(f'{names[0]}/' for names in SPLITS.values())}, or move it away"
@@ -87,10 +81,10 @@ def _split(folder: Path, root: Path, strict: bool) -> Listing:
     if stray:
         _warn(f"{len(stray)} image(s) lie beside the class folders and belong to no class, first {stray[0]}: left out")
     for name in classes:
-        images = sorted(_images_below(name, passed_over))
+        images = sorted(image_files(name, passed_over, above=(root, folder)))
         if not images and strict:
             raise DataError(
-                f"the class folder {name} holds no image ({_counted(passed_over)}): remove it, or add images that end "
+                f"the class folder {name} holds no image ({counted(passed_over)}): remove it, or add images that end "
                 f"in {', '.join(IMAGE_SUFFIXES)}"
             )
         listing.paths.extend(map(str, images))
@@ -99,25 +93,8 @@ def _split(folder: Path, root: Path, strict: bool) -> Listing:
     if not listing.paths:
         raise DataError(f"{folder} holds no image in any of its folders: add images, or remove it")
     if left := {suffix: n for suffix, n in passed_over.items() if suffix not in _SILENT}:
-        _warn(f"left out of {folder}, because they are no images that can be read here: {_counted(left)}")
+        _warn(f"left out of {folder}, because they are no images that can be read here: {counted(left)}")
     return listing
-
-
-def _images_below(folder: Path, passed_over: Counter[str] | None = None) -> Iterator[Path]:
-    for place, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(f for f in folders if not f.startswith(".") and f.lower() not in _SYSTEM)
-        for file in files:
-            suffix = os.path.splitext(file)[1].lower()
-            if file.startswith(".") or file.lower() == "thumbs.db":
-                continue
-            if suffix in IMAGE_SUFFIXES:
-                yield Path(place, file)
-            elif passed_over is not None:
-                passed_over[suffix] += 1
-
-
-def _counted(suffixes: Mapping[str, int]) -> str:
-    return ", ".join(f"{n} {suffix or 'without ending'}" for suffix, n in sorted(suffixes.items())) or "nothing"
 
 
 def _why_no_class(folder: Path, stray: list[Path]) -> str:

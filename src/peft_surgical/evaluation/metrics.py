@@ -115,7 +115,7 @@ def group_accuracies(scores: Tensor, labels: Tensor, groups: Tensor) -> dict[int
 
 
 def worst_group_accuracy(scores: Tensor, labels: Tensor, groups: Tensor) -> float:
-    """Accuracy of the worst group, a fraction: what the paper reports for Waterbirds and CelebA (Sec. 3.1).
+    """Accuracy of the worst group, a fraction: what the paper reports for Waterbirds and CelebA (Sec. 4.2, Table 4).
 
     Arguments and errors as for `group_accuracies`.
     """

@@ -17,6 +17,8 @@ from typing import Any
 
 from ..errors import DataError
 from ..extras import require
+from ..files import MAX_BYTES
+from ..texts import escaped, markdown_text
 from .metrics import interval_of_runs
 
 ORACLE = "oracle"
@@ -138,7 +140,8 @@ class TextTable:
 
     def markdown(self) -> str:
         """A Markdown table, an empty line, and the caption."""
-        lines = [f"| {' | '.join(row)} |" for row in (self.header, ["---"] * len(self.header), *self.rows)]
+        rows = [[markdown_text(cell) for cell in row] for row in (self.header, *self.rows)]
+        lines = [f"| {' | '.join(row)} |" for row in (rows[0], ["---"] * len(self.header), *rows[1:])]
         return "\n".join([*lines, *(["", self.caption] if self.caption else [])]) + "\n"
 
     def save(self, file: str | Path) -> None:
@@ -153,7 +156,7 @@ class TextTable:
         for name in self.header:
             table.add_column(text(name))
         for row in self.rows:
-            table.add_row(*map(text, row))
+            table.add_row(*(text(escaped(cell)) for cell in row))
         console.Console(width=None if sys.stdout.isatty() else 150).print(table)
 
 
@@ -215,13 +218,18 @@ class Report:
         try:
             content = json.loads(text)
             measurements = [{**m, "seeds": tuple(m["seeds"])} for m in content["measurements"]]
-            return cls(**{**content, "measurements": tuple(Measurement(**m) for m in measurements)})
+            found = cls(**{**content, "measurements": tuple(Measurement(**m) for m in measurements)})
+            _check_types(found)
+            for one in found.measurements:
+                _check_types(one)
+            return found
         except DataError:
             raise
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
             expected = ", ".join(f.name for f in fields(cls))
+            reason = escaped(str(error))[:200]
             raise DataError(
-                f"not a report ({error}): expected the JSON of {expected}, as Report.to_json writes it"
+                f"not a report ({reason}): expected the JSON of {expected}, as Report.to_json writes it"
             ) from error
 
     def save(self, file: str | Path) -> None:
@@ -232,9 +240,13 @@ class Report:
     def load(cls, file: str | Path) -> Report:
         """Read a file that `save` wrote; errors are those of `from_json` and name the file."""
         try:
+            if (size := Path(file).stat().st_size) > MAX_BYTES:
+                raise DataError(f"not a report, which has at most {MAX_BYTES:,} bytes, but {size:,} bytes")
             return cls.from_json(Path(file).read_text(encoding="utf-8"))
-        except DataError as error:
+        except (DataError, UnicodeDecodeError) as error:
             raise DataError(f"{file}: {error}") from error
+        except OSError as error:
+            raise DataError(f"{file} cannot be read ({error.strerror}): name the report.json of a run") from error
 
     def without_paths(self, base: str | None = None) -> Report:
         """The same without absolute paths of this machine; the base's, where it is one, becomes ``base``."""
@@ -243,6 +255,23 @@ class Report:
         if base is not None and self.model in names:
             names[self.model] = base
         return Report.from_json(json.dumps(scrubbed(json.loads(self.to_json()), names)))
+
+
+_TYPES: Mapping[str, tuple[Any, str]] = {
+    **dict.fromkeys(("model", "target", "name", "dataset", "interval", "selection"), (str, "a text")),
+    **dict.fromkeys(("value", "low", "high"), ((int, float), "a number")),
+    "n": (int, "a number of examples"),
+    "settings": (Mapping, "a mapping"),
+}
+
+
+def _check_types(found: Report | Measurement) -> None:
+    for name, value in vars(found).items():
+        kind, what = _TYPES.get(name, (object, ""))
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise TypeError(f"{name} is no {what.removeprefix('a ')}")
+        if name == "seeds" and not all(isinstance(seed, int) for seed in value):
+            raise TypeError("seeds are no whole numbers")
 
 
 def scrubbed(value: Any, names: Mapping[str, str] | None = None) -> Any:

@@ -24,12 +24,15 @@ from ..config import SurgicalConfig
 from ..data.incoming import Incoming
 from ..errors import AdapterError, ConfigError, DataError
 from ..evaluation import Report, accuracy, measure, predict_logits, wilson_interval
-from ..extras import require
+from ..extras import LARGEST_SEED, check_range, require
 from ..keys import CONFIG, FIGURE, REPORT, WEIGHTS
-from ..tuner.saving import write_card
+from ..results import claim, published, withdraw
+from ..texts import csv_cell
+from ..tuner.saving import publish_adapter, write_card
 
 ADAPTATION_METHODS, MODES = ("memo", "tent"), ("online", "episodic")
 PREDICTIONS = "predictions.csv"
+ADAPTED_FILES = (PREDICTIONS, REPORT, FIGURE, CONFIG, WEIGHTS)
 STREAM, SAVED = "stream", "stream, with the saved adapter"  # datasets of measurements
 _UNKEPT = {
     "tent": "TENT predicts with the statistics of each batch, which norm_stats={!r} does not keep for every BatchNorm, "
@@ -50,8 +53,7 @@ class AdaptSettings:
         mode: ``online`` or ``episodic``.
         optimizer: None for the method's own: for MEMO SGD online and AdamW episodic (Lee et al. 2023), for TENT Adam.
         batch_size: Images that TENT takes at a time.
-        norm_stats: The adapter's policy; None for ``all`` with TENT, which normalises with the stream's statistics, and
-            ``frozen`` with MEMO.
+        norm_stats: The adapter's policy; None for ``frozen`` with MEMO, ``all`` with TENT, which uses the stream's.
 
     Raises:
         ConfigError: A setting is unknown or out of range, or needs labels.
@@ -72,18 +74,17 @@ class AdaptSettings:
     reset_on_collapse: bool = False
 
     def __post_init__(self) -> None:
-        choices = {"method": ADAPTATION_METHODS, "mode": MODES, "optimizer": (None, *STREAM_OPTIMIZERS)}
+        choices = {"method": ADAPTATION_METHODS, "mode": MODES, "norm_stats": (None, "frozen", "target", "all")}
+        choices["optimizer"] = (None, *STREAM_OPTIMIZERS)
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(filter(None, known))}")
         if parse(self.target).needs_data:
-            raise ConfigError(
-                f"target={self.target!r}: scores and searches need labels, which a stream has not. Name a block, such "
-                "as target='stem'"
-            )
+            way = "scores and searches need labels, which a stream has not. Name a block, such as target='stem'"
+            raise ConfigError(f"target={self.target!r}: {way}")
         AugMix(self.views, self.crop)  # refuses what cannot be made
-        if self.batch_size < 1:
-            raise ConfigError(f"batch_size={self.batch_size}: give 1 or more")
+        for one, low, high in (("lr", 0, 1e6), ("batch_size", 1, 1e9), ("seed", 0, LARGEST_SEED)):
+            check_range(one, getattr(self, one), low, high)
         if self.prior_strength is not None and self.method != "memo":
             raise ConfigError("prior_strength is MEMO's: TENT normalises with the batch's statistics alone")
         tent, online = self.method == "tent", self.mode == "online"
@@ -123,10 +124,10 @@ class AdaptResult:
 
 
 def open_base(name: str, images: Incoming, weights: str = "pretrained", head: str = "auto") -> Base:
-    """The base for a stream, with the head that it was trained with; ``head`` is ``auto`` or ``keep``.
+    """The base for a stream, with the head that it was trained with.
 
     Raises:
-        ConfigError: For another ``head``.
+        ConfigError: ``head`` is neither ``auto`` nor ``keep``.
         DataError: If it has other classes than the data: adaptation has no labels, so it cannot train a head.
     """
     if head not in ("auto", "keep"):
@@ -163,7 +164,6 @@ def adapt(
         settings: How to adapt.
         device: Where to compute.
         tell: Called with the number of images done, of all images, and the accuracy so far with and without adaptation.
-
     """
     to_pixels, normalise = halves(base.transform_eval)
     method = settings.method_on(base.model, normalise, device)
@@ -183,8 +183,8 @@ def adapt(
             labels = None if images.labels is None else images.labels[: rows.stop]
             right = [labels if labels is None else accuracy(_ranked(torch.cat(at)), labels) for at in (after, before)]
             tell(rows.stop, len(images), *right)
-    names = base.label_names or images.label_names
-    return AdaptResult(method.model, torch.cat(before), torch.cat(after), method.record, names, method.keeps_statistics)
+    names, keeps = base.label_names or images.label_names, method.keeps_statistics
+    return AdaptResult(method.model, torch.cat(before), torch.cat(after), method.record, names, keeps)
 
 
 def _ranked(logits: Tensor) -> Tensor:
@@ -203,19 +203,18 @@ def write_adapted(
     Raises:
         AdapterError: If what is reloaded does not give the logits of what was saved, bit for bit.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    before, after, labels = _ranked(result.before), _ranked(result.after), images.labels
-    _write_predictions(folder / PREDICTIONS, images, result)
-    opening = {"label_names": list(images.label_names) if images.label_names else None, "weights": weights}
-    saved = settings.mode == "online" and result.keeps_statistics
+    folder, before, after = claim(folder, ADAPTED_FILES), _ranked(result.before), _ranked(result.after)
+    with published(folder) as stage:
+        _write_predictions(stage / PREDICTIONS, images, result)
+    opening = {"label_names": [*images.label_names] if images.label_names else None, "weights": weights}
+    saved, labels = settings.mode == "online" and result.keeps_statistics, images.labels
     found = {STREAM: after}
     if saved:
-        result.model.eval().save_pretrained(folder)
+        publish_adapter(result.model.eval(), folder)
         logits = _predicted_again(folder, load_base(name, **opening), images, result)  # type: ignore[arg-type]
         found |= {} if logits is None else {SAVED: _ranked(logits)}
     else:
-        for file in (CONFIG, WEIGHTS):  # of an earlier stream
-            (folder / file).unlink(missing_ok=True)
+        withdraw(folder, (CONFIG, WEIGHTS))  # of an earlier stream
     rule = "settings as given; nothing was chosen with these images"
     rows = [("accuracy before", STREAM, before, "none"), *(("accuracy", *part, rule) for part in found.items())]
     measured = [
@@ -236,17 +235,18 @@ def write_adapted(
         "worse": [part for part, at in found.items() if labels is not None and _is_worse(before, at, labels)],
     }
     report = Report(name, settings.target, tuple(measured), facts)
-    report.save(folder / REPORT)
-    write_card(folder, report)
     for part in report.settings["worse"]:
         right, earlier = report.find("accuracy", part).value, report.find("accuracy before").value
         worse = f"{right:.1%} of the {part} is predicted right, without it {earlier:.1%}. Take a smaller lr (--lr), "
         worse += "larger and mixed batches for TENT, or another target (--target stem); or leave the network as it is"
         warnings.warn(f"adaptation made it worse: {worse}", stacklevel=2)
-    try:
-        _draw(folder / FIGURE, images, result)
-    except DataError as error:  # without matplotlib the numbers are worth having, too
-        warnings.warn(f"no figure: {error}", stacklevel=2)
+    with published(folder) as stage:
+        report.save(stage / REPORT)
+        try:
+            _draw(stage / FIGURE, images, result)
+        except DataError as error:  # without matplotlib the numbers are worth having, too
+            warnings.warn(f"no figure: {error}", stacklevel=2)
+    write_card(folder, report)
     return report
 
 
@@ -257,14 +257,14 @@ def _is_worse(before: Tensor, after: Tensor, labels: Tensor) -> bool:
 
 
 def _write_predictions(file: Path, images: Incoming, adapted: AdaptResult) -> None:
-    labels = [] if images.labels is None else [[label] for label in images.labels.tolist()]
+    labels = [] if images.labels is None else images.labels[:, None].tolist()
     classes, before = _ranked(adapted.after).tolist(), _ranked(adapted.before).tolist()
     with file.open("w", newline="", encoding="utf-8") as out:
         writer = csv.writer(out)
         writer.writerow(["file", "class", "name", "confidence", "class before", *(["label"] if labels else [])])
         for i, confidence in enumerate(adapted.after.softmax(1).amax(1).tolist()):
-            name = adapted.names[classes[i]] if adapted.names and classes[i] >= 0 else ""
-            row = [images.files[i], classes[i], name, f"{confidence:.4f}", before[i]]
+            name = csv_cell(adapted.names[classes[i]]) if adapted.names and classes[i] >= 0 else ""
+            row = [csv_cell(images.files[i]), classes[i], name, f"{confidence:.4f}", before[i]]
             writer.writerow(row + (labels[i] if labels else []))
 
 
@@ -273,7 +273,7 @@ def _predicted_again(folder: Path, base: Base, images: Incoming, adapted: AdaptR
     again = PeftModel.from_pretrained(base.model, folder).to(next(adapted.model.parameters()).device)
     logits: list[Tensor] = []
     for rows in torch.arange(len(images)).split(_BATCH):
-        inputs = torch.stack([base.transform_eval(images.read(i)) for i in rows.tolist()])
+        inputs = torch.stack([base.transform_eval(images.read(int(i))) for i in rows])
         logits.append(predict_logits(again, inputs))
         if len(logits) == 1 and not torch.equal(predict_logits(adapted.model, inputs), logits[0]):
             raise AdapterError(f"{folder} does not reload to what the stream left: do not use it, and report this")
@@ -287,14 +287,13 @@ def _draw(file: Path, images: Incoming, adapted: AdaptResult) -> None:
     figure = require("matplotlib.figure", "drawing a figure", "plots").Figure(figsize=(6, 4), layout="constrained")
     axes, count = figure.subplots(), torch.arange(1, len(images) + 1)
     for name, logits in (("without", adapted.before), ("adapted", adapted.after)):
+        values = logits.softmax(1).amax(1).nan_to_num(0.0)
         if images.labels is not None:
             values = (_ranked(logits) == images.labels).float()
-        else:
-            values = logits.softmax(1).amax(1).nan_to_num(0.0)
         axes.plot(count, 100 * values.cumsum(0) / count, label=name)
     for place in adapted.record.collapses:
         axes.axvline(place, linestyle=":", color="black")
-    what = "accuracy" if images.labels is not None else "mean confidence"
+    what = "mean confidence" if images.labels is None else "accuracy"
     axes.set(xlabel="images of the stream", ylabel=f"{what} so far (%)")
     axes.legend()
     figure.savefig(file, dpi=120)

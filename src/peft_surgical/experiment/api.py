@@ -15,13 +15,17 @@ from torch import nn
 from ..bases.load import Base
 from ..errors import ConfigError, RowsFailedError
 from ..evaluation import Report
-from ..extras import accelerator_or_cpu, require
+from ..extras import LARGEST_SEED, accelerator_or_cpu, check_range, require
+from ..keys import CONFIG, FIGURE, REPORT, WEIGHTS
+from ..results import claim
+from ..training.auto import AutoSettings
 from ..training.engines import Engine, on_ray, separated
 from ..training.fitting import FitSettings
 from ..training.ledger import Run
 from .choosing import BATCH_SIZES, batch_size_for, choose, plan_of, run_grid, uses_rates
-from .comparison import write_compared
+from .comparison import TABLE, write_compared
 from .experiment import Experiment
+from .mistakes import MISTAKES
 from .outputs import Tuned, read_source, write_tuned
 from .requests import watched
 from .settings import RunSettings, opened
@@ -74,7 +78,8 @@ def tune(
         num_blocks: With ``auto-rgn`` and the like: how many neighbouring blocks; 1 by default.
         budget: With ``auto-rgn`` and the like: the largest share of the parameters instead.
         source: Data of the network's classes, as for `read_data`, on which to measure what was forgotten.
-        output: Folder for the results; None makes a new temporary folder.
+        output: Folder for the results: a new or an empty one, or that of an earlier call, whose results are replaced.
+            None makes a new temporary folder.
         seed: Seed of drawn parts, the order of training images, and a new head.
         **settings: Those of `RunSettings`.
 
@@ -88,7 +93,11 @@ def tune(
     if method is not None and target != "auto":
         raise ConfigError(f"target={target!r} and method={method!r} both say what to tune: give one of them")
     given, asked = RunSettings(**settings), method or target
-    with _experiment(network, data, output, given, seed, [asked], method is not None) as (experiment, is_first):
+    written = (REPORT, FIGURE, MISTAKES, CONFIG, WEIGHTS)
+    with _experiment(network, data, output, given, seed, [asked], method is not None, written, [seed]) as (
+        experiment,
+        is_first,
+    ):
         old = None if source is None else read_source(experiment, source, **given.columns)
         choice = choose(experiment, asked, seed, is_method=method is not None, num_blocks=num_blocks, budget=budget)
         return write_tuned(experiment, choice, seed, old) if is_first else None
@@ -125,7 +134,8 @@ def compare(
         RowsFailedError: All methods failed.
     """
     failed: Mapping[str, Exception] = {}
-    with _experiment(network, data, output, RunSettings(**settings), 0, methods, True) as (experiment, is_first):
+    given, written = RunSettings(**settings), (REPORT, FIGURE, TABLE)
+    with _experiment(network, data, output, given, 0, methods, True, written, seeds) as (experiment, is_first):
         try:
             rows = run_grid(experiment, methods, seeds)
         except RowsFailedError as error:
@@ -139,10 +149,22 @@ def compare(
 
 @contextmanager
 def _experiment(
-    network: Any, data: Any, output: Any, given: RunSettings, seed: int, asked: Sequence[str], is_method: bool
+    network: Any,
+    data: Any,
+    output: Any,
+    given: RunSettings,
+    seed: int,
+    asked: Sequence[str],
+    is_method: bool,
+    written: Sequence[str],
+    seeds: Sequence[int] = (),
 ) -> Iterator[tuple[Experiment, bool]]:
     """The experiment that the arguments describe, and whether this process reports it; its plan is printed."""
+    for one in seeds:
+        check_range("seed", one, 0, LARGEST_SEED)
     name, opener = opened(network, given)
+    # Before anything is read or trained.
+    folder = claim(tempfile.mkdtemp(prefix="peft-surgical-") if output is None else output, written)
     lrs, head_lrs = _rates(given.lr), _rates(given.head_lr) or _rates(given.lr)
     fitting = FitSettings(
         lr=1e-3,
@@ -161,12 +183,12 @@ def _experiment(
         experiment = Experiment(
             name,
             data,
-            Path(tempfile.mkdtemp(prefix="peft-surgical-") if output is None else output).absolute(),
+            folder,
             fitting,
             lrs=lrs or (1e-3, 1e-4),
             head_lrs=head_lrs or (1e-2, 1e-3),
             reading={"tuning": given.tuning, "validation": given.validation, "test": given.test, **given.columns},
-            config={"norm_stats": given.norm_stats, "delta_dtype": given.delta_dtype},
+            config={"norm_stats": given.norm_stats or "frozen", "delta_dtype": given.delta_dtype},
             augment=given.augment,
             image_size=given.image_size,
             arguments=loading,
@@ -176,7 +198,13 @@ def _experiment(
             opener=opener,
             engine=engine,
             watch=watch,
+            asked=AutoSettings(
+                lrs or None, (given.norm_stats,) if given.norm_stats else AutoSettings.policies, given.effort
+            ),
+            cache=given.cache,
+            cached_views=given.cached_views,
         )
+        experiment.ledger.runs()  # refuses a file that is no ledger
         if given.batch_size is None:
             size = batch_size_for(len(experiment.data(seed).tuning))
             experiment.fitting = replace(experiment.fitting, batch_size=size)

@@ -18,19 +18,19 @@ from ..errors import ConfigError, RowsFailedError
 from ..training.engines import Workers
 from ..training.ledger import Run
 from ..training.search import (
-    AUTO_RUNGS,
     NONE,
     RUNGS,
     SELECTION_SEED,
     Candidate,
     SearchResult,
-    auto,
     best_of,
+    candidate_of,
     candidates_of,
     cross_val,
     greedy,
     race,
 )
+from .automatic import choose_by_auto, steps_of
 from .experiment import Experiment
 from .subject import SEARCHES, SHARE
 
@@ -150,18 +150,15 @@ def search(experiment: Experiment, name: str, seed: int) -> tuple[SearchResult, 
         blocks = [block for block in experiment.anatomy.names if not (new and block == "head")]
         found = greedy(blocks, experiment.lrs, experiment.train, experiment.ledger, settings, experiment.run)
         return found, None
+    if name == "auto":
+        return choose_by_auto(experiment, settings), None
     candidates = candidates_of(experiment.anatomy, experiment.lrs, experiment.head_lrs, nothing=not new)
     if name == "cross-val":
         return cross_val(candidates, experiment.train, experiment.ledger, settings, experiment.run), None
     # While a new head trains alone all candidates are the same; and a short run has fewer whole epochs to stop after.
     begun, epochs = SHARE if new else 0.0, experiment.fitting.epochs
-    shares = AUTO_RUNGS if name == "auto" else RUNGS
-    rungs = sorted({max(1, round((begun + (1 - begun) * share) * epochs)) / epochs for share in shares})
-    if name == "race":
-        return race(candidates, experiment.train, experiment.ledger, settings, experiment.run, rungs=rungs), None
-    scores = experiment.scores("rgn", seed)
-    given = experiment.train, experiment.ledger, settings, experiment.run
-    return auto(candidates, scores.block_scores, *given, rungs=rungs), scores
+    rungs = sorted({max(1, round((begun + (1 - begun) * share) * epochs)) / epochs for share in RUNGS})
+    return race(candidates, experiment.train, experiment.ledger, settings, experiment.run, rungs=rungs), None
 
 
 def run_grid(experiment: Experiment, methods: Sequence[str], seeds: Sequence[int]) -> dict[str, list[Run]]:
@@ -238,7 +235,7 @@ def _refuse_diverged(runs: Sequence[Run]) -> None:
 
 
 def _as_run(choice: Choice) -> Run:
-    chosen = str(Candidate(choice.run.key["method"], choice.run.key["lr"]))
+    chosen = str(candidate_of(choice.run))
     return Run(choice.run.key, {**choice.run.result, "cost": choice.cost, "chosen": chosen})
 
 
@@ -282,7 +279,7 @@ def plan_of(experiment: Experiment, asked: Sequence[str], is_method: bool = Fals
     purposes = {"tuning": "to tune on", "validation": "to choose with", "test": "to test on"}
     counts = {part: len(rows) for part, rows in data.parts.items()}
     images = ", ".join(f"{counts.get(part) or 'none'} {purpose}" for part, purpose in purposes.items())
-    steps = math.ceil(counts["tuning"] / (fitting.batch_size * fitting.accumulation)) * fitting.epochs
+    steps = steps_of(experiment)
     epochs = "1 epoch" if fitting.epochs == 1 else f"{fitting.epochs} epochs"
     others, head = uses_rates(experiment, asked, is_method)
     rates = [", ".join(f"{rate:g}" for rate in experiment.lrs)] if others else []

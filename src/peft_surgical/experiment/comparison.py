@@ -10,6 +10,7 @@ from ..errors import reason_of
 from ..evaluation import Measurement, Report, TextTable, measure
 from ..extras import require
 from ..keys import FIGURE, REPORT
+from ..results import published
 from ..training.ledger import Run
 from ..training.search import NONE, SELECTION_SEED
 from .experiment import Experiment
@@ -60,10 +61,10 @@ def write_compared(
         **provenance(experiment),
     }
     report = Report(experiment.model, "comparison", tuple(measured), settings)
-    folder = experiment.folder
-    report.save(folder / REPORT)
-    TextTable(list(HEADINGS), list(compared(report)), settings["caption"]).save(folder / TABLE)
-    draw_or_warn(lambda: bars(measured, list(rows), "accuracy (%)", f"{part}, 95% intervals", folder / FIGURE))
+    with published(experiment.folder) as stage:
+        report.save(stage / REPORT)
+        TextTable(list(HEADINGS), list(compared(report)), settings["caption"]).save(stage / TABLE)
+        draw_or_warn(lambda: bars(measured, list(rows), "accuracy (%)", f"{part}, 95% intervals", stage / FIGURE))
     if not reasons:
         experiment.tidy()
     return report

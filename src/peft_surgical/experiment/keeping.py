@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from ..evaluation import Report
 from ..keys import CONFIG, REPORT, WEIGHTS
+from ..results import withdraw
 from ..training.ledger import Run
 from ..training.search import NONE
+from ..tuner.saving import publish_adapter
 from .experiment import Experiment
 
 
@@ -50,13 +52,12 @@ def keep_adapter(experiment: Experiment, run: Run, selection: dict[str, Any] | N
         model = experiment.load(_adapter(experiment, run, folder), experiment.base(seed, zero).model)
         config = model.peft_config["default"]
         config.selection, config.base_model_name_or_path = selection, experiment.model
-        model.save_pretrained(folder)
+        publish_adapter(model, folder, experiment.folder)
         after = experiment.load(folder, fresh)
         experiment.check(model, after, seed)
         moved = _moved(fresh, after, experiment)
     else:
-        for name in (CONFIG, WEIGHTS):  # of another choice, earlier
-            (folder / name).unlink(missing_ok=True)
+        withdraw(folder, (CONFIG, WEIGHTS))  # of another choice, earlier
         after, moved = copy.deepcopy(fresh), {}
     return Kept(after, opening, moved, _head(experiment, key["method"], zero))
 

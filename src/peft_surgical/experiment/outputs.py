@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import platform
 import time
 import warnings
@@ -13,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..bases.classes import fit_head
@@ -21,11 +23,13 @@ from ..errors import DataError
 from ..evaluation import Interval, Measurement, Report, measure, wilson_interval
 from ..extras import require
 from ..keys import FIGURE, REPORT
-from ..training.search import NONE, Candidate
+from ..results import published
+from ..training.search import HOW, NONE, candidate_of
 from ..tuner.saving import write_card
 from .choosing import Choice
 from .experiment import Experiment
 from .keeping import keep_adapter
+from .mistakes import MISTAKES, confusion_of, per_class, write_mistakes
 from .subject import Rows
 
 LOADING = """\
@@ -88,7 +92,7 @@ def place_of(source: Any) -> str:
     """Where data lies: the whole path of a file or folder, an id of the Hub as it is, and of other objects the type."""
     if not isinstance(source, (str, Path)):
         return f"a {type(source).__name__} in memory"
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     return str(path.absolute()) if path.exists() else str(source)
 
 
@@ -123,6 +127,7 @@ def write_tuned(experiment: Experiment, choice: Choice, seed: int, source: Sourc
         "asked": choice.asked,
         "run": experiment.digest(key),
         "cost": choice.cost,
+        "prefix": choice.run.notes.get("prefix"),
         "head": kept.head,
         "open": kept.opening,
         "data_parts": dict(data.origin),
@@ -133,12 +138,32 @@ def write_tuned(experiment: Experiment, choice: Choice, seed: int, source: Sourc
         **provenance(experiment),
     }
     measured = _measured(experiment, kept.model, choice, seed, source)
-    report = Report(experiment.model, key["method"], tuple(measured), settings)
-    report.save(folder / REPORT)
+    with published(folder) as stage:
+        if data.test is not None:
+            settings["test"] = _looked_at(experiment, kept.model, seed, stage / MISTAKES)
+        report = Report(experiment.model, key["method"], tuple(measured), settings)
+        report.save(stage / REPORT)
+        draw_or_warn(lambda: figure_of(experiment, choice, report, stage / FIGURE))
     write_card(folder, report)
-    draw_or_warn(lambda: figure_of(experiment, choice, report))
     experiment.tidy()
     return Tuned(kept.model, report, None if key["method"] == NONE else folder, folder)
+
+
+def _looked_at(experiment: Experiment, model: nn.Module, seed: int, file: Path) -> dict[str, Any]:
+    """The accuracy of each class on the test images and which class is taken for which; mistakes go to a table."""
+    rows, names = experiment.rows("test", seed), list(experiment.data(seed).label_names)
+    logits, labels = experiment.logits(model, rows), rows.label_tensor
+    if (outputs := experiment.outputs) is not None:  # those of the data's classes, in their order
+        logits = logits[:, list(outputs)]
+        labels = torch.tensor([outputs.index(label) for label in labels.tolist()])
+    confusion = confusion_of(logits, labels, len(names))
+    found = {
+        name: None if share is None else round(share, 4)
+        for name, share in zip(names, per_class(confusion), strict=True)
+    }
+    files = list(experiment.data(seed).parts["test"].select_columns(["file"])["file"][:])
+    wrong = write_mistakes(file, files, logits, labels, names)
+    return {"accuracy_of_class": found, "confusion": confusion, "mistakes": wrong}
 
 
 def _measured(
@@ -151,8 +176,15 @@ def _measured(
     if source is not None:
         parts[source.name], rules[source.name] = source.rows, choice.rule
     found = []
+    refit = choice.run.key.get(HOW, {}).get("refit", False)
     for part, rows in parts.items():
         for name, model, rule in (("accuracy before", base.model, "none"), ("accuracy", after, rules[part])):
+            if refit and model is after and part == "validation":
+                # It is trained on these now: what they say is from before.
+                how = f"{rule}; measured before the adapter was trained on these images, too"
+                value = choice.run.result["validation"]
+                found.append(measure(name, [value], dataset=part, n=len(rows), seeds=[seed], selection=how))
+                continue
             logits = experiment.logits(model, rows)
             value = experiment.judge(["accuracy"], logits, rows.label_tensor, rows.groups)["accuracy"]
             found.append(measure(name, [value], dataset=part, n=len(rows), seeds=[seed], selection=rule))
@@ -189,15 +221,16 @@ def draw_or_warn(draw: Callable[[], None]) -> None:
         warnings.warn(f"no figure: {error}", stacklevel=3)
 
 
-def figure_of(experiment: Experiment, choice: Choice, report: Report) -> None:
-    """Validation accuracy of every candidate, what moved, and the scores if the choice depends on them."""
+def figure_of(experiment: Experiment, choice: Choice, report: Report, file: Path) -> None:
+    """Draw the validation accuracy of every candidate, what moved, and the scores if the choice depends on them."""
     figures = require("matplotlib.figure", "drawing a figure", "plots")
     best: dict[str, float] = {}
     for run in choice.trials:
-        name = str(Candidate(run.key["method"], run.key["lr"]))
+        name = str(candidate_of(run))
         best[name] = max(best.get(name, 0.0), run.result["validation"])
     moved, n = report.settings["moved"], report.settings["images"]["validation"]
-    panels = 2 + (choice.scores is not None)
+    looked = report.settings.get("test")
+    panels = 2 + (choice.scores is not None) + (looked is not None)
     figure = figures.Figure((5 * panels, 1.5 + 0.25 * max(len(best), len(moved), 6)), layout="constrained")
     axes = figure.subplots(1, panels)
     draw_bars(axes[0], list(best), [wilson_interval(round(value * n), n) for value in best.values()])
@@ -211,7 +244,23 @@ def figure_of(experiment: Experiment, choice: Choice, report: Report) -> None:
     axes[1].set(xlabel="L2 norm of the change / of the block", title="what moved")
     if choice.scores is not None:
         choice.scores.plot(axes[2])
-    figure.savefig(experiment.folder / FIGURE, dpi=120)
+    if looked is not None:
+        draw_confusion(axes[-1], list(looked["accuracy_of_class"]), looked["confusion"])
+    figure.savefig(file, dpi=120)
+
+
+def draw_confusion(axes: Any, names: list[str], confusion: list[list[int]]) -> None:
+    """Counts of test images, true class by predicted class; the shade is the share of the true class."""
+    shares = [[count / max(1, sum(row)) for count in row] for row in confusion]
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    if len(names) <= 20:
+        axes.set_xticks(range(len(names)), names, rotation=90)
+        axes.set_yticks(range(len(names)), names)
+        for i, row in enumerate(confusion):
+            for j, count in enumerate(row):
+                if count:
+                    axes.text(j, i, count, ha="center", va="center", color="white" if shares[i][j] > 0.5 else "black")
+    axes.set(xlabel="predicted", ylabel="true", title="test images, tuned")
 
 
 def draw_bars(axes: Any, names: list[str], found: Sequence[Measurement | Interval]) -> None:

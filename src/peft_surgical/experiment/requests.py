@@ -16,7 +16,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..errors import SurgicalError, reason_of
-from ..training.search import NONE, Candidate
+from ..texts import escaped
+from ..training.search import HOW, NONE, USUAL, Candidate, Variant
 from ..training.trainer import Watch
 
 _SCORES = "scores "
@@ -32,15 +33,17 @@ class Train:
         lr: Learning rate; None for ``none``.
         seed: Seed of data and training.
         stop: Share of the run to stop after, in (0, 1); None trains it in full.
+        how: What a search decides beside method and rate.
     """
 
     method: str
     lr: float | None
     seed: int
     stop: float | None = None
+    how: Variant = USUAL
 
     def __str__(self) -> str:
-        return f"seed {self.seed}, {Candidate(self.method, self.lr)}"
+        return f"seed {self.seed}, {Candidate(self.method, self.lr, self.how)}"
 
     def epochs(self, whole: int) -> int:
         """How many epochs of a run of ``whole`` epochs it takes."""
@@ -80,6 +83,8 @@ def key_of(request: Request, shared: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(request, Score):
         return {**shared, "seed": request.seed, "method": f"{_SCORES}{request.criterion}", "lr": None}
     key = {**shared, "seed": request.seed, "method": request.method, "lr": request.lr}
+    if request.how != USUAL:
+        key[HOW] = request.how.record()
     return key if request.stop is None else {**key, "stop": request.stop}
 
 
@@ -92,7 +97,7 @@ def request_of(key: Mapping[str, Any]) -> Request:
     method, seed = key["method"], key["seed"]
     if method.startswith(_SCORES):
         return Score(method.removeprefix(_SCORES), seed)
-    return Train(method, key["lr"], seed, key.get("stop"))
+    return Train(method, key["lr"], seed, key.get("stop"), Variant(**key.get(HOW, {})))
 
 
 class Bar(Watch):
@@ -117,6 +122,7 @@ class Bar(Watch):
         self.total = self.done = 0.0  # epochs
         self.begun_at = 0.0  # epochs of the current run that were trained before its checkpoint
         self.known_runs: set[Request] = set()  # begun in this process: a race comes back to them
+        self.prefixes: set[str] = set()  # methods for which it was said what of the network is computed once
         self.first = True  # whether this is the first of the processes that share the work
 
     def note(self, text: str) -> None:
@@ -125,7 +131,7 @@ class Bar(Watch):
             self._print(text)
 
     def _print(self, text: str) -> None:
-        self.out.print(escape(text))
+        self.out.print(escape(escaped(text, keep="\n")))
 
     def planned(self, requests: Sequence[Request], epochs: int) -> None:
         """See `Watch`."""
@@ -171,6 +177,10 @@ class Bar(Watch):
             part = "" if request.stop is None else f" after {request.stop:.0%} of the run"
             text += f"{part}: validation {100 * result['validation']:.1f} %, cost {result['cost']:.0f}"
         self._print(f"{text}{' (in the ledger)' if known else ''}")
+        line = result.get("prefix")
+        if isinstance(request, Train) and line and not known and request.method not in self.prefixes:
+            self.prefixes.add(request.method)
+            self._print(f"{request.method}: {line}")
 
     def failed(self, row: str, error: Exception) -> None:
         """See `Watch`."""

@@ -24,7 +24,7 @@ class RunSettings:
     """Keyword arguments that `tune` and `compare` have in common.
 
     Attributes:
-        lr: Learning rate, or several to choose from; None for 1e-3 and 1e-4.
+        lr: Learning rate, or several to choose from; None for 1e-3 and 1e-4. ``auto`` looks further by itself.
         head_lr: The same where the head alone is tuned; None for ``lr``, or else 1e-2 and 1e-3.
         epochs: Length of each run; the epoch with the best validation accuracy counts.
         batch_size: Images per training step; None for the largest of `BATCH_SIZES` that makes 16 steps an epoch.
@@ -32,7 +32,9 @@ class RunSettings:
         weight_decay: Pulls towards the pretrained weights.
         scheduler: Schedule of the learning rate: ``constant`` or ``cosine``.
         precision: ``bf16`` or ``fp16``; None for float32.
-        norm_stats: Whose normalisation statistics move: ``frozen``, ``target`` or ``all``.
+        norm_stats: Whose normalisation statistics move: ``frozen``, ``target``, ``all``, or ``estimated`` once from the
+            tuning images. None lets ``auto`` choose between ``frozen`` and ``estimated``, and is ``frozen`` elsewhere.
+        effort: For ``auto``: how many fifths of a run each candidate trains, 1 to 5.
         delta_dtype: Dtype of the saved deltas: ``bfloat16`` or ``float16`` halve the file.
         tuning: Images to tune on, as a number or a share below 1; None for all.
         validation: The same of the images to choose with, which are drawn where the data brings none.
@@ -44,6 +46,9 @@ class RunSettings:
         augment: ``none``, ``flip`` or ``crop``.
         image_size: Height and width of the network's input, in pixels; None for the network's own.
         workers: Processes that load images.
+        cache: Whether what is frozen before the target is computed once for each image; changes no result.
+        cached_views: With ``augment``: so many fixed random views of each tuning image, used in turn, epoch by epoch,
+            so that they can be computed once. None draws new ones in every epoch.
         weights: ``pretrained``, or ``random`` to try things out.
         cpu: Whether to leave an accelerator alone.
         engine: ``local``, or ``ray`` for a Ray cluster, whose machines need the network, the data and the output folder
@@ -60,7 +65,8 @@ class RunSettings:
     weight_decay: float = 1e-4
     scheduler: str = "constant"
     precision: str | None = None
-    norm_stats: str = "frozen"
+    norm_stats: str | None = None
+    effort: int = 1
     delta_dtype: str | None = None
     tuning: int | float | None = None
     validation: int | float | None = None
@@ -72,6 +78,8 @@ class RunSettings:
     augment: str = "none"
     image_size: int | None = None
     workers: int = 0
+    cache: bool = True
+    cached_views: int | None = None
     weights: str = "pretrained"
     cpu: bool = False
     engine: str = "local"
@@ -79,6 +87,10 @@ class RunSettings:
     label_names: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
+        if self.cached_views is not None and (self.cached_views < 1 or self.augment == "none" or not self.cache):
+            raise ConfigError(
+                f"cached_views={self.cached_views}: give 1 or more, with augment= and the cache, or leave it out"
+            )
         for name, choices in (("scheduler", SCHEDULERS), ("engine", ENGINES)):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(choices)}")

@@ -15,6 +15,7 @@ from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
 import torch
+from datasets import concatenate_datasets
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -29,6 +30,8 @@ from ..training.search import NONE
 KEPT_OR_NEW = ("auto", "keep", "new")
 SEARCHES = ("auto", "race", "cross-val", "greedy")
 """What can be asked for beside a target or a method: training candidates, see `choosing`."""
+LABELLED = "tuning and validation"
+"""All images that may be tuned on once everything is chosen."""
 SHARE = 1 / 3
 """Share of a run during which a new head trains alone."""
 _KEPT_BYTES = 2**30  # transformed images of one part that are kept in memory rather than decoded in every epoch
@@ -165,15 +168,17 @@ class Subject:
         return self.base(self.seed).outputs
 
     def rows(self, part: str, seed: int) -> Rows:
-        """One part of the data, as the network takes it."""
+        """One part of the data, as the network takes it; ``LABELLED`` for the images to tune and to validate on."""
         data = self.data(seed)
         if data is not self._rows.get("data"):
             self._rows = {"data": data}
         if part not in self._rows:
             train, evaluation = self._transforms
-            augmented = part == "tuning" and self.augment != "none"
+            augmented = part in ("tuning", LABELLED) and self.augment != "none"
             transform = train if augmented else evaluation
-            self._rows[part] = Rows(data.parts[part], transform, not augmented, self.outputs)
+            labelled = [data.parts[name] for name in ("tuning", "validation")]
+            images = concatenate_datasets(labelled) if part == LABELLED else data.parts[part]
+            self._rows[part] = Rows(images, transform, not augmented, self.outputs)
         return self._rows[part]
 
     @functools.cached_property
@@ -210,7 +215,7 @@ class Subject:
 
     def rates(self, name: str) -> tuple[float | None, ...]:
         """The learning rates to try for a method."""
-        if name == NONE:
+        if name == NONE or self.method(name).solved:
             return (None,)
         return self.head_lrs if self.head_only(name) else self.lrs
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ..blocks.parsing import NUMBERED
 from ..config import SurgicalConfig
+from ..errors import ConfigError, SurgicalError
 from ..evaluation import ORACLE, Measurement, Report
+from ..texts import escaped, markdown_code, markdown_text
 from ..tuner.saving import is_repository
 
 _BEFORE = ", before tuning"
@@ -58,6 +61,7 @@ NORMS = {
     "frozen": "frozen: normalisation statistics are those of the base, everywhere",
     "target": "target: the statistics of the tuned modules moved to the target data, and are in the file",
     "all": "all: the statistics of every module moved to the target data, and are in the file",
+    "estimated": "estimated: the statistics of every module are those of the tuning images, and are in the file",
 }
 
 
@@ -140,13 +144,13 @@ def parents_of(config: SurgicalConfig) -> list[str]:
 def _parent(row: Mapping[str, Any]) -> str:
     name = linked(str(row["adapter"]))
     facts = [f"{what} {row[what]:g}" for what in ("weight", "scale") if row.get(what) is not None]
-    facts += [f"SHA-256 `{row['sha256'][:12]}...`"] if row.get("sha256") else []
+    facts += [f"SHA-256 {markdown_code(row['sha256'][:12] + '...')}"] if row.get("sha256") else []
     return f"{name} ({', '.join(facts)})" if facts else name
 
 
 def linked(name: str) -> str:
     """A repository's id as a link to it, any other name as code."""
-    return f"[{name}](https://huggingface.co/{name})" if is_repository(name) else f"`{name}`"
+    return f"[{name}](https://huggingface.co/{name})" if is_repository(name) else markdown_code(name)
 
 
 def why(config: SurgicalConfig) -> str:
@@ -156,18 +160,19 @@ def why(config: SurgicalConfig) -> str:
         return "The target was given by name; no choice from data is recorded."
     if "combined" in choice or "parents" in choice:
         how = choice.get("combined", choice)
-        options = [f"{name} {how[name]}" for name in ("density", "majority_sign", "seed") if name in how]
+        options = [f"{name} {markdown_text(how[name])}" for name in ("density", "majority_sign", "seed") if name in how]
         extra = f" ({', '.join(options)})" if options else ""
-        return f"The adapter was not trained: it is combined from others by `{how.get('method', 'linear')}`{extra}."
+        method = markdown_code(how.get("method", "linear"))
+        return f"The adapter was not trained: it is combined from others by {method}{extra}."
     if "block_scores" in choice:
         labels = "with" if choice.get("uses_labels", True) else "without"
         limit = f" and at most {choice['budget']:.0%} of the parameters" if choice.get("budget") else ""
         return (
-            f"`{choice['asked']}` was asked for{limit}: the block was chosen by its `{choice['criterion']}` score on "
-            f"{choice['num_samples']} {choice['split']} images in {choice['num_batches']} batches, {labels} their "
-            "labels."
+            f"{markdown_code(choice['asked'])} was asked for{limit}: the block was chosen by its "
+            f"{markdown_code(choice['criterion'])} score on {int(choice['num_samples'])} "
+            f"{markdown_text(choice['split'])} images in {int(choice['num_batches'])} batches, {labels} their labels."
         )
-    asked = f"`{choice.get('asked', 'a search')}` was asked for, which trains candidates and takes"
+    asked = f"{markdown_code(choice.get('asked', 'a search'))} was asked for, which trains candidates and takes"
     if choice.get("split") == "test":
         return f"{asked} what is best on test images: an oracle's choice, whose accuracy is optimistically biased."
     return f"{asked} what validates best."
@@ -181,7 +186,7 @@ def choices(config: SurgicalConfig) -> list[AlternativesTable]:
     for scores in (choice, nested if isinstance(nested, Mapping) else {}):
         if "block_scores" in scores:
             rows = sorted(scores["block_scores"].items(), key=lambda item: _place(item[0]))
-            caption = f"`{scores['criterion']}` of every block, higher means tune this"
+            caption = f"{markdown_code(scores['criterion'])} of every block, higher means tune this"
             found.append(AlternativesTable(caption, tuple(rows), percent=False))
     for key, caption in (
         ("validation", "validation accuracy of every candidate"),
@@ -238,7 +243,7 @@ def limits_of(config: SurgicalConfig, report: Report | None, rows: Sequence[Row]
         found.append("The numbers hold for the data that they name. Measure it on your own images before you use it.")
     if len(seeds) > 1:
         seed = report.settings.get("adapter", {}) if report is not None else {}
-        which = f"seed {seed['seed']}" if isinstance(seed, Mapping) and "seed" in seed else "one of them"
+        which = f"seed {markdown_text(seed['seed'])}" if isinstance(seed, Mapping) and "seed" in seed else "one of them"
         found.append(f"Means are over the runs of {len(seeds)} seeds; the adapter in this repository is of {which}.")
     if own and not any(_is_source(row.dataset) for row in own):
         found.append("What it makes the base forget was not measured.")
@@ -255,3 +260,17 @@ def limits_of(config: SurgicalConfig, report: Report | None, rows: Sequence[Row]
 
 def _is_source(dataset: str) -> bool:
     return any(word in ("source", "clean") for word in re.split(r"\W+", dataset.lower()))
+
+
+@contextmanager
+def readable(repo: str) -> Iterator[None]:
+    """Raise `ConfigError` for a ``selection`` or ``settings`` of other types than this package writes there."""
+    try:
+        yield
+    except SurgicalError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
+        raise ConfigError(
+            f"no card of {repo} can be written: the selection in its config, or its report, holds what this "
+            f"package does not write there ({escaped(str(error))[:200]}). Save or tune it again"
+        ) from error

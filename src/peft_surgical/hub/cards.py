@@ -26,6 +26,7 @@ from ..errors import ConfigError
 from ..evaluation import Report
 from ..extras import require
 from ..keys import CARD, FIGURE
+from ..texts import markdown_code, markdown_text
 from ..tuner.saving import IMPORT, LOAD_WITH, PAGE_MARK, TAGS, is_repository, target_of
 from . import card_text
 from .card_text import Row, card_rows
@@ -100,13 +101,19 @@ def card_of(config: SurgicalConfig, report: Report | None, weights: Mapping[str,
         about: What none of them knows.
 
     Raises:
-        ConfigError: Something is missing; names all of it, and how to give it.
+        ConfigError: Something is missing; names all of it, and how to give it. Or config or report hold what no card
+            can show.
     """
     check(about)
+    with card_text.readable(about.repo):
+        return ModelCard(_text_of(config, report, weights, about))
+
+
+def _text_of(config: SurgicalConfig, report: Report | None, weights: Mapping[str, Any], about: About) -> str:
     rows = card_rows(report, about.comparison) if report is not None else []
     answer = "adapted.label_names[logits.argmax()]" if about.labelled else "logits.softmax(-1)"
     # Not `ModelCard.from_template`, which would write an empty string for a name that nothing gives.
-    text = (
+    return str(
         _environment()
         .get_template(TEMPLATE)
         .render(
@@ -115,7 +122,7 @@ def card_of(config: SurgicalConfig, report: Report | None, weights: Mapping[str,
             config=config,
             weights=weights,
             about=about,
-            base=card_text.linked(str(about.base)) if is_repository(str(about.base)) else about.base,
+            base=card_text.linked(str(about.base)) if is_repository(str(about.base)) else markdown_text(about.base),
             norm=card_text.NORMS[config.norm_stats],
             target=target_of(config),
             mark=PAGE_MARK,
@@ -129,7 +136,6 @@ def card_of(config: SurgicalConfig, report: Report | None, weights: Mapping[str,
             loading=about.loading or card_text.OPEN.format(repo=about.repo, answer=answer),
         )
     )
-    return ModelCard(text)
 
 
 def check(about: About, later: Sequence[str] = ()) -> None:
@@ -209,15 +215,16 @@ def _environment() -> jinja2.Environment:
         keep_trailing_newline=True,
         autoescape=False,  # Markdown
     )
-    found.filters |= {
+    filters: dict[str, Any] = {
         # Text that stays within its cell of a table.
-        "cell": lambda value: " ".join(str(value).split()).replace("|", "\\|"),
+        "cell": markdown_text,
         "percent": lambda value: f"{100 * value:.1f}",
         "size": lambda n: f"{n / 1e6:.1f} MB" if n >= 1e6 else f"{n / 1e3:.1f} kB",
         "number": "{:.4g}".format,
-        "code": lambda text: f"`{text}`",
+        "code": markdown_code,
         "interval": card_text.interval_name,
     }
+    found.filters |= filters
     return found
 
 
@@ -278,7 +285,8 @@ def add_card(folder: Path, report: Report | None, figure: Place | None, about: A
             raise ConfigError(f"the figure {figure} is no .png file: draw one, or leave it out")
         shutil.copyfile(figure, folder / FIGURE)
     elif report is not None and not (folder / FIGURE).is_file() and importlib.util.find_spec("matplotlib"):
-        draw_figure(card_rows(report, about.comparison), weights, card_text.moved_of(report), folder / FIGURE)
+        with card_text.readable(about.repo):
+            draw_figure(card_rows(report, about.comparison), weights, card_text.moved_of(report), folder / FIGURE)
     about = replace(about, figure=FIGURE if (folder / FIGURE).is_file() else None)
     card = card_of(adapter.config, report, weights, about)
     with explained("check the card of", about.repo):

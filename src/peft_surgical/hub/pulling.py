@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,10 @@ from ..bases.transforms import Transform
 from ..config import SurgicalConfig
 from ..errors import AdapterError, AdapterFileError, BaseMismatchError, DataError
 from ..evaluation import Report
-from ..files import commit, file_sha256, shown
+from ..files import file_sha256, shown
+from ..folders import staging
 from ..keys import CARD, REPORT, WEIGHTS
+from ..results import claim, published, withdraw
 from .cards import SHA256
 from .records import BaseName, BaseRecord, completed, dtype_of, fingerprint_without_whole, recorded
 
@@ -55,7 +56,8 @@ def pull(
 
     Args:
         repo: ``owner/name``.
-        output: A folder to put it into; an adapter there is replaced, as a whole. None leaves it in the cache.
+        output: A folder to put it into: new, empty, or one into which this repository was pulled before, whose adapter
+            is replaced as a whole. None leaves it in the cache.
         revision: A branch, a tag or a commit.
         verify: Also compare the file with the SHA-256 in the card.
         force: Fetch again what is in the cache.
@@ -65,14 +67,16 @@ def pull(
         The adapter, with its ``folder`` and ``commit``.
 
     Raises:
-        ConfigError: ``repo`` is not the name of a repository.
+        ConfigError: ``repo`` is not the name of a repository, or ``output`` holds other things.
         AdapterFileError: There is no whole surgical adapter, or the card has another SHA-256.
         AdapterError: The repository cannot be reached.
     """
     folder = fetch(repo, revision, token, force)
     if verify:
         _check_card(repo, folder)
-    target = folder if output is None else _put(folder, Path(output))
+    target = folder
+    if output is not None:
+        _put(folder, target := claim(output, FILES, repo))
     return replace(read_adapter(target), name=repo, commit=folder.name)
 
 
@@ -93,18 +97,13 @@ def _check_card(repo: str, folder: Path) -> None:
         )
 
 
-def _put(folder: Path, target: Path) -> Path:
-    """Copy an adapter to a folder, in whose place there is a whole one at every moment."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
+def _put(folder: Path, target: Path) -> None:
+    """Copy an adapter to a claimed folder, in which there is a whole one at every moment."""
+    with published(target, page=True) as stage:
         for name in FILES:
             if (folder / name).is_file():
-                shutil.copyfile(folder / name, Path(scratch, name))
-        commit(Path(scratch), target)
-    for name in FILES:
-        if not (folder / name).is_file():
-            (target / name).unlink(missing_ok=True)  # an older adapter's
-    return target
+                shutil.copyfile(folder / name, stage / name)
+    withdraw(target, [name for name in FILES if not (folder / name).is_file()])  # an older adapter's
 
 
 def rebuild(record: BaseRecord, config: SurgicalConfig, *, token: str | bool | None = None) -> tuple[Base, BaseRecord]:
@@ -280,7 +279,7 @@ def merge_to(source: str | os.PathLike[str], output: str | os.PathLike[str], **h
 
     Args:
         source: A repository of the Hub, or a folder.
-        output: A folder that is empty or does not exist; it appears as a whole or not at all.
+        output: A folder that is empty or does not exist; its ``config.json`` appears last, when all the rest is there.
         **how: As for `open_adapted`.
 
     Raises:
@@ -290,11 +289,9 @@ def merge_to(source: str | os.PathLike[str], output: str | os.PathLike[str], **h
     target = new_folder(output)
     adapted = open_adapted(source, **how)
     network: Any = adapted.model.merge_and_unload(safe_merge=True)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
-        place, library = Path(scratch, "merged"), adapted.record.library or "timm"
+    with staging(target) as stage:
+        place, library = stage / "merged", adapted.record.library or "timm"
         save_checkpoint(library, network, place, label_names=adapted.label_names, transform=adapted.transform)
-        if target.is_dir():
-            target.rmdir()
-        shutil.move(place, target)
+        for path in sorted(place.iterdir(), key=lambda path: path.name == "config.json"):  # which names the rest
+            os.replace(path, target / path.name)
     return adapted

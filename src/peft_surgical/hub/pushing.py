@@ -28,7 +28,9 @@ from ..config import SurgicalConfig
 from ..errors import AdapterError, ConfigError, DataError
 from ..evaluation import Report
 from ..evaluation.report import scrubbed
-from ..files import canonical_json, fingerprint, shown, write_atomically
+from ..files import shown
+from ..fingerprints import fingerprint
+from ..folders import canonical_json, write_atomically
 from ..keys import CARD, CONFIG, FIGURE, RECORD_FILE, REPORT, WEIGHTS
 from ..training.search import NONE
 from .card_text import BRING_THE_BASE, UNNAMED_BASE

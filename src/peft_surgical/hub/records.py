@@ -28,8 +28,10 @@ from ..config import SurgicalConfig
 from ..errors import AdapterFileError, AnatomyError, ConfigError, DataError
 from ..evaluation import Report
 from ..extras import require
-from ..files import canonical_json, fingerprint, write_atomically
+from ..fingerprints import fingerprint
+from ..folders import canonical_json, write_atomically
 from ..keys import RECORD_FILE
+from ..tuner.base import is_whole
 
 BaseName = str | Mapping[str, Any]
 """A base as users name it: an id, or the arguments of `load_base` with ``name``, and ``revision``."""
@@ -229,7 +231,7 @@ def split_name(name: str) -> tuple[str, str | None]:
     Raises:
         DataError: The name is neither one of the Hub's nor a folder.
     """
-    folder = Path(name.removeprefix("local-dir:")).expanduser()
+    folder = Path(os.path.expanduser(name.removeprefix("local-dir:")))
     if folder.is_dir() or name.startswith("local-dir:") or folder.is_absolute():
         return str(folder.absolute()), None
     name, _, revision = re.sub(r"^hf[-_]hub:", "", name).partition("@")
@@ -243,13 +245,6 @@ def split_name(name: str) -> tuple[str, str | None]:
             )
         name = found.hf_hub_id
     return name, revision or None
-
-
-def is_whole(name: str, config: SurgicalConfig) -> bool:
-    """Whether the adapter holds this tensor whole, by PEFT's rule for ``modules_to_save``."""
-    ends = tuple(config.modules_to_save or ())
-    parts = name.split(".")
-    return bool(ends) and any(".".join(parts[:n]).endswith(ends) for n in range(1, len(parts)))
 
 
 def fingerprint_without_whole(network: nn.Module, config: SurgicalConfig) -> dict[str, str]:

@@ -2,7 +2,9 @@
 
 One JSON object per line: the key of a run, which is the dict of settings that determine it, and its result. Appending
 is one ``write`` under a lock, so that a line is whole, or torn at the very end of the file; a torn last line (from a
-kill in the middle of the write) is ignored when reading and cut off by the next append.
+kill in the middle of the write) is ignored when reading and cut off by the next append. A last line that is a whole run
+and lacks only its line end, as editors leave it, counts. A file that holds anything else is not a ledger, and is left
+as it is.
 """
 
 from __future__ import annotations
@@ -11,11 +13,12 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ..errors import DataError
+from ..files import printable
 
 try:
     import fcntl
@@ -23,12 +26,24 @@ except ImportError:  # Windows: there, one process per ledger
     fcntl = None  # type: ignore[assignment]
 
 
+NOTES = ("seconds", "prefix")
+"""How long a run took, and what of the network was computed once for each image."""
+
+
 @dataclass(frozen=True)
 class Run:
-    """One finished run: the settings that determine it and its result, both plain JSON."""
+    """One finished run, in plain JSON.
+
+    Attributes:
+        key: The settings that determine it.
+        result: What they determine.
+        notes: What else is known of it, the entries `NOTES` of what the run gave; two runs that differ in nothing else
+            are equal.
+    """
 
     key: dict[str, Any]
     result: dict[str, Any]
+    notes: dict[str, Any] = field(default_factory=dict, compare=False)
 
 
 def canonical(key: Mapping[str, Any]) -> str:
@@ -85,24 +100,27 @@ class Ledger:
 
     def run(self, key: Mapping[str, Any], train: Callable[[dict[str, Any]], Mapping[str, Any]]) -> Run:
         """The finished run with exactly this key, or else that of ``train(key)``, which is appended."""
-        result = self.find(key)
-        if result is None:
-            result = dict(train(dict(key)))
-            self.append(key, result)
-        return Run(dict(key), result)
+        found = self._read().get(canonical(key))
+        if found is not None:
+            return found
+        given = train(dict(key))
+        self.append(key, given)
+        return _noted(key, given)
 
     def append(self, key: Mapping[str, Any], result: Mapping[str, Any]) -> None:
-        """Add one run. On return it is on disk.
+        """Add one run, whose ``result`` may hold `NOTES`. On return it is on disk.
 
         Raises:
-            DataError: Key or result are not plain JSON (NaN is not).
+            DataError: Key or result are not plain JSON (NaN is not), or the file is not a ledger.
         """
-        line = f'{{"key": {canonical(key)}, "result": {canonical(result)}}}\n'.encode()
+        run = _noted(key, result)
+        notes = f', "notes": {canonical(run.notes)}' if run.notes else ""
+        line = f'{{"key": {canonical(key)}, "result": {canonical(run.result)}{notes}}}\n'.encode()
         self.file.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             with _locked(descriptor):
-                _cut_torn_line(descriptor)
+                line = self._prepared(descriptor) + line
                 written = os.write(descriptor, line)
                 os.fsync(descriptor)
         finally:
@@ -116,16 +134,57 @@ class Ledger:
         # The whole file, every time: a ledger has some thousand lines, and other processes append to it.
         content = self.file.read_bytes() if self.file.exists() else b""
         runs: dict[str, Run] = {}
-        for line in content[: content.rfind(b"\n") + 1].splitlines():  # the rest is torn, or just being written
-            try:
-                parts = json.loads(line)
-                run = Run(dict(parts["key"]), dict(parts["result"]))
-            except (ValueError, TypeError, KeyError) as error:
-                raise DataError(
-                    f"{self.file} holds a line that is no run: {line[:80]!r}; delete that line, or name another ledger"
-                ) from error
+        *lines, tail = content.split(b"\n")
+        for run in (*map(self._run, lines), *([self._run(tail)] if self._is_whole(tail) else [])):
             runs[canonical(run.key)] = run
         return runs
+
+    def _run(self, line: bytes) -> Run:
+        try:
+            parts = json.loads(line)
+            return Run(dict(parts["key"]), dict(parts["result"]), dict(parts.get("notes", {})))
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise DataError(
+                f"{self.file} holds a line that is no run: {printable(line[:80])}; delete that line, or name another "
+                "ledger"
+            ) from error
+
+    def _is_whole(self, tail: bytes) -> bool:
+        """Whether the last line, which has no line end, is a run; False for the beginning of one.
+
+        Raises:
+            DataError: It is neither, so that somebody else has written it.
+        """
+        try:
+            json.loads(tail)
+        except (ValueError, RecursionError):
+            if tail.startswith(_BEGINNING) or _BEGINNING.startswith(tail):
+                return False
+        self._run(tail)
+        return True
+
+    def _prepared(self, descriptor: int) -> bytes:
+        """What the next line has to begin with, after a torn line has been cut off; only under the lock."""
+        size = os.lseek(descriptor, 0, os.SEEK_END)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        with open(descriptor, "rb", closefd=False) as file:
+            first = file.readline()
+            if first.endswith(b"\n"):
+                self._run(first)
+            file.seek(end := _end_of_last_line(file, size))
+            tail = file.read()
+        if self._is_whole(tail):
+            return b"\n"
+        os.ftruncate(descriptor, end)
+        return b""
+
+
+_BEGINNING = b'{"key": {'
+
+
+def _noted(key: Mapping[str, Any], given: Mapping[str, Any]) -> Run:
+    notes = {name: value for name, value in given.items() if name in NOTES}
+    return Run(dict(key), {name: value for name, value in given.items() if name not in NOTES}, notes)
 
 
 @contextmanager
@@ -139,16 +198,14 @@ def _locked(descriptor: int) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_UN)
 
 
-def _cut_torn_line(descriptor: int) -> None:
-    """Drop what a killed process left after the last line end; only under the lock."""
-    end = size = os.lseek(descriptor, 0, os.SEEK_END)
+def _end_of_last_line(file: BinaryIO, size: int) -> int:
+    """The position behind the last line end of a file of so many bytes."""
+    end = size
     while end > 0:
         start = max(0, end - 4096)
-        os.lseek(descriptor, start, os.SEEK_SET)
-        found = os.read(descriptor, end - start).rfind(b"\n")
+        file.seek(start)
+        found = file.read(end - start).rfind(b"\n")
         if found >= 0:
-            end = start + found + 1
-            break
+            return start + found + 1
         end = start
-    if end < size:
-        os.ftruncate(descriptor, end)
+    return 0

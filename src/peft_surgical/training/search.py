@@ -1,4 +1,4 @@
-"""Choosing among candidates by training them: `cross_val`, `race`, `auto` and `greedy`, over any fit function.
+"""Choosing among candidates by training them: `cross_val`, `race` and `greedy`, over any fit function.
 
 A search knows nothing of networks or images. It calls a fit function for runs and reads the validation accuracy and the
 cost of each. Runs are looked up in a ledger first, so a search that was killed can be continued, and processes that
@@ -10,11 +10,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..blocks import Anatomy
 from ..errors import ConfigError
+from ..evaluation.selected import Gain
 from .engines import Engine, Fit, workers
 from .ledger import Ledger, Run
 
@@ -23,26 +24,48 @@ NONE = "none"
 RUNGS, KEEP = (1 / 15, 1 / 5, 1.0), 1 / 3
 """Shares of a run at which a race stops candidates, and the share of them that goes on: with 15 epochs after 1, 3 and
 15. With ten candidates the whole race then costs 10 x 1 + 4 x 2 + 12 = 30 epochs, which is two runs."""
-NOMINATED = 2
-"""How many blocks `auto` races, beside the head and `all`."""
-AUTO_RUNGS, AUTO_KEEP = (2 / 15, 2 / 5, 1.0), 1 / 4
-"""Those of `auto`, whose candidates are fewer: 7 x 2 + 2 x 4 + 9 = 31 epochs. It stops candidates later, because tuning
-all at a large rate often validates worst after one epoch and best after six."""
 Settings = Mapping[str, Any] | None
 """The part of the keys that all runs of a search share, such as network, data and seed."""
+HOW = "how"
+"""Where a key says how its candidate is trained, see `Variant`."""
 SELECTION_SEED = 0
 """The seed whose validation images choose among a method's learning rates in a comparison."""
 
 
 @dataclass(frozen=True)
+class Variant:
+    """How a candidate is trained, where a search decides about more than its target and rate.
+
+    Attributes:
+        norm_stats: Its norm policy; None for the experiment's.
+        average: Whether it takes the mean of its last epochs' weights, not the epoch that validates best.
+        refit: Whether it is trained on the validation images, too, after everything was chosen.
+    """
+
+    norm_stats: str | None = None
+    average: bool = False
+    refit: bool = False
+
+    def record(self) -> dict[str, Any]:
+        """What differs from the usual, for a key."""
+        return {name: value for name, value in asdict(self).items() if value}
+
+
+USUAL = Variant()
+
+
+@dataclass(frozen=True)
 class Candidate:
-    """A method or target with a learning rate; ``none`` has no rate."""
+    """A method or target with a learning rate; ``none`` and what is solved have no rate."""
 
     method: str
     lr: float | None = None
+    how: Variant = USUAL
 
     def __str__(self) -> str:
-        return self.method if self.lr is None else f"{self.method} at {self.lr:g}"
+        text = self.method if self.lr is None else f"{self.method} at {self.lr:g}"
+        text += ", estimated statistics" if self.how.norm_stats == "estimated" else ""
+        return f"{text}, all labels" if self.how.refit else text
 
 
 @dataclass(frozen=True)
@@ -56,6 +79,7 @@ class SearchResult:
         validation: Its validation accuracy, a fraction. As the best of several it is optimistically biased.
         cost: Cost of all runs together, in the unit of the fit function's costs.
         trials: All runs that were compared, in order; in a race each candidate has one for every rung that it reached.
+        gain: Over the base, on validation images and without the optimism of the choice; None where it is not measured.
     """
 
     search: str
@@ -64,6 +88,7 @@ class SearchResult:
     validation: float
     cost: float
     trials: tuple[Run, ...] = field(repr=False)
+    gain: Gain | None = None
 
     @property
     def relative_cost(self) -> float:
@@ -75,9 +100,10 @@ class SearchResult:
         """For the ``selection`` of an adapter's config: plain JSON."""
         best: dict[str, float] = {}
         for run in self.trials:
-            name = str(_candidate(run))
+            name = str(candidate_of(run))
             best[name] = max(best.get(name, 0.0), run.result["validation"])
-        return {"asked": self.search, "chosen": str(self.chosen), "validation": best, "split": "validation"}
+        found = {"asked": self.search, "chosen": str(self.chosen), "validation": best, "split": "validation"}
+        return found if self.gain is None else {**found, "gain": self.gain.record()}
 
 
 def candidates_of(
@@ -122,8 +148,8 @@ def cross_val(
     Raises:
         ConfigError: No candidates.
     """
-    runs = _run(candidates, fit, ledger, settings, engine)
-    return _result("cross-val", runs, runs)
+    runs = run_candidates(candidates, fit, ledger, settings, engine)
+    return result_of("cross-val", runs, runs)
 
 
 def race(
@@ -153,45 +179,15 @@ def race(
         raise ConfigError(f"keep={keep}: give the share that survives a rung, between 0 and 1")
     alive, trials = list(candidates), []
     for rung, following in zip(rungs, [*rungs[1:], None], strict=True):
-        runs = _run(alive, fit, ledger, settings, engine, stop=rung)
+        runs = run_candidates(alive, fit, ledger, settings, engine, stop=rung)
         trials += runs
         ranked = sorted(runs, key=_rank)
-        if following is None or (len(ranked) == 1 and _candidate(ranked[0]).method == NONE):
-            return _result("race", runs, trials)
+        if following is None or (len(ranked) == 1 and candidate_of(ranked[0]).method == NONE):
+            return result_of("race", runs, trials)
         count = 1 if following == 1 else math.ceil(len(ranked) * keep)
-        survivors = {_candidate(run) for run in ranked[:count]}
+        survivors = {candidate_of(run) for run in ranked[:count]}
         alive = [candidate for candidate in alive if candidate in survivors]
     raise AssertionError("the last rung returns")
-
-
-def nominated(candidates: Sequence[Candidate], scores: Mapping[str, float], blocks: int = NOMINATED) -> list[Candidate]:
-    """The candidates of the ``blocks`` blocks with the highest scores, of `all` and none, and the head once.
-
-    The head stays whatever its score, with its largest rate, because shifts of the labels concern it alone.
-    """
-    best = sorted(scores, key=lambda name: -scores[name])[:blocks]
-    rates = [one.lr for one in candidates if one.method == "head" and one.lr is not None]
-    head = Candidate("head", max(rates)) if rates else None
-    return [one for one in candidates if one.method in {NONE, "all", *best} or one == head]
-
-
-def auto(
-    candidates: Sequence[Candidate],
-    scores: Mapping[str, float],
-    fit: Fit,
-    ledger: Ledger,
-    settings: Settings = None,
-    engine: Engine | None = None,
-    *,
-    rungs: Sequence[float] = AUTO_RUNGS,
-) -> SearchResult:
-    """The default choice: scores nominate candidates, and a race decides among them.
-
-    Arguments are those of `race`; ``scores`` maps blocks to scores, such as
-    ``score_blocks(network, loader, "rgn").block_scores``.
-    """
-    chosen = nominated(candidates, scores)
-    return replace(race(chosen, fit, ledger, settings, engine, rungs=rungs, keep=AUTO_KEEP), search="auto")
 
 
 def greedy(
@@ -211,19 +207,19 @@ def greedy(
     best one, as long as validation accuracy (a fraction) grows by more than ``gain``, up to ``most`` blocks. The other
     arguments are those of `cross_val`.
     """
-    trials = _run([Candidate(NONE)], fit, ledger, settings, engine)
+    trials = run_candidates([Candidate(NONE)], fit, ledger, settings, engine)
     chosen: list[str] = []
     best = trials[0]
     while len(chosen) < min(len(blocks), len(blocks) if most is None else most):
         grown = [[name for name in blocks if name in {*chosen, more}] for more in blocks if more not in chosen]
         candidates = [Candidate(" + ".join(names), lr) for names in grown for lr in lrs]
-        runs = _run(candidates, fit, ledger, settings, engine)
+        runs = run_candidates(candidates, fit, ledger, settings, engine)
         trials += runs
         leader = min(runs, key=_rank)
         if leader.result["validation"] <= best.result["validation"] + gain:
             break
         best, chosen = leader, leader.key["method"].split(" + ")
-    return _result("greedy", [best], trials)
+    return result_of("greedy", [best], trials)
 
 
 def best_of(runs: Sequence[Run]) -> Run:
@@ -231,7 +227,7 @@ def best_of(runs: Sequence[Run]) -> Run:
     return max(runs, key=lambda run: run.result["validation"])
 
 
-def _run(
+def run_candidates(
     candidates: Sequence[Candidate],
     fit: Fit,
     ledger: Ledger,
@@ -239,27 +235,38 @@ def _run(
     engine: Engine | None,
     stop: float | None = None,
 ) -> list[Run]:
+    """The runs of these candidates, each once, in their order.
+
+    Raises:
+        ConfigError: No candidates.
+    """
     if not candidates:
         raise ConfigError("no candidates: give at least one, see candidates_of")
     keys = []
     for candidate in dict.fromkeys(candidates):
         key = {**(settings or {}), "method": candidate.method, "lr": candidate.lr}
+        if candidate.how != USUAL:
+            key[HOW] = candidate.how.record()
         # A full run has the same key in every search, and a run that does not train cannot be stopped.
         keys.append(key if stop in (None, 1) or candidate.method == NONE else {**key, "stop": stop})
     return (engine or workers())(fit, keys, ledger)
 
 
-def _candidate(run: Run) -> Candidate:
-    return Candidate(run.key["method"], run.key["lr"])
+def candidate_of(run: Run) -> Candidate:
+    """What a run was a run of."""
+    return Candidate(run.key["method"], run.key["lr"], Variant(**run.key.get(HOW, {})))
 
 
 def _rank(run: Run) -> tuple[float, float]:
     return -run.result["validation"], run.result.get("validation_loss", 0.0)
 
 
-def _result(search: str, finalists: Sequence[Run], trials: Sequence[Run]) -> SearchResult:
+def result_of(search: str, finalists: Sequence[Run], trials: Sequence[Run]) -> SearchResult:
+    """A result from the runs that finished and all that were compared."""
     best = min(finalists, key=_rank)
-    spent: dict[Candidate, float] = {}
+    spent: dict[Any, float] = {}
     for run in trials:
-        spent[_candidate(run)] = max(spent.get(_candidate(run), 0.0), run.result["cost"])
-    return SearchResult(search, _candidate(best), best, best.result["validation"], sum(spent.values()), tuple(trials))
+        # A run that was stopped goes on from there, unless it is averaged, which needs its end.
+        what = candidate_of(run), run.key.get("stop") if candidate_of(run).how.average else None
+        spent[what] = max(spent.get(what, 0.0), run.result["cost"])
+    return SearchResult(search, candidate_of(best), best, best.result["validation"], sum(spent.values()), tuple(trials))

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from accelerate.utils import broadcast
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
@@ -29,10 +29,12 @@ from accelerate import PartialState
 
 from ..choosing.models import forward_loss, logits_of
 from ..errors import ConfigError
-from ..files import write_atomically
+from ..folders import write_atomically
+from ..keys import PRIVATE
 
 if TYPE_CHECKING:
     from ..experiment.requests import Request
+    from ..prefix.cached import CachedPrefix
 
 SELECTED_BY = "selected_by"
 """Name of the logged metric that chooses the epoch; ``accuracy`` is logged beside it."""
@@ -75,7 +77,24 @@ class ClassifierTrainer(Trainer):
         return (loss, {"logits": logits_of(outputs[0])}) if return_outputs else loss
 
 
-# --- stopping and resuming ---
+class OneDevice(TrainingArguments):
+    """One process uses one device: where it sees several GPUs, Trainer would spread its batches over them."""
+
+    @property
+    def n_gpu(self) -> int:
+        """See TrainingArguments."""
+        return min(super().n_gpu, 1)
+
+
+def evaluated(predicted: Any, metric: Callable[[Tensor, Tensor], float] | None = None) -> dict[str, float]:
+    """The metrics that Trainer logs; its own loss would count the images that pad the last batch twice."""
+    given = predicted.predictions[0] if isinstance(predicted.predictions, tuple) else predicted.predictions
+    logits, labels = torch.from_numpy(given), torch.from_numpy(predicted.label_ids)
+    # NaN counts as wrong, so that an epoch or a candidate that diverged loses to the others.
+    right = (logits.argmax(1) == labels) & ~logits.isnan().any(1)
+    accuracy = int(right.sum()) / len(labels)
+    selected = accuracy if metric is None else metric(logits, labels)
+    return {"accuracy": accuracy, SELECTED_BY: selected, "loss": F.cross_entropy(logits.double(), labels).item()}
 
 
 class StopAt(TrainerCallback):
@@ -89,6 +108,17 @@ class StopAt(TrainerCallback):
         control.should_training_stop = round(state.epoch) >= self.epoch
 
 
+class ViewOfEpoch(TrainerCallback):
+    """Tells a cached prefix which of several fixed views of the images an epoch uses."""
+
+    def __init__(self, cached: CachedPrefix) -> None:
+        self.cached = cached
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """See TrainerCallback."""
+        self.cached.set_epoch(round(state.epoch or 0))
+
+
 class Mark(TrainerCallback):
     """Marks each checkpoint when all processes have written theirs, and only then deletes older ones.
 
@@ -98,6 +128,8 @@ class Mark(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """See TrainerCallback."""
+        if state.is_world_process_zero:  # from now on, checkpoints in this folder are ours to remove
+            Path(args.output_dir, PRIVATE).mkdir(parents=True, exist_ok=True)
         if state.best_global_step:  # Trainer keeps the path, and ignores one that does not exist
             state.best_model_checkpoint = str(_place(args.output_dir, state.best_global_step))
 
@@ -114,21 +146,33 @@ def last_checkpoint(folder: str | Path, processes: int) -> tuple[str | None, int
     """The last complete checkpoint in the folder of one run and its number of epochs; None and 0 if there is none.
 
     Raises:
-        ConfigError: The checkpoint was written by another number of processes than there are now.
+        ConfigError: The checkpoint was written by another number of processes than there are now, or by something else.
     """
-    found = Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-    for place in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+    found = {path: path.name.rpartition("-")[2] for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
+    numbered = [path for path, number in found.items() if number.isascii() and number.isdigit()]
+    if numbered and not Path(folder, PRIVATE).is_dir():
+        raise ConfigError(
+            f"{folder} holds checkpoints of something else, and a run would remove older ones: name another folder"
+        )
+    for place in sorted(numbered, key=lambda path: int(found[path]), reverse=True):
         try:
             state = json.loads((place / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
             wrote = json.loads((place / MARK).read_text(encoding="utf-8"))["processes"]
-        except (OSError, ValueError):  # the run was killed while this checkpoint was written
+            epochs = round(state["epoch"])
+        except (
+            OSError,
+            ValueError,
+            TypeError,
+            KeyError,
+            RecursionError,
+        ):  # the run was killed while this checkpoint was written
             continue
         if wrote != processes:
             raise ConfigError(
                 f"{place} was written by {wrote} process(es) and cannot be continued by {processes}, whose steps "
                 f"are others: launch {wrote}, or delete {folder} to start again"
             )
-        return str(place), round(state["epoch"])
+        return str(place), epochs
     return None, 0
 
 
@@ -139,9 +183,6 @@ def forget_checkpoints(folder: str | Path) -> None:
 
 def _place(folder: str, step: int) -> Path:
     return Path(folder, f"{PREFIX_CHECKPOINT_DIR}-{step}")
-
-
-# --- several processes ---
 
 
 class SameStatistics(TrainerCallback):
@@ -171,9 +212,6 @@ def settle(model: nn.Module, trained: nn.Module, names: Iterable[str]) -> None:
         goals[name].data.copy_(broadcast(value))
     for goal, moved in zip(model.buffers(), broadcast(list(trained.buffers())), strict=True):
         goal.copy_(moved)
-
-
-# --- progress ---
 
 
 class Watch:

@@ -12,10 +12,13 @@ from ..config import SurgicalConfig, SurgicalType
 from ..keys import PREFIX
 from .model import SurgicalModel
 from .saving import saving_atomically
+from .switch import disabling_layers, loading_alone
+
+_MARK = "_peft_surgical"
 
 
 def register(**wrappers: Callable[..., Any]) -> None:
-    """Enter the method into PEFT's mappings and make ``PeftModel.save_pretrained`` atomic for it. Idempotent.
+    """Enter the method into PEFT's mappings and wrap the methods of PeftModel that it needs otherwise. Idempotent.
 
     PEFT's ``register_peft_method`` takes only names from its own enum, so the mappings are written directly. The
     prefix entry is needed by injection from a state dict; its value must be the lower-case type and an underscore,
@@ -29,6 +32,9 @@ def register(**wrappers: Callable[..., Any]) -> None:
     PEFT_TYPE_TO_CONFIG_MAPPING[key] = SurgicalConfig
     PEFT_TYPE_TO_TUNER_MAPPING[key] = SurgicalModel
     PEFT_TYPE_TO_PREFIX_MAPPING[key] = PREFIX
-    for name, wrap in {"save_pretrained": saving_atomically, **wrappers}.items():
-        if not hasattr(getattr(PeftModel, name), "__wrapped__"):
-            setattr(PeftModel, name, wrap(getattr(PeftModel, name)))
+    own = {"save_pretrained": saving_atomically, "load_adapter": loading_alone, "disable_adapter": disabling_layers}
+    for name, wrap in {**own, **wrappers}.items():
+        original = getattr(PeftModel, name)
+        if not hasattr(original, _MARK):
+            setattr(PeftModel, name, wrap(original))
+            setattr(getattr(PeftModel, name), _MARK, True)

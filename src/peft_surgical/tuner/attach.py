@@ -12,9 +12,10 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ..keys import HOLDER
-from .layer import SurgicalLayer, stored
-from .specialise import Special, restore, specialise
+from ..errors import AdapterError
+from ..keys import BASE_MARKS, HOLDER, join
+from .layer import SurgicalLayer
+from .specialise import Special, base_class, restore, specialise, stored
 
 
 class ReadsDeltas(Special):
@@ -31,7 +32,7 @@ class ReadsDeltas(Special):
 
     @classmethod
     def tensor_property(cls, name: str) -> property:
-        """Read ``name`` as base + deltas; assigning reaches nn.Module's own storage, as ever."""
+        """Read ``name`` as base + deltas."""
 
         def read(self: ReadsDeltas) -> torch.Tensor:
             base = stored(self, name)
@@ -50,6 +51,29 @@ class ReadsDeltas(Special):
             self.__dict__.pop(name, None)
 
         return property(read, write, delete)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse to replace a tuned tensor: what a caller computes from it has the deltas inside already."""
+        self._check_kept(name)
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        """Refuse to take a tuned tensor away, as parametrizations do."""
+        self._check_kept(name)
+        super().__delattr__(name)
+
+    def _check_kept(self, name: str) -> None:
+        if name not in self.__dict__.get("surgery_links", ()) or self.__dict__.get("_is_replica"):
+            return
+        caller = sys._getframe(2).f_code
+        # A state dict holds the base's own tensors, and so does what FSDP shards.
+        if caller.co_name == "_load_from_state_dict" or "fsdp" in caller.co_filename:
+            return
+        raise AdapterError(
+            f"{name} of {base_class(cast(nn.Module, self)).__name__} is tuned: it reads as base + delta, so what is "
+            "put in its place would get the delta a second time. Call merge_and_unload first, and change what it "
+            "returns."
+        )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]
@@ -98,6 +122,7 @@ def attach(
     parameters: Mapping[str, Sequence[tuple[nn.Module, str]]],
     statistics: Sequence[str],
     scale: float,
+    hold: bool = False,
     double: bool = False,
 ) -> SurgicalLayer:
     """Give ``owner`` an adapter.
@@ -109,6 +134,7 @@ def attach(
             first; more than one for a tied parameter.
         statistics: Names of the owner's buffers that the adapter owns.
         scale: The factor of its deltas.
+        hold: Whether the statistics are held in training.
         double: Whether its deltas are float64, whatever the dtype of the base.
     """
     layer = owner._modules.get(HOLDER)
@@ -120,7 +146,7 @@ def attach(
     for key, sites in parameters.items():
         for module, name in sites:
             _link(layer, key, module, name)
-    layer.update_layer(adapter, parameters, statistics, scale, double)
+    layer.update_layer(adapter, parameters, statistics, scale, hold, double)
     return layer
 
 
@@ -134,7 +160,8 @@ def _link(layer: SurgicalLayer, key: str, module: nn.Module, name: str) -> None:
 
 def detach(model: nn.Module) -> None:
     """Remove every trace: holders, links, special classes. Base tensors stay as they are (merge first to keep)."""
-    for module in list(model.modules()):
+    model.__dict__.pop(BASE_MARKS, None)
+    for _, module in list(walk(model)):
         if isinstance(module._modules.get(HOLDER), SurgicalLayer):
             del module._modules[HOLDER]
         links = module.__dict__.pop("surgery_links", None)
@@ -145,9 +172,23 @@ def detach(model: nn.Module) -> None:
 
 def surgical_layers(model: nn.Module) -> Iterator[tuple[str, SurgicalLayer]]:
     """(path of the tuned module, its `SurgicalLayer`), in the model's order; the root's path is ""."""
-    for path, module in model.named_modules():
-        if isinstance(module, SurgicalLayer):
-            yield path.removesuffix(HOLDER).removesuffix("."), module
+    for path, module in walk(model):
+        if SurgicalLayer in type(module).__mro__:
+            yield path.removesuffix(HOLDER).removesuffix("."), cast(SurgicalLayer, module)
+
+
+def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """``model.named_modules()`` without what lies in a `SurgicalLayer`: there is some for every adapter."""
+    seen, waiting = set(), [("", model)]
+    while waiting:
+        path, module = waiting.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield path, module
+        if SurgicalLayer not in type(module).__mro__:  # isinstance() is slow for a class with an abstract parent
+            children = [(join(path, name), child) for name, child in module._modules.items() if child is not None]
+            waiting += reversed(children)
 
 
 @contextmanager
@@ -158,11 +199,11 @@ def bare(model: nn.Module) -> Iterator[None]:
     """
     hidden = [
         (module, name, child)
-        for module in model.modules()
+        for _, module in walk(model)
         for name, child in module._modules.items()
         if isinstance(child, (SurgicalLayer, AuxiliaryTrainingWrapper))
     ]
-    special = [(module, type(module)) for module in model.modules() if isinstance(module, Special)]
+    special = [(module, type(module)) for _, module in walk(model) if isinstance(module, Special)]
     try:
         for module, name, child in hidden:
             if isinstance(child, SurgicalLayer):
@@ -177,3 +218,17 @@ def bare(model: nn.Module) -> Iterator[None]:
             module.__class__ = cls
         for module, name, child in hidden:
             module._modules[name] = child
+
+
+@contextmanager
+def without_base_layer(model: nn.Module) -> Iterator[None]:
+    """Let no module of the network have a child ``base_layer``, as timm's DLA does: PEFT takes it for its own mark."""
+    named = [module for module in model.modules() if "base_layer" in module._modules]
+    swap = {"base_layer": "own_base_layer", "own_base_layer": "base_layer"}
+    try:
+        for module in named:
+            module._modules = {swap.get(name, name): child for name, child in module._modules.items()}
+        yield
+    finally:
+        for module in named:
+            module._modules = {swap.get(name, name): child for name, child in module._modules.items()}

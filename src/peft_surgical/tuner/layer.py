@@ -1,17 +1,13 @@
 """Live deltas: a module that reads base + delta, and the place where its deltas are kept.
 
-A tuned module keeps its ``forward``, tensors and state-dict keys (see `specialise`); each of its tuned tensors is read
-through a property that adds the active adapters' deltas. Its deltas live in a child named ``surgery``, a
-`SurgicalLayer`, which is what PEFT finds, saves, switches and merges::
+A tuned module keeps its ``forward``, tensors and state-dict keys (see `specialise`); a property adds the active
+adapters' deltas to each of its tuned tensors. They live in a child ``surgery``, which PEFT finds, saves and merges::
 
     conv1                                    nn.Conv2d, read through `ReadsDeltas`
     conv1.weight                             the base's parameter, frozen, where it always was
     conv1.surgery                            SurgicalLayer
     conv1.surgery.surgical_delta.default     Deltas with the trainable parameter `weight`
-
-This serves every kind of tensor in one way: a convolution's weight, timm's root-level ``cls_token``, CLIP's
-``class_embedding`` beside child modules, ``nn.MultiheadAttention.in_proj_weight``, the weights of an LSTM, and tensors
-that are read from outside (``out_proj.weight``) or by another method than ``forward``.
+This serves every kind of tensor, also root parameters and tensors that are read from outside the module.
 """
 
 from __future__ import annotations
@@ -26,16 +22,7 @@ from torch import nn
 
 from ..errors import AdapterError
 from ..keys import HOLDER
-from .specialise import base_class
-
-
-def stored(module: Any, name: str) -> torch.Tensor:
-    """The tensor that ``module`` stores under ``name``, without deltas."""
-    for store in (module._parameters, module._buffers, module.__dict__):
-        if name in store:
-            return store[name]
-    # As for any attribute that is not there: FSDP1 takes a parameter away and asks with hasattr().
-    raise AttributeError(f"{base_class(module).__name__} no longer has the tuned tensor {name!r}")
+from .specialise import stored
 
 
 class Deltas(nn.Module):
@@ -62,11 +49,11 @@ class SurgicalLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._active_adapter: list[str] = []
         self._movable: set[str] = set()
+        self._held: set[str] = set()
+        self._trainable: set[str] = set()  # adapters whose deltas were made trainable here
         self._backup: dict[str, torch.Tensor] = {}
         self._owner = weakref.ref(owner)
         self._sites: dict[str, list[tuple[weakref.ref[nn.Module], str]]] = {}
-
-    # --- copying: weak references do not copy; the owner puts itself back in __setstate__ ---
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key not in ("_owner", "_sites")}
@@ -86,11 +73,8 @@ class SurgicalLayer(nn.Module, BaseTunerLayer):
     def sites(self, key: str) -> Iterator[tuple[nn.Module, str]]:
         """Every (module, name) under which the tensor ``key`` is stored; more than one where it is tied."""
         for reference, name in self._sites.get(key, ()):
-            module = reference()
-            if module is not None:
+            if (module := reference()) is not None:
                 yield module, name
-
-    # --- reading ---
 
     def effective(self, key: str, base: torch.Tensor) -> torch.Tensor:
         """Base + deltas of the active adapters, differentiable; for statistics, the active adapter's own."""
@@ -118,10 +102,9 @@ class SurgicalLayer(nn.Module, BaseTunerLayer):
     def _statistics(self, key: str, base: torch.Tensor, adapters: Sequence[str]) -> torch.Tensor:
         owners = [a for a in adapters if a in self.surgical_stats and self.scaling[a] != 0.0]
         if len(owners) > 1:
-            raise AdapterError(
-                f"The active adapters {', '.join(owners)} each carry their own {key}: statistics do not add up. "
-                "Activate one of them, or train them with norm_stats='frozen'."
-            )
+            way = "Activate one of them, or train them with norm_stats='frozen'."
+            both = f"The active adapters {', '.join(owners)} each carry their own {key}: statistics do not add up."
+            raise AdapterError(f"{both} {way}")
         own, scale = self.surgical_stats[owners[0]]._buffers[key], self.scaling[owners[0]]
         assert own is not None
         # In training the module writes to what it reads, which must then be the adapter's own tensor.
@@ -135,12 +118,15 @@ class SurgicalLayer(nn.Module, BaseTunerLayer):
             return False
         return any(adapter in self._movable for adapter in self._active_adapter)
 
+    def let_move(self, move: bool) -> bool:
+        """Let training move the statistics that active adapters hold, or hold them again; False if there are none."""
+        held = {*self._active_adapter} & self._held
+        self._movable = self._movable | held if move else self._movable - held
+        return bool(held)
+
     def base_tensor(self, key: str) -> torch.Tensor:
         """The base's value of ``key``, also while adapters are merged into it."""
-        if key in self._backup:
-            return self._backup[key]
-        module, name = next(self.sites(key))
-        return stored(module, name)
+        return self._backup[key] if key in self._backup else stored(*next(self.sites(key)))
 
     def keys_of(self, adapter: str) -> tuple[str, ...]:
         """The names of the tensors that ``adapter`` brings to this module: deltas, then statistics."""
@@ -155,8 +141,7 @@ class SurgicalLayer(nn.Module, BaseTunerLayer):
 
     def get_base_layer(self) -> nn.Module:
         """The module whose tensors are tuned. It is the parent: nothing is wrapped."""
-        owner = self._owner()
-        assert owner is not None, "a SurgicalLayer outlived its module"
+        assert (owner := self._owner()) is not None, "a SurgicalLayer outlived its module"
         return owner
 
     @property
@@ -169,12 +154,16 @@ class SurgicalLayer(nn.Module, BaseTunerLayer):
         """The owner's number of outputs, where PEFT knows its kind; None otherwise."""
         return _get_in_out_features(self.get_base_layer())[1]
 
-    # --- adapters ---
-
     def update_layer(
-        self, adapter: str, parameters: Iterable[str], statistics: Iterable[str], scale: float, double: bool = False
+        self,
+        adapter: str,
+        parameters: Iterable[str],
+        statistics: Iterable[str],
+        scale: float,
+        hold: bool = False,
+        double: bool = False,
     ) -> None:
-        """Add ``adapter`` with zero deltas for ``parameters``, float64 if ``double``, and its own ``statistics``."""
+        """Add ``adapter`` with zero deltas, float64 if ``double``, and statistics of its own, still if ``hold``."""
         deltas = Deltas()
         for key in parameters:
             base = self.base_tensor(key)
@@ -189,43 +178,58 @@ class SurgicalLayer(nn.Module, BaseTunerLayer):
             own.register_buffer(key, self.base_tensor(key).clone())
         if own._buffers:
             self.surgical_stats[adapter] = own
+            self._held = self._held | {adapter} if hold else self._held - {adapter}
         self.scaling[adapter] = scale
+        self._trainable.add(adapter)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Activate adapters; see BaseTunerLayer. Their statistics move unless ``inference_mode`` freezes them."""
-        super().set_adapter(adapter_names, inference_mode)
-        self.forget()
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        self._active_adapter = names
-        self._movable = {name for name in names if name in self.surgical_stats and not inference_mode}
+        trained = set() if inference_mode else {*names}
+        self._train(self._trainable - trained, False)
+        self._train(trained, True)
+        self.forget()
+        own = {*self.surgical_stats._modules}  # what `alone` hides stays as it is
+        movable = (self._movable - own) | ((trained & own) - self._held)
+        self.__dict__.update(_active_adapter=names, _movable=movable)  # nn.Module's own way takes most of the time
+
+    def _train(self, adapters: Iterable[str], trainable: bool) -> None:
+        """Set ``requires_grad`` of the deltas of those adapters that this layer has."""
+        for name in adapters:
+            if (deltas := self.surgical_delta._modules.get(name)) is not None:
+                for delta in deltas._parameters.values():
+                    if delta is not None and delta.is_leaf:  # FSDP's views are none
+                        delta.requires_grad_(trainable)
+                self._trainable = self._trainable | {name} if trainable else self._trainable - {name}
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Enable or disable training of adapters, their statistics included."""
-        super().set_requires_grad(adapter_names, requires_grad)
-        names = ({adapter_names} if isinstance(adapter_names, str) else {*adapter_names}) & {*self.surgical_stats}
+        names = {adapter_names} if isinstance(adapter_names, str) else {*adapter_names}
+        self._train(names, requires_grad)
+        names = names & {*self.surgical_stats} - self._held
         self._movable = self._movable | names if requires_grad else self._movable - names
 
     def enable_adapters(self, enabled: bool) -> None:
         """Toggle all adapters. Disabling shows the base, so a merged adapter is taken out first, as in PEFT."""
-        if not enabled and self.merged_adapters:
+        if enabled:
+            self.set_adapter(self._active_adapter)
+        else:
             self.unmerge()
-        super().enable_adapters(enabled)
-        self.forget()
+            self._train(self._trainable, False)
+            self.forget()
+        self._disable_adapters = not enabled
 
     def forget(self) -> None:
         """Empty what the owners computed from their tensors and kept, as timm's LeViT does with its biases."""
-        for key in self._sites:
-            for module, _ in self.sites(key):
-                for attribute, kept in vars(module).items():
-                    if attribute.endswith("_cache") and isinstance(kept, dict):
-                        kept.clear()
+        for module in [module for key in self._sites for module, _ in self.sites(key)]:
+            for attribute, kept in vars(module).items():
+                if attribute.endswith("_cache") and isinstance(kept, dict):
+                    kept.clear()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter from this module."""
         super().delete_adapter(adapter_name)
-        self._movable.discard(adapter_name)
-
-    # --- merging ---
+        self._movable, self._trainable = self._movable - {adapter_name}, self._trainable - {adapter_name}
 
     def merged_values(self, adapters: Sequence[str]) -> dict[str, torch.Tensor]:
         """What each tensor would be with ``adapters`` merged: exactly what a forward with them active reads."""
@@ -281,15 +285,13 @@ class SurgicalLayer(nn.Module, BaseTunerLayer):
             store[name] = value  # type: ignore[assignment]
         self.forget()
 
-    # --- placement ---
-
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # The base class looks for one `weight`; here each tensor follows its own base.
         for container in (self.surgical_delta, self.surgical_stats):
             if adapter_name not in container:
                 continue
             for key, value in (*container[adapter_name]._parameters.items(), *container[adapter_name]._buffers.items()):
-                target = device if device is not None else self.base_tensor(key).device
+                target = self.base_tensor(key).device if device is None else device
                 if value is not None and not value.is_meta and value.device != target:
                     value.data = value.data.to(target)
 

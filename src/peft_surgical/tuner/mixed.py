@@ -1,9 +1,10 @@
 """Mixed batches: each sample through its own adapter, in one call of the network.
 
 ``model(images, adapter_names=["site_a", "__base__", ...])`` runs the network once per adapter, on that adapter's rows,
-and puts the rows back in order: always right, whatever the network does to its batch inside, at the price of the same
-number of operations in smaller batches. While ``generate()`` runs there is a cache that belongs to the whole batch, so
-there each tuned module splits its own rows instead; a module that does not see one row per sample raises.
+and puts the rows back in order: always right, whatever the network does to its batch inside. What lies in front of the
+first tensor that one of them tunes is computed once, for all rows together (see `sharing`). While ``generate()`` runs
+there is a cache that belongs to the whole batch, so there each tuned module splits its own rows instead; a module that
+does not see one row per sample raises.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from transformers.utils import ModelOutput
 from ..errors import AdapterError
 from .attach import link_of, surgical_layers
 from .layer import SurgicalLayer
+from .sharing import Prefix, may_share, record
 from .specialise import base_class
 
 BASE = "__base__"
@@ -138,7 +140,15 @@ def _at_root(model: nn.Module, layers: list[SurgicalLayer], routing: _Routing) -
             return inside(*args, **kwargs)
         if _rows(args, kwargs) != len(names):
             raise AdapterError(f"adapter_names has {len(names)} entries, the batch {_rows(args, kwargs)} rows.")
-        return _by_rows(names, routing, layers, inside, args, kwargs)
+        if not may_share(model):
+            return _by_rows(names, routing, layers, inside, args, kwargs)
+        used = [layer for layer in layers if any(name in layer.surgical_delta for name in names)]
+        run = functools.partial(_as_adapter, BASE, layers, inside, args, kwargs)
+        with routing.narrowed(names[0], len(names)):  # no module has to tell the rows apart before it is in use
+            prefix = record(model, used, len(names), run)
+        if prefix.output is not None:
+            return prefix.output
+        return _by_rows(names, routing, layers, inside, args, kwargs, prefix if prefix.calls else None)
 
     return split
 
@@ -157,14 +167,24 @@ def _by_rows(
     forward: Callable[..., Any],
     args: Any,
     kwargs: Any,
+    prefix: Prefix | None = None,
 ) -> Any:
     outputs = []
     for name in dict.fromkeys(names):
         index = torch.tensor([row for row, other in enumerate(names) if other == name])
         part, keywords = _select((args, kwargs), len(names), index)
+        run = functools.partial(_as_adapter, name, layers, forward, part, keywords)
+        again = run if prefix is None else functools.partial(_replaying, prefix, index, run)
         with routing.narrowed(name, len(index)):
-            outputs.append((index, _as_adapter(name, layers, forward, part, keywords)))
+            if prefix is not None and not prefix.is_sound(index, run, again):
+                prefix = None
+            outputs.append((index, run() if prefix is None else again()))
     return _scatter(outputs, len(names))
+
+
+def _replaying(prefix: Prefix, index: torch.Tensor, run: Callable[[], Any]) -> Any:
+    with prefix.replayed(index):
+        return run()
 
 
 def _check(model: nn.Module, layers: list[SurgicalLayer], names: Sequence[str], known: Sequence[str]) -> None:

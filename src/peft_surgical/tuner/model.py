@@ -19,16 +19,19 @@ from peft.utils.transformers_weight_conversion import (
 from torch import nn
 
 from ..config import SurgicalConfig
-from ..errors import AdapterError, AdapterFileError
-from ..keys import PREFIX, tensor_name
-from .attach import attach, detach, surgical_layers
+from ..errors import AdapterError, SurgicalError
+from ..keys import BASE_MARKS, PREFIX, tensor_name
+from .attach import attach, detach, surgical_layers, without_base_layer
+from .base import recorded_base, warn_of_unfrozen
 from .combine import Combination, config_of_combination, fill_combined
 from .layer import SurgicalLayer
+from .loading import checked_state, set_scale
 from .mixed import mixed_batch
 from .plan import Plan, check_fingerprint, fingerprint_of, make_plan
-from .saving import check_loaded, whole_state
-from .specialise import hold_statistics
+from .saving import whole_state
+from .specialise import hold_buffers
 from .support import check_adapter_name
+from .switch import activate, alone, switched
 
 
 class SurgicalModel(BaseTuner):
@@ -49,9 +52,9 @@ class SurgicalModel(BaseTuner):
         self._fingerprints: dict[str, dict[str, str] | None] = {}
         # Adapters whose config was read from disk and whose weights come next: refused weights take them along.
         self._awaiting: set[str] = set()
+        # Whether a training forward has looked for what was unfrozen by hand.
+        self._looked = False
         super().__init__(*args, **kwargs)
-
-    # --- adding an adapter ---
 
     def inject_adapter(
         self,
@@ -75,7 +78,8 @@ class SurgicalModel(BaseTuner):
             convert_peft_config_for_transformers(config, model, get_model_conversion_mapping(model))
         self._check_new_adapter_config(config)
         if state_dict is None:
-            self._inject(model, adapter_name, make_plan(model, config), low_cpu_mem_usage)
+            with alone(model):
+                self._inject(model, adapter_name, make_plan(model, config), low_cpu_mem_usage)
             return
         configured = {*make_plan(model, config).names}
         plan = make_plan(model, config, [name for key in state_dict if (name := tensor_name(key)) is not None])
@@ -91,7 +95,8 @@ class SurgicalModel(BaseTuner):
     def _inject(self, model: nn.Module, adapter: str, plan: Plan, empty: bool = False) -> None:
         config = self.peft_config[adapter]
         check_adapter_name(adapter, self.peft_config, model, plan.names)
-        check_fingerprint(plan, config)
+        marks = recorded_base(model)
+        check_fingerprint(plan, config, marks)
         tuned_already = any(True for _ in surgical_layers(model))
         known = {parameter: parameter.requires_grad for parameter in model.parameters()} if tuned_already else {}
         self._awaiting.discard(adapter)
@@ -103,6 +108,7 @@ class SurgicalModel(BaseTuner):
         except BaseException:
             self._remove(model, adapter)
             raise
+        model.__dict__[BASE_MARKS] = marks
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not empty:
             # They may shard the base. Trainer then lets one of them save, which could not ask the others for theirs.
             self._fingerprints[adapter] = fingerprint_of(model, config)
@@ -111,9 +117,10 @@ class SurgicalModel(BaseTuner):
 
     def _attach(self, model: nn.Module, adapter: str, plan: Plan, config: SurgicalConfig, empty: bool) -> None:
         with init_empty_weights() if empty else nullcontext():
+            hold, double = config.norm_stats == "estimated", config.delta_dtype == "float64"
             for e in plan.modules:
-                attach(e.module, adapter, e.parameters, e.statistics, config.scale, config.delta_dtype == "float64")
-        hold_statistics(model)
+                attach(e.module, adapter, e.parameters, e.statistics, config.scale, hold, double)
+        hold_buffers(model)
         paths = [entry.path for entry in plan.modules if entry.path]
         self.targeted_module_names.extend(path for path in paths if path not in self.targeted_module_names)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -155,7 +162,17 @@ class SurgicalModel(BaseTuner):
                 for key, delta in layer.surgical_delta[adapter_name].named_parameters():
                     delta.data = delta.data.to(layer.base_tensor(key).dtype)
 
-    # --- switching, scaling ---
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Activate adapters; see BaseTuner. The time it takes depends on the tuned modules alone.
+
+        Inactive adapters are frozen, but for tensors whose ``requires_grad`` was set by hand.
+        """
+        activate(self.model, adapter_name, inference_mode)
+        self.active_adapter = adapter_name
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        for module in switched(self.model):
+            module.enable_adapters(enabled)
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
         """Multiply an adapter's deltas by ``scale`` from now on: 0.0 is exactly the base, 1.0 exactly the tuned model.
@@ -163,7 +180,7 @@ class SurgicalModel(BaseTuner):
         In between lies WiSE-FT (Wortsman et al. 2022, eq. 1). Saved with the adapter.
 
         Raises:
-            AdapterError: For an unknown adapter, a scale that is not finite, or while the adapter is merged.
+            AdapterError: For an unknown or merged adapter, or a scale that is not finite or gives tensors that are not.
         """
         if adapter_name not in self.peft_config:
             raise AdapterError(f"No adapter {adapter_name!r}; there are {', '.join(self.peft_config)}.")
@@ -172,12 +189,13 @@ class SurgicalModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if self.model.training and not self._looked:
+            self._looked = True
+            warn_of_unfrozen(self.model)
         names = kwargs.pop("adapter_names", None)
         routed = nullcontext() if names is None else mixed_batch(self.model, names, [*self.peft_config], args, kwargs)
         with routed:
             yield
-
-    # --- merging ---
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge adapters into the base; see BaseTuner. ``safe_merge`` checks all tensors before it changes one."""
@@ -202,11 +220,10 @@ class SurgicalModel(BaseTuner):
             layer.merge(adapter_names=adapter_names) if merge else layer.unmerge()
         detach(self.model)
         # What is left for PEFT: the wrappers of modules_to_save, and its own bookkeeping.
-        return super()._unload_and_optionally_merge(
-            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
-        )
-
-    # --- combining ---
+        with without_base_layer(self.model):
+            return super()._unload_and_optionally_merge(
+                merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+            )
 
     def add_weighted_adapter(
         self,
@@ -246,8 +263,6 @@ class SurgicalModel(BaseTuner):
             self._remove(self.model, adapter_name)
             raise
 
-    # --- state dicts ---
-
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         # PEFT maps both ways through this, so an adapter made on a compiled network loads onto a plain one and back.
@@ -276,25 +291,10 @@ class SurgicalModel(BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         tuner = getattr(model, "base_model", None)
         try:
-            check_loaded(remapped, model.state_dict(), adapter_name)
-        except AdapterFileError:
+            found = checked_state(remapped, model, adapter_name, config)
+        except SurgicalError:
             if isinstance(tuner, SurgicalModel) and adapter_name in tuner._awaiting:
                 tuner._remove(tuner.model, adapter_name)
             raise
-        if isinstance(tuner, SurgicalModel):
-            tuner._awaiting.discard(adapter_name)
-        return remapped
-
-
-def set_scale(model: nn.Module, adapter_name: str, scale: float) -> None:
-    """`SurgicalModel.set_scale` for a network that transformers' own ``load_adapter`` adapted, without a tuner."""
-    if scale != scale or scale in (float("inf"), float("-inf")):
-        raise AdapterError(f"scale={scale} is not a finite number: 0 is the base, 1 the tuned model.")
-    layers = [layer for _, layer in surgical_layers(model) if adapter_name in layer.scaling]
-    if not layers:
-        raise AdapterError(f"No adapter {adapter_name!r} on this model.")
-    if any(adapter_name in layer.merged_adapters for layer in layers):
-        raise AdapterError(f"Adapter {adapter_name!r} is merged; unmerge it, set its scale, and merge it again.")
-    for layer in layers:
-        layer.scaling[adapter_name] = float(scale)
-        layer.forget()
+        getattr(tuner, "_awaiting", set()).discard(adapter_name)
+        return found

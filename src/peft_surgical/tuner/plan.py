@@ -17,10 +17,12 @@ from torch import nn
 
 from ..blocks import Anatomy, Block, anatomy_of, parse, paths_matched, resolve
 from ..config import SurgicalConfig
-from ..errors import AnatomyError, BaseMismatchError, ConfigError, UnknownTargetError
-from ..files import check_base, fingerprint, shown
+from ..errors import AdapterError, AnatomyError, BaseMismatchError, ConfigError, UnknownTargetError
+from ..files import shown
+from ..fingerprints import TensorMark, check_base, fingerprint, mark_of, with_all_bytes
 from ..keys import join
 from .attach import bare, base_value
+from .base import base_tensors, changed_since, is_whole, recorded_base
 from .specialise import moving_statistics, statistics_of
 from .support import ModulePlan, Site, check_held, check_supported, is_quantized, refuse_other_methods
 
@@ -217,13 +219,29 @@ def _plan(modules: Mapping[str, nn.Module], chosen: set[str], config: SurgicalCo
     return plan
 
 
-def check_fingerprint(plan: Plan, config: SurgicalConfig) -> None:
-    """Raise `BaseMismatchError` (or warn, with ``strict_base=False``) unless the base is the one trained on."""
+def check_fingerprint(plan: Plan, config: SurgicalConfig, marks: Mapping[str, TensorMark] | None) -> None:
+    """Raise `BaseMismatchError` (or warn, with ``strict_base=False``) unless the base is the one trained on.
+
+    Args:
+        plan: What the adapter touches.
+        config: Its config, with the fingerprint of its base where it was saved.
+        marks: `recorded_base` of the network; None compares the tuned tensors alone.
+    """
     base = plan.base()
     if config.base_fingerprint is None or any(value.is_meta for value in base.values()):
         return
+    tuned = {name: with_all_bytes(mark_of(name, value), name, value) for name, value in base.items()}
+    held = {*plan.names} - {*tuned}  # statistics, which the adapter brings
+
+    def compared(name: str) -> bool:
+        return name not in held and not is_whole(name, config)
+
+    expected = {name: mark for name, mark in config.base_fingerprint.items() if compared(name)}
+    if marks is None:
+        expected = {name: mark for name, mark in expected.items() if name in tuned}
+    rest = {name: mark for name, mark in (marks or {}).items() if name not in tuned and compared(name)}
     try:
-        check_base(config.base_fingerprint, base, config.base_model_name_or_path)
+        check_base(expected, tuned, rest, config.base_model_name_or_path)
     except BaseMismatchError as error:
         if config.strict_base:
             raise
@@ -231,6 +249,36 @@ def check_fingerprint(plan: Plan, config: SurgicalConfig) -> None:
 
 
 def fingerprint_of(model: nn.Module, config: SurgicalConfig) -> dict[str, str] | None:
-    """The fingerprint of the base values under an attached adapter; None where there are none (meta device)."""
-    base = make_plan(model, config, config.tensor_names).base()
-    return None if any(value.is_meta for value in base.values()) else fingerprint(base)
+    """The fingerprint of the base under an attached adapter, as it was when the first adapter was attached.
+
+    Raises:
+        AdapterError: The base has changed since, which the adapter's file would not hold; a warning with
+            ``strict_base=False``, and if it was only cast. None where there are no values (meta device).
+    """
+    tuned = make_plan(model, config, config.tensor_names).base()
+    if any(value.is_meta for value in tuned.values()):
+        return None
+    then, tensors = recorded_base(model), base_tensors(model)
+    if then is None:
+        return fingerprint(tuned)
+    changed, cast = changed_since(then, tensors)
+    found = dict(then)
+    if changed := [name for name in changed if not is_whole(name, config)]:
+        problem = (
+            f"{shown(changed)} of the base changed after the adapter was attached. The adapter does not hold that, so "
+            "it would be lost on saving. Tune them with target, or list their module in modules_to_save; or, if the "
+            "base that the adapter will be loaded onto has changed too, set strict_base=False in the model's "
+            "peft_config."
+        )
+        if config.strict_base:
+            raise AdapterError(problem)
+        warnings.warn(f"strict_base=False: {problem}", stacklevel=2)
+        found = {name: mark_of(name, value) for name, (_, value) in tensors.items()}
+    if cast:
+        warnings.warn(
+            f"The base was cast to {' and '.join(sorted({*cast.values()}))} after the adapter was attached, and so "
+            "were its deltas. It is saved for the base as it was attached.",
+            stacklevel=2,
+        )
+    kept = {name: with_all_bytes(found[name], name, value) for name, value in tuned.items() if name not in cast}
+    return {name: str(mark) for name, mark in {**found, **kept}.items()}

@@ -1,7 +1,7 @@
-"""Saving and loading: what of an adapter goes into a file, files that are replaced whole, and the page beside them.
+"""Saving: what of an adapter goes into a file, files that are replaced whole, and the page beside them.
 
 PEFT writes the weights and then the config, each in place: a kill between the two leaves one adapter's weights beside
-another's config. Here PEFT writes into a folder beside the target, whose files then take the place of the old ones in a
+another's config. Here PEFT writes into a hidden folder of its own, whose files then take the place of the old ones in a
 way that leaves a whole adapter at any time; see `commit`.
 
 PEFT's page ``README.md`` says "[More Information Needed]" in every section. The page here says what the adapter is, how
@@ -16,20 +16,22 @@ import inspect
 import os
 import re
 import shutil
-import tempfile
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
+from safetensors import safe_open
 
 from ..config import SurgicalConfig, SurgicalType
 from ..errors import AdapterError
 from ..evaluation import Report
-from ..files import check_tensors, commit
-from ..keys import CARD, CONFIG, DELTA, HOLDER, STATISTIC
+from ..files import is_finite, shown
+from ..folders import commit, staging
+from ..keys import CARD, CONFIG, DELTA, WEIGHTS, neutral_key, tensor_name
+from ..results import published
+from ..texts import markdown_code, markdown_text
 
 TAGS = ("peft", "surgical-fine-tuning")
 IMPORT = "import peft_surgical"
@@ -48,9 +50,9 @@ _PAGE = """\
 ---
 {mark}
 
-# Surgical adapter: {target}
+# Surgical adapter: {title}
 
-Deltas of `{target}` for {base}, made with `peft-surgical` by surgical fine-tuning, which tunes one part of a pretrained
+Deltas of {target} for {base}, made with `peft-surgical` by surgical fine-tuning, which tunes one part of a pretrained
 network and leaves the rest as it is. The base is not in this folder.
 
 ## Use
@@ -71,34 +73,29 @@ what was tuned and how far it moved.
 
 
 def whole_state(state: Mapping[str, torch.Tensor], config: SurgicalConfig, adapter: str) -> dict[str, torch.Tensor]:
-    """What is saved of an adapter: its tensors gathered from all processes, its deltas in the config's dtype."""
-    found = {key: value.full_tensor() if hasattr(value, "full_tensor") else value for key, value in state.items()}
-    broken = [key for key, value in found.items() if not value.is_meta and not bool(torch.isfinite(value).all())]
-    if broken:
-        warnings.warn(
-            f"Adapter {adapter!r} holds NaN or Inf ({broken[0]}): the run diverged, and what is saved now will be "
-            "refused on loading.",
-            stacklevel=3,
-        )
-    if config.delta_dtype is None:
-        return found
-    dtype = getattr(torch, config.delta_dtype)
-    return {key: value.to(dtype) if f".{DELTA}." in f".{key}" else value for key, value in found.items()}
+    """What is saved of an adapter: its tensors gathered from all processes, its deltas in the config's dtype.
 
-
-def check_loaded(state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], adapter: str) -> None:
-    """Raise `AdapterFileError` unless a state dict holds what an attached adapter needs.
-
-    Args:
-        state: What is to be loaded, by the model's keys.
-        own: The model's own state dict.
-        adapter: The adapter's name.
+    Raises:
+        AdapterError: What would be written is not finite, or not all there. What was saved before stays.
     """
-    marks = (f"{HOLDER}.{DELTA}.{adapter}.", f"{HOLDER}.{STATISTIC}.{adapter}.")
-    expected = {key: tuple(value.shape) for key, value in own.items() if any(mark in key for mark in marks)}
-    # What belongs to modules_to_save has been given its place by PEFT already; it may be called anything.
-    deltas = {key: value for key, value in state.items() if key not in own or key in expected}
-    check_tensors(deltas, expected, f"adapter {adapter!r}")
+    found = {key: value.full_tensor() if hasattr(value, "full_tensor") else value for key, value in state.items()}
+    held = {tensor_name(key.replace("_orig_mod.", "")) for key in found}
+    if found and (lost := [name for name in config.tensor_names or () if name not in held]):
+        raise AdapterError(
+            f"Adapter {adapter!r} was not saved: {shown(lost)} of it is no longer in the model. Something has put "
+            "another module in the place of the one that it was attached to."
+        )
+    written = found
+    if config.delta_dtype is not None:
+        dtype = getattr(torch, config.delta_dtype)
+        written = {key: value.to(dtype) if f".{DELTA}." in f".{key}" else value for key, value in found.items()}
+    if broken := [key for key, value in written.items() if not is_finite(value)]:
+        if is_finite(found[broken[0]]):
+            reason = f"{broken[0]} has values that {config.delta_dtype} cannot hold. Leave delta_dtype out"
+        else:
+            reason = f"{broken[0]} holds NaN or Inf: the run diverged. Try a smaller learning rate"
+        raise AdapterError(f"Adapter {adapter!r} was not saved, {reason}. What was saved before is as it was.")
+    return written
 
 
 def saving_atomically(original: Callable[..., None]) -> Callable[..., None]:
@@ -129,19 +126,49 @@ def saving_atomically(original: Callable[..., None]) -> Callable[..., None]:
             # Other processes take part in gathering the tensors; they write nothing.
             original(self, save_directory, **rest)
             return
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
-            stage = Path(scratch)
+        with staging(target) as stage:
             for place in (".", *self.peft_config):
                 if (target / place / CARD).is_file():  # a page that a user wrote stays
                     (stage / place).mkdir(exist_ok=True)
                     shutil.copy2(target / place / CARD, stage / place / CARD)
             original(self, stage, **rest)
             for config in list(stage.rglob(CONFIG)):
+                _check_written(config.with_name(WEIGHTS))
                 write_card(config.parent)
             commit(stage, target)
 
     return save_pretrained
+
+
+def publish_adapter(model: Any, folder: Path, root: Path | None = None) -> None:
+    """Save a PeftModel's adapter among the results in ``root``, which holds ``folder``; a user's own page there stays.
+
+    Raises:
+        ConfigError: There is an adapter in ``folder`` that is no result.
+    """
+    root = root if root is not None and folder.is_relative_to(root) else folder
+    with published(root) as stage:
+        place = stage / folder.relative_to(root)
+        model.save_pretrained(place)
+        if not may_replace(folder / CARD):
+            (place / CARD).unlink()
+
+
+def _check_written(file: Path) -> None:
+    """Check what `whole_state` has not seen: the modules that PEFT saves whole, for ``modules_to_save``."""
+    with safe_open(file, framework="pt") as held:
+        keys = list(held.keys())
+        if not keys:
+            raise AdapterError(
+                "The adapter was not saved: none of its tensors is in the model any more. Something has put other "
+                "modules in the place of those that it was attached to."
+            )
+        for key in keys:
+            if neutral_key(key) is None and not is_finite(held.get_tensor(key)):
+                raise AdapterError(
+                    f"The adapter was not saved: {key}, which modules_to_save names, holds NaN or Inf. The run "
+                    "diverged: try a smaller learning rate. What was saved before is as it was."
+                )
 
 
 def is_repository(name: str | None) -> bool:
@@ -168,11 +195,12 @@ def write_card(folder: str | os.PathLike[str], report: Report | None = None) -> 
 
 
 def may_replace(page: Path) -> bool:
-    """Whether no user has written this page: there is none, it is PEFT's template, or this package wrote it."""
+    """Whether no user has written this page: there is none, it is PEFT's blank template, or this package wrote it."""
     if not page.is_file():
         return True
-    text = page.read_text(encoding="utf-8")
-    return PAGE_MARK in text or _EMPTY in text
+    text = page.read_text(encoding="utf-8", errors="replace")
+    # A section of the template that somebody has filled in is theirs.
+    return PAGE_MARK in text or text.count(_EMPTY) >= ModelCard.default_template_path.read_text("utf-8").count(_EMPTY)
 
 
 def target_of(config: SurgicalConfig) -> str:
@@ -187,12 +215,19 @@ def _page(config: SurgicalConfig, report: Report | None) -> str:
     on_hub = is_repository(base)
     more: dict[str, Any] = {LOAD_WITH: IMPORT}
     data = ModelCardData(base_model=base if on_hub else None, library_name="peft", tags=list(TAGS), **more)
-    named = f"[`{base}`](https://huggingface.co/{base})" if on_hub else f"`{Path(base).name}`" if base else "its base"
+    named = (
+        f"[`{base}`](https://huggingface.co/{base})"
+        if on_hub
+        else markdown_code(Path(base).name)
+        if base
+        else "its base"
+    )
     none = "Nothing was measured when this adapter was saved.\n"
     return _PAGE.format(
         metadata=data.to_yaml(),
         mark=PAGE_MARK,
-        target=target_of(config),
+        title=markdown_text(target_of(config)),
+        target=markdown_code(target_of(config)),
         base=named,
-        results=report.to_markdown() if report is not None and report.measurements else none,
+        results=report.without_paths().to_markdown() if report is not None and report.measurements else none,
     )

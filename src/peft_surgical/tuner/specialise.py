@@ -1,4 +1,4 @@
-"""Give one module of a network a subclass of its own class, in place; and the trait that holds norm statistics.
+"""Give one module of a network a subclass of its own class, in place; and the traits that hold what is frozen.
 
 The tuner has to make a module *read* base + delta wherever it reads a tensor. Wrapping the module in another one does
 that too, but changes its type, its state-dict keys and every reference that somebody holds to it. Swapping the class
@@ -6,19 +6,27 @@ of the instance changes none of these: ``type(module)`` becomes a subclass with 
 place, its hooks, its attributes and its keys, and its own ``forward`` runs unchanged. PyTorch does the same in
 ``torch.nn.utils.parametrize`` and in FSDP2's ``fully_shard``.
 
-A special class is a pure function of (base class, traits, tensor names), so it is made once, and a copied or pickled
-module finds it again by these three.
+A special class is a pure function of (base class, traits, tensor names), so modules that have these three in common
+share it, and a copied or pickled module finds it, or makes it again.
 """
 
 from __future__ import annotations
 
+import sys
+import warnings
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..config import NormPolicy
+from ..errors import AdapterError, UnsupportedModelError
 from ..keys import HOLDER, join
+
+# Functions of torch and timm that put another norm module in the place of the one that they read.
+_REPLACING = ("convert_sync_batchnorm", "freeze_batch_norm_2d", "unfreeze_batch_norm_2d")
 
 
 class Special:
@@ -39,6 +47,13 @@ class Special:
         """The property through which this trait's modules read the tensor ``name``."""
         raise NotImplementedError(f"{cls.__name__} adds no tensor properties")
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script asks of every module first: it compiles a class's source, and knows no properties."""
+        raise UnsupportedModelError(
+            "torch.jit.script cannot compile a network while an adapter is on it. Use torch.jit.trace or torch.export, "
+            "or script what merge_and_unload returns."
+        )
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class cannot be found by module and name, as pickle would try: it has the name of its base.
         parts = super().__reduce_ex__(max(int(protocol), 2))
@@ -46,13 +61,14 @@ class Special:
         return (_rebuild, recipe, *parts[2:])
 
 
-_CLASSES: dict[Any, Any] = {}
+# Weak: a network whose classes were made on the fly, and the special classes with it, may go when nobody has it.
+_CLASSES: weakref.WeakKeyDictionary[Any, weakref.WeakValueDictionary[Any, Any]] = weakref.WeakKeyDictionary()
 
 
 def _special_class(base: type[nn.Module], traits: tuple[type[Special], ...], tensors: tuple[str, ...]) -> Any:
-    key = (base, traits, tensors)
-    if key in _CLASSES:
-        return _CLASSES[key]
+    known, key = _CLASSES.setdefault(base, weakref.WeakValueDictionary()), (traits, tensors)
+    if (found := known.get(key)) is not None:
+        return found
     # Module, name and qualified name are the base's: code that asks for a class by its name (FSDP's and Accelerate's
     # wrapping policies, torch.fx's rule of what a leaf is) keeps finding what it looks for.
     body: dict[str, Any] = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
@@ -60,7 +76,7 @@ def _special_class(base: type[nn.Module], traits: tuple[type[Special], ...], ten
     cls: Any = type(base.__name__, (*traits, base), body)
     for name in tensors:
         setattr(cls, name, cls.tensor_property(name))
-    _CLASSES[key] = cls
+    known[key] = cls
     return cls
 
 
@@ -91,6 +107,15 @@ def restore(module: nn.Module) -> None:
         target: Any = module
         # Not type(module).__bases__: FSDP2 may have put a class of its own on top.
         target.__class__ = base_class(module)
+
+
+def stored(module: Any, name: str) -> torch.Tensor:
+    """The tensor that ``module`` stores under ``name``, without deltas."""
+    for store in (module._parameters, module._buffers, module.__dict__):
+        if name in store:
+            return store[name]
+    # As for any attribute that is not there: FSDP1 takes a parameter away and asks with hasattr().
+    raise AttributeError(f"{base_class(module).__name__} no longer has the tuned tensor {name!r}")
 
 
 def base_class(module: nn.Module) -> type[nn.Module]:
@@ -127,7 +152,7 @@ def moving_statistics(policy: NormPolicy, modules: Iterable[tuple[str, nn.Module
     """
     if policy == "frozen":
         return []
-    moving = ((path, module) for path, module in modules if policy == "all" or path in targeted)
+    moving = ((path, module) for path, module in modules if policy != "target" or path in targeted)
     return [join(path, name) for path, module in moving for name in statistics_of(module)]
 
 
@@ -144,18 +169,81 @@ class HoldsStatistics(Special):
     @property
     def training(self) -> bool:
         """False while the statistics are held, whatever mode was set; children (timm's act, drop) keep their own."""
-        if not self.__dict__["training"]:
+        if not self.__dict__["mode_set"]:
             return False
         surgery = self.__dict__["_modules"].get(HOLDER)
         return surgery is not None and surgery.statistics_move()
 
     @training.setter
     def training(self, mode: bool) -> None:
-        self.__dict__["training"] = mode
+        # Twice: nn.Module's own name is for when the class is restored. torch.compile (2.11 and before) takes
+        # __dict__["training"] for this property, so reading it here would never end.
+        self.__dict__["training"] = self.__dict__["mode_set"] = mode
+
+    @property
+    def affine(self) -> Any:
+        """As set by the module; refused to what is about to replace the module, and would let its statistics move."""
+        caller = sys._getframe(1).f_code.co_name
+        if caller in _REPLACING:
+            raise AdapterError(
+                f"{caller} would replace norm modules that belong to an adapted network, and so let frozen statistics "
+                "move. Call it on the network before get_peft_model, or on what merge_and_unload returns."
+            )
+        if "affine" not in self.__dict__:
+            raise AttributeError("affine")  # which nn.Module answers in its own words
+        return self.__dict__["affine"]
+
+    @affine.setter
+    def affine(self, value: Any) -> None:
+        self.__dict__["affine"] = value
+
+    def reset_running_stats(self) -> None:
+        """Reset statistics that an active adapter owns and trains; a warning, and nothing else, for those held."""
+        surgery = self.__dict__["_modules"].get(HOLDER)
+        if surgery is not None and surgery.statistics_move():
+            super().reset_running_stats()  # type: ignore[misc]
+            return
+        warnings.warn(
+            f"{base_class(self).__name__} keeps its statistics: they are frozen. "  # type: ignore[arg-type]
+            "torch.optim.swa_utils.update_bn moves those of adapters with norm_stats='target' or 'all' only.",
+            stacklevel=2,
+        )
 
 
-def hold_statistics(model: nn.Module) -> None:
-    """Make every norm module of ``model`` hold its statistics; see `HoldsStatistics`."""
-    for module in model.modules():
+class HoldsBuffers(Special):
+    """Trait of a module whose other buffers stay as they are: what a training forward writes to is a copy.
+
+    ``spectral_norm`` refines its vectors, a vector quantiser moves its codebook, and both do it in ``train()``, inside
+    the forward. No adapter owns these buffers, so they would be lost on saving. The forward has its copies from the
+    first hook to the last, so it computes what it always does.
+    """
+
+    def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
+        buffers = self.__dict__["_buffers"]
+        held = {name: buffers.get(name) for name in _other_buffers(self)} if self.training else {}  # type: ignore
+        try:
+            for name, value in held.items():
+                buffers[name] = value.clone()
+            return super()._call_impl(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            buffers.update(held)
+
+
+def _other_buffers(module: nn.Module) -> list[str]:
+    """The names of the persistent buffers that are no norm statistics."""
+    if has_statistics(module):  # all of them are what the norm updates in training
+        return []
+    hidden = module._non_persistent_buffers_set
+    return [name for name, value in module._buffers.items() if value is not None and name not in hidden]
+
+
+def hold_buffers(model: nn.Module) -> None:
+    """Make every module of ``model`` hold its buffers; see `HoldsStatistics` and `HoldsBuffers`."""
+    for path, module in model.named_modules():
+        if HOLDER in path.split("."):  # an adapter's own
+            continue
         if has_statistics(module):
+            module.__dict__["mode_set"] = module.__dict__["training"]
             specialise(module, HoldsStatistics)
+        elif _other_buffers(module):
+            specialise(module, HoldsBuffers)

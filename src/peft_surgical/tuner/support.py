@@ -122,13 +122,15 @@ def check_adapter_name(
     """
     if not adapter or "." in adapter:
         raise AdapterError(f"{adapter!r} cannot be an adapter's name: use one without dots, such as 'frost'.")
-    others = [name for config in configs.values() for name in (getattr(config, "tensor_names", None) or ())]
     whole = tuple(name for config in configs.values() for name in (config.modules_to_save or ()))
     paths = [path for path, _ in model.named_modules() if whole and path.endswith(whole)]
     parts = {"base_model", "model", HOLDER, DELTA, STATISTIC}
-    parts.update(part for path in (*names, *others, *paths) for part in path.split("."))
+    parts.update(part for path in (*names, *paths) for part in path.split("."))
+    # The other adapters' names have been compared with each other's paths already.
+    others = (name for config in configs.values() for name in (getattr(config, "tensor_names", None) or ()))
+    taken = any(adapter in path and adapter in path.split(".") for path in others)
     for name in configs:
-        if name in parts:
+        if name in parts or (taken and name == adapter):
             raise AdapterError(
                 f"The adapter name {name!r} is also a part of a tensor's path in this model. PEFT would drop "
                 f"tensors of the other adapters on saving; choose another name, such as '{name}-adapter'."

@@ -1,0 +1,301 @@
+"""Whether `anatomy_of` is right for every network of timm and transformers: the table of docs/measured.md.
+
+::
+
+    python benchmarks/zoo.py timm                         # about 1,370 names, on the meta device, in 20 minutes
+    python benchmarks/zoo.py transformers                 # every architecture of the mappings below
+    python benchmarks/zoo.py timm --only 'vit_*' --rows zoo.jsonl
+
+No weights are loaded and nothing is computed. Each network is built twice, for two numbers of classes, and then
+
+- its blocks must hold every parameter and persistent buffer exactly once;
+- the head must be the tensors whose shape depends on the number of classes, and no other; a language model's, the
+  tensors of ``get_output_embeddings()`` that it does not share with its embedding; a network without a classifier has
+  no head, and says so when asked for it;
+- blocks must come in the order in which a forward pass reaches them first, where one runs on the meta device.
+
+A network is *right* where all of this holds, a *clear error* where `AnatomyError` shows a ``blocks=`` to fill in, else
+*wrong*. The exit code is 1 if one is wrong or fewer than 97% are right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import itertools
+import json
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.models.auto import modeling_auto
+
+from peft_surgical import Anatomy, anatomy_of
+from peft_surgical.errors import AnatomyError, UnknownTargetError
+
+MAPPINGS = {
+    "image classification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+    "image features": "MODEL_FOR_IMAGE_MAPPING_NAMES",
+    "image and text": "MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+    "text classification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "causal language model": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+}
+REQUIRED = 0.97
+RIGHT, REFUSED, WRONG, NOT_BUILT = "right", "clear error", "wrong", "not built"
+
+
+# --- what must hold ---
+
+
+def problems(model: nn.Module, head: set[str] | None, run: Callable[[nn.Module], Any] | None) -> tuple[str, list[str]]:
+    """("right", []), ("clear error", [message]), or ("wrong", what is wrong).
+
+    Args:
+        model: On the meta device.
+        head: The names of the classifier's tensors; None where no rule tells.
+        run: Calls the network; None to leave the order unchecked.
+    """
+    try:
+        anatomy = anatomy_of(model)
+    except AnatomyError as error:
+        return (REFUSED, [str(error)]) if "blocks={" in str(error) else (WRONG, [f"no blocks= in: {error}"])
+    except Exception as error:  # whatever it is, it is wrong
+        return WRONG, [f"{type(error).__name__}: {error}"]
+    found = [*_not_total(model, anatomy), *_wrong_head(anatomy, head)]
+    if run is not None:
+        found += _wrong_order(model, anatomy, run)
+    return (WRONG, found) if found else (RIGHT, [])
+
+
+def _not_total(model: nn.Module, anatomy: Anatomy) -> Iterator[str]:
+    held = Counter(tensor for block in anatomy for tensor in block.tensors)
+    names: dict[int, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(tensor, torch.Tensor):
+            names.setdefault(id(tensor), name)
+    aliases = {*anatomy.aliases}
+    if twice := [name for name, count in held.items() if count > 1]:
+        yield f"twice: {twice[:3]}"
+    if missing := [name for name in names.values() if name not in held and name not in aliases]:
+        yield f"missing: {missing[:3]}"
+    if surplus := [name for name in held if name not in names.values()]:
+        yield f"no tensors: {surplus[:3]}"
+
+
+def _wrong_head(anatomy: Anatomy, expected: set[str] | None) -> Iterator[str]:
+    found = {*anatomy["head"].tensors} if "head" in anatomy.names else set()
+    if expected is not None and found != expected:
+        yield f"head: surplus {sorted(found - expected)[:4]}, missing {sorted(expected - found)[:4]}"
+    if not found:
+        try:
+            anatomy["head"]
+            yield "a head that is not among the blocks"
+        except UnknownTargetError as error:
+            if "head" not in str(error):
+                yield f"does not say that there is no head: {error}"
+
+
+def _wrong_order(model: nn.Module, anatomy: Anatomy, run: Callable[[nn.Module], Any]) -> Iterator[str]:
+    first: dict[str, int] = {}
+    order: list[str] = []
+    handles = [
+        module.register_forward_pre_hook(lambda *_, path=path: order.append(path))
+        for path, module in model.named_modules()
+        if module._parameters
+    ]
+    try:
+        with torch.no_grad():
+            run(model.eval())
+    except Exception:  # data decides the way, or the input is another
+        return
+    finally:
+        for handle in handles:
+            handle.remove()
+    for index, path in enumerate(order):
+        module = model.get_submodule(path)
+        if any(True for child in module.children() for _ in child.parameters()):
+            continue  # it is called before its children, whenever it uses what it holds itself
+        for name in module._parameters:
+            full = f"{path}.{name}".lstrip(".")
+            tensor = anatomy.aliases.get(full, full)
+            if tensor in anatomy.tensors:
+                first.setdefault(anatomy.block_of(tensor).name, index)
+    towers: dict[str, list[tuple[str, int]]] = {}
+    for block in anatomy:
+        if block.name in first:
+            towers.setdefault(block.name.rpartition(".")[0], []).append((block.name, first[block.name]))
+    for reached in towers.values():
+        for (before, at), (name, later) in itertools.pairwise(reached):
+            if later < at:
+                yield f"order: {name} is reached before {before}"
+
+
+def _changed(one: nn.Module, other: nn.Module) -> set[str]:
+    """The tensors of ``other`` that are not in ``one``, or have another shape there."""
+    shapes = {name: tensor.shape for name, tensor in one.state_dict().items()}
+    return {name for name, tensor in other.state_dict().items() if shapes.get(name) != tensor.shape}
+
+
+@contextmanager
+def no_initialisation() -> Iterator[None]:
+    """Let modules draw no values, which nobody reads here and which take nine tenths of the time."""
+    names = [name for name in dir(nn.init) if name.endswith("_") and not name.startswith("_")]
+    modules = [nn.init, *(module for key, module in [*sys.modules.items()] if key.startswith("timm."))]
+    found = [(module, name, getattr(module, name)) for module in modules for name in names if hasattr(module, name)]
+    try:
+        for module, name, _ in found:
+            setattr(module, name, lambda tensor, *_, **__: tensor)
+        yield
+    finally:
+        for module, name, original in found:
+            setattr(module, name, original)
+
+
+# --- timm ---
+
+
+def timm_rows(only: str, first: int = 0, step: int = 1) -> Iterator[tuple[str, str, list[str]]]:
+    """(name, verdict, problems) of each model name of the installed timm."""
+    import timm
+
+    for name in timm.list_models(only)[first::step]:
+        try:
+            with torch.device("meta"), no_initialisation():
+                model: Any = timm.create_model(name)
+                classes = getattr(model, "num_classes", 0) or 0
+                other: Any = timm.create_model(name, num_classes=classes + 7)
+        except Exception as error:
+            yield name, NOT_BUILT, [f"{type(error).__name__}: {error}"]
+            continue
+        channels, *size = model.pretrained_cfg.get("input_size", (3, 224, 224))
+
+        def run(network: nn.Module, shape: Sequence[int] = (1, channels, *size)) -> Any:
+            return network(torch.zeros(shape, device="meta"))
+
+        verdict, found = problems(other, _changed(model, other), run)
+        if verdict == RIGHT and classes == 0:
+            verdict, found = problems(model, set(), None)
+        yield name, verdict, found
+
+
+# --- transformers ---
+
+
+def transformers_rows(only: str) -> Iterator[tuple[str, str, list[str]]]:
+    """(mapping: class, verdict, problems) of each architecture in `MAPPINGS`."""
+    for kind, mapping in MAPPINGS.items():
+        for model_type, classes in getattr(modeling_auto, mapping).items():
+            for name in (classes,) if isinstance(classes, str) else classes:
+                label = f"{kind}: {name}"
+                if fnmatch.fnmatch(name, only):
+                    yield label, *_transformers_row(kind, model_type, name)
+
+
+def _transformers_row(kind: str, model_type: str, name: str) -> tuple[str, list[str]]:
+    labels = kind.endswith("classification")
+    try:
+        cls: Any = getattr(transformers, name)
+        config_class = cls.config_class or transformers.CONFIG_MAPPING[model_type]  # that of a part, for some
+        if model_type in ("timm_wrapper", "timm_backbone"):
+            config = {"architecture": "test_resnet", "backbone": "test_resnet", "do_pooling": True}
+            model, other = (_built(cls, config_class, {**config, "num_labels": n}) for n in (5, 7))
+        elif labels:
+            model, other = (_built(cls, config_class, {"num_labels": n}) for n in (5, 7))
+        else:
+            model = other = _built(cls, config_class, {})
+    except Exception as error:
+        return NOT_BUILT, [f"{type(error).__name__}: {str(error)[:200]}"]
+    head: set[str] | None = None
+    if labels:
+        head = _changed(model, other)
+    elif kind == "image features":
+        head = set()
+    elif kind == "causal language model":
+        head = _language_head(other)
+    return problems(other, head, _run)
+
+
+def _built(cls: Any, config_class: Any, settings: dict[str, Any]) -> Any:
+    """A network on the meta device with few layers, or with as many as it has where that contradicts its config."""
+    for few in ({"num_hidden_layers": 3}, {}):
+        try:
+            config = config_class(**settings, **few)
+            if "num_labels" in settings and config.num_labels != settings["num_labels"]:
+                config.num_labels = settings["num_labels"]
+            if vars(config).get("head_dim", 0) is None:
+                config.head_dim = config.hidden_size // config.num_attention_heads
+            if vars(config).get("num_key_value_heads", 0) is None:
+                config.num_key_value_heads = config.num_attention_heads
+            with torch.device("meta"):
+                return cls(config)
+        except Exception:
+            if not few:
+                raise
+    raise AssertionError("the last attempt raises")
+
+
+def _language_head(model: Any) -> set[str] | None:
+    output, shared = model.get_output_embeddings(), {id(p) for p in model.get_input_embeddings().parameters()}
+    if output is None:
+        return None
+    own = {id(p) for p in output.parameters()} - shared
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters():
+        first.setdefault(id(parameter), name)
+    return {name for identity, name in first.items() if identity in own}
+
+
+def _run(model: Any) -> Any:
+    config = model.config
+    tokens = torch.zeros((1, 8), dtype=torch.long, device="meta")
+    size = getattr(config, "image_size", None) or 224
+    size = size if isinstance(size, int) else size[0]
+    pixels = torch.zeros((1, getattr(config, "num_channels", 3), size, size), device="meta")
+    if model.main_input_name == "pixel_values":
+        return model(pixel_values=pixels)
+    return model(input_ids=tokens)
+
+
+# --- the table ---
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the table; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("library", choices=("timm", "transformers"), help="whose networks")
+    parser.add_argument("--only", default="*", metavar="PATTERN", help="names that match, as in a shell")
+    parser.add_argument("--shard", default="0/1", metavar="I/N", help="every Nth name of timm, from the Ith on")
+    parser.add_argument("--rows", type=Path, metavar="FILE", help="a JSON line for each network goes there")
+    args = parser.parse_args(arguments)
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    start, counts, total = time.perf_counter(), Counter[str](), 0
+    shard = tuple(map(int, args.shard.split("/")))
+    rows = timm_rows(args.only, *shard) if args.library == "timm" else transformers_rows(args.only)
+    for name, verdict, found in rows:
+        counts[verdict] += 1
+        total += verdict != NOT_BUILT
+        if args.rows is not None:
+            with args.rows.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"name": name, "verdict": verdict, "problems": found}) + "\n")
+        if verdict != RIGHT:
+            print(f"{name}: {verdict}: {'; '.join(found)[:300]}", flush=True)
+    share = counts[RIGHT] / max(total, 1)
+    print(
+        f"{args.library}: {total} networks: {counts[RIGHT]} right ({share:.1%}), {counts[REFUSED]} clear errors, "
+        f"{counts[WRONG]} wrong; {counts[NOT_BUILT]} could not be built. {time.perf_counter() - start:.0f} s, torch "
+        f"{torch.__version__}, transformers {transformers.__version__}"
+    )
+    return int(counts[WRONG] > 0 or share < REQUIRED)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

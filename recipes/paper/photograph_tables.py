@@ -1,0 +1,120 @@
+"""The tables of ``recipes/photographs.py``, drawn from rows alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from statistics import fmean
+
+from peft_surgical.evaluation import TextTable, plus_minus
+from peft_surgical.training.ledger import Run
+from peft_surgical.training.search import NONE
+
+from .rows import reported
+
+TASKS = {
+    "sketch": ("pacs/photo", "pacs/sketch"),
+    "webcam": ("office_caltech/amazon", "office_caltech/webcam"),
+    "cellavision": ("blood_cells/tecom", "blood_cells/cellavision"),
+    "photo": ("pacs/sketch", "pacs/photo"),
+    "amazon": ("office_caltech/webcam", "office_caltech/amazon"),
+    "tecom": ("blood_cells/cellavision", "blood_cells/tecom"),
+}
+"""Task -> source and target domain. The first half fixed the rules of ``auto``, the other half confirms them."""
+FIXED_ON = ("sketch", "webcam", "cellavision")
+SINGLE = (*(f"block{i}" for i in range(1, 8)), "head")
+COLUMNS = (NONE, "all", "Cross-Val", "head", "logistic-head", "auto", "oracle")
+
+
+def table(rows: Sequence[Run], tasks: Sequence[str], sizes: Sequence[int], seeds: Sequence[int]) -> list[TextTable]:
+    """Accuracy on the target and on the source by task, and what `auto` differs by from the others."""
+    cells = {(task, size): _cell(rows, task, size, seeds) for task in tasks for size in sizes}
+    cells = {what: found for what, found in cells.items() if found["auto"] and found["all"]}
+    tested = [_by_column(cells, "test"), _by_column(cells, "source")]
+    counted = {run.result["n"] for found in cells.values() for run in found[NONE]}
+    caption = (
+        f"Test accuracy in percent, mean over seeds {', '.join(map(str, seeds))} ± half the 95% interval (Student's t) "
+        "over draws of the images to tune and validate on, which overlap between seeds; test images are the same for "
+        f"all seeds (n = {', '.join(map(str, sorted(counted)))}), and no seed tunes or validates on them. Rates of "
+        "all, blocks and head: by validation accuracy of seed 0; epochs: by validation accuracy. Cross-Val: the block "
+        "that validates best on each seed. auto: everything on each seed's own labels. Oracle: the block or head that "
+        "tests best, which nobody can choose."
+    )
+    own = "The same networks on held-out images of the source domain, in percent."
+    names = ["task", "per class", *COLUMNS]
+    return [
+        TextTable(names, tested[0], caption),
+        TextTable(names, tested[1], own),
+        TextTable(["auto minus", "first three tasks", "other three", "all", "worst cell"], _differences(cells), _HOW),
+        TextTable(["cost in steps", *COLUMNS[1:-1]], _costs(cells), "Mean over seeds; of searches, all their runs."),
+    ]
+
+
+_HOW = (
+    "Points of test accuracy, mean over tasks and numbers of labels ± half the 95% interval (Student's t) over these, "
+    "each a mean over seeds."
+)
+
+
+def _cell(rows: Sequence[Run], task: str, size: int, seeds: Sequence[int]) -> dict[str, list[Run]]:
+    """The runs of each column, in the order of the seeds; none where one is missing."""
+
+    def own(method: str) -> list[Run]:
+        settings = {"recipe": "photographs", "task": task, "per_class": size, "method": method}
+        rates = dict.fromkeys(row.key["lr"] for row in rows if settings.items() <= row.key.items())
+        return reported(rows, settings, tuple(rates) or (None,), seeds)
+
+    found = {name: own(name) for name in {*COLUMNS, *SINGLE} - {"Cross-Val", "oracle"}}
+
+    def best(names: Sequence[str], by: str) -> list[Run]:
+        runs = [found[name] for name in names]
+        if not all(runs):
+            return []
+        return [max(same, key=lambda run: run.result[by]) for same in zip(*runs, strict=True)]
+
+    return {**found, "Cross-Val": best(SINGLE[:-1], "validation"), "oracle": best(SINGLE, "test")}
+
+
+_Cells = dict[tuple[str, int], dict[str, list[Run]]]
+
+
+def _by_column(cells: _Cells, what: str) -> list[list[str]]:
+    def line(found: dict[str, list[Run]]) -> list[str]:
+        return [plus_minus([run.result[what] for run in found[name]]) for name in COLUMNS]
+
+    lines = [[task, str(size), *line(found)] for (task, size), found in cells.items()]
+    if len(cells) > 1:
+        found = [[run.result[what] for f in cells.values() for run in f[name]] for name in COLUMNS]
+        whole = [len(own) == len(found[0]) for own in found]  # a mean over some of the cells would not compare
+        means = [f"{100 * fmean(own):.1f}" if full else "-" for own, full in zip(found, whole, strict=True)]
+        lines.append(["mean", "", *means])
+    return lines
+
+
+def _differences(cells: _Cells) -> list[list[str]]:
+    def gains(other: str, keep: Callable[[str], bool]) -> list[float]:
+        wanted = [found for (task, _), found in cells.items() if keep(task) and found[other]]
+        return [_mean(found["auto"]) - _mean(found[other]) for found in wanted]
+
+    groups = (lambda task: task in FIXED_ON, lambda task: task not in FIXED_ON, lambda task: True)
+    lines = []
+    for other in COLUMNS:
+        if other == "auto":
+            continue
+        everywhere = gains(other, groups[2])
+        shown = [plus_minus(own) if (own := gains(other, keep)) else "-" for keep in groups]
+        lines.append([other, *shown, f"{100 * min(everywhere):.1f}" if everywhere else "-"])
+    return lines
+
+
+def _costs(cells: _Cells) -> list[list[str]]:
+    sizes = dict.fromkeys(size for _, size in cells)
+    lines = []
+    for size in sizes:
+        own = [found for (_, each), found in cells.items() if each == size]
+        costs = [[run.result["cost"] for found in own for run in found[name]] for name in COLUMNS[1:-1]]
+        lines.append([f"{size} per class", *(f"{fmean(cost):.0f}" if cost else "-" for cost in costs)])
+    return lines
+
+
+def _mean(runs: Sequence[Run]) -> float:
+    return fmean(run.result["test"] for run in runs)
