@@ -33,7 +33,7 @@ from .adapter import Adapter, AdapterSource, new_folder, read_adapter
 FORMATS = ("onnx",)
 PIXELS, LOGITS = "pixel_values", "logits"
 BASE_GRAPH, SITES, MERGED = "base.onnx", "sites", "merged"
-TOLERANCE = 1e-3
+LOGIT_TOLERANCE = 1e-3
 """Largest difference from PyTorch's logits, relative to the largest logit, with which a graph is written."""
 _NAME = re.compile(r"[\w.-]+")
 
@@ -233,7 +233,7 @@ def _write(
 
 def _row(site: str, folder: Path, file: Path, difference: float) -> ExportedFile:
     place = file.relative_to(folder).as_posix()
-    if not difference <= TOLERANCE:
+    if not difference <= LOGIT_TOLERANCE:
         raise AdapterError(
             f"{place}: ONNX Runtime's logits differ from PyTorch's by {difference:.2g} of the largest, so nothing was "
             "written."
