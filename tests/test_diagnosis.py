@@ -1,15 +1,22 @@
 """A diagnosis finds the shift that was made, and says so on a page that stands alone."""
 
 import copy
+import io
 import json
 import math
 import re
+import subprocess
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
+from paper import cifar_networks
 from peft_surgical import anatomy_of
 from peft_surgical.diagnosis.drift import Features, Reference, block_features, distances, energy, permuted_p, pooled
 from peft_surgical.diagnosis.page import to_html
@@ -197,6 +204,8 @@ def test_without_a_source_the_scores_suggest(network):
     new = judged(features(network), Reference.of(features(network, where="source")), new_head=True)
     assert (new.kind, new.target, new.accuracy) == ("output", "head", None)
     assert "head" not in [one.name for one in new.drift]
+    scored = judged(features(network), None, new_head=True, scores={"block1": 1.0, "head": 2.0})
+    assert (scored.target, scored.scores) == ("block1", {"block1": 1.0})  # the score of a random head says nothing
 
 
 def test_the_page_stands_alone(network):
@@ -254,3 +263,31 @@ def test_the_command(place, capsys):
     assert len(found["label_next"]) == 3
     code, _, err = run(*given, "--save-reference", reference)
     assert (code, "give them as --source" in err) == (2, True)
+
+
+@pytest.mark.slow
+def test_the_benchmark_counts_what_was_said(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    pillow = pytest.importorskip("PIL.Image")
+    weights = tmp_path / "models" / cifar_networks.NETWORKS["resnet26"].checkpoint / "model.safetensors"
+    weights.parent.mkdir(parents=True)
+    save_file(cifar_networks.ResNet26().state_dict(), weights)
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(num_classes=10)})
+    (tmp_path / "data").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 200, (80, 32, 32, 3), dtype=np.uint8)
+    for number, name in enumerate(("clean", "contrast", "gaussian_noise")):
+        cells = []
+        for array in pixels + np.uint8(27 * number):
+            buffer = io.BytesIO()
+            pillow.fromarray(array).save(buffer, format="PNG")
+            cells.append({"bytes": buffer.getvalue(), "path": None})
+        rows = {"img": cells, "label": [i % 10 for i in range(80)]}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "data" / f"{name}.parquet")
+    file = Path(__file__).parents[1] / "benchmarks" / "diagnose.py"
+    given = ["--data", tmp_path / "data", "--models", tmp_path / "models", "--images", 40, "--seeds", 1]
+    command = [sys.executable, file, *given, "--networks", "resnet26", "--markdown", tmp_path / "table.md"]
+    subprocess.run(list(map(str, command)), check=True, capture_output=True, timeout=600)
+    lines = (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()
+    counted = [list(map(int, line.split("|")[3:7])) for line in lines[2:9]]
+    assert [sum(row) for row in counted] == [1, 3, 2, 1, 3, 2, 1]  # none, input, feature; and output with labels alone
+    assert "| block1 damaged | " in "\n".join(lines)

@@ -1,6 +1,9 @@
 """What ONNX Runtime computes with a site's file is what PyTorch computes with its adapter."""
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import tiny
@@ -9,7 +12,7 @@ from peft import get_peft_model
 from tiny import outputs
 
 from peft_surgical import SurgicalConfig
-from peft_surgical.adapters.export import export_onnx, run_session, session_of
+from peft_surgical.adapters.export import export_onnx, run_onnx, session_of
 from peft_surgical.errors import AdapterError, BaseMismatchError, DataError
 
 NETWORKS = {"ResNet": tiny.used_batchnorm, "ViT": tiny.vit, "CLIP": tiny.clip}
@@ -64,11 +67,11 @@ def test_one_graph_serves_every_site(kind, tmp_path):
         # More images than were traced with, one site after another on one session.
         site = name.removesuffix(" again")
         file = tmp_path / "out" / "sites" / f"{site}.onnx_adapter" if site else None
-        logits = run_session(session, images, file)
+        logits = run_onnx(session, images, file)
         torch.testing.assert_close(logits, outputs(model, images), rtol=1e-4, atol=1e-5)
         if site:
             alone = session_of(tmp_path / "out" / "merged" / f"{site}.onnx")
-            torch.testing.assert_close(run_session(alone, images), outputs(model, images), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(run_onnx(alone, images), outputs(model, images), rtol=1e-4, atol=1e-5)
 
 
 def test_what_cannot_be_exported_is_refused_before_anything_is_written(base, tmp_path, monkeypatch):
@@ -103,3 +106,17 @@ def test_without_onnx_the_extra_is_named(base, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "onnx", None)
     with pytest.raises(DataError, match=r'exporting to ONNX needs onnx: pip install "peft-surgical\[onnx\]"'):
         export_onnx(base, {"site": tmp_path}, tiny.images(2), tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs(tmp_path):
+    pytest.importorskip("timm")
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    file = Path(__file__).parents[1] / "benchmarks" / "onnx_sites.py"
+    given = ["--networks", "test_resnet:block1", "--sites", "2", "--batch", "2", "--size", "32", "--rounds", "2"]
+    command = [sys.executable, str(file), *given, "--markdown", str(tmp_path / "table.md")]
+    subprocess.run(command, check=True, capture_output=True, timeout=600)
+    lines = (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()
+    assert lines[0] == "| network, target | base graph | a site's file | a merged graph | largest difference |"
+    assert sum(line.startswith("| test_resnet, block1 |") for line in lines) == 6

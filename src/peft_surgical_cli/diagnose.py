@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json as to_json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -48,7 +48,7 @@ def diagnose_command(
     from peft_surgical.diagnosis.page import to_html
 
     transformers.logging.set_verbosity_error()
-    columns = {} if unlabelled else {"image_column": image_column, "label_column": label_column}
+    columns: dict[str, Any] = {} if unlabelled else {"image_column": image_column, "label_column": label_column}
     found, seen = diagnose(
         model,
         data,

@@ -86,14 +86,16 @@ def _print_extracted(found: Extracted, output: Path) -> None:
         out.print(rows)
         out.print()
     if found.curve:
-        numbers = ("%", "95% interval", "change", "95% interval of the change")
-        curve = table("deltas", *numbers, numbers=numbers, title=f"Accuracy on {found.curve[0].n} {found.part}")
+        shares = ("%", "95% interval", "change", "95% interval of the change")
+        curve = table("deltas", *shares, numbers=shares, title=f"Accuracy on {found.curve[0].n} {found.part}")
         names = {"": "all kept", "all": "none: the base"}
         for row in found.curve:
             own, change = ([100 * value for value in one] for one in (row.accuracy, row.change))
-            cells = (f"{own[0]:.1f}", f"{own[1]:.1f} to {own[2]:.1f}")
-            cells += (f"{change[0]:+.1f}", f"{change[1]:+.1f} to {change[2]:+.1f}")
-            curve.add_row(names.get(row.without, f"without {row.without}"), *cells)
+            curve.add_row(
+                names.get(row.without, f"without {row.without}"),
+                *(f"{own[0]:.1f}", f"{own[1]:.1f} to {own[2]:.1f}"),
+                *(f"{change[0]:+.1f}", f"{change[1]:+.1f} to {change[2]:+.1f}"),
+            )
         out.print(curve)
         out.print()
     dtype = next(iter({str(delta.dtype).removeprefix("torch.") for delta in extraction.adapter.deltas.values()}), "-")

@@ -56,9 +56,8 @@ class Adapter:
 
     def scaled(self) -> dict[str, torch.Tensor]:
         """Tensor name -> scale * delta, which is what is added to the base; at least float32."""
-        scale = self.config.scale
         wide = {name: delta.to(torch.promote_types(delta.dtype, torch.float32)) for name, delta in self.deltas.items()}
-        return wide if scale == 1 else {name: delta * scale for name, delta in wide.items()}
+        return wide if (scale := self.config.scale) == 1 else {name: delta * scale for name, delta in wide.items()}
 
     @property
     def names(self) -> tuple[str, ...]:

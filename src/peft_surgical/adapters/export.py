@@ -33,7 +33,7 @@ from .adapter import Adapter, AdapterSource, new_folder, read_adapter
 FORMATS = ("onnx",)
 PIXELS, LOGITS = "pixel_values", "logits"
 BASE_GRAPH, SITES, MERGED = "base.onnx", "sites", "merged"
-ONNX_TOLERANCE = 1e-3
+LOGIT_TOLERANCE = 1e-3
 """Largest difference from PyTorch's logits, relative to the largest logit, with which a graph is written."""
 _NAME = re.compile(r"[\w.-]+")
 
@@ -233,7 +233,7 @@ def _write(
 
 def _row(site: str, folder: Path, file: Path, difference: float) -> ExportedFile:
     place = file.relative_to(folder).as_posix()
-    if not difference <= ONNX_TOLERANCE:
+    if not difference <= LOGIT_TOLERANCE:
         raise AdapterError(
             f"{place}: ONNX Runtime's logits differ from PyTorch's by {difference:.2g} of the largest, so nothing was "
             "written."
@@ -243,7 +243,7 @@ def _row(site: str, folder: Path, file: Path, difference: float) -> ExportedFile
 
 def _compared(session: Any, reader: _Reader, values: Mapping[str, Tensor], site: Path | None = None) -> float:
     expected = reader.logits(values)
-    found = run_session(session, reader.pixel_values, site)
+    found = run_onnx(session, reader.pixel_values, site)
     return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
 
 
@@ -266,7 +266,7 @@ def session_of(file: str | os.PathLike[str]) -> Any:
     return runtime.InferenceSession(os.fspath(file), options, providers=["CPUExecutionProvider"])
 
 
-def run_session(session: Any, pixel_values: Tensor, site: str | os.PathLike[str] | None = None) -> Tensor:
+def run_onnx(session: Any, pixel_values: Tensor, site: str | os.PathLike[str] | None = None) -> Tensor:
     """The logits (n, classes) of images (n, 3, h, w) with a site's file, or of the base."""
     given = {PIXELS: pixel_values.float().cpu().numpy()}
     if site is None:

@@ -77,7 +77,8 @@ class Extraction:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         config = self.adapter.config
-        facts = {"target": config.target, "norm_stats": config.norm_stats, "delta_dtype": config.delta_dtype}
+        names = ("target", "norm_stats", "delta_dtype")
+        facts: dict[str, Any] = {name: getattr(config, name) for name in names}
         facts |= {"exact": self.exact, "inexact": dict(self.inexact), "left_out": list(self.left_out)}
         return {**facts, "blocks": [asdict(block) for block in self.blocks]}
 
@@ -244,21 +245,18 @@ def _kept(
     if anatomy is None:
         return [], set(moved)
     differs = set(moved)
-    sizes, own, news = {}, {}, set()
+    sizes, own = {}, {}
     for block in anatomy:
         names = [n for n in block.tensors if n in inventory.parameters and values[n].is_floating_point()]
         bases = [inventory.tensors[name].detach().cpu().double() for name in names]
         away = [values[name].double() - was for name, was in zip(names, bases, strict=True)]
         sizes[block.name] = sum(float(one.square().sum()) for one in away)
         own[block.name] = sum(float(one.square().sum()) for one in bases)
-        if own[block.name] == 0 and sizes[block.name] > 0:
-            news.add(block.name)
+    news = {name for name in sizes if own[name] == 0 and sizes[name] > 0}
     total = sum(size for name, size in sizes.items() if name not in news)
     share = {name: 0.0 if name in news or not total else size / total for name, size in sizes.items()}
-    if target is not None:
-        kept = differs & set(resolve(parse(target), anatomy))
-    elif energy is None:
-        kept = differs
+    if energy is None:
+        kept = differs if target is None else differs & set(resolve(parse(target), anatomy))
     else:
         chosen, held = set(news), 0.0
         for name in sorted(share, key=lambda one: -share[one]):
@@ -274,9 +272,8 @@ def _kept(
         size, before = sizes[block.name] ** 0.5, own[block.name] ** 0.5
         relative = size / before if before else None if size else 0.0
         is_kept = not kept.isdisjoint(names)
-        rows.append(
-            BlockDifference(block.name, len(names) - counted, size, relative, share[block.name], counted, is_kept)
-        )
+        counts = (len(names) - counted, size, relative, share[block.name], counted, is_kept)
+        rows.append(BlockDifference(block.name, *counts))
     return rows, kept
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..evaluation import Interval
 from .diagnose import Seen, least_sure
-from .verdict import KINDS, Diagnosis
+from .verdict import ALPHA, KINDS, Diagnosis
 
 _SIDE = 96
 _STYLE = """
@@ -36,8 +36,8 @@ def to_html(found: Diagnosis, seen: Seen | None = None, pictures: int = 12) -> s
         parts += ["<h2>How far each block's features have moved</h2>", _bars(found)]
     parts += ["<h2>Numbers</h2>", _numbers(found)]
     if found.scores:
-        rows = sorted(found.scores.items(), key=lambda one: -one[1])
-        parts += ["<h2>RGN</h2>", _table(("block", "RGN"), [(name, f"{value:.3g}") for name, value in rows])]
+        scores = sorted(found.scores.items(), key=lambda one: -one[1])
+        parts += ["<h2>RGN</h2>", _table(("block", "RGN"), [(name, f"{value:.3g}") for name, value in scores])]
     if found.curve:
         parts += ["<h2>What labels bring</h2>", "<p>Accuracy of a probe on the last features.</p>", _curve(found)]
     if found.gain:
@@ -49,8 +49,20 @@ def to_html(found: Diagnosis, seen: Seen | None = None, pictures: int = 12) -> s
     if found.notes:
         parts += ["<h2>To read this</h2>", "<ul>", *(f"<li>{html.escape(note)}</li>" for note in found.notes), "</ul>"]
     body = "\n".join(parts)
-    head = f'<meta charset="utf-8"><title>{html.escape(found.model)}: diagnosis</title><style>{_STYLE}</style>'
-    return f'<!doctype html>\n<html lang="en">\n<head>{head}</head>\n<body>\n{body}\n</body>\n</html>\n'
+    title = _tag("title", f"{html.escape(found.model)}: diagnosis")
+    head = _tag("head", _tag("meta", charset="utf-8") + title + _tag("style", _STYLE))
+    return f"<!doctype html>\n{_tag('html', head + _tag('body', body), lang='en')}\n"
+
+
+_VOID = ("meta", "img")
+
+
+def _tag(name: str, content: str = "", **attributes: Any) -> str:
+    """An element; ``content`` is HTML, attributes are plain, with ``_`` for ``-`` and floats to a tenth of a pixel."""
+    given = {key.rstrip("_").replace("_", "-"): value for key, value in attributes.items()}
+    texts = {key: f"{value:.1f}" if isinstance(value, float) else str(value) for key, value in given.items()}
+    opened = " ".join([name, *(f'{key}="{html.escape(value)}"' for key, value in texts.items())])
+    return f"<{opened}>" if name in _VOID else f"<{opened}>{content}</{name}>"
 
 
 def share(value: Interval | None) -> str:
@@ -68,7 +80,7 @@ def points(value: Interval) -> str:
 def _verdict(found: Diagnosis) -> str:
     sure = "" if found.sure is None else f" {found.sure:.0%} of random halves of the images say the same."
     advice = f" Suggested target: <b>{html.escape(found.target)}</b>." if found.target else ""
-    return f'<p class="verdict"><b>{html.escape(KINDS[found.kind])}</b>.{sure}{advice}</p>'
+    return _tag("p", f"<b>{html.escape(KINDS[found.kind])}</b>.{sure}{advice}", class_="verdict")
 
 
 def _numbers(found: Diagnosis) -> str:
@@ -91,41 +103,38 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _bars(found: Diagnosis) -> str:
     most = max(1e-9, *(one.effect for one in found.drift))
-    lines = []
+    parts = []
     for number, one in enumerate(found.drift):
-        top, width = 24 * number, 300 * max(one.effect, 0) / most
-        colour = "#1f5fa8" if one.p <= 0.05 else "#b8c4d0"
-        lines.append(
-            f'<text x="0" y="{top + 16}">{html.escape(one.name)}</text>'
-            f'<rect x="110" y="{top + 4}" width="{width:.1f}" height="16" fill="{colour}"/>'
-            f'<text x="{116 + width:.1f}" y="{top + 16}">{one.effect:.3f}, p {one.p:.3f}</text>'
-        )
-    size = f'width="560" height="{24 * len(found.drift)}"'
-    return f'<svg {size} role="img" aria-label="drift of each block">{"".join(lines)}</svg>'
+        top, long = 24 * number, 300 * max(one.effect, 0) / most
+        colour = "#1f5fa8" if one.p <= ALPHA else "#b8c4d0"
+        parts.append(_tag("text", html.escape(one.name), x=0, y=top + 16))
+        parts.append(_tag("rect", x=110, y=top + 4, width=float(long), height=16, fill=colour))
+        parts.append(_tag("text", f"{one.effect:.3f}, p {one.p:.3f}", x=float(116 + long), y=top + 16))
+    return _svg(560, 24 * len(found.drift), "drift of each block", parts)
+
+
+def _svg(wide: int, high: int, label: str, parts: Sequence[str]) -> str:
+    return _tag("svg", "".join(parts), width=wide, height=high, role="img", aria_label=label)
 
 
 def _curve(found: Diagnosis) -> str:
+    def height_of(share: float) -> float:
+        return 190 - 170.0 * share
+
     most = found.curve[-1].images
-    marks, line = [], []
+    parts, line = [], []
+    for part in (0.0, 0.5, 1.0):
+        y = height_of(part)
+        parts.append(_tag("text", f"{part:.0%}", x=0, y=y + 4))
+        parts.append(_tag("line", x1=45, x2=490, y1=y, y2=y, stroke="#ddd"))
     for one in found.curve:
-        x = 50 + 420 * one.images / most
-        y, low, high = (
-            190 - 170 * min(1.0, max(0.0, value)) for value in (one.accuracy.value, one.accuracy.low, one.accuracy.high)
-        )
+        x, (y, low, high) = 50 + 420 * one.images / most, (height_of(value) for value in one.accuracy)
         line.append(f"{x:.1f},{y:.1f}")
-        marks.append(
-            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{low:.1f}" y2="{high:.1f}" stroke="#1f5fa8"/>'
-            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="#1f5fa8"/>'
-            f'<text x="{x - 8:.1f}" y="208">{one.images}</text>'
-        )
-    axis = "".join(
-        f'<text x="0" y="{194 - 170 * part:.0f}">{part:.0%}</text>'
-        f'<line x1="45" x2="490" y1="{190 - 170 * part:.0f}" y2="{190 - 170 * part:.0f}" stroke="#ddd"/>'
-        for part in (0.0, 0.5, 1.0)
-    )
-    path = f'<polyline points="{" ".join(line)}" fill="none" stroke="#1f5fa8"/>'
-    label = "accuracy by number of labels"
-    return f'<svg width="520" height="220" role="img" aria-label="{label}">{axis}{path}{"".join(marks)}</svg>'
+        parts.append(_tag("line", x1=x, x2=x, y1=low, y2=high, stroke="#1f5fa8"))
+        parts.append(_tag("circle", cx=x, cy=y, r=3, fill="#1f5fa8"))
+        parts.append(_tag("text", str(one.images), x=x - 8, y=208))
+    parts.append(_tag("polyline", points=" ".join(line), fill="none", stroke="#1f5fa8"))
+    return _svg(520, 220, "accuracy by number of labels", parts)
 
 
 def _pictures(found: Diagnosis, seen: Seen, count: int) -> list[str]:
@@ -135,8 +144,11 @@ def _pictures(found: Diagnosis, seen: Seen, count: int) -> list[str]:
     else:
         title, rows = "The images it is least sure of", list(least_sure(seen.features, count))
     figures = [
-        f'<figure><img alt="" src="data:image/jpeg;base64,{_thumbnail(seen.images.read(row))}">'
-        f"<figcaption>{html.escape(seen.images.files[row])}</figcaption></figure>"
+        _tag(
+            "figure",
+            _tag("img", alt="", src=f"data:image/jpeg;base64,{_thumbnail(seen.images.read(row))}")
+            + _tag("figcaption", html.escape(seen.images.files[row])),
+        )
         for row in rows
     ]
     return [f"<h2>{title}</h2>", "<div>", *figures, "</div>"]

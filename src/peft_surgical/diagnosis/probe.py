@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..evaluation import Interval, mean_interval
 
-FOLDS = 5
+PROBE_FOLDS = 5
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Penalties of the probe, in units of the mean squared length of a feature vector; chosen by leave-one-out errors."""
 
@@ -54,7 +54,7 @@ def folds_of(labels: Tensor, seed: int = 0) -> Tensor:
     for label in labels.unique():
         rows = torch.nonzero(labels == label).flatten()
         mixed = rows[torch.randperm(len(rows), generator=generator)]
-        found[mixed] = (torch.arange(len(rows)) + begun) % FOLDS
+        found[mixed] = (torch.arange(len(rows)) + begun) % PROBE_FOLDS
         begun += len(rows)
     return found
 
@@ -63,7 +63,7 @@ def probe_right(features: Tensor, labels: Tensor, classes: int) -> Tensor:
     """Which images a probe gets right that was fitted on the other folds, bool (n,)."""
     x, folds = standardised(features), folds_of(labels)
     right = torch.zeros(len(labels), dtype=torch.bool)
-    for fold in range(FOLDS):
+    for fold in range(PROBE_FOLDS):
         out = folds == fold
         if out.any() and not out.all():
             right[out] = predicted(fitted(x[~out], labels[~out], classes), x[out]) == labels[out]
@@ -87,7 +87,7 @@ def learning_curve(features: Tensor, labels: Tensor, classes: int) -> tuple[Curv
     """What labels bring: a probe on a fifth, two fifths, ... of all folds but one, tested on that one."""
     x, folds = standardised(features), folds_of(labels)
     found: dict[int, list[float]] = {}
-    for fold in range(FOLDS):
+    for fold in range(PROBE_FOLDS):
         out = folds == fold
         rows = torch.nonzero(~out).flatten()
         rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(fold))]
@@ -97,10 +97,11 @@ def learning_curve(features: Tensor, labels: Tensor, classes: int) -> tuple[Curv
                 continue
             accuracy = (predicted(fitted(x[chosen], labels[chosen], classes), x[out]) == labels[out]).double().mean()
             found.setdefault(part, []).append(float(accuracy))
-    most = len(labels) - len(labels) // FOLDS
-    return tuple(
-        CurvePoint(most * part // 5, mean_interval(values)) for part, values in found.items() if len(values) > 1
-    )
+    most = len(labels) - len(labels) // PROBE_FOLDS
+    points = {part: mean_interval(values) for part, values in found.items() if len(values) > 1}
+    # Student's t knows nothing of the ends of a proportion.
+    within = {part: Interval(one.value, max(0.0, one.low), min(1.0, one.high)) for part, one in points.items()}
+    return tuple(CurvePoint(most * part // 5, one) for part, one in within.items())
 
 
 # --- what to label next ---

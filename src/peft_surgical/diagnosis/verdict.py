@@ -107,6 +107,8 @@ def judged(
         seed: Of draws.
     """
     labels, notes = target.labels, []
+    if new_head and scores:  # a random draw, whose score says nothing
+        scores = {name: value for name, value in scores.items() if name != "head"}
     drift: tuple[BlockDrift, ...] = ()
     right = probed = None
     classes = target.logits.shape[1]
@@ -223,8 +225,8 @@ def _agreement(
         halves = {name: one[rows][:, rows] for name, one in found.items()}
         effects = {name: float(energy(one, members)) for name, one in halves.items()}
         p = {name: permuted_p(one, len(ours), 99, number) for name, one in halves.items()}
-        parts = (None if one is None else one[theirs] for one in (right, probed))
-        agreed += verdict(effects, p, *parts, before) == said
+        own, other = (None if one is None else one[theirs] for one in (right, probed))
+        agreed += verdict(effects, p, own, other, before) == said
     return agreed / _HALVES
 
 

@@ -141,7 +141,8 @@ class SurgicalLayer(nn.Module, BaseTunerLayer):
 
     def get_base_layer(self) -> nn.Module:
         """The module whose tensors are tuned. It is the parent: nothing is wrapped."""
-        assert (owner := self._owner()) is not None, "a SurgicalLayer outlived its module"
+        if (owner := self._owner()) is None:
+            raise AssertionError("a SurgicalLayer outlived its module")
         return owner
 
     @property
@@ -164,7 +165,7 @@ class SurgicalLayer(nn.Module, BaseTunerLayer):
         double: bool = False,
     ) -> None:
         """Add ``adapter`` with zero deltas, float64 if ``double``, and statistics of its own, still if ``hold``."""
-        deltas = Deltas()
+        deltas, own = Deltas(), Deltas()
         for key in parameters:
             base = self.base_tensor(key)
             # fp32 for a half-precision base: a step of a small learning rate would vanish in its 8 or 11 bits.
@@ -173,7 +174,6 @@ class SurgicalLayer(nn.Module, BaseTunerLayer):
             # -0.0, not 0.0: x + -0.0 is x for every x, while 0.0 would turn a weight of -0.0 into 0.0.
             deltas.register_parameter(key, nn.Parameter(torch.full_like(base, -0.0, dtype=dtype)))
         self.surgical_delta[adapter] = deltas
-        own = Deltas()
         for key in statistics:
             own.register_buffer(key, self.base_tensor(key).clone())
         if own._buffers:
