@@ -66,8 +66,19 @@ lock: $(UV)
 demo: $(STAMP)
 	$(BIN)/python recipes/digits.py --output demo-output
 
+# Each measures what it compares side by side in one process; ROUNDS=6 sees whether they run. PEFT_SURGICAL_SHARED names the
+# folder of real weights and photographs; without it, NETWORKS leaves out lite0. What needs a GPU: benchmarks/gpu.py.
+ROUNDS ?= 15
+NETWORKS ?= resnet26 resnet50 vit_b16 vit_b16_hf $(if $(PEFT_SURGICAL_SHARED),lite0)
+BENCH = outputs/benchmarks
+
 bench: $(STAMP)
-	$(BIN)/python benchmarks/step.py
+	mkdir -p $(BENCH)
+	$(BIN)/python benchmarks/step.py --networks $(NETWORKS) --rounds $(ROUNDS) --seconds 0 --markdown $(BENCH)/step.md
+	$(BIN)/python benchmarks/many_adapters.py --rounds $(ROUNDS) --threads 1 --markdown $(BENCH)/many_adapters.md
+	$(BIN)/python benchmarks/many_adapters.py --rounds $(ROUNDS) --threads 1 --adapters 8 --target block4 \
+		--markdown $(BENCH)/mixed.md
+	$(BIN)/python benchmarks/scores.py --rounds $(ROUNDS) --threads 1 --markdown $(BENCH)/scores.md
 
 clean:
 	rm -rf $(VENV) .venv-lowest .venv-newest demo-output dist .pytest_cache .mypy_cache .ruff_cache

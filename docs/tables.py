@@ -13,14 +13,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-TEXTS = (
-    "README.md",
-    "docs/adaptation.md",
-    "docs/combining.md",
-    "docs/measured.md",
-    "docs/selection.md",
-    "recipes/README.md",
-)
+PAGES = ("adaptation", "combining", "diagnose", "extract", "measured", "selection")
+TEXTS = ("README.md", *(f"docs/{page}.md" for page in PAGES), "recipes/README.md")
 MARK = re.compile(r"(<!-- table: (\S+?)(?:#(\d+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 

@@ -181,10 +181,12 @@ def runs_of(args: argparse.Namespace, ledger: Ledger, row: Row, corruption: str)
 
     def run(one: dict[str, Any], part: str, seed: int) -> Run | None:
         on = [corruption] if part == "test" else args.select_on
-        found = [single(settings(args, one, name, part, seed)) for name in on]
-        if len(found) == 1 or not all(found):
-            return found[0] if all(found) else None
-        return Run(found[0].key, {"accuracy": fmean(each.result["accuracy"] for each in found if each)})
+        tried = [single(settings(args, one, name, part, seed)) for name in on]
+        found = [each for each in tried if each]
+        if len(found) < len(on):
+            return None
+        accuracy = fmean(each.result["accuracy"] for each in found)
+        return found[0] if len(found) == 1 else Run(found[0].key, {"accuracy": accuracy})
 
     return best_validated(candidates(args, row), args.seeds, run)
 
@@ -305,8 +307,8 @@ def show(args: argparse.Namespace, ledger: Ledger) -> None:
     counts = sorted({run.result["n"] for run in every})
     kind = "Wilson's" if len(args.seeds) == 1 else f"Student's t over seeds, {OVERLAP}"
     devices = {run.result["device"] for run in every if "device" in run.result}
-    spent = "of a CPU core, everything included"
-    spent = f"of {', '.join(sorted(devices))}, shared by all streams that ran at once" if devices else spent
+    time_of = "of a CPU core, everything included"
+    time_of = f"of {', '.join(sorted(devices))}, shared by all streams that ran at once" if devices else time_of
     caption = (
         f"{args.network}, CIFAR-10-C severity {args.severity}: accuracy in percent of the predictions made along the "
         f"stream, ± half the 95% interval ({kind}); seeds {', '.join(map(str, args.seeds))}, streams of "
@@ -320,11 +322,11 @@ def show(args: argparse.Namespace, ledger: Ledger) -> None:
         "an online stream are not independent, so its interval is too short."
     )
     names = ["method", "mode", "target"]
-    did = ["optimizer", "lr", "steps", "ms per image", "skipped", "collapsed streams"]
+    columns = ["optimizer", "lr", "steps", "ms per image", "skipped", "collapsed streams"]
     tables = [
         TextTable([*names, *args.corruption], accuracies, caption),
         TextTable([*names, *args.corruption], gains, compared),
-        TextTable([*names, *did], costs, f"Time: {spent}."),
+        TextTable([*names, *columns], costs, f"Time: {time_of}."),
     ]
     for table in tables:
         table.show()

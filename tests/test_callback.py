@@ -18,7 +18,8 @@ from transformers.trainer_callback import PrinterCallback
 import peft_surgical.choosing.pace
 from peft_surgical import SurgicalCallback, SurgicalConfig, anatomy_of
 from peft_surgical.choosing.callback import RECORD, scoring_loader
-from peft_surgical.choosing.methods import AutoRGN, AutoSNR, Penalty, gradual_unfreezing
+from peft_surgical.choosing.methods import AutoRGN, AutoSNR, gradual_unfreezing
+from peft_surgical.choosing.penalties import Penalty
 from peft_surgical.errors import AnatomyError, ConfigError
 
 pytestmark = pytest.mark.usefixtures("quick_collections", "own_accelerate_state")

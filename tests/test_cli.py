@@ -242,7 +242,8 @@ def test_tune_and_compare(run, data, tmp_path):
     )
     epoch, done = "seed 0, head at 0.01: epoch 1 of 1, validation ", "seed 0, head at 0.01: validation "
     assert [line.startswith(start) for line, start in zip(lines[4:6], (epoch, done), strict=True)] == [True, True]
-    assert len(lines) == 8
+    assert lines[6] == "head: prefix cached: 100% of a forward pass, all before fc, is computed once"
+    assert len(lines) == 9
     assert "validation" in out
     assert "learning rate and epoch by validation accuracy on these images" in out
     assert "load_base(report.model, **report.settings" in out
@@ -254,8 +255,8 @@ def test_tune_and_compare(run, data, tmp_path):
     )  # fmt: skip
     assert (code, err.count("\n")) == (
         0,
-        4 + 4 + 2,
-    )  # plan, runs, epochs of those that train
+        4 + 4 + 2 + 1,
+    )  # plan, runs, epochs of those that train, what is cached
     rows = [line.split() for line in out.splitlines()]
     assert [row[0] for row in rows[1:3]] == ["none", "head"]
     assert "over the seeds 0, 1" in out
@@ -284,9 +285,7 @@ def test_folders_that_hold_other_things_are_refused_before_anything_is_read(run,
     for command, more in (("tune", ()), ("compare", ()), ("adapt", ("--lr", "0.1"))):
         code, out, err = run(command, "test_resnet", tmp_path / "nowhere", "--output", tmp_path, *more)
         assert (code, out, err.count("\n")) == (2, "", 1)
-        assert (
-            f"{tmp_path} holds runs, which might be overwritten: name a folder that is new or empty with --outp" in err
-        )
+        assert f"{tmp_path} holds runs, which might be overwritten: name a folder that is new or empty" in err
         code, _, err = run(command, "test_resnet", "x", "--output", tmp_path / "runs" / "events", *more)
         assert (code, "no results can be written to" in err, err.count("\n")) == (2, True, 1)
     assert [path.name for path in tmp_path.rglob("*")] == ["runs", "events"]
@@ -572,7 +571,7 @@ def in_a_process(file, *lines):
 
 def test_help_version_and_list_import_no_heavy_library(tmp_path):
     commands = [info.name for info in cli.app.registered_commands]
-    assert len(commands) == 12
+    assert len(commands) == 15
     (tmp_path / "adapters").mkdir()
     adapter(tmp_path / "adapters" / "frost", target="head")
     lines = ["--help", "--version", f"list {tmp_path}", *(f"{command} --help" for command in commands)]

@@ -598,7 +598,7 @@ def test_the_page_runs(base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fresh = {"network": copy.deepcopy(base), "images": INPUTS}
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     for block in blocks[:2]:  # of one model
         exec(block, fresh)
     assert fresh["model"].active_adapters == ["frost", "fog"]
@@ -606,4 +606,11 @@ def test_the_page_runs(base, tmp_path, monkeypatch):
         own = {"network": copy.deepcopy(base), "images": INPUTS}
         exec(block, own)
     assert own["network"].conv1.weight.equal(base.conv1.weight)
-    assert {path.name for path in tmp_path.iterdir()} >= {"both", "mean", "merged", "minus-frost", "frost-lora"}
+    assert {path.name for path in tmp_path.iterdir()} >= {
+        "both",
+        "mean",
+        "merged",
+        "minus-frost",
+        "round-1",
+        "frost-lora",
+    }

@@ -27,8 +27,8 @@ def test_every_marked_table_is_as_measured():
 
 
 def test_a_changed_number_is_noticed(tmp_path):
-    texts = ("README.md", "docs/adaptation.md", "docs/combining.md", "docs/measured.md", "docs/selection.md")
-    for name in (*texts, "recipes/README.md", "docs/tables.py"):
+    pages = ("adaptation", "combining", "diagnose", "extract", "measured", "selection")
+    for name in ("README.md", *(f"docs/{page}.md" for page in pages), "recipes/README.md", "docs/tables.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text((ROOT / name).read_text(encoding="utf-8"), encoding="utf-8")
     results = tmp_path / "docs/results"

@@ -37,10 +37,10 @@ from peft_surgical.evaluation import Report, accuracy  # noqa: E402
 from peft_surgical.evaluation.metrics import judge  # noqa: E402
 from peft_surgical.experiment import experiment  # noqa: E402
 from peft_surgical.experiment.api import compare, tune  # noqa: E402
+from peft_surgical.experiment.automatic import parts_of  # noqa: E402
 from peft_surgical.experiment.choosing import (  # noqa: E402
     batch_size_for,
     choose,
-    parts_of,
     plan_of,
     run_grid,
     search,
@@ -51,6 +51,7 @@ from peft_surgical.experiment.experiment import Experiment  # noqa: E402
 from peft_surgical.experiment.outputs import read_source, write_tuned  # noqa: E402
 from peft_surgical.experiment.requests import Bar, Score, Test, Train, key_of, request_of  # noqa: E402
 from peft_surgical.experiment.subject import NewHeadFirst, modules_of_head, with_new_head  # noqa: E402
+from peft_surgical.results import published  # noqa: E402
 from peft_surgical.training.auto import AutoSettings  # noqa: E402
 from peft_surgical.training.fitting import FitSettings, fit  # noqa: E402
 from peft_surgical.training.ledger import Ledger  # noqa: E402
@@ -257,6 +258,7 @@ def test_auto_takes_the_best_and_trains_it_on_all_labels(place, tmp_path):
     assert len([known for _, known in watch.told if not known]) == watch.total
     assert (choice.selection["asked"], choice.selection["chosen"]) == ("auto", str(candidate_of(choice.run)))
     assert choice.selection["gain"]["images"] == 12
+    assert choice.rule == "auto: target, learning rate and norm statistics by validation images"
     report = write_tuned(run, choice, 0).report
     assert report.target == choice.run.key["method"] != "none"
     assert choice.run.key["how"]["refit"]
@@ -295,7 +297,7 @@ def test_the_parts_that_auto_compares_are_thirds(names, parts):
 
 def test_auto_keeps_the_norm_policy_that_is_given(place, tmp_path):
     run = of(place, tmp_path, config={"norm_stats": "all"}, asked=AutoSettings(lrs=(1e-2,), policies=("all",)))
-    found = search(run, "auto", 0)[0]
+    found = search(run, "auto", 0)
     assert {one.key["how"]["norm_stats"] for one in found.trials} == {"all"}
 
 
@@ -307,7 +309,7 @@ def test_in_auto_a_run_that_diverges_loses(place, tmp_path, monkeypatch):
 
     monkeypatch.setattr(experiment, "fit", diverging)
     run = of(place, tmp_path, asked=AutoSettings(lrs=(1e-2,)))
-    found = search(run, "auto", 0)[0]
+    found = search(run, "auto", 0)
     lost = [one for one in found.trials if one.result.get("diverged")]
     assert {one.key["method"] for one in lost} == {"all"}
     assert (lost[0].result["score"], lost[0].result["right"]) == (0.0, "0" * 12)
@@ -318,11 +320,16 @@ def test_not_to_tune_can_win(place, tmp_path, monkeypatch):
     run = of(place, tmp_path)
     monkeypatch.setattr(experiment, "fit", lambda *args, **how: pytest.fail("nothing is to be trained"))
     choice = choose(run, "none", 0)
-    (tmp_path / ADAPTER[0]).write_bytes(b"of an earlier choice")
+    with published(tmp_path) as stage:
+        (stage / ADAPTER[0]).write_bytes(b"of an earlier choice")
     report = write_tuned(run, choice, 0).report
     assert report.target == "none"
     assert report.find("accuracy", "test").value == report.find("accuracy before", "test").value
     assert not (tmp_path / ADAPTER[0]).exists()
+    (tmp_path / ADAPTER[0]).write_bytes(b"somebody else's")
+    with pytest.raises(ConfigError, match=r"holds adapter_model\.safetensors, which something else has written"):
+        write_tuned(run, choice, 0)
+    assert (tmp_path / ADAPTER[0]).read_bytes() == b"somebody else's"
 
 
 @pytest.mark.parametrize(
@@ -506,7 +513,9 @@ def test_an_interrupted_experiment_ends_as_if_it_had_not_been(place, tmp_path, m
     run = of(place, tmp_path / "parts", lrs=lrs, epochs=2)
     write_tuned(run, choose(run, "block1", 0), 0)
     assert len(again.calls) == 1
-    for name in ("ledger.jsonl", *ADAPTER):
+    assert run.ledger.runs() == whole.ledger.runs()
+    assert all(set(one.notes) == {"seconds", "prefix"} for one in whole.ledger)
+    for name in ADAPTER:
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     parts, wholes = (Report.load(tmp_path / name / "report.json") for name in ("parts", "whole"))
     assert set(differing(parts, wholes)) <= {"finished", "seconds", "runs_from_ledger"}
@@ -561,7 +570,7 @@ def test_a_reloaded_adapter_that_differs_is_an_error(place, tmp_path):
     run.check(model, other, 0)
     with torch.no_grad():
         other.fc.bias[0] += 1e-6
-    with pytest.raises(AdapterError, match="does not give the logits of the network that was trained"):
+    with pytest.raises(AdapterError, match="does not give the logits of the trained network"):
         run.check(model, other, 0)
 
 
@@ -655,7 +664,7 @@ def test_searches_share_their_runs(place, tmp_path, monkeypatch, rows):
     settings = {"data": "flat", "epochs": 5, "lrs": (1e-2, 1e-4), "reading": {"test": 9, "validation": 9}}
     settings["asked"] = AutoSettings(lrs=(1e-2,))
     monkeypatch.setattr("peft_surgical.experiment.choosing.RUNGS", (0.2, 0.6, 1.0))
-    monkeypatch.setattr("peft_surgical.experiment.choosing.parts_of", lambda anatomy: ["block1"])
+    monkeypatch.setattr("peft_surgical.experiment.automatic.parts_of", lambda anatomy: ["block1"])
     shared = of(place, tmp_path / "shared", **settings)
     found = run_grid(shared, rows, [0])
     for name in rows:

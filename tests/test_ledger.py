@@ -11,6 +11,15 @@ from peft_surgical.errors import DataError
 from peft_surgical.training.ledger import Ledger
 
 
+def test_notes_lie_beside_the_result_and_make_no_run_another(tmp_path):
+    ledger = Ledger(tmp_path / "runs.jsonl")
+    first = ledger.run({"seed": 0}, lambda key: {"value": 1, "seconds": 2.5, "prefix": "none"})
+    again = Ledger(tmp_path / "other.jsonl").run({"seed": 0}, lambda key: {"value": 1, "seconds": 9.0})
+    assert first == again
+    assert first.notes == ledger.runs()[0].notes == {"seconds": 2.5, "prefix": "none"}
+    assert ledger.find({"seed": 0}) == {"value": 1}
+
+
 def test_append_and_find(tmp_path):
     ledger = Ledger(tmp_path / "deep" / "runs.jsonl")
     key = {"target": "block1", "lr": 1e-3, "seed": 0, "delta_dtype": None}

@@ -13,6 +13,7 @@ from peft_surgical.choosing.methods import (
     AutoRGN,
     AutoSNR,
     Progress,
+    alternating,
     gradual_unfreezing,
     lp_ft,
     method_of,
@@ -74,6 +75,7 @@ MOVED = {
     "l1-sp": NAMES,
     "l2-sp": NAMES,
     "lp-ft": HEAD,
+    "alternating": NAMES - HEAD,
     "auto-rgn": NAMES,
     "auto-rgn-reset": NAMES,
     "auto-rgn-reference": {name for name in NAMES if "bn" not in name},
@@ -275,6 +277,14 @@ def test_auto_rgn_scales_by_the_largest():
     assert factors == {"conv1.weight": 0.25, "bn1.weight": 1.0, "fc.weight": 0.0}
     left_out = AutoRGN(left_out=frozenset({"bn1.weight"})).factors(Progress(0, 1), SCORES)
     assert left_out == {"conv1.weight": 1.0, "bn1.weight": 0.0, "fc.weight": 0.0}
+
+
+def test_parts_take_turns_by_epoch():
+    schedule = alternating(ANATOMY)
+    head = set(ANATOMY["head"].tensors)
+    for epoch in range(4):
+        trained = {name for name, factor in schedule.factors(Progress(0, 1, epoch)).items() if factor == 1.0}
+        assert trained == (head if epoch % 2 else set(ANATOMY.tensors) - head)
 
 
 def test_auto_snr_freezes_below_the_threshold():

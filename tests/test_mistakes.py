@@ -4,7 +4,7 @@ import csv
 
 import torch
 
-from peft_surgical.experiment.mistakes import COLUMNS, accuracy_of_classes, confusion_of, write_mistakes
+from peft_surgical.experiment.mistakes import COLUMNS, accuracy_of_class, confusion_of, write_mistakes
 
 PREDICTED = [0, 1, 1, 0, 2, 0]
 LABELS = torch.tensor([0, 1, 0, 0, 1, 1])
@@ -14,7 +14,7 @@ LOGITS = torch.nn.functional.one_hot(torch.tensor(PREDICTED), 4) * torch.tensor(
 def test_confusion_counts_true_class_by_predicted_class():
     found = confusion_of(LOGITS, LABELS, 4)
     assert found == [[2, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
-    assert accuracy_of_classes(found) == [2 / 3, 1 / 3, None, None]
+    assert accuracy_of_class(found) == [2 / 3, 1 / 3, None, None]
 
 
 def test_mistakes_are_listed_the_most_confident_first(tmp_path):

@@ -8,7 +8,7 @@ import transformers
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from peft_surgical import SurgicalConfig
+from peft_surgical import SurgicalConfig, anatomy_of
 
 pytestmark = pytest.mark.slow
 
@@ -33,6 +33,60 @@ TIMM = {
     "xcit_nano_12_p16_224": {"img_size": 64},
     "cait_xxs24_224": {"img_size": 64},
     "levit_128s": {"size": 224},
+    # One small network of further families; with the others, sixty and more.
+    "bat_resnext26ts": {"size": 256},
+    "botnet26t_256": {"size": 256},
+    "convit_tiny": {"size": 224},
+    "convmixer_768_32": {"size": 64},
+    "cspresnet50": {},
+    "crossvit_tiny_240": {"size": 240},
+    "darknet17": {},
+    "davit_tiny": {},
+    "dla34": {},
+    "dm_nfnet_f0": {},
+    "dpn48b": {},
+    "efficientformerv2_s0": {"size": 224},
+    "efficientvit_b0": {},
+    "fastvit_t8": {},
+    "fbnetc_100": {},
+    "focalnet_tiny_srf": {},
+    "gcvit_xxtiny": {"size": 224},
+    "gernet_s": {},
+    "ghostnet_050": {},
+    "gmlp_ti16_224": {"size": 224},
+    "hardcorenas_a": {},
+    "hgnetv2_b0": {},
+    "hrnet_w18_small": {},
+    "inception_next_atto": {},
+    "inception_v3": {"size": 128},
+    "lcnet_035": {},
+    "maxvit_rmlp_pico_rw_256": {"size": 256},
+    "mixer_s32_224": {"size": 224},
+    "mnasnet_050": {},
+    "mobileone_s0": {},
+    "mobilevit_xxs": {},
+    "mobilevitv2_050": {},
+    "nest_tiny": {"size": 224},
+    "poolformer_s12": {},
+    "pvt_v2_b0": {},
+    "repghostnet_050": {},
+    "repvgg_a0": {},
+    "repvit_m0_9": {},
+    "res2net50_14w_8s": {},
+    "resmlp_12_224": {"size": 224},
+    "rexnet_100": {},
+    "selecsls42": {},
+    "semnasnet_050": {},
+    "skresnet18": {},
+    "tf_mixnet_s": {},
+    "tiny_vit_5m_224": {"size": 224},
+    "tinynet_e": {},
+    "tresnet_m": {},
+    "twins_svt_small": {"size": 224},
+    "vgg11_bn": {},
+    "visformer_tiny": {"size": 224},
+    "vovnet39a": {},
+    "xception41": {"size": 128},
 }
 TORCHVISION = {"resnet18": 64, "convnext_tiny": 64, "efficientnet_b0": 64, "swin_t": 64, "shufflenet_v2_x0_5": 64}
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -169,6 +223,50 @@ def test_all_tensors_of_an_architecture(library, name, settings, tmp_path):
         merged = model.merge_and_unload()
         assert equal(call(merged, inputs), tuned)
     assert [type(module) for module in merged.modules()] == [type(module) for module in base.modules()]
+
+
+def step(model, inputs, parameters):
+    """One step of SGD on the mean square of the outputs, in eval(): dropout draws nothing."""
+    optimizer = torch.optim.SGD(parameters, lr=0.01)
+    sum(out.float().pow(2).mean() for out in call(model, inputs)).backward()
+    optimizer.step()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("library", "name", "settings"), networks())
+def test_a_full_cycle_on_each_part_of_an_architecture(library, name, settings, tmp_path):
+    """Wrap, one step, compare with the network tuned by hand, disable, save, reload, merge, unload."""
+    network, inputs = build(library, name, settings)
+    base = copy.deepcopy(network).requires_grad_(False)
+    anatomy = anatomy_of(network)
+    numbered = [block for block in anatomy.names if "block" in block]
+    parts = {numbered[0], numbered[len(numbered) // 2], *({"head", "embedding"} & {*anatomy.names})}
+    with torch.no_grad():
+        before = call(base, inputs)
+    for part in sorted(parts):
+        by_hand, tuned = copy.deepcopy(base), {*anatomy[part].tensors}
+        model = get_peft_model(copy.deepcopy(base), SurgicalConfig(target=part)).eval()
+        for own, parameter in by_hand.named_parameters():
+            parameter.requires_grad_(own in tuned and parameter.is_floating_point())
+        step(by_hand, inputs, [p for p in by_hand.parameters() if p.requires_grad])
+        step(model, inputs, [p for p in model.parameters() if p.requires_grad])
+        model.train()  # the statistics stay, and LeViT forgets what it computed from its biases
+        model.eval()
+        by_hand.train()
+        by_hand.requires_grad_(False).eval()
+        with torch.no_grad():
+            found, wanted = call(model, inputs), call(by_hand, inputs)
+            for one, other in zip(found, wanted, strict=True):
+                assert torch.allclose(one, other, rtol=1e-3, atol=1e-4 * float(other.abs().max())), part
+            with model.disable_adapter():
+                assert equal(call(model, inputs), before), part
+            model.save_pretrained(tmp_path / part)
+            again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / part)
+            assert equal(call(again, inputs), found), part
+            assert equal(call(again.merge_and_unload(), inputs), found), part
+            plain = model.unload()
+            assert equal(call(plain, inputs), before), part
+        assert [type(module) for module in plain.modules()] == [type(module) for module in base.modules()]
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader
 
 from accelerate import Accelerator
 from peft_surgical import Pace, Penalty, SurgicalConfig, anatomy_of, score_blocks
-from peft_surgical.choosing.methods import AutoRGN, AutoSNR, PenaltyKind, Progress, gradual_unfreezing
+from peft_surgical.choosing.methods import AutoRGN, AutoSNR, Progress, gradual_unfreezing
 from peft_surgical.choosing.models import trained_tensors
+from peft_surgical.choosing.penalties import PenaltyKind
 from peft_surgical.errors import AdapterError, ConfigError
 
 X, Y = torch.randn(20, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(20) % 5

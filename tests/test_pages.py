@@ -23,8 +23,9 @@ from peft_surgical_cli import app as cli  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "recipes" / "README.md"]
-RUN_ELSEWHERE = {"docs/hub.md", "docs/combining.md"}  # test_hub_commands.py and test_combination.py
-RUN_HERE = {"README.md", "docs/adaptation.md", "docs/cli.md", "docs/selection.md"}
+# By test_hub_commands.py, test_combination.py and test_extract.py.
+RUN_ELSEWHERE = {"docs/hub.md", "docs/combining.md", "docs/extract.md"}
+RUN_HERE = {"README.md", "docs/adaptation.md", "docs/cli.md", "docs/prefix.md", "docs/selection.md"}
 COMMANDS = typer.main.get_command(cli.app).commands
 
 
@@ -58,6 +59,10 @@ def shown_commands(page):
 
 def options_of(command):
     return {option for parameter in COMMANDS[command].params for option in parameter.opts} | {"--help"}
+
+
+def test_the_page_on_prefixes_caches_one(tmp_path, monkeypatch):
+    assert run_page("docs/prefix.md", tmp_path, monkeypatch)["cached"].reason == ""
 
 
 def test_every_page_with_python_is_run():

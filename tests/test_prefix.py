@@ -1,5 +1,7 @@
 """A run whose frozen prefix is computed once is the run without, bit for bit; what cannot be cached says why."""
 
+import copy
+import functools
 import json
 import os
 import subprocess
@@ -13,9 +15,9 @@ from tiny import CASES, ConvNet, Rows, bits, same, snapshot, used_batchnorm, vit
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
-from peft_surgical import CachedPrefix, SurgicalConfig
+from peft_surgical import CachedPrefix, SurgicalConfig, anatomy_of
 from peft_surgical.errors import ConfigError
-from peft_surgical.prefix.cut import UncutError
+from peft_surgical.prefix.cut import NetworkCut, UncutError
 from peft_surgical.prefix.storage import FeatureStore, NoRoomError, layout_of
 from peft_surgical.prefix.watching import cuts_of
 from peft_surgical.training.fitting import FitSettings, fit
@@ -83,6 +85,41 @@ def test_a_run_that_was_stopped_goes_on_from_the_cache_as_if_it_had_not(tmp_path
     again = run(network(), "block2", folder=tmp_path)
     assert again.prefix.startswith("prefix cached")
     assert same(snapshot(again.model), snapshot(whole.model))
+
+
+def test_a_run_that_was_killed_while_features_were_computed_starts_again(tmp_path, monkeypatch):
+    whole, record = run(used_batchnorm(), "block2", False), NetworkCut.record
+    calls, store = [], functools.partial(FeatureStore, folder=tmp_path / "features", shared=True)
+
+    def killed(cut, given):
+        calls.append(1)
+        if len(calls) == 8:  # behind the proof
+            raise KeyboardInterrupt
+        return record(cut, given)
+
+    monkeypatch.setattr(NetworkCut, "record", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(used_batchnorm(), "block2", store(), folder=tmp_path / "run")
+    assert not list((tmp_path / "features").glob("*.prefix"))
+    again = run(used_batchnorm(), "block2", store(), folder=tmp_path / "run")
+    assert again.prefix.startswith("prefix cached")
+    assert same(snapshot(again.model), snapshot(whole.model))
+    assert len(list((tmp_path / "features").glob("*.prefix"))) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_efficientnet", "test_convnext"])
+def test_timms_miniatures_cache_the_head_and_the_last_block(name):
+    timm = pytest.importorskip("timm")
+    network = timm.create_model(name, num_classes=5).eval()
+    last = [block for block in anatomy_of(network).names if block.startswith("block")][-1]
+    generator = torch.Generator().manual_seed(0)
+    images = [{"pixel_values": torch.randn(3, 160, 160, generator=generator), "labels": i % 5} for i in range(16)]
+    for target in ("head", last):
+        model = surgical(copy.deepcopy(network), target)
+        with CachedPrefix(model, images, batch_size=8) as cached:
+            assert cached.reason == ""
+            assert cached.share > 0.4
 
 
 class Dropped(ConvNet):
@@ -366,7 +403,7 @@ def test_what_does_not_fit_into_memory_goes_into_files_and_what_fits_nowhere_is_
 
 def test_a_file_is_whole_or_absent_and_the_least_recently_used_goes_first(tmp_path):
     layout = layout_of(torch.zeros(1, 4, 4))
-    store = FeatureStore(folder=tmp_path, disk=3 * 1024)
+    store = FeatureStore(folder=tmp_path, disk=3 * 1024, shared=True)
 
     def put(key, value):
         return store.features(key, [layout], 16, lambda made: made[0].fill_(value))[0]
@@ -399,7 +436,8 @@ def test_two_processes_share_a_folder(tmp_path):
             time.sleep(1)
             made[0].copy_(torch.arange(64.0).view(16, 4))
             done.append(1)
-        found = FeatureStore(folder={str(tmp_path)!r}).features("k", [layout_of(torch.zeros(1, 4))], 16, fill)
+        store = FeatureStore(folder={str(tmp_path)!r}, shared=True)
+        found = store.features("k", [layout_of(torch.zeros(1, 4))], 16, fill)
         print(json.dumps([len(done), found[0].sum().item()]))
     """
     lines = "\n".join(line[8:] for line in code.splitlines())

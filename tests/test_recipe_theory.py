@@ -204,6 +204,24 @@ def test_drawn_targets_fit_their_description(recipe, shift):
         assert torch.equal(a, 2 * torch.eye(20))
 
 
+def test_the_papers_construction_is_a_mixture_of_two_orthogonal_subspaces(recipe):
+    first, head, w, x, source, target = linear_theory.draw_mixture(0)
+    assert (first.shape, head.shape, w.shape) == ((1, 24), (1,), (24,))
+    other = 2 * target - source  # the target's covariance is the mean of the two
+    assert [round(float(part.trace())) for part in (source, other)] == [20, 2]
+    torch.testing.assert_close(source @ other, torch.zeros(24, 24), rtol=0, atol=1e-12)
+    inside = [(x @ part).norm(dim=1) > 1e-9 for part in (source, other)]
+    assert (inside[0] ^ inside[1]).all()  # each input is of one of the two
+    assert 10 < inside[0].sum() < 30
+    torch.testing.assert_close(x @ (source + other), x, rtol=0, atol=1e-12)
+
+
+def test_theorem_1_holds_in_the_papers_construction(recipe):
+    (row,) = linear_theory.mixture(range(6), (14,), 20_000)
+    assert row["holds"]["count"] >= 5
+    assert row["losses"]["block1"]["median"] < 1e-9 < row["losses"]["all"]["median"]
+
+
 def test_the_head_of_theorem_1_is_least_squares_on_the_samples(recipe):
     (row,) = linear_theory.theorem("rotation", range(2), (30,), 1500)
     drawn = [

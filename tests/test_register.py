@@ -19,8 +19,8 @@ from peft_surgical.tuner.model import SurgicalModel
 
 PUBLIC = """
 AdapterPool Anatomy BlockScores CachedPrefix Pace Penalty SurgicalCallback SurgicalConfig SurgicalError anatomy_of
-combine_adapters compare diff load_adapted pull push_adapter read_adapter resolve_target score_blocks set_scale to_lora
-tune with_base_names
+combine_adapters compare diff extract_adapter load_adapted pull push_adapter read_adapter resolve_target score_blocks
+set_scale to_lora tune with_base_names
 """
 
 IMPORTED = """

@@ -73,6 +73,19 @@ def test_update_bn_moves_what_the_policy_lets_move():
     assert torch.equal(network.layer2[1].running_mean, base.layer2[1].running_mean)
 
 
+def test_a_module_that_something_replaced_is_noticed_on_saving(tmp_path):
+    model = adapted("conv1 + head")
+    model.get_base_model().fc = nn.Linear(8, 5)
+    with pytest.raises(AdapterError, match=r"^fc.weight, fc.bias of the base changed"):
+        model.save_pretrained(tmp_path)
+    model.peft_config["default"].strict_base = False
+    with (
+        pytest.warns(UserWarning, match=r"strict_base=False: fc.weight"),
+        pytest.raises(AdapterError, match=r"was not saved: fc.weight, fc.bias of it is no longer in the model"),
+    ):
+        model.save_pretrained(tmp_path)
+
+
 # --- other buffers ---
 
 

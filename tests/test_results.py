@@ -21,9 +21,8 @@ def test_a_folder_that_holds_other_things_is_refused(tmp_path, name):
     file = tmp_path / "folder" / name
     file.parent.mkdir(parents=True)
     file.write_text("precious")
-    with pytest.raises(
-        ConfigError, match=rf"output=.*folder holds {name.split('/')[0]}, .*: name a folder that is new"
-    ):
+    first = name.split("/")[0]
+    with pytest.raises(ConfigError, match=rf"folder holds {first}, .*: name a folder that is new .* output="):
         claim(tmp_path / "folder", ["report.json"])
     assert [path for path in (tmp_path / "folder").rglob("*") if path.is_file()] == [file]
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = ROOT / ".venv-extras"
-OPTIONAL = ("timm", "datasets", "evaluate", "matplotlib", "sklearn", "ray", "pytest")
+OPTIONAL = ("timm", "datasets", "evaluate", "matplotlib", "sklearn", "ray", "onnx", "onnxruntime", "pytest")
 """Modules that the core must work without."""
 
 
@@ -136,6 +136,29 @@ def with_ray() -> None:
     assert str(found.chosen) == "block1 at 0.001"
 
 
+def with_onnx() -> None:
+    """A base and two adapters for ONNX Runtime."""
+    import torch
+    from peft import get_peft_model
+
+    from peft_surgical import SurgicalConfig
+    from peft_surgical.adapters.export import export_onnx
+
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(144, 3)).eval()
+    for number, target in enumerate(("0", "2")):
+        model = get_peft_model(network, SurgicalConfig(target=target, blocks={"block1": ["0"], "head": ["2"]}))
+        for name, parameter in model.named_parameters():
+            if "surgical_delta" in name:
+                parameter.data += 0.1
+        model.save_pretrained(f"site{number}")
+        model.unload()
+    sites = {name: name for name in ("site0", "site1")}
+    found = export_onnx(network, sites, torch.randn(2, 3, 8, 8), "out", merged=True)
+    assert len(found.files) == 5
+    assert all(row.difference < 1e-5 for row in found.files)
+
+
 CASES: dict[str, Callable[[], None]] = {
     "wheel": core,
     "sdist": core,
@@ -143,6 +166,7 @@ CASES: dict[str, Callable[[], None]] = {
     "plots": with_plots,
     "recipes": with_recipes,
     "ray": with_ray,
+    "onnx": with_onnx,
 }
 
 

@@ -57,7 +57,8 @@ def honest(files: Files, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
         name = path + leaf
         own = base[name]
         if what == "delta":
-            found[name] = torch.add(own, tensor.to(own.dtype), alpha=scale) if scale else own
+            wide = torch.float64 if config.get("delta_dtype") == "float64" else own.dtype
+            found[name] = torch.add(own, tensor.to(wide), alpha=scale).to(own.dtype) if scale else own
         elif scale == 1 or not own.is_floating_point():
             found[name] = tensor.to(own.dtype) if scale else own
         elif scale:

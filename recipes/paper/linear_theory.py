@@ -21,6 +21,9 @@ CASES = {"input": 1, "contrast": 1, "flip": 2, "flip, both signs": 2}  # and the
 SHIFTS = ("local", "rotation", "contrast")
 SAMPLES = (2, 4, 7, 10, 14, 18, 24, 30, 40, 80)
 PROPOSITIONS, THEOREM = {"k": 4, "d": 10}, {"k": 10, "d": 20}
+MIXTURE = {"k": 1, "d": 24, "source": 20, "orthogonal": 2}
+"""The paper's construction (A.2): dimensions of features and input, and of the two subspaces that inputs come from."""
+MIXTURE_SAMPLES = (4, 8, 12, 16, 20, 40)
 
 
 class Network(nn.Module):
@@ -217,10 +220,59 @@ def theorem(shift: str, seeds: Sequence[int], sizes: Sequence[int], steps: int) 
         raise RuntimeError(
             f"pretraining is not at its end after {steps} steps in {int((~ended).sum())} of {len(ended)} draws"
         )
-    gram = torch.cat([x[:, :n].mT @ x[:, :n] / n for n in sizes])  # one axis for sizes and draws
-    first, head, w, a, source = (torch.cat([part] * len(sizes)) for part in (first, head, w, a, source))
     wanted, covariance = torch.linalg.solve(a.mT, w), a @ source @ a.mT
     labels = torch.einsum("si,sij,sj->s", w, source, w)
+    return _fine_tuned(shift, sizes, steps, first, head, x, wanted, covariance, labels)
+
+
+def draw_mixture(seed: int) -> tuple[Tensor, ...]:
+    """First and head to pretrain from, w, target inputs (n, d), and the covariances of source and target inputs.
+
+    The paper's A.2: the source is Gaussian on a subspace; the target is, with equal chance, the source or Gaussian on a
+    subspace orthogonal to it; the labels w x are the same function in both. Nothing is drawn outside of the two.
+    """
+    k, d, of_source, orthogonal = MIXTURE.values()
+    g = torch.Generator().manual_seed(seed)
+    first, head = torch.randn(k, d, generator=g) / d**0.5, torch.randn(k, generator=g)
+    w = nn.functional.normalize(torch.randn(d, generator=g), dim=0)
+    basis = torch.linalg.qr(torch.randn(d, d, generator=g))[0]
+    spaces = basis[:, :of_source], basis[:, of_source : of_source + orthogonal]
+    count = max(MIXTURE_SAMPLES)
+    drawn = [torch.randn(count, space.shape[1], generator=g) @ space.T for space in spaces]
+    x = torch.where(torch.rand(count, 1, generator=g) < 0.5, drawn[0], drawn[1])
+    source, other = (space @ space.T for space in spaces)
+    return first, head, w, x, source, (source + other) / 2
+
+
+def mixture(seeds: Sequence[int], sizes: Sequence[int], steps: int) -> list[dict[str, Any]]:
+    """Theorem 1 in the construction of its proof, as `theorem`; pretraining is descent on the source."""
+    drawn = zip(*(draw_mixture(seed) for seed in seeds), strict=True)
+    first, head, w, x, source, target = (torch.stack(part) for part in drawn)
+    first, head, _, ended = descend(first, head, source, w, source, "all", steps)
+    if not ended.all():
+        raise RuntimeError(
+            f"pretraining is not at its end after {steps} steps in {int((~ended).sum())} of {len(ended)} draws"
+        )
+    labels = torch.einsum("si,sij,sj->s", w, target, w)
+    return _fine_tuned("mixture", sizes, steps, first, head, x, w, target, labels)
+
+
+def _fine_tuned(
+    shift: str,
+    sizes: Sequence[int],
+    steps: int,
+    first: Tensor,
+    head: Tensor,
+    x: Tensor,
+    wanted: Tensor,
+    covariance: Tensor,
+    labels: Tensor,
+) -> list[dict[str, Any]]:
+    """By number of target samples: where descent from the pretrained (first, head) ends, and what it leaves."""
+    gram = torch.cat([x[:, :n].mT @ x[:, :n] / n for n in sizes])  # one axis for sizes and draws
+    first, head, wanted, covariance, labels = (
+        torch.cat([part] * len(sizes)) for part in (first, head, wanted, covariance, labels)
+    )
 
     def loss(b: Tensor, v: Tensor) -> Tensor:
         error = (v[:, None] @ b).squeeze(1) - wanted

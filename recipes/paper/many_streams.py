@@ -72,18 +72,15 @@ class _Stacked(nn.Module):
         for delta in self.deltas.values():
             delta.requires_grad_()
 
-    def tensors(self) -> Iterator[Tensor | None]:
-        """Weight and bias (streams, ...), with the deltas."""
-        for name in ("weight", "bias"):
-            base = getattr(self.module, name)
-            if base is not None and name in self.deltas:
-                base = base + self.deltas[name]
-            elif base is not None:
-                base = base.expand(self.count, *base.shape)
-            yield base
+    def tensor(self, name: str) -> Any:
+        """Weight or bias (streams, ...), with the deltas; None where the module has none."""
+        base = getattr(self.module, name)
+        if base is None or name in self.deltas:
+            return None if base is None else base + self.deltas[name]
+        return base.expand(self.count, *base.shape)
 
     def forward(self, x: Tensor) -> Tensor:
-        module, (weight, bias) = self.module, self.tensors()
+        module, weight, bias = self.module, self.tensor("weight"), self.tensor("bias")
         each = x.unflatten(0, (self.count, -1))  # (streams, images, ...)
         if isinstance(module, nn.GroupNorm):
             each = F.group_norm(x, module.num_groups, eps=module.eps).unflatten(0, (self.count, -1))
@@ -313,7 +310,8 @@ class ViewsOfMany:
     def _drawn(self, images: Tensor, seed: int, position: int) -> list[Draw]:
         if (seed, position) not in self._draws:
             generator = generator_at(seed, position)
-            drawn = [self.augment.draw(*images.shape[2:], generator) for _ in range(self.steps)]
+            height, width = images.shape[2:]
+            drawn = [self.augment.draw(height, width, generator) for _ in range(self.steps)]
             self._draws[seed, position] = drawn
         return self._draws[seed, position]
 
@@ -334,7 +332,7 @@ def adapt_many(memo: ManyMemo, plans: Sequence[Plan], views: ViewsOfMany, *, eag
         flat += [flat[-1]] * (-len(flat) % memo.count)  # the last image again, until the last batch is full
         batches = [flat[at : at + memo.count] for at in range(0, len(flat), memo.count)]
     else:
-        batches = list(zip(*rows, strict=True))
+        batches = [list(batch) for batch in zip(*rows, strict=True)]
     numbers = torch.tensor([[stream for stream, _ in batch] for batch in batches])
     every = torch.tensor([plan.lr for plan in plans], dtype=memo.deltas[0].dtype)[numbers].to(device)
     found: list[Tensor] = []
@@ -378,7 +376,9 @@ def _batches(
 
 def collapses(logits: Tensor, window: int = COLLAPSE_WINDOW) -> list[int]:
     """Where the predictions (n, classes) of a whole window have become one class, as `Stream` counts it."""
-    found, recent, before = [], [], False
+    found: list[int] = []
+    recent: list[int] = []
+    before = False
     for place, row in enumerate(logits):
         if not bool(torch.isfinite(row).all()):
             continue

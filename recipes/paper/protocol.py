@@ -122,15 +122,16 @@ def parser_of(protocol: Protocol, doc: str | None) -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("what is compared").add_argument
     targets = (
-        "targets to tune, such as block1, block2-4, 'stem + block1', all, and searches: auto, race, cross-val, greedy; "
+        "targets to tune, such as block1, block2-4, 'stem + block1', all, and searches: auto, race, greedy, "
+        "cross-val over blocks, cross-val-wide also over all and none; "
         f"default, with the methods: {' '.join(protocol.rows)}"
     )
     add("--target", nargs="+", default=[], metavar="T", help=targets)
     methods = f"methods instead of, or beside, targets: {', '.join(METHODS)}; l1-sp@0.001 sets a method's option"
     add("--method", nargs="+", default=[], metavar="M", help=methods)
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="S", help="default: 0 1 2")
-    usual = " ".join(f"{one:g}" for one in THRESHOLDS)
-    snr = f"thresholds of auto-snr that validation chooses from, none for the package's; default: {usual} (chosen here)"
+    shown = " ".join(f"{one:g}" for one in THRESHOLDS)
+    snr = f"thresholds of auto-snr that validation chooses from, none for the package's; default: {shown} (chosen here)"
     add("--thresholds", nargs="*", type=float, default=THRESHOLDS, metavar="T", help=snr)
     held_out = "also measure the kept adapter on held-out images of the source"
     add("--forgetting", action="store_true", help=held_out)
@@ -240,8 +241,8 @@ def rule_of_row(row: str) -> str | None:
     return f"block by validation of each seed, {rates}" if row == CROSS_VAL else None
 
 
-AUDITED = ("model", "tuning", "validation", "test", "source", "optimizer", "lr", "head_lr", "epochs", "batch_size")
-AUDITED += ("scheduler", "weight_decay")
+_OF_A_RUN = ("optimizer", "lr", "head_lr", "epochs", "batch_size", "scheduler", "weight_decay")
+AUDITED = ("model", "tuning", "validation", "test", "source", *_OF_A_RUN)
 """Settings of `audit`, in order."""
 
 

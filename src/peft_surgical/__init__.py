@@ -34,12 +34,13 @@ if TYPE_CHECKING:
     from .adapters.adapter import read_adapter
     from .adapters.combination import combine_adapters
     from .adapters.difference import diff
+    from .adapters.extract import extract_adapter
     from .adapters.lora import to_lora
     from .adapters.pool import AdapterPool
     from .choosing.callback import SurgicalCallback
-    from .choosing.methods import Penalty
     from .choosing.models import with_base_names
     from .choosing.pace import Pace
+    from .choosing.penalties import Penalty
     from .choosing.resolve import resolve_target, score_blocks
     from .choosing.scores import BlockScores
     from .experiment.api import compare, tune
@@ -61,6 +62,7 @@ __all__ = [
     "combine_adapters",
     "compare",
     "diff",
+    "extract_adapter",
     "load_adapted",
     "pull",
     "push_adapter",
@@ -79,11 +81,12 @@ _MODULES = {
     "BlockScores": "choosing.scores",
     "CachedPrefix": "prefix.cached",
     "Pace": "choosing.pace",
-    "Penalty": "choosing.methods",
+    "Penalty": "choosing.penalties",
     "SurgicalCallback": "choosing.callback",
     "combine_adapters": "adapters.combination",
     "compare": "experiment.api",
     "diff": "adapters.difference",
+    "extract_adapter": "adapters.extract",
     "load_adapted": "hub.pulling",
     "pull": "hub.pulling",
     "push_adapter": "hub.pushing",

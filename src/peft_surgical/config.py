@@ -26,7 +26,7 @@ from .keys import CONFIG, WEIGHTS, file_key
 NormPolicy = Literal["frozen", "target", "all", "estimated"]
 """``frozen``: no statistics move. ``target``: those of modules with a targeted tensor. ``all``: every module's.
 ``estimated``: every module's are estimated once, by `estimate_statistics`, and held in training."""
-DELTA_DTYPES = ("float32", "bfloat16", "float16")
+DELTA_DTYPES = ("float32", "bfloat16", "float16", "float64")
 _UNSAVED = ("strict_base", "held", "content", "measured_fingerprint")
 
 
@@ -102,17 +102,15 @@ def check_fields(values: Mapping[str, Any]) -> None:
 class SurgicalConfig(PeftConfig):
     """Configuration of a surgical adapter.
 
-    What to tune is either a ``target`` (blocks, paths, globs, regexes: see `parse`) or PEFT's ``target_modules``. A
-    config without either can be made, as with PEFT's other methods; ``get_peft_model`` refuses it.
+    What to tune is either a ``target`` (blocks, paths, globs, regexes: see `parse`) or PEFT's ``target_modules``.
 
     Args:
         target: For example ``"block1"``, ``"block2-4 + head"``, ``"all - head"``, ``"*.norm*"``, or a list of such
             terms, which is their sum.
-        norm_stats: Whose normalisation statistics move: ``"frozen"`` nobody's (the paper's protocol),
-            ``"target"`` those of targeted modules, ``"all"`` every module's. ``"estimated"`` holds them in training as
-            ``"frozen"`` does, with values that `estimate_statistics` takes from target images. What moves is saved.
+        norm_stats: Whose normalisation statistics move: ``"frozen"`` nobody's (the paper's protocol), ``"target"``
+            those of targeted modules, ``"all"`` every module's, ``"estimated"`` only in `estimate_statistics`.
         delta_dtype: Dtype of the deltas on disk: ``"bfloat16"`` or ``"float16"`` halve the file and round what is
-            reloaded; None keeps the dtype in which they were trained.
+            reloaded; None keeps their dtype. ``"float64"`` is theirs in memory, too, as `extract_adapter` needs it.
         blocks: Block name -> module or tensor paths, for networks whose blocks cannot be derived. Saved.
         target_modules: PEFT's: a list of module names (exact or as a suffix) or a regex; all tensors of a matched
             module are tuned. Names that match nothing are named in a warning, and are an error if none matches; every
@@ -130,8 +128,8 @@ class SurgicalConfig(PeftConfig):
         held: What the adapter file holds that `from_pretrained` verified. None for a config that was not read with a
             file. Not saved.
         content: That file, until its tensors are on a model. Not saved.
-        measured_fingerprint: `fingerprint` of the base when the adapter's tensors were last gathered for saving, saved
-            as ``base_fingerprint``. That field stays as it is: the config may serve a fresh adapter on another base.
+        measured_fingerprint: `fingerprint` of the base when the adapter's tensors were last gathered, saved as
+            ``base_fingerprint``. That field stays as it is: the config may serve a fresh adapter on another base.
 
     These attributes are here because PEFT and transformers pass nothing but the config between files and the tuner.
 

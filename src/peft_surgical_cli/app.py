@@ -19,6 +19,8 @@ import typer
 
 from .adapt import adapt_command
 from .adapters import list_command, merge_command, pull_command, push_command, to_lora_command
+from .diagnose import diagnose_command
+from .extract import export_command, extract_command
 from .inspect import blocks_command, diff_command, score_command, show_command
 from .options import ManyValues
 from .terminal import printable_text
@@ -33,13 +35,16 @@ app = typer.Typer(
 )
 app.command("blocks")(blocks_command)
 app.command("score")(score_command)
+app.command("diagnose")(diagnose_command)
 app.command("tune", cls=ManyValues)(tune_command)
 app.command("compare", cls=ManyValues)(compare_command)
 app.command("adapt")(adapt_command)
 app.command("show")(show_command)
 app.command("diff")(diff_command)
+app.command("extract")(extract_command)
 app.command("merge")(merge_command)
 app.command("to-lora")(to_lora_command)
+app.command("export")(export_command)
 app.command("push", cls=ManyValues)(push_command)
 app.command("pull")(pull_command)
 app.command("list")(list_command)

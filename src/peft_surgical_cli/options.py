@@ -79,7 +79,7 @@ class SharedOptions:
         int, typer.Option(min=1, max=5, help="For auto: each candidate trains so many fifths of a run.")
     ] = 1
     delta_dtype: Annotated[
-        str | None, typer.Option(help="Of the saved deltas: bfloat16 or float16 halve the file.")
+        str | None, typer.Option(help="Of the saved deltas: bfloat16 or float16 halve the file, float64 doubles it.")
     ] = None
     images: Few = None
     validation: Validation = None
@@ -98,6 +98,18 @@ class SharedOptions:
         ),
     ] = None
     workers: Annotated[int, typer.Option("--workers", min=0, metavar="N", help="Processes that load images.")] = 0
+    no_cache: Annotated[
+        bool,
+        typer.Option("--no-cache", help="Compute what is frozen before the target again in every epoch: same results."),
+    ] = False
+    cached_views: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="With --augment: so many fixed views of each image, in turn, so that they can be computed once.",
+            show_default="new ones in every epoch",
+        ),
+    ] = None
     random: Random = False
     cpu: Cpu = False
     engine: Annotated[str, typer.Option(help="What carries out the runs: local, or ray for a Ray cluster.")] = "local"
@@ -105,7 +117,7 @@ class SharedOptions:
     def settings(self) -> dict[str, Any]:
         """As keyword arguments of `peft_surgical.tune` and `peft_surgical.compare`."""
         given = asdict(self)
-        given["tuning"] = given.pop("images")
+        given["tuning"], given["cache"] = given.pop("images"), not given.pop("no_cache")
         given["weights"] = "random" if given.pop("random") else "pretrained"
         return given
 

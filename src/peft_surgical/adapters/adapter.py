@@ -56,9 +56,22 @@ class Adapter:
 
     def scaled(self) -> dict[str, torch.Tensor]:
         """Tensor name -> scale * delta, which is what is added to the base; at least float32."""
-        scale = self.config.scale
         wide = {name: delta.to(torch.promote_types(delta.dtype, torch.float32)) for name, delta in self.deltas.items()}
-        return wide if scale == 1 else {name: delta * scale for name, delta in wide.items()}
+        return wide if (scale := self.config.scale) == 1 else {name: delta * scale for name, delta in wide.items()}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All tensors that it brings."""
+        return (*self.deltas, *self.statistics, *self.whole)
+
+    def tuned(self, name: str, base: torch.Tensor) -> torch.Tensor:
+        """What a forward with this adapter reads for a tensor whose base value this is, perhaps in a wider dtype."""
+        scale, delta = self.config.scale, self.deltas.get(name)
+        if delta is not None:
+            return torch.add(base, delta.to(base.device, torch.promote_types(delta.dtype, torch.float32)), alpha=scale)
+        own = self.whole.get(name, self.statistics.get(name, base)).to(base.device)
+        partly = name in self.statistics and scale != 1 and own.is_floating_point()
+        return torch.lerp(base, own.to(base.dtype), scale) if partly else own
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Its tensors by the keys of an adapter file."""

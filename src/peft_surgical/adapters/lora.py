@@ -240,19 +240,8 @@ def _tuned_copy(network: nn.Module, path: str, adapter: Adapter) -> nn.Module:
     tensors = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers())}
     with torch.no_grad():
         for name, tensor in tensors.items():
-            tensor.copy_(_tuned(join(path, name), tensor, adapter))
+            tensor.copy_(adapter.tuned(join(path, name), tensor))
     return module
-
-
-def _tuned(name: str, base: torch.Tensor, adapter: Adapter) -> torch.Tensor:
-    scale = adapter.config.scale
-    if name in adapter.deltas:
-        delta = adapter.deltas[name].to(base.device)
-        wide = delta.to(torch.promote_types(delta.dtype, torch.float32))
-        return torch.add(base, wide, alpha=scale)
-    own = adapter.whole.get(name, adapter.statistics.get(name, base)).to(base.device)
-    partly = name in adapter.statistics and scale != 1 and own.is_floating_point()
-    return torch.lerp(base, own.to(base.dtype), scale) if partly else own
 
 
 def _lora_model(network: nn.Module, config: LoraConfig, tensors: Mapping[str, torch.Tensor]) -> nn.Module:

@@ -248,7 +248,8 @@ def _has_cache(layer: SurgicalLayer) -> bool:
 def adapter_bytes(network: nn.Module, config: SurgicalConfig) -> int:
     """The memory that a saved adapter takes on its base: deltas, statistics, and the modules that it holds whole."""
     plan = make_plan(network, config)
-    total = sum(base.numel() * torch.promote_types(base.dtype, torch.float32).itemsize for base in plan.base().values())
+    live = torch.float64 if config.delta_dtype == "float64" else torch.float32
+    total = sum(base.numel() * torch.promote_types(base.dtype, live).itemsize for base in plan.base().values())
     with bare(network):
         held = [getattr(entry.module, name) for entry in plan.modules for name in entry.statistics]
         saved = tuple(config.modules_to_save or ())

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 from torch import nn
 
-from .inventory import CONVS, Cut, Inventory, arrange, is_token_name, name_blocks, owner
+from .inventory import CONVS, Cut, Inventory, arrange, attends, is_token_name, name_blocks, owner
 
 _CLASSIFIERS = ("fc", "linear", "classifier", "head", "heads", "last_linear")
 _NUMBERED = re.compile(r"(layer|stage|block|denseblock|s)_?(\d+)")
@@ -55,6 +55,14 @@ def merge_by_width(units: list[list[str]], widths: list[int]) -> list[list[str]]
     """A stage of a MobileNet or EfficientNet is a run of residual units of one width, as in timm's groups."""
     runs = groupby(zip(widths, units, strict=True), key=lambda pair: pair[0])
     return [[name for _, unit in run for name in unit] for _, run in runs]
+
+
+def are_residual_units(modules: list[nn.Module]) -> bool:
+    """Whether a convolutional network lists residual units rather than stages (no container of composites inside)."""
+    inner = [child for module in modules for child in module.modules()]
+    lists = any(isinstance(child, nn.ModuleList) for child in inner)
+    stages = any(isinstance(child, nn.Sequential) and all_composite(child) for child in inner)
+    return not (lists or stages or attends(inner)) and all(map(width, modules))
 
 
 def unclear_parameters(inventory: Inventory, roots: set[str]) -> list[str]:
@@ -105,9 +113,20 @@ def cut_timm(model: nn.Module, inventory: Inventory) -> Cut | str:
         # early whatever it is for, so only a token or position is stem.
         if name not in head and group_of[name] == tail:
             early = inventory.position[name] < first_start and ("." in name or is_token_name(name))
-            (stem if early else units[-1]).append(name)
+            (stem if early else units[_stage_of_norm(inventory, name, len(units))]).append(name)
     _add_buffers(inventory, [stem, *units, head])
     return name_blocks("timm", inventory, stem, units, head)
+
+
+def _stage_of_norm(inventory: Inventory, name: str, stages: int) -> int:
+    """The stage of a norm in a list with one norm for each stage, as in EfficientViM; the last for everything else."""
+    path, _, rest = name.partition(".")
+    norms = inventory.modules.get(path)
+    if not isinstance(norms, nn.ModuleList) or len(norms) not in (stages, stages + 1):
+        return stages - 1
+    if any(parameter.dim() > 1 for parameter in norms.parameters()):
+        return stages - 1
+    return min(int(rest.partition(".")[0]), stages - 1)
 
 
 def _timm_classifiers(model: nn.Module, inventory: Inventory) -> list[str]:

@@ -22,20 +22,19 @@ from .inventory import (
     Cut,
     Inventory,
     arrange,
-    attends,
     cut_by_spec,
     name_blocks,
     owner,
     shortened,
     skeleton,
 )
-from .layouts import all_composite, cut_layout, cut_timm, final_linear, merge_by_width, unclear_parameters, width
+from .layouts import are_residual_units, cut_layout, cut_timm, final_linear, merge_by_width, unclear_parameters, width
 from .parsing import NUMBERED
 
-_CLASSIFIER = re.compile(r"classifier|lm_head|score|fc$|projection$")
+_CLASSIFIER = re.compile(r"classifier|lm_head|score|fc$|projection$|^head$")
 # What is beside a stack and feeds all of it, wherever it is registered: MPNet's relative_attention_bias, CPM-Ant's
-# position_bias, Gemma's per_layer_model_projection.
-_BEFORE_BLOCKS = r"embed|position|relative|per_layer"
+# position_bias, Gemma 3n's per_layer_model_projection and altup_projections.
+_BEFORE_BLOCKS = r"embed|position|relative|interpolation|per_layer|altup_projections"
 # Parts of a two-tower trunk that belong to neither tower and come after both.
 _BETWEEN_TOWERS = re.compile(r"multi_modal_projector|connector")  # from images to a language model
 _AFTER_TOWERS = re.compile(r"logit_|temperature|final_logits|\w+_projection\.|classifier\.|lm_head\.")
@@ -81,18 +80,27 @@ def cut_transformers(model: nn.Module, inventory: Inventory) -> Cut | str:
     if raw := unclear_parameters(inventory, {"", trunk}):
         return f"cannot tell where the parameter {raw[0]!r} belongs"
     last_start = inventory.below(stacks[-1])[0]
-    after = [
-        name
-        for name in outside  # XLM-RoBERTa registers its classifier before its trunk
-        if inventory.position[inventory.below(name)[0]] > inventory.position[last_start] or _CLASSIFIER.search(name)
-    ]
-    head = inventory.below(*_transformers_classifiers(inventory, after))
+    late = [name for name in outside if inventory.position[inventory.below(name)[0]] > inventory.position[last_start]]
+    after = late + [n for n in outside if n not in late and _CLASSIFIER.search(n)]  # XLM-RoBERTa's comes first
+    shared = _input_embedding(model, inventory)
+    head = [name for name in inventory.below(*_transformers_classifiers(inventory, after)) if name not in shared]
+    units[-1] += [name for name in inventory.below(*after) if name not in (*head, *shared)]
     beside = _beside(inventory, stacks[0], r"decoder|neck")
     if beside and not isinstance(inventory.modules[owner(beside[0])], nn.Linear):  # ModernBERT calls its lm_head so
         return f"cannot tell what {beside[0]!r} is to the blocks in {stacks[0]!r}"
     stem = _beside(inventory, stacks[0], _BEFORE_BLOCKS) or _embedding_inside(inventory, stacks, units, head)
-    stem, units, head = arrange(inventory, units, head, stem)
+    stem, units, head = arrange(inventory, units, head, [*stem, *shared])
     return name_blocks("transformers", inventory, stem, units, head)
+
+
+def _input_embedding(model: PreTrainedModel, inventory: Inventory) -> list[str]:
+    """The tensors of the token embedding: CamemBERT's has the name of the head that shares it and comes first."""
+    try:
+        module = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return []
+    own = {id(tensor) for tensor in module.parameters()} if isinstance(module, nn.Embedding) else set()
+    return [name for name, tensor in inventory.tensors.items() if id(tensor) in own]
 
 
 def _stacks(model: PreTrainedModel, inventory: Inventory, lists: list[str]) -> list[str]:
@@ -129,7 +137,7 @@ def _units(inventory: Inventory, stacks: list[str]) -> list[list[str]] | str:
             moved = inventory.below(f"{stage}.downsample")
             units[index] = [name for name in units[index] if name not in moved]
             units[index + 1] = moved + units[index + 1]
-    if len(stacks) == 1 and _are_residual_units(list(inventory.modules[stacks[0]].children())):
+    if len(stacks) == 1 and are_residual_units(list(inventory.modules[stacks[0]].children())):
         widths = [width(module) for module in inventory.modules[stacks[0]].children()]
         units = merge_by_width(units, widths)
     return units
@@ -204,9 +212,8 @@ def _cut_towers(inventory: Inventory, dot: str, stacks: list[str], outside: list
     placed = {name for names in blocks.values() for name in names}
     left = [name for name in inventory.tensors if name not in placed]
     embedding = [name for name in left if isinstance(inventory.modules[owner(name)], nn.Embedding)]
-    hidden = [*inventory.below(*outside)] if outside else []
     if classifiers := _transformers_classifiers(inventory, outside):
-        hidden = [name for name in hidden if name not in inventory.below(*classifiers)]
+        hidden = [name for name in inventory.below(*outside) if name not in inventory.below(*classifiers)]
         *_, last = (name for name in blocks if NUMBERED.fullmatch(name))
         blocks[last] = blocks[last] + hidden
         left = [name for name in left if name not in hidden]
@@ -216,14 +223,6 @@ def _cut_towers(inventory: Inventory, dot: str, stacks: list[str], outside: list
             return f"cannot tell whether {name!r}, outside the towers {', '.join(roots)}, is head or block"
     cut = {"embedding": embedding} | blocks | {"head": head}
     return Cut("transformers", {name: held for name, held in cut.items() if held})
-
-
-def _are_residual_units(modules: list[nn.Module]) -> bool:
-    """Whether a convolutional network lists residual units rather than stages (no container of composites inside)."""
-    inner = [child for module in modules for child in module.modules()]
-    lists = any(isinstance(child, nn.ModuleList) for child in inner)
-    stages = any(isinstance(child, nn.Sequential) and all_composite(child) for child in inner)
-    return not (lists or stages or attends(inner)) and all(map(width, modules))
 
 
 SOURCES: dict[str, Callable[[nn.Module, Inventory], Cut | str]] = {

@@ -11,9 +11,10 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from ..blocks import Anatomy
 from ..errors import ConfigError
-from .methods import Penalty, Schedule
+from .methods import Schedule
 from .models import LossFunction
 from .pace import Pace
+from .penalties import Penalty
 
 RECORD = "surgical_factors"
 """Key of the entries of ``trainer.state.log_history`` that hold the factors of an epoch."""

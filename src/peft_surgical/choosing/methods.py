@@ -10,16 +10,13 @@ both to an optimizer. Surgical fine-tuning has no row: any target (``block1``, `
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, get_args
-
-import torch
-from torch import nn
+from typing import Any, Literal, Protocol
 
 from ..blocks import Anatomy, parse
-from ..errors import AdapterError, ConfigError, TargetError
-from .models import TrainedTensor, trained_tensors
+from ..errors import ConfigError, TargetError
+from .penalties import Penalty
 from .scores import BlockScores
 
 
@@ -97,6 +94,33 @@ class HeadFirst:
         return dict.fromkeys(self.others, float(progress.share >= self.share))
 
 
+@dataclass(frozen=True)
+class Alternating:
+    """Two parts of a network are trained in turn, each for an epoch.
+
+    So knowledge-guided neural networks (KGNN) that were trained on simulations are tuned to few observations, encoder
+    and decoder alternately, lest what the encoder has learned is distorted. Here these are all before the head, which
+    begins, and the head; classifiers have no other decoder.
+
+    Attributes:
+        parts: The tensors of each part, in the order in which they take turns.
+    """
+
+    parts: tuple[tuple[str, ...], ...]
+    criterion: None = None
+
+    def factors(self, progress: Progress, scores: BlockScores | None = None) -> dict[str, float]:
+        """See `Schedule`."""
+        turn = progress.epoch % len(self.parts)
+        return {name: float(i == turn) for i, part in enumerate(self.parts) for name in part}
+
+
+def alternating(anatomy: Anatomy) -> Alternating:
+    """The head, and all that is before it, in turns."""
+    head = anatomy["head"].tensors
+    return Alternating((tuple(name for name in anatomy.tensors if name not in set(head)), head))
+
+
 def lp_ft(anatomy: Anatomy, share: float = 0.5) -> HeadFirst:
     """LP-FT for a network with a head."""
     head = set(anatomy["head"].tensors)
@@ -157,59 +181,6 @@ def normalised(scores: Mapping[str, float]) -> dict[str, float]:
     return {name: score / largest if largest > 0 else 1.0 for name, score in scores.items()}
 
 
-# --- penalties ---
-
-PenaltyKind = Literal["l1-sp", "l2-sp", "l2"]
-
-
-@dataclass(frozen=True)
-class Penalty:
-    """A penalty on the trained tensors (Xuhong et al. 2018).
-
-    Attributes:
-        kind: ``l1-sp``: sum of |delta|. ``l2-sp``: half the sum of delta^2. ``l2``: half the sum of (base + delta)^2,
-            the paper's own weight decay, which pulls towards zero.
-        strength: The factor, at least 0.
-    """
-
-    kind: PenaltyKind
-    strength: float
-
-    def __post_init__(self) -> None:
-        if self.kind not in get_args(PenaltyKind):
-            raise ConfigError(f"penalty {self.kind!r}: choose one of {', '.join(get_args(PenaltyKind))}")
-        if not self.strength >= 0:
-            raise ConfigError(f"penalty {self.kind} with strength={self.strength}: give a factor of at least 0")
-
-    def loss(self, model: nn.Module) -> torch.Tensor:
-        """The penalty as a differentiable term of the loss, for a training loop of your own."""
-        values = []
-        for tensor in self.applies_to(trained_tensors(model).values()):
-            value = getattr(tensor.owner, tensor.attribute) if self.kind == "l2" else tensor.parameter
-            values.append(value.abs().sum() if self.kind == "l1-sp" else 0.5 * value.square().sum())
-        return self.strength * torch.stack(values).sum()
-
-    def gradient(self, tensor: TrainedTensor) -> torch.Tensor:
-        """The gradient of that term with respect to one parameter; that of |x| at 0 is taken as 0."""
-        if self.kind == "l1-sp":
-            return self.strength * tensor.parameter.detach().sign()
-        return self.strength * (tensor.value if self.kind == "l2" else tensor.parameter.detach())
-
-    def applies_to(self, tensors: Iterable[TrainedTensor]) -> list[TrainedTensor]:
-        """The penalised tensors; for ``-sp`` those with a pretrained value, so not a new head's.
-
-        Raises:
-            AdapterError: There is none.
-        """
-        found = [tensor for tensor in tensors if tensor.is_delta or self.kind == "l2"]
-        if not found:
-            raise AdapterError(
-                f"{self.kind} measures the distance from the pretrained weights, and nothing here is trained as a "
-                "delta: tune with SurgicalConfig(target='all')"
-            )
-        return found
-
-
 # --- methods ---
 
 
@@ -268,6 +239,7 @@ METHODS: dict[str, Method] = {
         Method("l1-sp", "all", penalty=lambda o: Penalty("l1-sp", **o), options=(("strength", 1e-4),)),
         Method("l2-sp", "all", penalty=lambda o: Penalty("l2-sp", **o), options=(("strength", 1e-2),)),
         Method("lp-ft", "all", lambda a, o: lp_ft(a, **o), options=(("share", 0.5),)),
+        Method("alternating", "all", lambda a, _: alternating(a)),
         Method("auto-rgn", "all", lambda a, _: AutoRGN()),
         # The paper's reference code makes a new Adam every epoch; auto-rgn-reset measures what that alone does.
         Method("auto-rgn-reset", "all", lambda a, _: AutoRGN(), reset_moments=True),

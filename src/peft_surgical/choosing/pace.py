@@ -15,8 +15,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..blocks import Anatomy
 from ..errors import AdapterError, ConfigError
 from .gradients import is_looking
-from .methods import Penalty, Progress, Schedule
+from .methods import Progress, Schedule
 from .models import LossFunction, anatomy_under, trained_tensors
+from .penalties import Penalty
 from .resolve import score_blocks
 
 if TYPE_CHECKING:

@@ -200,6 +200,25 @@ def wilson_interval(correct: int, n: int, confidence: float = 0.95) -> Interval:
     return Interval(share, 0.0 if correct == 0 else centre - half, 1.0 if correct == n else centre + half)
 
 
+def paired_difference(first: Tensor, second: Tensor, confidence: float = 0.95) -> Interval:
+    """Accuracy of the first minus that of the second, on the same images (Newcombe 1998, Stat. Med. 17:2635).
+
+    Args:
+        first: Which images one classifies correctly, bool (n,).
+        second: The same of the other.
+        confidence: Of the interval.
+    """
+    one, two = (wilson_interval(int(right.sum()), len(right), confidence) for right in (first, second))
+    both, neither = int((first & second).sum()), int((~first & ~second).sum())
+    only, other = int(first.sum()) - both, int(second.sum()) - both
+    product = (both + only) * (other + neither) * (both + other) * (only + neither)
+    tie = (both * neither - only * other) / math.sqrt(product) if product else 0.0
+    ends = [(one.value - one.low, two.high - two.value), (one.high - one.value, two.value - two.low)]
+    below, above = (math.sqrt(max(0.0, a * a - 2 * tie * a * b + b * b)) for a, b in ends)
+    value = one.value - two.value
+    return Interval(value, value - below, value + above)
+
+
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
     """Mean of independent runs with Student's t interval, in the unit of the values.
 

@@ -74,15 +74,14 @@ class AdaptSettings:
     reset_on_collapse: bool = False
 
     def __post_init__(self) -> None:
-        choices = {"method": ADAPTATION_METHODS, "mode": MODES, "optimizer": (None, *STREAM_OPTIMIZERS)}
+        choices = {"method": ADAPTATION_METHODS, "mode": MODES, "norm_stats": (None, "frozen", "target", "all")}
+        choices["optimizer"] = (None, *STREAM_OPTIMIZERS)
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(filter(None, known))}")
         if parse(self.target).needs_data:
-            raise ConfigError(
-                f"target={self.target!r}: scores and searches need labels, which a stream has not. Name a block, such "
-                "as target='stem'"
-            )
+            way = "scores and searches need labels, which a stream has not. Name a block, such as target='stem'"
+            raise ConfigError(f"target={self.target!r}: {way}")
         AugMix(self.views, self.crop)  # refuses what cannot be made
         for one, low, high in (("lr", 0, 1e6), ("batch_size", 1, 1e9), ("seed", 0, LARGEST_SEED)):
             check_range(one, getattr(self, one), low, high)
@@ -90,8 +89,6 @@ class AdaptSettings:
             raise ConfigError("prior_strength is MEMO's: TENT normalises with the batch's statistics alone")
         tent, online = self.method == "tent", self.mode == "online"
         object.__setattr__(self, "optimizer", self.optimizer or ("adam" if tent else "sgd" if online else "adamw"))
-        if self.norm_stats == "estimated":
-            raise ConfigError("norm_stats='estimated' is for tuning: a stream's are norm_stats='all', or leave it out")
         object.__setattr__(self, "norm_stats", self.norm_stats or ("all" if tent else "frozen"))
 
     def method_on(self, network: Any, normalise: Callable[[Tensor], Tensor], device: Any) -> Memo | Tent:

@@ -201,6 +201,8 @@ def _experiment(
             asked=AutoSettings(
                 lrs or None, (given.norm_stats,) if given.norm_stats else AutoSettings.policies, given.effort
             ),
+            cache=given.cache,
+            cached_views=given.cached_views,
         )
         experiment.ledger.runs()  # refuses a file that is no ledger
         if given.batch_size is None:

@@ -5,22 +5,19 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from ..blocks import DATA_TARGETS, Anatomy
-from ..choosing.methods import LOGISTIC, METHODS
+from ..blocks import DATA_TARGETS
+from ..choosing.methods import METHODS
 from ..choosing.resolve import selection_record
 from ..choosing.scores import BlockScores
-from ..data.labelled import collate
 from ..errors import ConfigError, RowsFailedError
-from ..training.auto import HALF_DECADES, auto
+from ..training.auto import HALF_DECADES
 from ..training.engines import Workers
 from ..training.ledger import Run
-from ..training.logistic import can_solve
 from ..training.search import (
     NONE,
     RUNGS,
@@ -34,7 +31,7 @@ from ..training.search import (
     greedy,
     race,
 )
-from ..tuner.specialise import has_statistics
+from .automatic import choose_by_auto, steps_of
 from .experiment import Experiment
 from .subject import SEARCHES, SHARE
 
@@ -129,11 +126,10 @@ def _best_rate(
 
 
 def _searched(experiment: Experiment, asked: str, seed: int) -> Choice:
-    found, scores = search(experiment, asked, seed)
+    found = search(experiment, asked, seed)
+    by = "norm statistics by validation images" if asked == "auto" else "epoch by validation accuracy"
     record = {**found.record(), "asked": asked}
-    if scores is not None:
-        record["scores"] = selection_record("rgn", scores)
-    return _choice(asked, found, f"{asked}: target, learning rate and epoch by validation accuracy", record, scores)
+    return _choice(asked, found, f"{asked}: target, learning rate and {by}", record, None)
 
 
 def _choice(
@@ -144,66 +140,24 @@ def _choice(
     return Choice(asked, found.run, found.trials, cost, rule, record, scores)
 
 
-def search(experiment: Experiment, name: str, seed: int) -> tuple[SearchResult, BlockScores | None]:
-    """One of `SEARCHES` over the blocks, the head, all and no tuning; and the scores that nominated candidates.
+def search(experiment: Experiment, name: str, seed: int) -> SearchResult:
+    """One of `SEARCHES` over the blocks, the head, all and no tuning.
 
     With a new head every candidate trains it, so that none of them is no tuning.
     """
     new, settings = experiment.head_is_new, {**experiment.shared, "seed": seed}
     if name == "greedy":
         blocks = [block for block in experiment.anatomy.names if not (new and block == "head")]
-        found = greedy(blocks, experiment.lrs, experiment.train, experiment.ledger, settings, experiment.run)
-        return found, None
+        return greedy(blocks, experiment.lrs, experiment.train, experiment.ledger, settings, experiment.run)
     if name == "auto":
-        return _auto(experiment, settings), None
+        return choose_by_auto(experiment, settings)
     candidates = candidates_of(experiment.anatomy, experiment.lrs, experiment.head_lrs, nothing=not new)
     if name == "cross-val":
-        return cross_val(candidates, experiment.train, experiment.ledger, settings, experiment.run), None
+        return cross_val(candidates, experiment.train, experiment.ledger, settings, experiment.run)
     # While a new head trains alone all candidates are the same; and a short run has fewer whole epochs to stop after.
     begun, epochs = SHARE if new else 0.0, experiment.fitting.epochs
     rungs = sorted({max(1, round((begun + (1 - begun) * share) * epochs)) / epochs for share in RUNGS})
-    return race(candidates, experiment.train, experiment.ledger, settings, experiment.run, rungs=rungs), None
-
-
-def _auto(experiment: Experiment, settings: dict[str, Any]) -> SearchResult:
-    seed = settings["seed"]
-    base = copy.deepcopy(experiment.base(seed).model).cpu().eval()  # scoring may have left it on an accelerator
-    asked, policy = experiment.asked, experiment.config.get("norm_stats", "frozen")
-    if policy not in asked.policies or not any(has_statistics(module) for module in base.modules()):
-        asked = replace(asked, policies=(policy,))
-    look = collate([experiment.rows("validation", seed)[0]])
-    solved = LOGISTIC if can_solve(base, experiment.anatomy, look) else None
-    return auto(
-        parts_of(experiment.anatomy),
-        experiment.train,
-        experiment.ledger,
-        settings,
-        experiment.run,
-        asked=asked,
-        steps=_steps_of(experiment),
-        solved=solved,
-        nothing=not experiment.head_is_new,
-    )
-
-
-def _steps_of(experiment: Experiment) -> int:
-    """Optimizer steps of a whole run."""
-    fitting, images = experiment.fitting, len(experiment.data(experiment.seed).tuning)
-    return math.ceil(images / (fitting.batch_size * fitting.accumulation)) * fitting.epochs
-
-
-def parts_of(anatomy: Anatomy) -> list[str]:
-    """What `auto` compares: the first, middle and last third of the blocks before the head, and everything.
-
-    They stand for shifts of the input, of features, and of what is made of these. With a remainder the middle third is
-    the longest; fewer than three blocks are each a part.
-    """
-    names = [name for name in anatomy.names if name != "head"]
-    size, rest = divmod(len(names), 3)
-    first = size + (rest == 2 and size == 0)
-    last = size + (rest == 2)
-    cuts = [names[:first], names[first : len(names) - last], names[len(names) - last :]]
-    return [*(" + ".join(part) for part in cuts if part), "all"]
+    return race(candidates, experiment.train, experiment.ledger, settings, experiment.run, rungs=rungs)
 
 
 def run_grid(experiment: Experiment, methods: Sequence[str], seeds: Sequence[int]) -> dict[str, list[Run]]:
@@ -328,7 +282,7 @@ def plan_of(experiment: Experiment, asked: Sequence[str], is_method: bool = Fals
     purposes = {"tuning": "to tune on", "validation": "to choose with", "test": "to test on"}
     counts = {part: len(rows) for part, rows in data.parts.items()}
     images = ", ".join(f"{counts.get(part) or 'none'} {purpose}" for part, purpose in purposes.items())
-    steps = _steps_of(experiment)
+    steps = steps_of(experiment)
     epochs = "1 epoch" if fitting.epochs == 1 else f"{fitting.epochs} epochs"
     others, head = uses_rates(experiment, asked, is_method)
     rates = [_listed(experiment.lrs)] if others else []

@@ -24,10 +24,10 @@ def confusion_of(logits: Tensor, labels: Tensor, classes: int) -> list[list[int]
         classes: Number of outputs.
     """
     counts = torch.bincount(labels * classes + logits.argmax(1), minlength=classes * classes)
-    return counts.reshape(classes, classes).tolist()  # type: ignore[no-any-return]
+    return counts.reshape(classes, classes).tolist()
 
 
-def accuracy_of_classes(confusion: Sequence[Sequence[int]]) -> list[float | None]:
+def accuracy_of_class(confusion: Sequence[Sequence[int]]) -> list[float | None]:
     """The share of each class that is right; None for a class without images."""
     return [row[i] / sum(row) if sum(row) else None for i, row in enumerate(confusion)]
 

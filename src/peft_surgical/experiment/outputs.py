@@ -29,7 +29,7 @@ from ..tuner.saving import write_card
 from .choosing import Choice
 from .experiment import Experiment
 from .keeping import keep_adapter
-from .mistakes import MISTAKES, accuracy_of_classes, confusion_of, write_mistakes
+from .mistakes import MISTAKES, accuracy_of_class, confusion_of, write_mistakes
 from .subject import Rows
 
 LOADING = """\
@@ -127,6 +127,7 @@ def write_tuned(experiment: Experiment, choice: Choice, seed: int, source: Sourc
         "asked": choice.asked,
         "run": experiment.digest(key),
         "cost": choice.cost,
+        "prefix": choice.run.notes.get("prefix"),
         "head": kept.head,
         "open": kept.opening,
         "data_parts": dict(data.origin),
@@ -165,7 +166,7 @@ def _looked_at(experiment: Experiment, model: nn.Module, seed: int, file: Path) 
         confusion = [[*row[: len(names)], sum(row[len(names) :])] for row in confusion]
     found = {
         name: None if share is None else round(share, 4)
-        for name, share in zip(names, accuracy_of_classes(confusion), strict=True)
+        for name, share in zip(names, accuracy_of_class(confusion), strict=True)
     }
     files = list(experiment.data(seed).parts["test"].select_columns(["file"])["file"][:])
     every = [*names, *(known[one] if known else str(one) for one in others)]

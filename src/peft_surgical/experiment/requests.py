@@ -122,6 +122,7 @@ class Bar(Watch):
         self.total = self.done = 0.0  # epochs
         self.begun_at = 0.0  # epochs of the current run that were trained before its checkpoint
         self.known_runs: set[Request] = set()  # begun in this process: a race comes back to them
+        self.prefixes: set[str] = set()  # methods for which it was said what of the network is computed once
         self.first = True  # whether this is the first of the processes that share the work
 
     def note(self, text: str) -> None:
@@ -176,6 +177,10 @@ class Bar(Watch):
             part = "" if request.stop is None else f" after {request.stop:.0%} of the run"
             text += f"{part}: validation {100 * result['validation']:.1f} %, cost {result['cost']:.0f}"
         self._print(f"{text}{' (in the ledger)' if known else ''}")
+        line = result.get("prefix")
+        if isinstance(request, Train) and line and not known and request.method not in self.prefixes:
+            self.prefixes.add(request.method)
+            self._print(f"{request.method}: {line}")
 
     def failed(self, row: str, error: Exception) -> None:
         """See `Watch`."""

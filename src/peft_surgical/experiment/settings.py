@@ -46,6 +46,9 @@ class RunSettings:
         augment: ``none``, ``flip`` or ``crop``.
         image_size: Height and width of the network's input, in pixels; None for the network's own.
         workers: Processes that load images.
+        cache: Whether what is frozen before the target is computed once for each image; changes no result.
+        cached_views: With ``augment``: so many fixed random views of each tuning image, used in turn, epoch by epoch,
+            so that they can be computed once. None draws new ones in every epoch.
         weights: ``pretrained``, or ``random`` to try things out.
         cpu: Whether to leave an accelerator alone.
         engine: ``local``, or ``ray`` for a Ray cluster, whose machines need the network, the data and the output folder
@@ -75,6 +78,8 @@ class RunSettings:
     augment: str = "none"
     image_size: int | None = None
     workers: int = 0
+    cache: bool = True
+    cached_views: int | None = None
     weights: str = "pretrained"
     cpu: bool = False
     engine: str = "local"
@@ -82,6 +87,10 @@ class RunSettings:
     label_names: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
+        if self.cached_views is not None and (self.cached_views < 1 or self.augment == "none" or not self.cache):
+            raise ConfigError(
+                f"cached_views={self.cached_views}: give 1 or more, with augment= and the cache, or leave it out"
+            )
         for name, choices in (("scheduler", SCHEDULERS), ("engine", ENGINES)):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(choices)}")

@@ -33,7 +33,7 @@ from ..errors import ConfigError
 from ..fingerprints import fingerprint
 from ..tuner.attach import surgical_layers
 from .cut import NetworkCut, UncutError
-from .proof import PROVEN_ON, Passes, model_kept
+from .proof import PROVEN_ON, Passes, model_kept, seed_all
 from .samples import Hole, Numbered, Part, around, blank_images, image_of, is_numbers, put, with_image
 from .storage import FeatureStore, NoRoomError, key_of_features, layout_of
 from .watching import cuts_of, tuned_modules
@@ -198,9 +198,9 @@ class CachedPrefix:
     def _part(self, number: int, dataset: Any, start: int, views: int, state: dict[str, Any]) -> Part:
         cut, size, total, trained = self._cut, self._sizes[number], len(dataset), number == 0
         table = self._store.table(dataset)
-        if self._store.folder is not None and table.images is None:  # for processes that share the folder
+        if self._store.shared and table.images is None:  # for processes that share the folder
             table.images = key_of_features(images=[fingerprint({"": image_of(row)}) for row in _all(dataset)])
-        data = table.token if self._store.folder is None else table.images
+        data = table.images if self._store.shared else table.token
         key = key_of_features(data=data, size=size, views=views, trained=trained, **state)
 
         def record(rows: Sequence[Any]) -> list[Tensor]:
@@ -216,6 +216,7 @@ class CachedPrefix:
         def fill(made: Sequence[Tensor]) -> None:
             rows: list[Any] = [None] * total
             for view in range(views):
+                seed_all(view)
                 for at in range(0, total, size):
                     at = min(at, total - size)  # all batches are of one size
                     read = [dataset[i] for i in range(at, at + size)]
@@ -242,17 +243,20 @@ class CachedPrefix:
         part = next(part for part in self._parts if part.holds(int(numbers[0])))
         features = part.features_of(numbers, self._epoch % part.views, device)
         kind = (part.start, len(numbers), model.training, torch.is_grad_enabled())
-        images = None
-        if part.views == 1 and not self._agrees.get(kind, False):  # other views cannot be read again
+        if part.views > 1:  # what was read once at random cannot be read again
+            self._agrees[kind] = True
+        if not self._agrees.get(kind, False):
             images = part.images(numbers, device)
+            given = put(args, images), put(kwargs, images)
             if kind not in self._agrees:
                 with model_kept(model):
-                    found = self._cut.record(lambda: model(*put(args, images), **put(kwargs, images)))
-                    self._agrees[kind] = self._passes.same(found, features)
-        if images is None or self._agrees[kind]:
-            self._cut.begin(features, len(numbers))
-            images = blank_images(part.image, len(numbers), device)
-        return put(args, images), put(kwargs, images)
+                    found = self._cut.record(lambda: model(*given[0], **given[1]))
+                self._agrees[kind] = self._passes.same(found, features)
+            if not self._agrees[kind]:
+                return given
+        self._cut.begin(features, len(numbers))
+        blank = blank_images(part.image, len(numbers), device)
+        return put(args, blank), put(kwargs, blank)
 
 
 def _all(dataset: Any) -> Any:

@@ -98,7 +98,7 @@ class NetworkCut:
         try:
             for module in self.of_module:
                 before.append((module, module.__dict__.get("forward")))
-                module.forward = self._forward(module, module.forward)  # type: ignore[assignment]
+                module.forward = self._forward(module, module.forward)
             yield
         finally:
             for module, own in before:

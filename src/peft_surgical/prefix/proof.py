@@ -52,7 +52,7 @@ class Passes:
         collate = self.collate
         if collate is None:
             collate = default_data_collator if isinstance(rows[0], dict) else default_collate
-        return _moved(collate(rows), self.device)
+        return _moved(collate(list(rows)), self.device)
 
     def outputs(self, rows: Sequence[Any]) -> Any:
         """What the model returns for some rows."""
@@ -161,6 +161,13 @@ def _random_state(device: torch.device) -> list[Tensor]:
 
 def _equal(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def seed_all(seed: int) -> None:
+    """Seed the generators that data sets draw from."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 @contextmanager

@@ -97,8 +97,8 @@ class FeatureStore:
     Args:
         memory: Budget in bytes in memory. What does not fit there is kept in files.
         disk: Budget in bytes in files.
-        folder: For the files, which another process may share; None for a temporary folder of this store, whose entries
-            fill memory first.
+        folder: For the files; None for a temporary folder of this store.
+        shared: Whether other processes use the folder, too: then everything is kept in files.
         dtype: ``torch.bfloat16`` to halve the bytes of float32 features, which rounds them.
     """
 
@@ -108,12 +108,17 @@ class FeatureStore:
         disk: int = DISK,
         folder: str | os.PathLike[str] | None = None,
         dtype: torch.dtype | None = None,
+        shared: bool = False,
     ) -> None:
-        self.memory, self.disk, self.dtype = memory, disk, dtype
+        self.memory, self.disk, self.dtype, self.shared = memory, disk, dtype, shared
         self.folder = None if folder is None else Path(folder)
         self._own: Path | None = None
         self._kept: OrderedDict[str, list[Tensor]] = OrderedDict()
         self._datasets: dict[int, tuple[Any, Table]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process, which begins with what is in the shared folder."""
+        return {**self.__dict__, "_kept": OrderedDict(), "_datasets": {}, "_own": None}
 
     def table(self, dataset: Dataset[Any]) -> Table:
         """What is remembered of a data set as long as it exists."""
@@ -137,7 +142,7 @@ class FeatureStore:
             self._kept.move_to_end(key)
             return self._kept[key]
         size = sum(_padded(rows * layout.nbytes) for layout in layouts)
-        if self.folder is not None or size > self.memory:
+        if self.shared or size > self.memory:
             return self._from_file(key, layouts, rows, size, fill)
         made = [layout.empty(rows) for layout in layouts]
         fill(made)

@@ -75,7 +75,8 @@ def tuned_modules(model: nn.Module) -> set[nn.Module]:
         owner = model.get_submodule(path)
         if owner in found or layer.statistics_move():
             found.add(owner)
-            for adapter in layer.active_adapters:  # tensors that are tied are used by other modules, too
+            adapters: Any = layer.active_adapters
+            for adapter in adapters:  # tensors that are tied are used by other modules, too
                 found |= {module for key in layer.keys_of(adapter) for module, _ in layer.sites(key)}
     return found
 

@@ -123,12 +123,10 @@ def fit(
     torch.manual_seed(settings.seed)  # a new head must not depend on what ran before
     model = get_peft_model(network, SurgicalConfig(target=row.target, **dict(config or {})))
     anatomy = anatomy_under(model)
-    every = tuning
-    if row.balanced:
-        tuning = balanced(tuning, settings.seed)
+    chosen = balanced(tuning, settings.seed) if row.balanced else None
     if model.active_peft_config.norm_stats == "estimated":
         model.to(accelerator_or_cpu(settings.use_cpu))
-        estimate_statistics(model, mixed_batches(tuning, collate or default_data_collator))
+        estimate_statistics(model, mixed_batches(chosen or tuning, collate or default_data_collator))
     mean = MeanOfLastEpochs(settings.epochs)
     surgical = SurgicalCallback(
         row.schedule(anatomy, given) if row.schedule else None,
@@ -173,20 +171,21 @@ def fit(
         share = -(-len(validation) // world)  # type: ignore[arg-type]
         trainer_arguments.per_device_eval_batch_size = min(trainer_arguments.per_device_eval_batch_size, share)
         ((last, done),) = broadcast_object_list([(None, 0) if folder is None else last_checkpoint(folder, world)])
-        batches = -(-len(tuning) // (settings.batch_size * world))  # type: ignore[arg-type]
+        batches = -(-len(chosen or tuning) // (settings.batch_size * world))  # type: ignore[arg-type]
 
         off = f"{sharding()} cuts up the network" if sharding() else "it is switched off" if cache is False else None
         if off is None:
             model.to(trainer_arguments.device)  # as Trainer would
-        shared = Path(place, "prefix") if world > 1 else None  # computed by one process
         cached = CachedPrefix(
             model,
-            every,
+            tuning,
             validation,
             batch_size=(settings.batch_size, trainer_arguments.per_device_eval_batch_size),
             views=cached_views,
             collate=collate,
-            store=cache if isinstance(cache, FeatureStore) else FeatureStore(folder=shared),
+            store=cache
+            if isinstance(cache, FeatureStore)
+            else FeatureStore(folder=Path(place, "prefix"), shared=world > 1),
             autocast={"bf16": torch.bfloat16, "fp16": torch.float16}.get(settings.precision or ""),
             off=off,
         )
@@ -204,7 +203,7 @@ def fit(
                 best_epoch=1 + curve.index(max(curve)),
                 cost=points[-1]["step"] * settings.accumulation * world + scored + FORWARD_SHARE * forwards,
                 record=record,
-                prefix=str(cached),
+                prefix="" if trained is None else str(cached),
                 seconds=time.perf_counter() - begun,
             )
 
@@ -219,7 +218,7 @@ def fit(
         names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         optimizer, how = OPTIMIZERS[row.optimizer or settings.optimizer]
         with cached:
-            train = Subset(cached.dataset, tuning.indices) if row.balanced else cached.dataset
+            train = Subset(cached.dataset, chosen.indices) if chosen else cached.dataset
             trainer = ClassifierTrainer(
                 model=model,
                 args=trainer_arguments,
@@ -257,7 +256,7 @@ def fit(
         return replace(found, averaged=value, logits=torch.from_numpy(logits), best_epoch=settings.epochs)
 
 
-def balanced(dataset: Dataset[Any], seed: int) -> Dataset[Any]:
+def balanced(dataset: Dataset[Any], seed: int) -> Subset[Any]:
     """As many images of every class as the rarest one has, drawn with a seed, in the order of the data."""
     known, count = getattr(dataset, "labels", None), len(dataset)  # type: ignore[arg-type]
     labels = torch.as_tensor([dataset[i]["labels"] for i in range(count)] if known is None else known)

@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,12 +26,24 @@ except ImportError:  # Windows: there, one process per ledger
     fcntl = None  # type: ignore[assignment]
 
 
+NOTES = ("seconds", "prefix")
+"""How long a run took, and what of the network was computed once for each image."""
+
+
 @dataclass(frozen=True)
 class Run:
-    """One finished run: the settings that determine it and its result, both plain JSON."""
+    """One finished run, in plain JSON.
+
+    Attributes:
+        key: The settings that determine it.
+        result: What they determine.
+        notes: What else is known of it, the entries `NOTES` of what the run gave; two runs that differ in nothing else
+            are equal.
+    """
 
     key: dict[str, Any]
     result: dict[str, Any]
+    notes: dict[str, Any] = field(default_factory=dict, compare=False)
 
 
 def canonical(key: Mapping[str, Any]) -> str:
@@ -88,19 +100,22 @@ class Ledger:
 
     def run(self, key: Mapping[str, Any], train: Callable[[dict[str, Any]], Mapping[str, Any]]) -> Run:
         """The finished run with exactly this key, or else that of ``train(key)``, which is appended."""
-        result = self.find(key)
-        if result is None:
-            result = dict(train(dict(key)))
-            self.append(key, result)
-        return Run(dict(key), result)
+        found = self._read().get(canonical(key))
+        if found is not None:
+            return found
+        given = train(dict(key))
+        self.append(key, given)
+        return _noted(key, given)
 
     def append(self, key: Mapping[str, Any], result: Mapping[str, Any]) -> None:
-        """Add one run. On return it is on disk.
+        """Add one run, whose ``result`` may hold `NOTES`. On return it is on disk.
 
         Raises:
             DataError: Key or result are not plain JSON (NaN is not), or the file is not a ledger.
         """
-        line = f'{{"key": {canonical(key)}, "result": {canonical(result)}}}\n'.encode()
+        run = _noted(key, result)
+        notes = f', "notes": {canonical(run.notes)}' if run.notes else ""
+        line = f'{{"key": {canonical(key)}, "result": {canonical(run.result)}{notes}}}\n'.encode()
         self.file.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
@@ -127,7 +142,7 @@ class Ledger:
     def _run(self, line: bytes) -> Run:
         try:
             parts = json.loads(line)
-            return Run(dict(parts["key"]), dict(parts["result"]))
+            return Run(dict(parts["key"]), dict(parts["result"]), dict(parts.get("notes", {})))
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise DataError(
                 f"{self.file} holds a line that is no run: {printable(line[:80])}; delete that line, or name another "
@@ -165,6 +180,11 @@ class Ledger:
 
 
 _BEGINNING = b'{"key": {'
+
+
+def _noted(key: Mapping[str, Any], given: Mapping[str, Any]) -> Run:
+    notes = {name: value for name, value in given.items() if name in NOTES}
+    return Run(dict(key), {name: value for name, value in given.items() if name not in NOTES}, notes)
 
 
 @contextmanager

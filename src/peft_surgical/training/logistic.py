@@ -26,7 +26,7 @@ from .statistics import estimate_statistics, mixed_batches
 
 PENALTIES = (1e1, 1.0, 1e-1, 1e-2, 1e-3, 1e-4)
 """Factors of |W - W of the base|^2, in units of the mean squared length of a feature vector."""
-FOLDS = 5
+_FOLDS = 5
 _STEPS = 40  # of L-BFGS, from the solution for the penalty before
 
 
@@ -41,7 +41,7 @@ def solve_head(
 ) -> tuple[nn.Module, Tensor, dict[str, float]]:
     """Fit the head as the minimum of cross entropy + penalty x squared distance from the base's head.
 
-    The penalty is that of `PENALTIES` with the lowest cross entropy on the held-out parts of ``FOLDS`` folds of the
+    The penalty is that of `PENALTIES` with the lowest cross entropy on the held-out parts of ``_FOLDS`` folds of the
     tuning images, drawn within classes.
 
     Args:
@@ -177,9 +177,9 @@ def _penalty(features: Tensor, labels: Tensor, weight: Tensor, bias: Tensor) -> 
     generator = torch.Generator().manual_seed(0)
     for label in labels.unique():
         rows = torch.nonzero(labels == label).flatten()
-        folds[rows[torch.randperm(len(rows), generator=generator)]] = torch.arange(len(rows)) % FOLDS
+        folds[rows[torch.randperm(len(rows), generator=generator)]] = torch.arange(len(rows)) % _FOLDS
     losses, right = dict.fromkeys(PENALTIES, 0.0), dict.fromkeys(PENALTIES, 0)
-    for fold in range(FOLDS):
+    for fold in range(_FOLDS):
         out = folds == fold
         if not out.any() or out.all():
             continue

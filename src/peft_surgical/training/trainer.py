@@ -97,9 +97,6 @@ def evaluated(predicted: Any, metric: Callable[[Tensor, Tensor], float] | None =
     return {"accuracy": accuracy, SELECTED_BY: selected, "loss": F.cross_entropy(logits.double(), labels).item()}
 
 
-# --- stopping and resuming ---
-
-
 class StopAt(TrainerCallback):
     """Stops after so many epochs of the run; Trainer evaluates and saves at their end."""
 
@@ -188,9 +185,6 @@ def _place(folder: str, step: int) -> Path:
     return Path(folder, f"{PREFIX_CHECKPOINT_DIR}-{step}")
 
 
-# --- several processes ---
-
-
 class SameStatistics(TrainerCallback):
     """Gives all processes the buffers of the first at the end of each epoch, before they are evaluated and saved.
 
@@ -218,9 +212,6 @@ def settle(model: nn.Module, trained: nn.Module, names: Iterable[str]) -> None:
         goals[name].data.copy_(broadcast(value))
     for goal, moved in zip(model.buffers(), broadcast(list(trained.buffers())), strict=True):
         goal.copy_(moved)
-
-
-# --- progress ---
 
 
 class Watch:

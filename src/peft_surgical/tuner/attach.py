@@ -123,6 +123,7 @@ def attach(
     statistics: Sequence[str],
     scale: float,
     hold: bool = False,
+    double: bool = False,
 ) -> SurgicalLayer:
     """Give ``owner`` an adapter.
 
@@ -134,6 +135,7 @@ def attach(
         statistics: Names of the owner's buffers that the adapter owns.
         scale: The factor of its deltas.
         hold: Whether the statistics are held in training.
+        double: Whether its deltas are float64, whatever the dtype of the base.
     """
     layer = owner._modules.get(HOLDER)
     if not isinstance(layer, SurgicalLayer):
@@ -144,7 +146,7 @@ def attach(
     for key, sites in parameters.items():
         for module, name in sites:
             _link(layer, key, module, name)
-    layer.update_layer(adapter, parameters, statistics, scale, hold)
+    layer.update_layer(adapter, parameters, statistics, scale, hold, double)
     return layer
 
 

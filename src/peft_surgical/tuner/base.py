@@ -8,12 +8,14 @@ noticed while there is still something to save.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 
 import torch
 from torch import nn
 
 from ..config import SurgicalConfig
+from ..files import shown
 from ..fingerprints import UNKNOWN, TensorMark, mark_of
 from ..keys import BASE_MARKS, join
 from .attach import bare, base_value
@@ -61,6 +63,18 @@ def _marks(tensors: Mapping[str, tuple[nn.Module, torch.Tensor]]) -> dict[str, T
     if any(value.is_meta or hasattr(value, "full_tensor") for _, value in tensors.values()):
         return None
     return {name: mark_of(name, value, not is_quantized(module, value)) for name, (module, value) in tensors.items()}
+
+
+def warn_of_unfrozen(model: nn.Module) -> None:
+    """Warn of parameters of the base that would be trained and then not saved."""
+    with bare(model):
+        free = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if free:
+        warnings.warn(
+            f"{shown(free)} of the base will be trained, and no adapter holds them: saving will be refused. Tune them "
+            "with target, or list their module in modules_to_save; or freeze them with requires_grad_.",
+            stacklevel=2,
+        )
 
 
 def changed_since(

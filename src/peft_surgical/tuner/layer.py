@@ -1,17 +1,13 @@
 """Live deltas: a module that reads base + delta, and the place where its deltas are kept.
 
-A tuned module keeps its ``forward``, tensors and state-dict keys (see `specialise`); each of its tuned tensors is read
-through a property that adds the active adapters' deltas. Its deltas live in a child named ``surgery``, a
-`SurgicalLayer`, which is what PEFT finds, saves, switches and merges::
+A tuned module keeps its ``forward``, tensors and state-dict keys (see `specialise`); a property adds the active
+adapters' deltas to each of its tuned tensors. They live in a child ``surgery``, which PEFT finds, saves and merges::
 
     conv1                                    nn.Conv2d, read through `ReadsDeltas`
     conv1.weight                             the base's parameter, frozen, where it always was
     conv1.surgery                            SurgicalLayer
     conv1.surgery.surgical_delta.default     Deltas with the trainable parameter `weight`
-
-This serves every kind of tensor in one way: a convolution's weight, timm's root-level ``cls_token``, CLIP's
-``class_embedding`` beside child modules, ``nn.MultiheadAttention.in_proj_weight``, the weights of an LSTM, and tensors
-that are read from outside (``out_proj.weight``) or by another method than ``forward``.
+This serves every kind of tensor, also root parameters and tensors that are read from outside the module.
 """
 
 from __future__ import annotations
@@ -59,8 +55,6 @@ class SurgicalLayer(nn.Module, BaseTunerLayer):
         self._owner = weakref.ref(owner)
         self._sites: dict[str, list[tuple[weakref.ref[nn.Module], str]]] = {}
 
-    # --- copying: weak references do not copy; the owner puts itself back in __setstate__ ---
-
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key not in ("_owner", "_sites")}
 
@@ -81,8 +75,6 @@ class SurgicalLayer(nn.Module, BaseTunerLayer):
         for reference, name in self._sites.get(key, ()):
             if (module := reference()) is not None:
                 yield module, name
-
-    # --- reading ---
 
     def effective(self, key: str, base: torch.Tensor) -> torch.Tensor:
         """Base + deltas of the active adapters, differentiable; for statistics, the active adapter's own."""
@@ -110,10 +102,9 @@ class SurgicalLayer(nn.Module, BaseTunerLayer):
     def _statistics(self, key: str, base: torch.Tensor, adapters: Sequence[str]) -> torch.Tensor:
         owners = [a for a in adapters if a in self.surgical_stats and self.scaling[a] != 0.0]
         if len(owners) > 1:
-            raise AdapterError(
-                f"The active adapters {', '.join(owners)} each carry their own {key}: statistics do not add up. "
-                "Activate one of them, or train them with norm_stats='frozen'."
-            )
+            way = "Activate one of them, or train them with norm_stats='frozen'."
+            both = f"The active adapters {', '.join(owners)} each carry their own {key}: statistics do not add up."
+            raise AdapterError(f"{both} {way}")
         own, scale = self.surgical_stats[owners[0]]._buffers[key], self.scaling[owners[0]]
         assert own is not None
         # In training the module writes to what it reads, which must then be the adapter's own tensor.
@@ -150,8 +141,8 @@ class SurgicalLayer(nn.Module, BaseTunerLayer):
 
     def get_base_layer(self) -> nn.Module:
         """The module whose tensors are tuned. It is the parent: nothing is wrapped."""
-        owner = self._owner()
-        assert owner is not None, "a SurgicalLayer outlived its module"
+        if (owner := self._owner()) is None:
+            raise AssertionError("a SurgicalLayer outlived its module")
         return owner
 
     @property
@@ -164,24 +155,25 @@ class SurgicalLayer(nn.Module, BaseTunerLayer):
         """The owner's number of outputs, where PEFT knows its kind; None otherwise."""
         return _get_in_out_features(self.get_base_layer())[1]
 
-    # --- adapters ---
-
     def update_layer(
-        self, adapter: str, parameters: Iterable[str], statistics: Iterable[str], scale: float, hold: bool = False
+        self,
+        adapter: str,
+        parameters: Iterable[str],
+        statistics: Iterable[str],
+        scale: float,
+        hold: bool = False,
+        double: bool = False,
     ) -> None:
-        """Add ``adapter`` with zero deltas for ``parameters`` and its own copy of ``statistics``.
-
-        With ``hold`` these do not move in training.
-        """
-        deltas = Deltas()
+        """Add ``adapter`` with zero deltas, float64 if ``double``, and statistics of its own, still if ``hold``."""
+        deltas, own = Deltas(), Deltas()
         for key in parameters:
             base = self.base_tensor(key)
             # fp32 for a half-precision base: a step of a small learning rate would vanish in its 8 or 11 bits.
-            dtype = torch.float32 if base.dtype in (torch.float16, torch.bfloat16) else base.dtype
+            narrow = torch.float32 if base.dtype in (torch.float16, torch.bfloat16) else base.dtype
+            dtype = torch.float64 if double else narrow
             # -0.0, not 0.0: x + -0.0 is x for every x, while 0.0 would turn a weight of -0.0 into 0.0.
             deltas.register_parameter(key, nn.Parameter(torch.full_like(base, -0.0, dtype=dtype)))
         self.surgical_delta[adapter] = deltas
-        own = Deltas()
         for key in statistics:
             own.register_buffer(key, self.base_tensor(key).clone())
         if own._buffers:
@@ -197,9 +189,9 @@ class SurgicalLayer(nn.Module, BaseTunerLayer):
         self._train(self._trainable - trained, False)
         self._train(trained, True)
         self.forget()
-        self._active_adapter = names
         own = {*self.surgical_stats._modules}  # what `alone` hides stays as it is
-        self._movable = (self._movable - own) | ((trained & own) - self._held)
+        movable = (self._movable - own) | ((trained & own) - self._held)
+        self.__dict__.update(_active_adapter=names, _movable=movable)  # nn.Module's own way takes most of the time
 
     def _train(self, adapters: Iterable[str], trainable: bool) -> None:
         """Set ``requires_grad`` of the deltas of those adapters that this layer has."""
@@ -220,7 +212,7 @@ class SurgicalLayer(nn.Module, BaseTunerLayer):
     def enable_adapters(self, enabled: bool) -> None:
         """Toggle all adapters. Disabling shows the base, so a merged adapter is taken out first, as in PEFT."""
         if enabled:
-            self.set_adapter(self.active_adapters)
+            self.set_adapter(self._active_adapter)
         else:
             self.unmerge()
             self._train(self._trainable, False)
@@ -229,18 +221,15 @@ class SurgicalLayer(nn.Module, BaseTunerLayer):
 
     def forget(self) -> None:
         """Empty what the owners computed from their tensors and kept, as timm's LeViT does with its biases."""
-        for key in self._sites:
-            for module, _ in self.sites(key):
-                for attribute, kept in vars(module).items():
-                    if attribute.endswith("_cache") and isinstance(kept, dict):
-                        kept.clear()
+        for module in [module for key in self._sites for module, _ in self.sites(key)]:
+            for attribute, kept in vars(module).items():
+                if attribute.endswith("_cache") and isinstance(kept, dict):
+                    kept.clear()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter from this module."""
         super().delete_adapter(adapter_name)
         self._movable, self._trainable = self._movable - {adapter_name}, self._trainable - {adapter_name}
-
-    # --- merging ---
 
     def merged_values(self, adapters: Sequence[str]) -> dict[str, torch.Tensor]:
         """What each tensor would be with ``adapters`` merged: exactly what a forward with them active reads."""
@@ -296,15 +285,13 @@ class SurgicalLayer(nn.Module, BaseTunerLayer):
             store[name] = value  # type: ignore[assignment]
         self.forget()
 
-    # --- placement ---
-
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # The base class looks for one `weight`; here each tensor follows its own base.
         for container in (self.surgical_delta, self.surgical_stats):
             if adapter_name not in container:
                 continue
             for key, value in (*container[adapter_name]._parameters.items(), *container[adapter_name]._buffers.items()):
-                target = device if device is not None else self.base_tensor(key).device
+                target = self.base_tensor(key).device if device is None else device
                 if value is not None and not value.is_meta and value.device != target:
                     value.data = value.data.to(target)
 

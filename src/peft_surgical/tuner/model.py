@@ -22,7 +22,7 @@ from ..config import SurgicalConfig
 from ..errors import AdapterError, SurgicalError
 from ..keys import BASE_MARKS, PREFIX, tensor_name
 from .attach import attach, detach, surgical_layers, without_base_layer
-from .base import recorded_base
+from .base import recorded_base, warn_of_unfrozen
 from .combine import Combination, config_of_combination, fill_combined
 from .layer import SurgicalLayer
 from .loading import checked_state, set_scale
@@ -52,9 +52,9 @@ class SurgicalModel(BaseTuner):
         self._fingerprints: dict[str, dict[str, str] | None] = {}
         # Adapters whose config was read from disk and whose weights come next: refused weights take them along.
         self._awaiting: set[str] = set()
+        # Whether a training forward has looked for what was unfrozen by hand.
+        self._looked = False
         super().__init__(*args, **kwargs)
-
-    # --- adding an adapter ---
 
     def inject_adapter(
         self,
@@ -117,9 +117,9 @@ class SurgicalModel(BaseTuner):
 
     def _attach(self, model: nn.Module, adapter: str, plan: Plan, config: SurgicalConfig, empty: bool) -> None:
         with init_empty_weights() if empty else nullcontext():
-            for entry in plan.modules:
-                hold = config.norm_stats == "estimated"
-                attach(entry.module, adapter, entry.parameters, entry.statistics, config.scale, hold)
+            hold, double = config.norm_stats == "estimated", config.delta_dtype == "float64"
+            for e in plan.modules:
+                attach(e.module, adapter, e.parameters, e.statistics, config.scale, hold, double)
         hold_buffers(model)
         paths = [entry.path for entry in plan.modules if entry.path]
         self.targeted_module_names.extend(path for path in paths if path not in self.targeted_module_names)
@@ -162,8 +162,6 @@ class SurgicalModel(BaseTuner):
                 for key, delta in layer.surgical_delta[adapter_name].named_parameters():
                     delta.data = delta.data.to(layer.base_tensor(key).dtype)
 
-    # --- switching, scaling ---
-
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Activate adapters; see BaseTuner. The time it takes depends on the tuned modules alone.
 
@@ -191,12 +189,13 @@ class SurgicalModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if self.model.training and not self._looked:
+            self._looked = True
+            warn_of_unfrozen(self.model)
         names = kwargs.pop("adapter_names", None)
         routed = nullcontext() if names is None else mixed_batch(self.model, names, [*self.peft_config], args, kwargs)
         with routed:
             yield
-
-    # --- merging ---
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge adapters into the base; see BaseTuner. ``safe_merge`` checks all tensors before it changes one."""
@@ -225,8 +224,6 @@ class SurgicalModel(BaseTuner):
             return super()._unload_and_optionally_merge(
                 merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
             )
-
-    # --- combining ---
 
     def add_weighted_adapter(
         self,
@@ -266,8 +263,6 @@ class SurgicalModel(BaseTuner):
             self._remove(self.model, adapter_name)
             raise
 
-    # --- state dicts ---
-
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         # PEFT maps both ways through this, so an adapter made on a compiled network loads onto a plain one and back.
@@ -301,6 +296,5 @@ class SurgicalModel(BaseTuner):
             if isinstance(tuner, SurgicalModel) and adapter_name in tuner._awaiting:
                 tuner._remove(tuner.model, adapter_name)
             raise
-        if isinstance(tuner, SurgicalModel):
-            tuner._awaiting.discard(adapter_name)
+        getattr(tuner, "_awaiting", set()).discard(adapter_name)
         return found

@@ -232,13 +232,14 @@ def check_fingerprint(plan: Plan, config: SurgicalConfig, marks: Mapping[str, Te
         return
     tuned = {name: with_all_bytes(mark_of(name, value), name, value) for name, value in base.items()}
     held = {*plan.names} - {*tuned}  # statistics, which the adapter brings
-    expected, rest = (
-        {name: mark for name, mark in known.items() if name not in held and not is_whole(name, config)}
-        for known in (config.base_fingerprint, marks or {})
-    )
+
+    def compared(name: str) -> bool:
+        return name not in held and not is_whole(name, config)
+
+    expected = {name: mark for name, mark in config.base_fingerprint.items() if compared(name)}
     if marks is None:
         expected = {name: mark for name, mark in expected.items() if name in tuned}
-    rest = {name: mark for name, mark in rest.items() if name not in tuned}
+    rest = {name: mark for name, mark in (marks or {}).items() if name not in tuned and compared(name)}
     try:
         check_base(expected, tuned, rest, config.base_model_name_or_path)
     except BaseMismatchError as error:

@@ -27,9 +27,9 @@ from safetensors import safe_open
 from ..config import SurgicalConfig, SurgicalType
 from ..errors import AdapterError
 from ..evaluation import Report
-from ..files import is_finite
+from ..files import is_finite, shown
 from ..folders import commit, staging
-from ..keys import CARD, CONFIG, DELTA, WEIGHTS, neutral_key
+from ..keys import CARD, CONFIG, DELTA, WEIGHTS, neutral_key, tensor_name
 from ..results import published
 from ..texts import markdown_code, markdown_text
 
@@ -76,9 +76,15 @@ def whole_state(state: Mapping[str, torch.Tensor], config: SurgicalConfig, adapt
     """What is saved of an adapter: its tensors gathered from all processes, its deltas in the config's dtype.
 
     Raises:
-        AdapterError: What would be written is not finite. What was saved before stays.
+        AdapterError: What would be written is not finite, or not all there. What was saved before stays.
     """
     found = {key: value.full_tensor() if hasattr(value, "full_tensor") else value for key, value in state.items()}
+    held = {tensor_name(key.replace("_orig_mod.", "")) for key in found}
+    if found and (lost := [name for name in config.tensor_names or () if name not in held]):
+        raise AdapterError(
+            f"Adapter {adapter!r} was not saved: {shown(lost)} of it is no longer in the model. Something has put "
+            "another module in the place of the one that it was attached to."
+        )
     written = found
     if config.delta_dtype is not None:
         dtype = getattr(torch, config.delta_dtype)
@@ -151,7 +157,13 @@ def publish_adapter(model: Any, folder: Path, root: Path | None = None) -> None:
 def _check_written(file: Path) -> None:
     """Check what `whole_state` has not seen: the modules that PEFT saves whole, for ``modules_to_save``."""
     with safe_open(file, framework="pt") as held:
-        for key in held.keys():  # noqa: SIM118 (safe_open is no mapping)
+        keys = list(held.keys())
+        if not keys:
+            raise AdapterError(
+                "The adapter was not saved: none of its tensors is in the model any more. Something has put other "
+                "modules in the place of those that it was attached to."
+            )
+        for key in keys:
             if neutral_key(key) is None and not is_finite(held.get_tensor(key)):
                 raise AdapterError(
                     f"The adapter was not saved: {key}, which modules_to_save names, holds NaN or Inf. The run "

@@ -11,7 +11,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, cast
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, _set_adapter
@@ -25,8 +25,9 @@ from .layer import SurgicalLayer
 def switched(model: nn.Module) -> Iterator[BaseTunerLayer | AuxiliaryTrainingWrapper]:
     """Every layer of any method, and every wrapper of a module that is saved whole."""
     for _, module in walk(model):
-        if _is_switched(type(module)):
-            yield module  # type: ignore[misc]
+        kind: Any = type(module)  # mypy holds that a class of modules cannot be hashed
+        if _is_switched(kind):
+            yield cast("BaseTunerLayer | AuxiliaryTrainingWrapper", module)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -54,17 +55,17 @@ def alone(model: nn.Module, shown: str | None = None) -> Iterator[None]:
 
     Names, scales and what is active stay; nothing may be computed meanwhile.
     """
-    hidden: list[tuple[nn.Module, dict[str, nn.Module | None]]] = []
+    hidden: list[tuple[nn.ModuleDict, dict[str, Any]]] = []
     for _, layer in surgical_layers(model):
         for container in (layer.surgical_delta, layer.surgical_stats):
-            own = container._modules
+            own: dict[str, Any] = container._modules
             hidden.append((container, own))
             container.__dict__["_modules"] = {name: module for name, module in own.items() if name == shown}
     try:
         yield
     finally:
         for container, own in hidden:
-            own |= container._modules
+            own.update(container._modules)
             container.__dict__["_modules"] = own
 
 
