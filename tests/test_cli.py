@@ -361,15 +361,15 @@ def test_rates_that_are_given_are_used_or_refused(run, data, tmp_path):
 
 
 def test_compare_writes_the_rows_that_are_done(run, data, tmp_path, monkeypatch):
-    from peft_surgical.experiment import experiment
+    from peft_surgical.experiment import running
 
     def breaking(network, method, *args, **how):
         if method.name == "block1":
             raise RuntimeError("out of memory")
         return fit(network, method, *args, **how)
 
-    fit = experiment.fit
-    monkeypatch.setattr(experiment, "fit", breaking)
+    fit = running.fit
+    monkeypatch.setattr(running, "fit", breaking)
     place = tmp_path / "out"
     line = ("compare", "test_resnet", data, "--output", place, "--random", "--epochs", 1, "--seeds", 0, "--cpu")
     code, out, err = run(*line, "--methods", "none", "block1", "head", "--lr", "1e-2")
@@ -431,7 +431,7 @@ def test_ctrl_c_says_how_to_go_on(run, data, tmp_path, monkeypatch):
     def stopped(*args, **how):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("peft_surgical.experiment.experiment.fit", stopped)
+    monkeypatch.setattr("peft_surgical.experiment.running.fit", stopped)
     line = ("tune", "test_resnet", data, "--output", tmp_path / "a", "--target", "block1", "--random", "--epochs", 1)
     code, out, err = run(*line)
     assert (code, out) == (130, "")

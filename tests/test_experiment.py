@@ -35,7 +35,7 @@ from peft_surgical.choosing.methods import METHODS, HeadFirst, Progress, method_
 from peft_surgical.errors import AdapterError, ConfigError, DataError, RowsFailedError  # noqa: E402
 from peft_surgical.evaluation import Report, accuracy  # noqa: E402
 from peft_surgical.evaluation.metrics import judge  # noqa: E402
-from peft_surgical.experiment import experiment  # noqa: E402
+from peft_surgical.experiment import running  # noqa: E402
 from peft_surgical.experiment.api import compare, tune  # noqa: E402
 from peft_surgical.experiment.automatic import parts_of  # noqa: E402
 from peft_surgical.experiment.choosing import (  # noqa: E402
@@ -197,6 +197,7 @@ def test_a_target_with_two_rates_and_a_source(place, tmp_path):
         "README.md",
         "report.json",
         "figure.png",
+        "mistakes.csv",
         "ledger.jsonl",
         ".peft-surgical",
     }
@@ -307,7 +308,7 @@ def test_in_auto_a_run_that_diverges_loses(place, tmp_path, monkeypatch):
             raise DivergedError(3)
         return fit(network, method, *args, **how)
 
-    monkeypatch.setattr(experiment, "fit", diverging)
+    monkeypatch.setattr(running, "fit", diverging)
     run = of(place, tmp_path, asked=AutoSettings(lrs=(1e-2,)))
     found = search(run, "auto", 0)
     lost = [one for one in found.trials if one.result.get("diverged")]
@@ -318,7 +319,7 @@ def test_in_auto_a_run_that_diverges_loses(place, tmp_path, monkeypatch):
 
 def test_not_to_tune_can_win(place, tmp_path, monkeypatch):
     run = of(place, tmp_path)
-    monkeypatch.setattr(experiment, "fit", lambda *args, **how: pytest.fail("nothing is to be trained"))
+    monkeypatch.setattr(running, "fit", lambda *args, **how: pytest.fail("nothing is to be trained"))
     choice = choose(run, "none", 0)
     with published(tmp_path) as stage:
         (stage / ADAPTER[0]).write_bytes(b"of an earlier choice")
@@ -502,14 +503,14 @@ def test_an_interrupted_experiment_ends_as_if_it_had_not_been(place, tmp_path, m
     lrs = (1e-2, 1e-3)
     whole = of(place, tmp_path / "whole", lrs=lrs, epochs=2)
     write_tuned(whole, choose(whole, "block1", 0), 0)
-    monkeypatch.setattr(experiment, "fit", Interrupted(at=2))
+    monkeypatch.setattr(running, "fit", Interrupted(at=2))
     run = of(place, tmp_path / "parts", lrs=lrs, epochs=2)
     with pytest.raises(KeyboardInterrupt):
         choose(run, "block1", 0)
     assert len(run.ledger) == 1
     assert any((tmp_path / "parts" / ".peft-surgical" / "checkpoints").rglob("checkpoint-*"))
     again = Interrupted(at=None)
-    monkeypatch.setattr(experiment, "fit", again)
+    monkeypatch.setattr(running, "fit", again)
     run = of(place, tmp_path / "parts", lrs=lrs, epochs=2)
     write_tuned(run, choose(run, "block1", 0), 0)
     assert len(again.calls) == 1
@@ -675,11 +676,11 @@ def test_searches_share_their_runs(place, tmp_path, monkeypatch, rows):
 
 def test_a_killed_run_goes_on_whether_a_search_or_a_row_asks_for_it(place, tmp_path, monkeypatch):
     few_candidates(monkeypatch)
-    monkeypatch.setattr(experiment, "fit", Interrupted(at=1))
+    monkeypatch.setattr(running, "fit", Interrupted(at=1))
     run = of(place, tmp_path, epochs=3)
     with pytest.raises(KeyboardInterrupt):
         run_grid(run, ["block1"], [0])  # leaves a checkpoint of one epoch
-    monkeypatch.setattr(experiment, "fit", fit)
+    monkeypatch.setattr(running, "fit", fit)
     monkeypatch.setattr("peft_surgical.experiment.choosing.RUNGS", (2 / 3, 1.0))
     run.watch = Counted()
     run_grid(run, ["race"], [0])
@@ -692,7 +693,7 @@ def test_rows_that_are_done_are_written_when_another_fails(place, tmp_path, monk
             raise RuntimeError("out of memory")
         return fit(network, method, *args, **how)
 
-    monkeypatch.setattr(experiment, "fit", breaking)
+    monkeypatch.setattr(running, "fit", breaking)
     run = of(place, tmp_path, watch=Counted())
     with pytest.raises(RowsFailedError, match=r"1 of 3 rows failed: block2: RuntimeError: out of memory") as raised:
         run_grid(run, ["none", "block2", "block1"], [0, 1])
@@ -706,10 +707,10 @@ def test_rows_that_are_done_are_written_when_another_fails(place, tmp_path, monk
     assert (tmp_path / "figure.png").is_file()
     assert "Missing, since they failed: block2." in (tmp_path / "table.md").read_text()
     # Once it is mended, the same call does what is missing, and nothing else.
-    monkeypatch.setattr(experiment, "fit", Interrupted(at=None))
+    monkeypatch.setattr(running, "fit", Interrupted(at=None))
     again = of(place, tmp_path)
     rows = run_grid(again, ["none", "block2", "block1"], [0, 1])
-    assert [name for name, _ in experiment.fit.calls] == ["block2", "block2"]
+    assert [name for name, _ in running.fit.calls] == ["block2", "block2"]
     assert rows["block1"] == error.done["block1"]
     write_compared(again, rows, [0, 1])
     assert not (tmp_path / ".peft-surgical" / "runs").exists()
@@ -723,7 +724,7 @@ def test_a_search_whose_run_fails_loses_its_own_row_only(place, tmp_path, monkey
             raise RuntimeError("out of memory")
         return fit(network, method, *args, **how)
 
-    monkeypatch.setattr(experiment, "fit", breaking)
+    monkeypatch.setattr(running, "fit", breaking)
     with pytest.raises(RowsFailedError, match=r"1 of 2 rows failed: race: RuntimeError") as raised:
         run_grid(of(place, tmp_path, epochs=5), ["race", "head"], [0])
     assert list(raised.value.done) == ["head"]

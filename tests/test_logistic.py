@@ -12,7 +12,7 @@ from torch.utils.data import default_collate
 from peft_surgical import anatomy_of
 from peft_surgical.errors import ConfigError
 from peft_surgical.training.fitting import FitSettings, fit
-from peft_surgical.training.logistic import FOLDS, PENALTIES, _penalty, _solved, can_solve, solve_head
+from peft_surgical.training.logistic import _FOLDS, PENALTIES, _penalty, _solved, can_solve, solve_head
 
 TUNING, VALIDATION = Rows(60, 1), Rows(30, 2)
 
@@ -138,7 +138,7 @@ def test_fewer_images_than_folds(images):
     labels = torch.arange(images) % 2
     features = torch.randn(images, 3, dtype=torch.float64)
     penalty, loss, _ = _penalty(features, labels, torch.zeros(2, 3).double(), torch.zeros(2).double())
-    assert images < FOLDS
+    assert images < _FOLDS
     assert penalty in PENALTIES
     assert loss >= 0
 

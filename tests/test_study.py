@@ -24,7 +24,7 @@ from paper.study import run_study  # noqa: E402
 from peft_surgical.bases import Base  # noqa: E402
 from peft_surgical.errors import ConfigError  # noqa: E402
 from peft_surgical.evaluation import Report, accuracy, wilson_interval, worst_group_accuracy  # noqa: E402
-from peft_surgical.experiment import experiment as experiment_module  # noqa: E402
+from peft_surgical.experiment import running  # noqa: E402
 from peft_surgical.training.fitting import FitSettings  # noqa: E402
 from peft_surgical.training.ledger import Ledger  # noqa: E402
 from peft_surgical.training.trainer import DivergedError  # noqa: E402
@@ -345,7 +345,7 @@ def test_logs_are_kept_where_they_are_asked_for(tmp_path, monkeypatch):
         seen[arguments["run_name"]] = os.environ.get("TENSORBOARD_LOGGING_DIR"), arguments["report_to"]
         raise DivergedError(1)
 
-    monkeypatch.setattr(experiment_module, "fit", looks)
+    monkeypatch.setattr(running, "fit", looks)
     monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
     words = ("--output", str(tmp_path), "--seeds", "0", "--target", "re:conv1.*|fc.*", "--lr", "1e-2")
     with pytest.raises(ConfigError, match="ended in NaN"):

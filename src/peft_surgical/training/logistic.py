@@ -41,7 +41,7 @@ def solve_head(
 ) -> tuple[nn.Module, Tensor, dict[str, float]]:
     """Fit the head as the minimum of cross entropy + penalty x squared distance from the base's head.
 
-    The penalty is that of `PENALTIES` with the lowest cross entropy on the held-out parts of ``_FOLDS`` folds of the
+    The penalty is that of `PENALTIES` with the lowest cross entropy on the held-out parts of five folds of the
     tuning images, drawn within classes.
 
     Args:
