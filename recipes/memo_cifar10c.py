@@ -292,7 +292,8 @@ def show(args: argparse.Namespace, ledger: Ledger) -> None:
         if row[0] == "none":
             continue
         gains.append([*own, *(gain(some, base[c]) if some and base.get(c) else "-" for c, some in found.items())])
-        spent = [run.result.get("cpu_seconds", run.result["seconds"]) / run.result["n"] for run in runs]
+        known = [{**run.notes, **run.result} for run in runs]
+        spent = [one.get("cpu_seconds", one["seconds"]) / one["n"] for one in known if "seconds" in one]
         key, each = runs[0].key, fmean(spent)
         rate = "-" if key["lr"] is None else f"{key['lr']:g}"
         grid = [one["lr"] for one in candidates(args, row)]

@@ -352,7 +352,7 @@ def test_a_run_that_was_killed_within_an_epoch_goes_on_from_the_one_before(tmp_p
 def test_a_checkpoint_that_was_torn_is_passed_over(tmp_path):
     tuning, validation = data()
     whole = fit(used_batchnorm(), "block1", tuning, validation, SETTINGS, folder=tmp_path, stop_epoch=2)
-    steps = sorted(path.name for path in tmp_path.iterdir())
+    steps = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
     assert steps == ["checkpoint-3", "checkpoint-6"]
     state = tmp_path / "checkpoint-6" / "trainer_state.json"
     state.write_bytes(state.read_bytes()[:40])

@@ -92,7 +92,7 @@ def test_a_run_that_is_killed_within_an_epoch_ends_with_the_same_bytes(method, t
     found, again = train(method, tmp_path / "killed")
     assert content(tmp_path / "killed") == content(tmp_path / "whole")
     assert (found.curve, found.losses, found.record) == (whole.curve, whole.losses, whole.record)
-    assert again <= drawn // 2  # of three epochs the last one alone was trained again
+    assert again <= drawn // 2 + 8  # of three epochs the last one alone, and what is read to see what can be cached
     assert names(tmp_path / "killed") == names(tmp_path / "whole")
 
 

@@ -233,7 +233,8 @@ def test_from_end_to_end(name, place, tmp_path, monkeypatch):
     assert set(counted) == {file for part in files.values() for file in part}
     assert {counted[file] for file in files["test"]} == {2}  # for each row that is reported
     if "source_validation" in files:
-        assert {counted[file] for file in files["source"]} == {1}  # one epoch
+        # One epoch, and twice a few to see whether a part of the network can be computed once.
+        assert {counted[file] for file in files["source"]} <= {1, 3}
     if name == "camelyon17":
         assert Counter(truth(name, file)[1] for file in counted) == {0: 60, 3: 56, 4: 62, 2: 90}  # none of hospital 1
 

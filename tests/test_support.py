@@ -128,7 +128,7 @@ def test_a_folder_without_its_file_leaves_the_model(saved):
 
 def test_without_a_fingerprint_it_loads_if_that_is_what_is_wanted(saved):
     base, folder = saved
-    change(folder, base_fingerprint=None, target="re:(.*.*.*)*x")  # never asked: the names of the tensors decide
+    change(folder, base_fingerprint=None, target="re:[xy]+z")  # never asked: the names of the tensors decide
     model = PeftModel.from_pretrained(copy.deepcopy(base), folder, strict_base=False)
     held = load_file(folder / WEIGHTS)
     assert torch.equal(model.get_base_model().conv1.surgery.delta("default", "weight"), held[CONV])

@@ -366,7 +366,7 @@ def test_targets_that_need_data(name):
     call = (
         "config = peft_surgical.resolve_target(config, model, dataloader)"
         if scored
-        else "peft_surgical.training.search."
+        else f"peft_surgical.training.{'auto' if name == 'auto' else 'search'}."
     )
     message = f"{name} names no tensors until it has seen data: call {call}"
     with pytest.raises(UnresolvedTargetError, match=re.escape(message) + ".*target='block1'"):

@@ -13,7 +13,6 @@ import numpy as np
 
 from ..errors import DataError
 from ..extras import require
-from ..files import printable
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 """File endings that are read, in any mix of cases."""
@@ -36,7 +35,7 @@ def content(cell: Mapping[str, Any]) -> bytes:
     if cell["bytes"] is not None:
         return cell["bytes"]
     if (place := Path(cell["path"])).exists() and not place.is_file():
-        raise ValueError(f"{printable(str(place))} is no regular file")  # a pipe would be waited for without end
+        raise ValueError(f"{str(place)!a} is no regular file")  # a pipe would be waited for without end
     return place.read_bytes()
 
 

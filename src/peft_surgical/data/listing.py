@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ..errors import DataError
-from ..files import printable
 from .images import IMAGE_SUFFIXES
 
 _SYSTEM = ("__macosx", "@eadir", "$recycle.bin")
@@ -50,7 +49,7 @@ def image_files(folder: Path, passed_over: Counter[str] | None = None, above: Se
                 pending.append(iter(visible(path)))
         elif suffix in IMAGE_SUFFIXES and stat.S_ISREG(kind):
             if not _is_utf8(path):
-                raise DataError(f"{printable(str(path))} has a name that is not UTF-8: rename it")
+                raise DataError(f"{str(path)!a} has a name that is not UTF-8: rename it")
             yield path
         elif passed_over is not None and path.name.lower() != "thumbs.db":
             passed_over[f"{suffix} that are no regular files" if suffix in IMAGE_SUFFIXES else suffix] += 1

@@ -44,8 +44,8 @@ def checked_state(
     deltas = {key: value for key, value in state.items() if key not in own or key in expected}
     check_tensors(deltas, expected, f"adapter {adapter!r}")
     for path, layer in surgical_layers(model):
-        for name, kind, _ in _held(layer, adapter):
-            value = state[join(path, f"{HOLDER}.{kind}.{adapter}.{name}")]
+        for name, kind, own_value in _held(layer, adapter):
+            value = state[join(path, f"{HOLDER}.{kind}.{adapter}.{name}")].to(own_value.dtype)
             _check_result(join(path, name), layer, name, kind, value, config.scale, AdapterFileError)
     # With the versions that PEFT leaves out: torchvision's MNASNet loads nothing without them.
     found = OrderedDict(state)

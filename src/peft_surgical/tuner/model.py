@@ -189,7 +189,7 @@ class SurgicalModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if self.model.training and not self._looked:
+        if self.model.training and not self._looked and not torch.compiler.is_compiling():
             self._looked = True
             warn_of_unfrozen(self.model)
         names = kwargs.pop("adapter_names", None)
