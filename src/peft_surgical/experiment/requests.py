@@ -158,8 +158,9 @@ class Bar(Watch):
 
     def epoch(self, request: Request, done: int, epochs: int, measured: Mapping[str, float]) -> None:
         """See `Watch`."""
-        found = f"validation {100 * measured['validation']:.1f} %, loss {measured['loss']:.3g}"
-        text = f"{request}: epoch {done} of {epochs}, {found}"
+        found = f", validation {100 * measured['validation']:.1f} %, loss {measured['loss']:.3g}"
+        # What trains on the validation images as well says nothing by them.
+        text = f"{request}: epoch {done} of {epochs}{'' if _is_refit(request) else found}"
         self.progress.update(self.task, description=escape(text))
         if not self.out.is_terminal:
             self._print(text)
@@ -175,7 +176,8 @@ class Bar(Watch):
             text += f" {100 * result['test']:.1f} %"
         elif isinstance(request, Train):
             part = "" if request.stop is None else f" after {request.stop:.0%} of the run"
-            text += f"{part}: validation {100 * result['validation']:.1f} %, cost {result['cost']:.0f}"
+            found = "done" if _is_refit(request) else f"validation {100 * result['validation']:.1f} %"
+            text += f"{part}: {found}, cost {result['cost']:.0f}"
         self._print(f"{text}{' (in the ledger)' if known else ''}")
         line = result.get("prefix")
         if isinstance(request, Train) and line and not known and request.method not in self.prefixes:
@@ -187,6 +189,10 @@ class Bar(Watch):
         if not isinstance(error, SurgicalError):  # an unexpected error, for which a line is not enough
             self._print("".join(traceback.format_exception(error)))
         self._print(f"{row}: failed: {reason_of(error)}")
+
+
+def _is_refit(request: Request) -> bool:
+    return isinstance(request, Train) and request.how.refit
 
 
 @contextlib.contextmanager
