@@ -234,6 +234,8 @@ def figure_of(experiment: Experiment, choice: Choice, report: Report, file: Path
     figures = require("matplotlib.figure", "drawing a figure", "plots")
     best: dict[str, float] = {}
     for run in choice.trials:
+        if candidate_of(run).how.refit:  # the candidate that is the best of the others
+            continue
         name = str(candidate_of(run))
         best[name] = max(best.get(name, 0.0), run.result["validation"])
     moved, n = report.settings["moved"], report.settings["images"]["validation"]

@@ -108,7 +108,8 @@ def auto(
     chosen = candidate_of(leader)
     (final,) = run([replace(chosen, how=replace(chosen.how, refit=True))])
     measured = {name: leader.result[name] for name in ("validation", "validation_loss")}
-    found = result_of("auto", [Run(final.key, {**final.result, **measured})], [*trials, final])
+    final = Run(final.key, {**final.result, **measured}, final.notes)  # it has seen the validation images
+    found = result_of("auto", [final], [*trials, final])
     return replace(found, gain=gain)
 
 
