@@ -43,10 +43,10 @@ from PIL import Image
 from paper.findings import source_accuracy
 from paper.parts import Published, cut, images_of
 from paper.photograph_tables import TASKS, table
-from paper.pretraining import SourceTraining
+from paper.pretraining import SOURCE_REPORT, SourceTraining
 from paper.protocol import Protocol, parser_of, rows_of
 from paper.rows import write_rows
-from paper.study import run_study
+from paper.study import SOURCE, run_study
 from peft_surgical.errors import DataError, run_in_words
 from peft_surgical.experiment.choosing import batch_size_for
 from peft_surgical.experiment.experiment import Experiment
@@ -165,8 +165,9 @@ def study(args: argparse.Namespace, rows: Ledger, task: str, per_class: int) -> 
     methods = rows_of(PROTOCOL, args.target, args.method)
     own = {"batch_size": batch, "forgetting": False}
     if not args.source_checkpoint:
-        run_study(PROTOCOL, _with(args, own, output=str(source), source_only=True), data)
-        own["source_checkpoint"] = str(source / "source")
+        if not (source / SOURCE / SOURCE_REPORT).exists():  # its images are the same for every number of labels
+            run_study(PROTOCOL, _with(args, own, output=str(source), source_only=True), data)
+        own["source_checkpoint"] = str(source / SOURCE)
     if args.source_only:
         return
 
