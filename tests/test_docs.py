@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 from scripts import script
 
+from paper.photograph_tables import table
+from peft_surgical.training.ledger import Ledger
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -177,3 +180,10 @@ def names_defined(node):
         return [node.name]
     targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
     return [name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)]
+
+
+def test_the_tables_of_photographs_are_drawn_from_the_committed_rows():
+    rows = Ledger(ROOT / "docs/results/photographs.jsonl").runs()
+    drawn = table(rows, ("sketch", "webcam", "cellavision"), (20,), (0, 1, 2))
+    text = "\n".join(found.markdown() for found in drawn)
+    assert text == (ROOT / "docs/results/photographs.md").read_text(encoding="utf-8")
