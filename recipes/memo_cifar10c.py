@@ -138,7 +138,7 @@ def adapt(args: argparse.Namespace, key: dict[str, Any]) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of what a stream's numbers depend on; of the package itself where it is installed."""
+    """The versions of what a stream's numbers depend on, and of the package itself where it is installed."""
     found = {name: version(name) for name in ("peft", "torch")}
     with contextlib.suppress(PackageNotFoundError):
         found["peft-surgical"] = version("peft-surgical")

@@ -9,7 +9,7 @@ streams 2,000 images of severity 5, the first two of each class, through the net
 is the published layout, ``<corruption>/<severity>/<wnid>/*.JPEG``. MODEL is a timm id with ImageNet-1k's 1,000 classes,
 or the folder of one; the paper's RVT*-small is not in timm. To expect, mean over corruptions of the paper's Table 3:
 none 46.5; episodic all 47.8, first layer 46.6, first block 46.7, last 46.5; online all 1.8, first layer 46.4, first
-block 49.0, last 46.5. There is no figure of ours: the data were not at hand. An image costs a training step of 32.
+block 49.0, last 46.5. Not measured here: it needs ImageNet-C. An image costs a training step of 32.
 
 Protocol (paper, A.6): one rate, 1e-5, and one step, SGD online and AdamW episodic, 32 views, its first and last
 tensors. With several rates (``--lr 1e-5 1e-4``) the most accurate stream of 200 validation images of ``--select-on``

@@ -32,7 +32,7 @@ class Plan:
 
     Attributes:
         images: (n, c, h, w) in [0, 1]; streams of one call that share a tensor share its views, too.
-        seed: Of the views, which depend on it and on the position alone.
+        seed: Seed of the views, which depend on it and on the position alone.
         lr: Learning rate.
     """
 
@@ -322,7 +322,7 @@ def adapt_many(memo: ManyMemo, plans: Sequence[Plan], views: ViewsOfMany, *, eag
     Args:
         memo: New, or `ManyMemo.reset`; online it has as many streams as there are plans.
         plans: Streams of equal length online; images on the device of the network.
-        views: Of `memo`'s steps.
+        views: The views for `memo`'s steps.
         eager: On a GPU, not to make a graph of a step.
     """
     device = memo.deltas[0].device

@@ -197,7 +197,7 @@ def _aligned(inventory: Inventory, tuned: nn.Module | Mapping[str, Tensor]) -> d
             )
         else:
             found[name] = places[0].detach().cpu()
-    # Buffers that are not saved are in no state dict of ours, and may be in an older one.
+    # Buffers that are not saved are in no state dict here, and may be in an older one.
     hidden = {join(path, name) for path, module in inventory.modules.items() for name in module._buffers}
     surplus = [name for name in given if name not in hidden]
     if missing or surplus or shapes:

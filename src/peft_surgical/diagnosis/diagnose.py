@@ -65,7 +65,7 @@ def diagnose(
         head: As for `load_base`.
         weights: As for `load_base`.
         batch_size: Images per forward pass.
-        seed: Of draws.
+        seed: Seed of everything that is drawn.
         cpu: Leave an accelerator alone.
         columns: ``image_column`` and ``label_column`` of `read_data`.
 

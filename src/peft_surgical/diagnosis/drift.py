@@ -60,7 +60,7 @@ def block_features(
         network: In ``eval()``, without adapters.
         anatomy: Its blocks.
         batches: Pixel values (n, 3, h, w), on the network's device.
-        labels: Of all images.
+        labels: The labels of all images, int64 (n,).
 
     Raises:
         DataError: There is no image.
@@ -98,7 +98,7 @@ def block_features(
 def pooled(value: Tensor) -> Tensor:
     """Mean and deviation of each channel over positions, of (n, d), (n, tokens, d), (n, d, h, w) or (n, h, w, d)."""
     if value.ndim == 4:
-        # Of a square map; channels come last in timm's Swin and its like.
+        # The features of a square map; channels come last in timm's Swin and its like.
         last = value.shape[1] == value.shape[2] != value.shape[3]
         value = value.flatten(1, 2) if last else value.flatten(2).transpose(1, 2)
     if value.ndim != 3 or value.shape[1] == 1:
@@ -128,7 +128,7 @@ class Reference:
 
     @classmethod
     def of(cls, source: Features, model: str = "") -> Reference:
-        """Of the features of source images."""
+        """What is kept of the features of source images."""
         mean = {name: value.mean(0) for name, value in source.blocks.items()}
         deviation = {name: value.std(0).clamp(min=1e-6) for name, value in source.blocks.items()}
         right = None if source.labels is None else source.logits.argmax(1) == source.labels
@@ -227,7 +227,7 @@ def permuted_p(found: Tensor, first: int, permutations: int = PERMUTATIONS, seed
         found: Distances (N, N).
         first: Number of rows of the first set, which come first.
         permutations: Number of random partings.
-        seed: Of them.
+        seed: Seed of the permutations.
     """
     generator = torch.Generator().manual_seed(seed)
     rows = torch.rand(permutations, len(found), generator=generator).argsort(1)

@@ -99,12 +99,12 @@ def judged(
     """What features, labels and scores together say; see `diagnose`.
 
     Args:
-        target: Of the new images.
-        reference: Of the source; None without.
+        target: Features of the new images.
+        reference: Features of the source images; None where there are none.
         new_head: Whether the head was drawn at random, so that logits say nothing.
         model: Name of the network.
         scores: Block -> RGN.
-        seed: Of draws.
+        seed: Seed of everything that is drawn.
     """
     labels, notes = target.labels, []
     if new_head and scores:  # a random draw, whose score says nothing

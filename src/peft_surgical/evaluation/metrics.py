@@ -206,7 +206,7 @@ def paired_difference(first: Tensor, second: Tensor, confidence: float = 0.95) -
     Args:
         first: Which images one classifies correctly, bool (n,).
         second: The same of the other.
-        confidence: Of the interval.
+        confidence: Coverage of the interval, in (0, 1).
     """
     one, two = (wilson_interval(int(right.sum()), len(right), confidence) for right in (first, second))
     both, neither = int((first & second).sum()), int((~first & ~second).sum())

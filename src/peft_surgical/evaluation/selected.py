@@ -97,7 +97,7 @@ def gain_of_best(scores: Sequence[Sequence[float]], right: Sequence[Sequence[boo
     """What the candidate with the highest mean score gains over the base.
 
     Args:
-        scores: Of each candidate, one for each image: (candidates, images).
+        scores: A score for each candidate and image, (candidates, images).
         right: Whether each candidate is right about each image, in the same shape.
         base: Whether the base is, (images,).
 

@@ -40,7 +40,7 @@ def write_mistakes(file: Path, files: Sequence[str], logits: Tensor, labels: Ten
         files: What each image is called.
         logits: (images, outputs).
         labels: int64 (images,).
-        names: Of the outputs.
+        names: What the outputs stand for, in their order.
 
     Returns:
         How many are wrong.

@@ -74,7 +74,7 @@ def extract_to(
         energy: As for `extract_adapter`.
         delta_dtype: As for `extract_adapter`.
         data: Labelled images, as for `read_data`, for the knock-out curve: its test part, else all images. The curve is
-            too flattering on images that the tuned network was trained on.
+            too high on images that the tuned network was trained on.
         reading: Further arguments of `read_data`.
         batch_size: Images per forward pass.
         cpu: Leave an accelerator alone.

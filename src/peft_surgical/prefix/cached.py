@@ -49,7 +49,7 @@ class CachedPrefix:
         model: In the context it must not be copied; Trainer and DDP may wrap it.
         datasets: Map-style data sets of dicts or tuples with one image (a float tensor (channels, h, w)) each; the
             first is trained on, the others are evaluated on.
-        batch_size: Of the batches, or one number for each data set.
+        batch_size: Images per batch, or one number for each data set.
         views: For a first data set whose images change from one reading to the next: so many fixed readings of each,
             of which epoch e uses number e mod ``views`` (see `set_epoch`). By default such a data set is not cached.
         collate: Makes a batch of rows, as in the loop; by default Trainer's for dicts, torch's for tuples.

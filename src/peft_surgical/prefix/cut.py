@@ -42,8 +42,8 @@ class PrefixCall:
     Attributes:
         name: The module's.
         spec: The output's structure.
-        leaves: Of the output: for a tensor a function from the batch size to its shape, and its dtype; anything else
-            as it is.
+        leaves: Parts of the output: for a tensor a function from the batch size to its shape, and its dtype; anything
+            else as it is.
         kept: Numbers of the leaves that are recorded.
     """
 

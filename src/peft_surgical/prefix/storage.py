@@ -39,7 +39,7 @@ class Layout:
     """How one tensor of a sample is stored.
 
     Attributes:
-        shape: Of one sample.
+        shape: Shape of one sample.
         dtype: In the store.
         order: The sample's dimensions from the slowest to the fastest in memory, so that what is read has the strides
             of what was written: kernels differ between them, and so do their last digits.
