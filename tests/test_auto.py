@@ -211,3 +211,16 @@ def test_the_gain_is_that_of_the_best_of_all_that_were_compared(ledger):
     wanted = gain_of_best(scores, list(map(right, compared)), right(found.trials[0]))
     assert found.gain == wanted
     assert found.record()["gain"] == wanted.record()
+
+
+def test_the_gain_follows_a_metric_that_prefers_another_candidate(ledger):
+    class Metric(Scores):
+        """`score`, by which candidates are compared, turns the order of the images' own scores around."""
+
+        def __call__(self, key):
+            found = super().__call__(key)
+            return {**found, "score": 1 - found["score"]} if key["method"] != "none" else found
+
+    found = search(Metric({"a": 0.9, "all": 0.6}), ledger, asked=AutoSettings(lrs=(1e-3,)))
+    assert found.chosen.method == "all"
+    assert found.gain.mean == pytest.approx(0.6 - 0.2, abs=0.02)

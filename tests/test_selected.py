@@ -96,3 +96,13 @@ def test_evidence_of_a_run_that_diverged():
     found = evidence_of(torch.full((3, 1), math.nan), torch.tensor([0, 1, 2]))
     assert (found["score"], found["scores"], found["right"]) == (0.0, [0.0] * 3, "000")
     assert math.isfinite(found["validation_loss"])
+
+
+def test_the_gain_is_that_of_the_candidate_that_was_chosen():
+    # By another metric the second was chosen, which is right less often.
+    right, base = [[True] * 30, [True] * 20 + [False] * 10], [False] * 30
+    first = gain_of_best([[0.9] * 30, [0.8] * 30], right, base)
+    second = gain_of_best([[0.9] * 30, [0.8] * 30], right, base, chosen=1)
+    assert first == gain_of_best([[0.9] * 30, [0.8] * 30], right, base, chosen=0)
+    assert (first.mean, second.mean) == (pytest.approx(1), pytest.approx(2 / 3))
+    assert second.high - second.low > first.high - first.low

@@ -93,17 +93,24 @@ def evidence_of(logits: Tensor, labels: Tensor) -> dict[str, Any]:
     return {"score": float(chances.mean()), "scores": scores, "right": marks, "validation_loss": loss}
 
 
-def gain_of_best(scores: Sequence[Sequence[float]], right: Sequence[Sequence[bool]], base: Sequence[bool]) -> Gain:
-    """What the candidate with the highest mean score gains over the base.
+def gain_of_best(
+    scores: Sequence[Sequence[float]],
+    right: Sequence[Sequence[bool]],
+    base: Sequence[bool],
+    chosen: int | None = None,
+) -> Gain:
+    """What the best of several candidates gains over the base.
 
     Args:
         scores: A score for each candidate and image, (candidates, images).
         right: Whether each candidate is right about each image, in the same shape.
         base: Whether the base is, (images,).
+        chosen: The candidate that was chosen, where not by the mean score alone; None is the one with the highest.
 
     Returns:
-        The mean, over resamples of the images, of the difference on the images left out; and its interval, from the
-        spread over images of the difference of the candidate that is best on all.
+        The mean, over resamples of the images, of the difference on the images left out, where each resample chooses
+        by the mean score; and its interval, from the spread over images of the difference of the chosen candidate.
+        Where the choice went by another metric, the correction is that of a choice by the score, an approximation.
     """
     values, gains = np.asarray(scores, float), np.asarray(right, float) - np.asarray(base, float)
     count = values.shape[1]
@@ -114,9 +121,11 @@ def gain_of_best(scores: Sequence[Sequence[float]], right: Sequence[Sequence[boo
         out = np.setdiff1d(np.arange(count), drawn)
         if len(out):
             found.append(gains[values[:, drawn].mean(1).argmax(), out].mean())
-    mean = float(np.mean(found)) if found else float(gains[values.mean(1).argmax()].mean())
+    best = int(values.mean(1).argmax())
+    own = gains[best if chosen is None else chosen]
+    optimism = gains[best].mean() - np.mean(found) if found else 0.0  # of the choice, on the images that it saw
+    mean = float(own.mean() - optimism)
     # Half an image is added to each of the four outcomes (Agresti and Min 2005), or few images would look certain.
-    chosen = gains[values.mean(1).argmax()]
-    better, worse = float((chosen > 0).sum()) + 0.5, float((chosen < 0).sum()) + 0.5
+    better, worse = float((own > 0).sum()) + 0.5, float((own < 0).sum()) + 0.5
     error = np.sqrt(better + worse - (better - worse) ** 2 / (count + 2)) / (count + 2)
     return Gain(mean, mean - 1.96 * float(error), mean + 1.96 * float(error), count)

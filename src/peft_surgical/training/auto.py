@@ -94,20 +94,21 @@ def auto(
     while asked.lrs is None and (more := _neighbours(tried)):
         tried += run([Candidate(part, rate, how) for part, rate in more], stop=stop)
     compared, trials = [*heads[:1], *tried], [base, *heads, *tried]
-    gain, leader = _gain(compared, base), _largest_rate(tried)
-    solved_leads = bool(heads) and _score(heads[0]) >= _score(leader)
-    if stop < 1 and (solved_leads or not gain.is_shown):
+    leader = _largest_rate(tried)
+    best = max([*heads[:1], leader], key=_score)
+    gain = _gain(compared, best, base)
+    if stop < 1 and (best in heads or not gain.is_shown):
         # The solved head is as good as it gets, and what a part of a run does not show the whole may.
         (leader,) = run([candidate_of(leader)])
         trials.append(leader)
         compared = [*heads[:1], leader]
-        gain = _gain(compared, base)
-    leader = max([leader, *heads[:1]], key=_score)
-    if nothing and _score(base) >= _score(leader):
+        best = max([leader, *heads[:1]], key=_score)
+        gain = _gain(compared, best, base)
+    if nothing and _score(base) >= _score(best):
         return replace(result_of("auto", [base], trials), gain=gain)
-    chosen = candidate_of(leader)
+    chosen = candidate_of(best)
     (final,) = run([replace(chosen, how=replace(chosen.how, refit=True))])
-    measured = {name: leader.result[name] for name in ("validation", "validation_loss")}
+    measured = {name: best.result[name] for name in ("validation", "validation_loss")}
     final = Run(final.key, {**final.result, **measured}, final.notes)  # it has seen the validation images
     found = result_of("auto", [final], [*trials, final])
     return replace(found, gain=gain)
@@ -148,6 +149,7 @@ def _score(run: Run) -> float:
     return score
 
 
-def _gain(compared: Sequence[Run], base: Run) -> Gain:
+def _gain(compared: Sequence[Run], best: Run, base: Run) -> Gain:
     right = [[mark == "1" for mark in run.result["right"]] for run in [*compared, base]]
-    return gain_of_best([run.result["scores"] for run in compared], right[:-1], right[-1])
+    scores = [run.result["scores"] for run in compared]
+    return gain_of_best(scores, right[:-1], right[-1], compared.index(best))
