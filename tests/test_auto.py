@@ -60,8 +60,8 @@ def test_rates_are_tried_until_the_best_lies_between_worse_ones(ledger):
     found = search(fit, ledger, parts=("a", "b", "all"))
     fifth = [("a", 1e-3), ("b", 1e-3), ("all", 3e-4)]
     assert fit.asked()[:3] == [(*one, 0.2) for one in fifth]
-    # The two best parts get neighbours, `all` none; a at 3e-4 is best, so that 1e-4 is tried as well.
-    more = {("a", 3e-4), ("a", 3e-3), ("b", 3e-4), ("b", 3e-3), ("a", 1e-4)}
+    # The best part gets neighbours; at 3e-4 it is best, so that 1e-4 is tried as well. The others are clearly behind.
+    more = {("a", 3e-4), ("a", 3e-3), ("a", 1e-4)}
     assert {(method, rate) for method, rate, stop in fit.asked()[3:-1]} == more
     assert fit.asked()[-1] == ("a", 3e-4, 1)
     assert (found.search, found.chosen) == ("auto", Candidate("a", 3e-4, FINAL))
@@ -74,15 +74,27 @@ def test_the_ends_of_the_rates_are_ends(ledger):
 
 
 class Noisy(Scores):
-    """The scores of the images of some runs differ from image to image by ± `noise`."""
+    """The scores of the images of some runs differ from image to image by ± `noise`, by rate or by method."""
 
     noise = {}
 
     def __call__(self, key):
         found = super().__call__(key)
-        noise = self.noise.get(key["lr"], 0.0)
+        noise = self.noise.get(key["lr"], 0.0) or self.noise.get(key["method"], 0.0)
         found["scores"] = [one + noise * (-1) ** (i // 2) for i, one in enumerate(found["scores"])]
         return found
+
+
+@pytest.mark.parametrize("noise", [1.0, 0.4])
+def test_a_second_part_that_is_not_clearly_behind_gets_neighbours_too(ledger, noise):
+    # The mean difference is 0.2. With noise of 1 at b's rate its standard error is 0.14, with 0.4 it is 0.06.
+    fit = Noisy({("a", 1e-3): 0.5, "a": 0.4, ("b", 1e-3): 0.3, "b": 0.2, "all": 0.1})
+    fit.noise = {"b": noise}
+    search(fit, ledger, parts=("a", "b", "all"))
+    tried = {(method, rate) for method, rate, _ in fit.asked()}
+    assert {("a", 3e-4), ("a", 3e-3)} <= tried
+    assert ({("b", 3e-4), ("b", 3e-3)} <= tried) == (noise == 1.0)
+    assert ("all", 1e-3) not in tried
 
 
 @pytest.mark.parametrize(("noise", "rate"), [(0.3, 1e-2), (0.01, 1e-3)])

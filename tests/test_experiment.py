@@ -55,7 +55,7 @@ from peft_surgical.results import published  # noqa: E402
 from peft_surgical.training.auto import AutoSettings  # noqa: E402
 from peft_surgical.training.fitting import FitSettings, fit  # noqa: E402
 from peft_surgical.training.ledger import Ledger  # noqa: E402
-from peft_surgical.training.search import candidate_of, candidates_of  # noqa: E402
+from peft_surgical.training.search import Variant, candidate_of, candidates_of  # noqa: E402
 from peft_surgical.training.trainer import DivergedError, Watch  # noqa: E402
 
 NAMES = ("ant", "bee", "cow")
@@ -278,6 +278,13 @@ def test_auto_takes_the_best_and_trains_it_on_all_labels(place, tmp_path):
     again = of(place, tmp_path, epochs=2, asked=AutoSettings(lrs=(1e-2,)))
     assert choose(again, "auto", 0) == choice
     assert len(again.found) == len(keys)
+
+
+def test_training_on_all_labels_takes_as_many_steps_as_without(place, tmp_path):
+    run = of(place, tmp_path, epochs=2)  # of 18 images; one of 30 comes nearest
+    how = Variant(average=True, refit=True)
+    found = run.train(key_of(Train("block1", 1e-2, 0, how=how), run.shared))
+    assert len(found["curve"]) == 1
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,8 @@ def train_run(experiment: Experiment, run: Train) -> dict[str, Any]:
         return {"validation": found[experiment.metrics[0]], "cost": cost, **folds, **_evidence(experiment, run, logits)}
     assert run.lr is not None
     epochs = run.epochs(experiment.fitting.epochs)
+    if run.how.refit:  # as many steps as without the validation images
+        epochs = max(1, round(epochs * len(experiment.rows("tuning", run.seed)) / len(tuning)))
     place = experiment.folder / PRIVATE / "checkpoints" / experiment.digest(key)
     name = f"{run.method}-lr{run.lr:g}-seed{run.seed}"
     try:

@@ -62,10 +62,11 @@ def auto(
     """The default choice; docs/selection.md describes it.
 
     The solved head says which norm statistics fit the new images. Every part trains for a fifth of a run; around the
-    rates of the two best, neighbouring rates are tried until the best lies between worse ones. Where the solved head
-    leads, or no gain over the base is shown, the best of the others trains to the end before they are compared again.
-    The winner is trained on all labelled images. Results need, beside ``validation``: ``score``, which is compared;
-    ``scores`` and ``right`` for every validation image; and of the solved head ``fold_loss``.
+    rate of the best, and of a second that is not clearly behind, others are tried until the best lies between worse
+    ones. Where the solved head leads, or no gain over the base is shown, the best of the others trains to the end before
+    they are compared again. The winner is trained on all labelled images. Results need, beside ``validation``:
+    ``score``, which is compared; ``scores`` and ``right`` for every validation image; and of the solved head
+    ``fold_loss``.
 
     Args:
         parts: Targets.
@@ -114,6 +115,12 @@ def auto(
     return replace(found, gain=gain)
 
 
+def _is_behind(run: Run, best: Run) -> bool:
+    """Whether the paired difference of the scores of the images has a 95% interval above zero."""
+    less = np.subtract(best.result["scores"], run.result["scores"])
+    return bool(less.mean() > 1.96 * less.std() / np.sqrt(len(less)))
+
+
 def _largest_rate(tried: Sequence[Run]) -> Run:
     """The best run; or one of the same part at a larger rate, if the scores of its images hardly differ.
 
@@ -131,13 +138,15 @@ def _largest_rate(tried: Sequence[Run]) -> Run:
 
 
 def _neighbours(tried: Sequence[Run]) -> list[tuple[str, float]]:
-    """For the two best parts, the rates beside the best one that were not tried."""
+    """For the best part, the rates beside its best one that were not tried; and for the second, unless it is behind."""
     best: dict[str, Run] = {}
     for run in sorted(tried, key=_score, reverse=True):
         best.setdefault(run.key["method"], run)
     known = {(run.key["method"], run.key["lr"]) for run in tried}
     found = []
-    for part, run in list(best.items())[:2]:
+    first, *others = best.values()
+    for run in [first, *(one for one in others[:1] if not _is_behind(one, first))]:
+        part = run.key["method"]
         at = HALF_DECADES.index(run.key["lr"])
         beside = HALF_DECADES[max(at - 1, 0) : at + 2]
         found += [(part, rate) for rate in beside if (part, rate) not in known]
