@@ -63,8 +63,8 @@ def auto(
 
     The solved head says which norm statistics fit the new images. Every part trains for a fifth of a run; around the
     rate of the best, and of a second that is not clearly behind, others are tried until the best lies between worse
-    ones. Where the solved head leads, or no gain over the base is shown, the best of the others trains to the end before
-    they are compared again. The winner is trained on all labelled images. Results need, beside ``validation``:
+    ones. Where the solved head leads, or no gain over the base is shown, the best of the others trains to the end
+    before they are compared again. The winner is trained on all labelled images. Results need, beside ``validation``:
     ``score``, which is compared; ``scores`` and ``right`` for every validation image; and of the solved head
     ``fold_loss``.
 
