@@ -109,7 +109,7 @@ def test_tables_are_drawn_from_rows_alone(recipe, tmp_path, capsys):
     for task, own in gains.items():
         for seed in (0, 1):
             row(ledger, task, "none", seed, 0.40, cost=0.0)
-            row(ledger, task, "auto", seed, own[seed], cost=40.0)
+            row(ledger, task, "auto", seed, own[seed], cost=40.0, chosen="block6 at 0.001, all labels")
             row(ledger, task, "logistic-head", seed, 0.55)
             row(ledger, task, "head", seed, 0.50, lr=1e-2)
             for place, block in enumerate(SINGLE[:-1]):
@@ -130,10 +130,10 @@ def test_tables_are_drawn_from_rows_alone(recipe, tmp_path, capsys):
     minus = {line[0]: line for line in lines if len(line) == 5}
     assert minus["all"][1:] == ["10.0", "0.0", plus_minus([0.10, 0.0]), "0.0"]
     assert minus["none"][4] == "30.0"
-    costs = lines[-1]
-    assert costs[0] == "5 per class"
-    found = dict(zip(COLUMNS[1:-1], costs[1:], strict=True))
-    assert (found["auto"], found["all"], found["Cross-Val"]) == ("40", "10", "70")  # that of all seven blocks
+    (costs,) = [line for line in lines if line[0] == "5 per class"]
+    found = dict(zip(COLUMNS[2:-1], costs[1:], strict=True))
+    assert (found["auto"], found["head"], found["Cross-Val"]) == ("4", "1", "7")  # that of all seven blocks
+    assert lines[-1] == ["photo", "5", "block6 at 0.001", "block6 at 0.001"]
 
 
 @pytest.mark.slow

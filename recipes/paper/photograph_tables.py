@@ -45,7 +45,8 @@ def table(rows: Sequence[Run], tasks: Sequence[str], sizes: Sequence[int], seeds
         TextTable(names, tested[0], caption),
         TextTable(names, tested[1], own),
         TextTable(["auto minus", "first three tasks", "other three", "all", "worst cell"], _differences(cells), _HOW),
-        TextTable(["cost in steps", *COLUMNS[1:-1]], _costs(cells), _COST),
+        TextTable(["runs of all", *COLUMNS[2:-1]], _costs(cells), _COST),
+        TextTable(["task", "per class", *(f"seed {seed}" for seed in seeds)], _chosen(cells), _CHOSEN),
     ]
 
 
@@ -53,7 +54,11 @@ _HOW = (
     "Points of test accuracy, mean over tasks and numbers of labels ± half the 95% interval (Student's t) over these, "
     "each a mean over seeds."
 )
-_COST = "Mean over seeds. Cross-Val and auto: all their runs; the search for the rate is counted in auto alone."
+_COST = (
+    "Cost in training steps, in runs of `all` at one rate on the same images, mean over tasks and seeds. Cross-Val and "
+    "auto: all their runs; the search for the rate is counted in auto alone."
+)
+_CHOSEN = "What auto chose; every choice but `none` is trained on all labels."
 
 
 def _cell(rows: Sequence[Run], task: str, size: int, seeds: Sequence[int]) -> dict[str, list[Run]]:
@@ -111,13 +116,27 @@ def _differences(cells: _Cells) -> list[list[str]]:
 
 
 def _costs(cells: _Cells) -> list[list[str]]:
-    sizes = dict.fromkeys(size for _, size in cells)
     lines = []
-    for size in sizes:
+    for size in dict.fromkeys(size for _, size in cells):
         own = [found for (_, each), found in cells.items() if each == size]
-        costs = [[run.result["cost"] for found in own for run in found[name]] for name in COLUMNS[1:-1]]
-        lines.append([f"{size} per class", *(f"{fmean(cost):.0f}" if cost else "-" for cost in costs)])
+
+        def ratio(name: str, own: list[dict[str, list[Run]]] = own) -> str:
+            found = [
+                run.result["cost"] / whole.result["cost"]
+                for cell in own
+                for run, whole in zip(cell[name], cell["all"], strict=False)
+            ]
+            return f"{fmean(found):.2g}" if found else "-"
+
+        lines.append([f"{size} per class", *map(ratio, COLUMNS[2:-1])])
     return lines
+
+
+def _chosen(cells: _Cells) -> list[list[str]]:
+    def words(run: Run) -> str:
+        return str(run.result.get("chosen", "-")).removesuffix(", all labels")
+
+    return [[task, str(size), *map(words, found["auto"])] for (task, size), found in cells.items()]
 
 
 def _mean(runs: Sequence[Run]) -> float:
