@@ -21,7 +21,7 @@ $(UV):
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 
 $(STAMP): $(UV) pyproject.toml constraints.txt
-	$(UV) pip install --quiet --python $(BIN)/python --constraints constraints.txt -e ".[dev]"
+	$(UV) pip install --quiet --compile-bytecode --python $(BIN)/python --constraints constraints.txt -e ".[dev]"
 	@touch $@
 
 install: $(STAMP)
