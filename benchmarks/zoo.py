@@ -2,9 +2,13 @@
 
 ::
 
-    python benchmarks/zoo.py timm                         # about 1,370 names, on the meta device, in 20 minutes
+    python benchmarks/zoo.py timm                         # about 1,370 names, on the meta device
     python benchmarks/zoo.py transformers                 # every architecture of the mappings below
-    python benchmarks/zoo.py timm --only 'vit_*' --rows zoo.jsonl
+    python benchmarks/zoo.py timm --only 'vit_*'          # these names alone
+    python benchmarks/zoo.py table --markdown docs/results/zoo.md
+
+Each network's row is written to ``--rows`` as soon as it is known, and a later run goes on with the names that have
+none; ``--again`` checks those that are not right once more.
 
 No weights are loaded and nothing is computed. Each network is built twice, for two numbers of classes, and then
 
@@ -25,14 +29,15 @@ import fnmatch
 import itertools
 import json
 import sys
-import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 import transformers
 from torch import nn
@@ -40,6 +45,7 @@ from transformers.models.auto import modeling_auto
 
 from peft_surgical import Anatomy, anatomy_of
 from peft_surgical.errors import AnatomyError, UnknownTargetError
+from peft_surgical.evaluation import TextTable
 
 MAPPINGS = {
     "image classification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
@@ -49,7 +55,19 @@ MAPPINGS = {
     "causal language model": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
 }
 REQUIRED = 0.97
-RIGHT, REFUSED, WRONG, NOT_BUILT = "right", "clear error", "wrong", "not built"
+LIBRARIES = ("timm", "transformers")
+VERDICTS = RIGHT, REFUSED, WRONG, NOT_BUILT = ("right", "clear error", "wrong", "not built")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was found of one network."""
+
+    library: str
+    family: str
+    name: str
+    verdict: str
+    problems: list[str]
 
 
 # --- what must hold ---
@@ -162,18 +180,19 @@ def no_initialisation() -> Iterator[None]:
 # --- timm ---
 
 
-def timm_rows(only: str, first: int = 0, step: int = 1) -> Iterator[tuple[str, str, list[str]]]:
-    """(name, verdict, problems) of each model name of the installed timm."""
-    import timm
-
-    for name in timm.list_models(only)[first::step]:
+def timm_rows(only: str, known: Collection[str] = ()) -> Iterator[Row]:
+    """A row for each model name of the installed timm that is not known yet; a family is a module of timm's."""
+    for name in timm.list_models(only):
+        if name in known:
+            continue
+        family = timm.models.model_entrypoint(name).__module__.rpartition(".")[2]
         try:
             with torch.device("meta"), no_initialisation():
                 model: Any = timm.create_model(name)
                 classes = getattr(model, "num_classes", 0) or 0
                 other: Any = timm.create_model(name, num_classes=classes + 7)
         except Exception as error:
-            yield name, NOT_BUILT, [f"{type(error).__name__}: {error}"]
+            yield Row("timm", family, name, NOT_BUILT, [f"{type(error).__name__}: {error}"])
             continue
         channels, *size = model.pretrained_cfg.get("input_size", (3, 224, 224))
 
@@ -183,20 +202,20 @@ def timm_rows(only: str, first: int = 0, step: int = 1) -> Iterator[tuple[str, s
         verdict, found = problems(other, _changed(model, other), run)
         if verdict == RIGHT and classes == 0:
             verdict, found = problems(model, set(), None)
-        yield name, verdict, found
+        yield Row("timm", family, name, verdict, found)
 
 
 # --- transformers ---
 
 
-def transformers_rows(only: str) -> Iterator[tuple[str, str, list[str]]]:
-    """(mapping: class, verdict, problems) of each architecture in `MAPPINGS`."""
+def transformers_rows(only: str, known: Collection[str] = ()) -> Iterator[Row]:
+    """A row for each architecture in `MAPPINGS` that is not known yet; a family is one of these."""
     for kind, mapping in MAPPINGS.items():
         for model_type, classes in getattr(modeling_auto, mapping).items():
             for name in (classes,) if isinstance(classes, str) else classes:
                 label = f"{kind}: {name}"
-                if fnmatch.fnmatch(name, only):
-                    yield label, *_transformers_row(kind, model_type, name)
+                if fnmatch.fnmatch(name, only) and label not in known:
+                    yield Row("transformers", kind, label, *_transformers_row(kind, model_type, name))
 
 
 def _transformers_row(kind: str, model_type: str, name: str) -> tuple[str, list[str]]:
@@ -267,34 +286,80 @@ def _run(model: Any) -> Any:
 # --- the table ---
 
 
+def read(file: Path) -> dict[str, Row]:
+    """The rows of a file by name: the last one of each name."""
+    if not file.is_file():
+        return {}
+    lines = file.read_text(encoding="utf-8").splitlines()
+    return {row.name: row for row in (Row(**json.loads(line)) for line in lines)}
+
+
+def summary(rows: Collection[Row]) -> tuple[Counter[str], int, float]:
+    """How many rows have each verdict, how many networks could be built, and the share of these that is right."""
+    counts = Counter(row.verdict for row in rows)
+    built = len(rows) - counts[NOT_BUILT]
+    return counts, built, counts[RIGHT] / max(built, 1)
+
+
+def reason(row: Row) -> str:
+    """Why a network is not right, in one line."""
+    return " ".join(row.problems[0].split("blocks=")[0].split()) if row.problems else ""
+
+
+def markdown(rows: Collection[Row]) -> str:
+    """Counts by family, and then each network that is not right, with the reason."""
+    parts = []
+    for library in LIBRARIES:
+        own = [row for row in rows if row.library == library]
+        families = {family: [row for row in own if row.family == family] for family in sorted({r.family for r in own})}
+        lines = []
+        for family, members in [*families.items(), ("all", own)]:
+            counts, built, share = summary(members)
+            lines.append([family, str(built), *(str(counts[v]) for v in VERDICTS), f"{share:.1%}" if built else "-"])
+        version = {"timm": timm, "transformers": transformers}[library].__version__
+        text = f"{library} {version}, torch {torch.__version__.partition('+')[0]}, no weights, on the meta device."
+        parts.append(TextTable(["family", "networks", *VERDICTS, "right, share"], lines, text).markdown())
+    left = [[row.library, row.name, row.verdict, reason(row)] for row in rows if row.verdict != RIGHT]
+    parts.append(TextTable(["library", "network", "verdict", "reason"], sorted(left)).markdown())
+    return "\n".join(parts)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table; return the exit code."""
+    """Check what has no row yet, print what is not right, and count; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("library", choices=("timm", "transformers"), help="whose networks")
-    parser.add_argument("--only", default="*", metavar="PATTERN", help="names that match, as in a shell")
-    parser.add_argument("--shard", default="0/1", metavar="I/N", help="every Nth name of timm, from the Ith on")
-    parser.add_argument("--rows", type=Path, metavar="FILE", help="a JSON line for each network goes there")
+    add = parser.add_argument
+    add("library", choices=(*LIBRARIES, "table"), help="whose networks; or the table of all rows")
+    add("--only", default="*", metavar="PATTERN", help="names that match, as in a shell")
+    add("--again", action="store_true", help="check again what is not right, too")
+    add("--rows", type=Path, default=Path("outputs/benchmarks/zoo.jsonl"), metavar="FILE", help="one row per network")
+    add("--markdown", type=Path, metavar="FILE", help="write the table to this file")
     args = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
-    start, counts, total = time.perf_counter(), Counter[str](), 0
-    shard = tuple(map(int, args.shard.split("/")))
-    rows = timm_rows(args.only, *shard) if args.library == "timm" else transformers_rows(args.only)
-    for name, verdict, found in rows:
-        counts[verdict] += 1
-        total += verdict != NOT_BUILT
-        if args.rows is not None:
+    rows = read(args.rows)
+    if args.library != "table":
+        known = {name for name, row in rows.items() if row.verdict == RIGHT or not args.again}
+        args.rows.parent.mkdir(parents=True, exist_ok=True)
+        check = timm_rows if args.library == "timm" else transformers_rows
+        for row in check(args.only, known):
+            rows[row.name] = row
             with args.rows.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"name": name, "verdict": verdict, "problems": found}) + "\n")
-        if verdict != RIGHT:
-            print(f"{name}: {verdict}: {'; '.join(found)[:300]}", flush=True)
-    share = counts[RIGHT] / max(total, 1)
-    print(
-        f"{args.library}: {total} networks: {counts[RIGHT]} right ({share:.1%}), {counts[REFUSED]} clear errors, "
-        f"{counts[WRONG]} wrong; {counts[NOT_BUILT]} could not be built. {time.perf_counter() - start:.0f} s, torch "
-        f"{torch.__version__}, transformers {transformers.__version__}"
-    )
-    return int(counts[WRONG] > 0 or share < REQUIRED)
+                file.write(json.dumps(asdict(row)) + "\n")
+    found, code = [*rows.values()], 0
+    for library in LIBRARIES if args.library == "table" else (args.library,):
+        own = [row for row in found if row.library == library]
+        for row in own:
+            if row.verdict != RIGHT:
+                print(f"{row.name}: {row.verdict}: {'; '.join(row.problems)[:300]}")
+        counts, built, share = summary(own)
+        print(
+            f"{library}: {built} networks: {counts[RIGHT]} right ({share:.1%}), {counts[REFUSED]} clear errors, "
+            f"{counts[WRONG]} wrong; {counts[NOT_BUILT]} could not be built"
+        )
+        code |= int(counts[WRONG] > 0 or share < REQUIRED)
+    if args.markdown is not None:
+        args.markdown.write_text(markdown(found), encoding="utf-8")
+    return code
 
 
 if __name__ == "__main__":
