@@ -10,7 +10,7 @@
 Each network's row is written to ``--rows`` as soon as it is known, and a later run goes on with the names that have
 none; ``--again`` checks those that are not right once more.
 
-No weights are loaded and nothing is computed. Each network is built twice, for two numbers of classes, and then
+No weights are loaded and nothing is computed. Each network is made for two numbers of classes, and then
 
 - its blocks must hold every parameter and persistent buffer exactly once;
 - the head must be the tensors whose shape depends on the number of classes, and no other; a language model's, the
@@ -31,7 +31,7 @@ import json
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,8 +39,10 @@ from typing import Any
 
 import timm
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers.models.auto import modeling_auto
 
 from peft_surgical import Anatomy, anatomy_of
@@ -55,6 +57,12 @@ MAPPINGS = {
     "causal language model": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
 }
 REQUIRED = 0.97
+ELEMENTWISE = (
+    "batch_norm layer_norm group_norm dropout relu relu_ relu6 gelu silu silu_ sigmoid sigmoid_ hardswish hardsigmoid "
+    "hardtanh hardtanh_ mish leaky_relu elu tanh softmax add add_ __add__ mul mul_ __mul__ sub __sub__ div __truediv__ "
+    "normal_ uniform_ fill_ zero_ copy_"
+)
+SHAPE_KEPT = {getattr(at, name) for at in (torch, F, torch.Tensor) for name in ELEMENTWISE.split() if hasattr(at, name)}
 LIBRARIES = ("timm", "transformers")
 VERDICTS = RIGHT, REFUSED, WRONG, NOT_BUILT = ("right", "clear error", "wrong", "not built")
 
@@ -68,6 +76,7 @@ class Row:
     name: str
     verdict: str
     problems: list[str]
+    ordered: bool = False  # whether a forward pass ran, so that the order was looked at
 
 
 # --- what must hold ---
@@ -130,7 +139,7 @@ def _wrong_order(model: nn.Module, anatomy: Anatomy, run: Callable[[nn.Module], 
         if module._parameters
     ]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), ShapesAlone():
             run(model.eval())
     except Exception:  # data decides the way, or the input is another
         return
@@ -156,10 +165,26 @@ def _wrong_order(model: nn.Module, anatomy: Anatomy, run: Callable[[nn.Module], 
                 yield f"order: {name} is reached before {before}"
 
 
-def _changed(one: nn.Module, other: nn.Module) -> set[str]:
-    """The tensors of ``other`` that are not in ``one``, or have another shape there."""
-    shapes = {name: tensor.shape for name, tensor in one.state_dict().items()}
-    return {name for name, tensor in other.state_dict().items() if shapes.get(name) != tensor.shape}
+class ShapesAlone(TorchFunctionMode):
+    """What keeps shape and dtype of its input computes nothing: on the meta device Python would do so, slowly."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        own, other = (*args, None, None)[:2]
+        if func in SHAPE_KEPT and isinstance(own, torch.Tensor) and own.is_meta and not (kwargs or {}).get("dtype"):
+            name = func.__name__
+            known = not isinstance(other, torch.Tensor) or "norm" in name
+            if known or (own.shape, own.dtype) == (other.shape, other.dtype):
+                return own if name.endswith("_") and not name.endswith("__") else torch.empty_like(own)
+        return func(*args, **(kwargs or {}))
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in model.state_dict().items() if isinstance(tensor, torch.Tensor)}
+
+
+def _changed(before: Mapping[str, torch.Size], model: nn.Module) -> set[str]:
+    """The tensors of a network that were not there before, or had another shape."""
+    return {name for name, shape in _shapes(model).items() if before.get(name) != shape}
 
 
 @contextmanager
@@ -187,22 +212,26 @@ def timm_rows(only: str, known: Collection[str] = ()) -> Iterator[Row]:
             continue
         family = timm.models.model_entrypoint(name).__module__.rpartition(".")[2]
         try:
-            with torch.device("meta"), no_initialisation():
+            with torch.device("meta"), no_initialisation(), ShapesAlone():
                 model: Any = timm.create_model(name)
-                classes = getattr(model, "num_classes", 0) or 0
-                other: Any = timm.create_model(name, num_classes=classes + 7)
+                classes, before = getattr(model, "num_classes", 0) or 0, _shapes(model)
+                verdict, found = problems(model, set(), None) if classes == 0 else (RIGHT, [])
+                try:
+                    model.reset_classifier(classes + 7)
+                except Exception:  # a few need more than the number
+                    model = timm.create_model(name, num_classes=classes + 7)
         except Exception as error:
             yield Row("timm", family, name, NOT_BUILT, [f"{type(error).__name__}: {error}"])
             continue
         channels, *size = model.pretrained_cfg.get("input_size", (3, 224, 224))
+        ran: list[Any] = []
 
-        def run(network: nn.Module, shape: Sequence[int] = (1, channels, *size)) -> Any:
-            return network(torch.zeros(shape, device="meta"))
+        def run(network: nn.Module, shape: Sequence[int] = (1, channels, *size), ran: list[Any] = ran) -> None:
+            ran.append(network(torch.zeros(shape, device="meta")))
 
-        verdict, found = problems(other, _changed(model, other), run)
-        if verdict == RIGHT and classes == 0:
-            verdict, found = problems(model, set(), None)
-        yield Row("timm", family, name, verdict, found)
+        if verdict == RIGHT:
+            verdict, found = problems(model, _changed(before, model), run)
+        yield Row("timm", family, name, verdict, found, bool(ran))
 
 
 # --- transformers ---
@@ -218,7 +247,7 @@ def transformers_rows(only: str, known: Collection[str] = ()) -> Iterator[Row]:
                     yield Row("transformers", kind, label, *_transformers_row(kind, model_type, name))
 
 
-def _transformers_row(kind: str, model_type: str, name: str) -> tuple[str, list[str]]:
+def _transformers_row(kind: str, model_type: str, name: str) -> tuple[str, list[str], bool]:
     labels = kind.endswith("classification")
     try:
         cls: Any = getattr(transformers, name)
@@ -231,15 +260,17 @@ def _transformers_row(kind: str, model_type: str, name: str) -> tuple[str, list[
         else:
             model = other = _built(cls, config_class, {})
     except Exception as error:
-        return NOT_BUILT, [f"{type(error).__name__}: {str(error)[:200]}"]
+        return NOT_BUILT, [f"{type(error).__name__}: {str(error)[:200]}"], False
     head: set[str] | None = None
     if labels:
-        head = _changed(model, other)
+        head = _changed(_shapes(model), other)
     elif kind == "image features":
         head = set()
     elif kind == "causal language model":
         head = _language_head(other)
-    return problems(other, head, _run)
+    ran: list[Any] = []
+    verdict, found = problems(other, head, lambda network: ran.append(_run(network)))
+    return verdict, found, bool(ran)
 
 
 def _built(cls: Any, config_class: Any, settings: dict[str, Any]) -> Any:
@@ -315,10 +346,13 @@ def markdown(rows: Collection[Row]) -> str:
         lines = []
         for family, members in [*families.items(), ("all", own)]:
             counts, built, share = summary(members)
-            lines.append([family, str(built), *(str(counts[v]) for v in VERDICTS), f"{share:.1%}" if built else "-"])
+            numbers = (built, *(counts[verdict] for verdict in VERDICTS), sum(row.ordered for row in members))
+            lines.append([family, *map(str, numbers), f"{share:.1%}" if built else "-"])
         version = {"timm": timm, "transformers": transformers}[library].__version__
         text = f"{library} {version}, torch {torch.__version__.partition('+')[0]}, no weights, on the meta device."
-        parts.append(TextTable(["family", "networks", *VERDICTS, "right, share"], lines, text).markdown())
+        parts.append(
+            TextTable(["family", "networks", *VERDICTS, "order checked", "right, share"], lines, text).markdown()
+        )
     left = [[row.library, row.name, row.verdict, reason(row)] for row in rows if row.verdict != RIGHT]
     parts.append(TextTable(["library", "network", "verdict", "reason"], sorted(left)).markdown())
     return "\n".join(parts)

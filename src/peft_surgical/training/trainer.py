@@ -57,6 +57,17 @@ class ClassifierTrainer(Trainer):
         """See Trainer, which leaves out biases and norms."""
         return [name for name, _ in model.named_parameters()]
 
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except RuntimeError as error:  # what torch says of a full disk names neither the disk nor the file
+            if not re.search("inline_container|PytorchStreamWriter", str(error)):
+                raise
+            raise ConfigError(
+                f"no checkpoint can be written to {self.args.output_dir}, as on a full disk: free space, or name "
+                "another folder, and start it again, which goes on from the last whole checkpoint"
+            ) from error
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """See Trainer, which saves in the first process alone: with FSDP all of them have to give their shards."""
         if not self.is_fsdp_enabled:

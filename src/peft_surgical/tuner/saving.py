@@ -16,13 +16,14 @@ import inspect
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from ..config import SurgicalConfig, SurgicalType
 from ..errors import AdapterError
@@ -126,7 +127,7 @@ def saving_atomically(original: Callable[..., None]) -> Callable[..., None]:
             # Other processes take part in gathering the tensors; they write nothing.
             original(self, save_directory, **rest)
             return
-        with staging(target) as stage:
+        with _in_words(target), staging(target) as stage:
             for place in (".", *self.peft_config):
                 if (target / place / CARD).is_file():  # a page that a user wrote stays
                     (stage / place).mkdir(exist_ok=True)
@@ -138,6 +139,18 @@ def saving_atomically(original: Callable[..., None]) -> Callable[..., None]:
             commit(stage, target)
 
     return save_pretrained
+
+
+@contextmanager
+def _in_words(target: Path) -> Iterator[None]:
+    """What safetensors says of a full disk is no OSError, and names no file."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise AdapterError(
+            f"The adapter was not saved to {target} ({error}). What was saved there before is as it was: free space, "
+            "or save to another folder."
+        ) from error
 
 
 def publish_adapter(model: Any, folder: Path, root: Path | None = None) -> None:
