@@ -207,10 +207,14 @@ def no_initialisation() -> Iterator[None]:
 
 def timm_rows(only: str, known: Collection[str] = ()) -> Iterator[Row]:
     """A row for each model name of the installed timm that is not known yet; a family is a module of timm's."""
+    families: dict[str, list[str]] = {}
     for name in timm.list_models(only):
+        families.setdefault(timm.models.model_entrypoint(name).__module__.rpartition(".")[2], []).append(name)
+    # One of each family, then the next of each: whoever stops early has seen them all.
+    turns = itertools.zip_longest(*([(family, name) for name in names] for family, names in families.items()))
+    for family, name in (pair for turn in turns for pair in turn if pair is not None):
         if name in known:
             continue
-        family = timm.models.model_entrypoint(name).__module__.rpartition(".")[2]
         try:
             with torch.device("meta"), no_initialisation(), ShapesAlone():
                 model: Any = timm.create_model(name)

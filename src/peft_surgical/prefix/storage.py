@@ -206,7 +206,7 @@ def _reference(dataset: Any) -> Callable[[], Any]:
 
 
 def _reserve(file: Path, size: int) -> None:
-    """Make a file of so many bytes that the disk has given: a sparse one would end the process (SIGBUS) once it is full.
+    """Make a file of so many bytes of the disk. Writing to a sparse one would end the process when the disk is full.
 
     Raises:
         NoRoomError: It has not so many.

@@ -64,8 +64,7 @@ class ClassifierTrainer(Trainer):
             if not re.search("inline_container|PytorchStreamWriter", str(error)):
                 raise
             raise ConfigError(
-                f"no checkpoint can be written to {self.args.output_dir}, as on a full disk: free space, or name "
-                "another folder, and start it again, which goes on from the last whole checkpoint"
+                f"no checkpoint can be written to {self.args.output_dir}: free space on the disk, and start it again"
             ) from error
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -170,13 +169,7 @@ def last_checkpoint(folder: str | Path, processes: int) -> tuple[str | None, int
             state = json.loads((place / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
             wrote = json.loads((place / MARK).read_text(encoding="utf-8"))["processes"]
             epochs = round(state["epoch"])
-        except (
-            OSError,
-            ValueError,
-            TypeError,
-            KeyError,
-            RecursionError,
-        ):  # the run was killed while this checkpoint was written
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):  # the run was killed while it was written
             continue
         if wrote != processes:
             raise ConfigError(
