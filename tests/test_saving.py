@@ -171,6 +171,25 @@ def test_without_an_adapter_the_page_goes(model, tmp_path):
     assert (tmp_path / "README.md").exists()
 
 
+@pytest.mark.filterwarnings("ignore:You are trying to modify", "ignore:Already found a `peft_config`")
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("name", ["default", "lora"])
+def test_another_method_on_top_does_not_lose_the_surgical_training(model, tmp_path, name, inside):
+    below = model if inside else model.base_model.model
+    lora = get_peft_model(below, LoraConfig(target_modules=["fc"]), adapter_name=name)
+    with pytest.raises(
+        AdapterError, match=r"LoraModel is on top of a surgical adapter, .* call merge_and_unload first"
+    ):
+        lora.save_pretrained(tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_another_method_on_a_merged_network_is_saved(model, tmp_path):
+    lora = get_peft_model(model.merge_and_unload(), LoraConfig(target_modules=["fc"]))
+    lora.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+
+
 def test_other_methods_keep_pefts_card(tmp_path):
     get_peft_model(tiny.ConvNet(torch.nn.BatchNorm2d), LoraConfig(target_modules=["fc"])).save_pretrained(tmp_path)
     assert "[More Information Needed]" in (tmp_path / "README.md").read_text()

@@ -30,7 +30,7 @@ from ..errors import AdapterError
 from ..evaluation import Report
 from ..files import is_finite, shown
 from ..folders import commit, staging
-from ..keys import CARD, CONFIG, DELTA, WEIGHTS, neutral_key, tensor_name
+from ..keys import CARD, CONFIG, DELTA, HOLDER, PREFIX, WEIGHTS, neutral_key, tensor_name
 from ..results import published
 from ..texts import markdown_code, markdown_text
 
@@ -105,6 +105,7 @@ def saving_atomically(original: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(original)
     def save_pretrained(self: Any, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        _refuse_beneath(self)
         surgical = any(isinstance(config, SurgicalConfig) for config in self.peft_config.values())
         if not surgical or os.path.isfile(save_directory):
             original(self, save_directory, *args, **kwargs)
@@ -139,6 +140,19 @@ def saving_atomically(original: Callable[..., None]) -> Callable[..., None]:
             commit(stage, target)
 
     return save_pretrained
+
+
+def _refuse_beneath(model: Any) -> None:
+    """Raise AdapterError where another method is on top of a surgical adapter: PEFT would save that method alone."""
+    tuner = getattr(model, "base_model", None)
+    if getattr(tuner, "prefix", PREFIX) == PREFIX:
+        return
+    if any(f"{HOLDER}.{DELTA}." in name for name, _ in model.named_parameters()):
+        raise AdapterError(
+            f"{type(tuner).__name__} is on top of a surgical adapter, and would be saved without what that has "
+            "learned. Save the surgical adapter and call merge_and_unload first, and put the other method on what "
+            "that returns."
+        )
 
 
 @contextmanager
