@@ -2,11 +2,15 @@
 
 ::
 
-    python benchmarks/zoo.py timm                         # about 1,370 names, on the meta device, in 20 minutes
+    python benchmarks/zoo.py timm                         # about 1,370 names, on the meta device
     python benchmarks/zoo.py transformers                 # every architecture of the mappings below
-    python benchmarks/zoo.py timm --only 'vit_*' --rows zoo.jsonl
+    python benchmarks/zoo.py timm --only 'vit_*'          # these names alone
+    python benchmarks/zoo.py table --markdown docs/results/zoo.md
 
-No weights are loaded and nothing is computed. Each network is built twice, for two numbers of classes, and then
+Each network's row is written to ``--rows`` as soon as it is known, and a later run goes on with the names that have
+none; ``--again`` checks those that are not right once more.
+
+No weights are loaded and nothing is computed. Each network is made for two numbers of classes, and then
 
 - its blocks must hold every parameter and persistent buffer exactly once;
 - the head must be the tensors whose shape depends on the number of classes, and no other; a language model's, the
@@ -25,21 +29,25 @@ import fnmatch
 import itertools
 import json
 import sys
-import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers.models.auto import modeling_auto
 
 from peft_surgical import Anatomy, anatomy_of
 from peft_surgical.errors import AnatomyError, UnknownTargetError
+from peft_surgical.evaluation import TextTable
 
 MAPPINGS = {
     "image classification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
@@ -49,7 +57,26 @@ MAPPINGS = {
     "causal language model": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
 }
 REQUIRED = 0.97
-RIGHT, REFUSED, WRONG, NOT_BUILT = "right", "clear error", "wrong", "not built"
+ELEMENTWISE = (
+    "batch_norm layer_norm group_norm dropout relu relu_ relu6 gelu silu silu_ sigmoid sigmoid_ hardswish hardsigmoid "
+    "hardtanh hardtanh_ mish leaky_relu elu tanh softmax add add_ __add__ mul mul_ __mul__ sub __sub__ div __truediv__ "
+    "normal_ uniform_ fill_ zero_ copy_"
+)
+SHAPE_KEPT = {getattr(at, name) for at in (torch, F, torch.Tensor) for name in ELEMENTWISE.split() if hasattr(at, name)}
+LIBRARIES = ("timm", "transformers")
+VERDICTS = RIGHT, REFUSED, WRONG, NOT_BUILT = ("right", "clear error", "wrong", "not built")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was found of one network."""
+
+    library: str
+    family: str
+    name: str
+    verdict: str
+    problems: list[str]
+    ordered: bool = False  # whether a forward pass ran, so that the order was looked at
 
 
 # --- what must hold ---
@@ -112,7 +139,7 @@ def _wrong_order(model: nn.Module, anatomy: Anatomy, run: Callable[[nn.Module], 
         if module._parameters
     ]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), ShapesAlone():
             run(model.eval())
     except Exception:  # data decides the way, or the input is another
         return
@@ -138,10 +165,26 @@ def _wrong_order(model: nn.Module, anatomy: Anatomy, run: Callable[[nn.Module], 
                 yield f"order: {name} is reached before {before}"
 
 
-def _changed(one: nn.Module, other: nn.Module) -> set[str]:
-    """The tensors of ``other`` that are not in ``one``, or have another shape there."""
-    shapes = {name: tensor.shape for name, tensor in one.state_dict().items()}
-    return {name for name, tensor in other.state_dict().items() if shapes.get(name) != tensor.shape}
+class ShapesAlone(TorchFunctionMode):
+    """What keeps shape and dtype of its input computes nothing: on the meta device Python would do so, slowly."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        own, other = (*args, None, None)[:2]
+        if func in SHAPE_KEPT and isinstance(own, torch.Tensor) and own.is_meta and not (kwargs or {}).get("dtype"):
+            name = func.__name__
+            known = not isinstance(other, torch.Tensor) or "norm" in name
+            if known or (own.shape, own.dtype) == (other.shape, other.dtype):
+                return own if name.endswith("_") and not name.endswith("__") else torch.empty_like(own)
+        return func(*args, **(kwargs or {}))
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in model.state_dict().items() if isinstance(tensor, torch.Tensor)}
+
+
+def _changed(before: Mapping[str, torch.Size], model: nn.Module) -> set[str]:
+    """The tensors of a network that were not there before, or had another shape."""
+    return {name for name, shape in _shapes(model).items() if before.get(name) != shape}
 
 
 @contextmanager
@@ -162,44 +205,53 @@ def no_initialisation() -> Iterator[None]:
 # --- timm ---
 
 
-def timm_rows(only: str, first: int = 0, step: int = 1) -> Iterator[tuple[str, str, list[str]]]:
-    """(name, verdict, problems) of each model name of the installed timm."""
-    import timm
-
-    for name in timm.list_models(only)[first::step]:
+def timm_rows(only: str, known: Collection[str] = ()) -> Iterator[Row]:
+    """A row for each model name of the installed timm that is not known yet; a family is a module of timm's."""
+    families: dict[str, list[str]] = {}
+    for name in timm.list_models(only):
+        families.setdefault(timm.models.model_entrypoint(name).__module__.rpartition(".")[2], []).append(name)
+    # One of each family, then the next of each: whoever stops early has seen them all.
+    turns = itertools.zip_longest(*([(family, name) for name in names] for family, names in families.items()))
+    for family, name in (pair for turn in turns for pair in turn if pair is not None):
+        if name in known:
+            continue
         try:
-            with torch.device("meta"), no_initialisation():
+            with torch.device("meta"), no_initialisation(), ShapesAlone():
                 model: Any = timm.create_model(name)
-                classes = getattr(model, "num_classes", 0) or 0
-                other: Any = timm.create_model(name, num_classes=classes + 7)
+                classes, before = getattr(model, "num_classes", 0) or 0, _shapes(model)
+                verdict, found = problems(model, set(), None) if classes == 0 else (RIGHT, [])
+                try:
+                    model.reset_classifier(classes + 7)
+                except Exception:  # a few need more than the number
+                    model = timm.create_model(name, num_classes=classes + 7)
         except Exception as error:
-            yield name, NOT_BUILT, [f"{type(error).__name__}: {error}"]
+            yield Row("timm", family, name, NOT_BUILT, [f"{type(error).__name__}: {error}"])
             continue
         channels, *size = model.pretrained_cfg.get("input_size", (3, 224, 224))
+        ran: list[Any] = []
 
-        def run(network: nn.Module, shape: Sequence[int] = (1, channels, *size)) -> Any:
-            return network(torch.zeros(shape, device="meta"))
+        def run(network: nn.Module, shape: Sequence[int] = (1, channels, *size), ran: list[Any] = ran) -> None:
+            ran.append(network(torch.zeros(shape, device="meta")))
 
-        verdict, found = problems(other, _changed(model, other), run)
-        if verdict == RIGHT and classes == 0:
-            verdict, found = problems(model, set(), None)
-        yield name, verdict, found
+        if verdict == RIGHT:
+            verdict, found = problems(model, _changed(before, model), run)
+        yield Row("timm", family, name, verdict, found, bool(ran))
 
 
 # --- transformers ---
 
 
-def transformers_rows(only: str) -> Iterator[tuple[str, str, list[str]]]:
-    """(mapping: class, verdict, problems) of each architecture in `MAPPINGS`."""
+def transformers_rows(only: str, known: Collection[str] = ()) -> Iterator[Row]:
+    """A row for each architecture in `MAPPINGS` that is not known yet; a family is one of these."""
     for kind, mapping in MAPPINGS.items():
         for model_type, classes in getattr(modeling_auto, mapping).items():
             for name in (classes,) if isinstance(classes, str) else classes:
                 label = f"{kind}: {name}"
-                if fnmatch.fnmatch(name, only):
-                    yield label, *_transformers_row(kind, model_type, name)
+                if fnmatch.fnmatch(name, only) and label not in known:
+                    yield Row("transformers", kind, label, *_transformers_row(kind, model_type, name))
 
 
-def _transformers_row(kind: str, model_type: str, name: str) -> tuple[str, list[str]]:
+def _transformers_row(kind: str, model_type: str, name: str) -> tuple[str, list[str], bool]:
     labels = kind.endswith("classification")
     try:
         cls: Any = getattr(transformers, name)
@@ -212,15 +264,17 @@ def _transformers_row(kind: str, model_type: str, name: str) -> tuple[str, list[
         else:
             model = other = _built(cls, config_class, {})
     except Exception as error:
-        return NOT_BUILT, [f"{type(error).__name__}: {str(error)[:200]}"]
+        return NOT_BUILT, [f"{type(error).__name__}: {str(error)[:200]}"], False
     head: set[str] | None = None
     if labels:
-        head = _changed(model, other)
+        head = _changed(_shapes(model), other)
     elif kind == "image features":
         head = set()
     elif kind == "causal language model":
         head = _language_head(other)
-    return problems(other, head, _run)
+    ran: list[Any] = []
+    verdict, found = problems(other, head, lambda network: ran.append(_run(network)))
+    return verdict, found, bool(ran)
 
 
 def _built(cls: Any, config_class: Any, settings: dict[str, Any]) -> Any:
@@ -267,34 +321,83 @@ def _run(model: Any) -> Any:
 # --- the table ---
 
 
+def read(file: Path) -> dict[str, Row]:
+    """The rows of a file by name: the last one of each name."""
+    if not file.is_file():
+        return {}
+    lines = file.read_text(encoding="utf-8").splitlines()
+    return {row.name: row for row in (Row(**json.loads(line)) for line in lines)}
+
+
+def summary(rows: Collection[Row]) -> tuple[Counter[str], int, float]:
+    """How many rows have each verdict, how many networks could be built, and the share of these that is right."""
+    counts = Counter(row.verdict for row in rows)
+    built = len(rows) - counts[NOT_BUILT]
+    return counts, built, counts[RIGHT] / max(built, 1)
+
+
+def reason(row: Row) -> str:
+    """Why a network is not right, in one line."""
+    return " ".join(row.problems[0].split("blocks=")[0].split()) if row.problems else ""
+
+
+def markdown(rows: Collection[Row]) -> str:
+    """Counts by family, and then each network that is not right, with the reason."""
+    parts = []
+    for library in LIBRARIES:
+        own = [row for row in rows if row.library == library]
+        families = {family: [row for row in own if row.family == family] for family in sorted({r.family for r in own})}
+        lines = []
+        for family, members in [*families.items(), ("all", own)]:
+            counts, built, share = summary(members)
+            numbers = (built, *(counts[verdict] for verdict in VERDICTS), sum(row.ordered for row in members))
+            lines.append([family, *map(str, numbers), f"{share:.1%}" if built else "-"])
+        version = {"timm": timm, "transformers": transformers}[library].__version__
+        text = f"{library} {version}, torch {torch.__version__.partition('+')[0]}, no weights, on the meta device."
+        parts.append(
+            TextTable(["family", "networks", *VERDICTS, "order checked", "right, share"], lines, text).markdown()
+        )
+    left = [[row.library, row.name, row.verdict, reason(row)] for row in rows if row.verdict != RIGHT]
+    parts.append(TextTable(["library", "network", "verdict", "reason"], sorted(left)).markdown())
+    return "\n".join(parts)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table; return the exit code."""
+    """Check what has no row yet, print what is not right, and count; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("library", choices=("timm", "transformers"), help="whose networks")
-    parser.add_argument("--only", default="*", metavar="PATTERN", help="names that match, as in a shell")
-    parser.add_argument("--shard", default="0/1", metavar="I/N", help="every Nth name of timm, from the Ith on")
-    parser.add_argument("--rows", type=Path, metavar="FILE", help="a JSON line for each network goes there")
+    add = parser.add_argument
+    add("library", choices=(*LIBRARIES, "table"), help="whose networks; or the table of all rows")
+    add("--only", default="*", metavar="PATTERN", help="names that match, as in a shell")
+    add("--again", action="store_true", help="check again what is not right, too")
+    add("--rows", type=Path, default=Path("outputs/benchmarks/zoo.jsonl"), metavar="FILE", help="one row per network")
+    add("--markdown", type=Path, metavar="FILE", help="write the table to this file")
     args = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
-    start, counts, total = time.perf_counter(), Counter[str](), 0
-    shard = tuple(map(int, args.shard.split("/")))
-    rows = timm_rows(args.only, *shard) if args.library == "timm" else transformers_rows(args.only)
-    for name, verdict, found in rows:
-        counts[verdict] += 1
-        total += verdict != NOT_BUILT
-        if args.rows is not None:
+    rows = read(args.rows)
+    if args.library != "table":
+        known = {name for name, row in rows.items() if row.verdict == RIGHT or not args.again}
+        args.rows.parent.mkdir(parents=True, exist_ok=True)
+        check = timm_rows if args.library == "timm" else transformers_rows
+        for row in check(args.only, known):
+            rows[row.name] = row
             with args.rows.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"name": name, "verdict": verdict, "problems": found}) + "\n")
-        if verdict != RIGHT:
-            print(f"{name}: {verdict}: {'; '.join(found)[:300]}", flush=True)
-    share = counts[RIGHT] / max(total, 1)
-    print(
-        f"{args.library}: {total} networks: {counts[RIGHT]} right ({share:.1%}), {counts[REFUSED]} clear errors, "
-        f"{counts[WRONG]} wrong; {counts[NOT_BUILT]} could not be built. {time.perf_counter() - start:.0f} s, torch "
-        f"{torch.__version__}, transformers {transformers.__version__}"
-    )
-    return int(counts[WRONG] > 0 or share < REQUIRED)
+                file.write(json.dumps(asdict(row)) + "\n")
+    found, code = [*rows.values()], 0
+    for library in LIBRARIES if args.library == "table" else (args.library,):
+        own = [row for row in found if row.library == library]
+        for row in own:
+            if row.verdict != RIGHT:
+                print(f"{row.name}: {row.verdict}: {'; '.join(row.problems)[:300]}")
+        counts, built, share = summary(own)
+        print(
+            f"{library}: {built} networks: {counts[RIGHT]} right ({share:.1%}), {counts[REFUSED]} clear errors, "
+            f"{counts[WRONG]} wrong; {counts[NOT_BUILT]} could not be built"
+        )
+        code |= int(counts[WRONG] > 0 or share < REQUIRED)
+    if args.markdown is not None:
+        args.markdown.write_text(markdown(found), encoding="utf-8")
+    return code
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ from peft_surgical.results import published  # noqa: E402
 from peft_surgical.training.auto import AutoSettings  # noqa: E402
 from peft_surgical.training.fitting import FitSettings, fit  # noqa: E402
 from peft_surgical.training.ledger import Ledger  # noqa: E402
-from peft_surgical.training.search import Variant, candidate_of, candidates_of  # noqa: E402
+from peft_surgical.training.search import Candidate, Variant, candidate_of, candidates_of, cross_val  # noqa: E402
 from peft_surgical.training.trainer import DivergedError, Watch  # noqa: E402
 
 NAMES = ("ant", "bee", "cow")
@@ -569,6 +569,67 @@ def test_a_run_that_diverges_loses(place, tmp_path):
     alone = of(place, tmp_path, lrs=(1e30,), fitting={"optimizer": "sgd"})
     with pytest.raises(ConfigError, match=r"block1 with learning rate 1e\+30 and seed 0 ended in NaN"):
         choose(alone, "block1", 0)
+
+
+OUT_OF_MEMORY = (
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried ..."),
+    MemoryError(),
+)
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
+def test_a_run_that_needs_too_much_memory_loses(place, tmp_path, monkeypatch, error, capsys):
+    def greedy(network, method, *args, **how):
+        if method.name == "all":
+            raise error
+        return fit(network, method, *args, **how)
+
+    monkeypatch.setattr(running, "fit", greedy)
+    run = of(place, tmp_path, watch=Bar())
+    candidates = [Candidate("all", 1e-2), Candidate("block1", 1e-2)]
+    found = cross_val(candidates, run.train, run.ledger, {**run.shared, "seed": 0}, run.run)
+    assert found.chosen.method == "block1"
+    record = found.record()
+    assert (list(record["validation"]), record["out_of_memory"]) == (["block1 at 0.01"], ["all at 0.01"])
+    assert (
+        "all at 0.01: needs more memory than there is, and is left out: a smaller batch_size" in capsys.readouterr().err
+    )
+    with pytest.raises(RowsFailedError) as raised:
+        run_grid(run, ["none", "all", "block1"], [0])
+    assert list(raised.value.done) == ["none", "block1"]
+    message = "all with learning rate 0.01 needs more memory than there is with batches of 6: give batch_size=3 or less"
+    assert str(raised.value.failed["all"]) == message
+    assert write_compared(run, raised.value.done, [0], raised.value.failed).settings["failed"] == {"all": message}
+
+
+def test_auto_goes_on_with_what_fits(place, tmp_path, monkeypatch):
+    def greedy(network, method, *args, **how):
+        if method.name == "all":
+            raise torch.OutOfMemoryError
+        return fit(network, method, *args, **how)
+
+    def solve(*args, **how):
+        raise MemoryError
+
+    monkeypatch.setattr(running, "fit", greedy)
+    monkeypatch.setattr(running, "solve_head", solve)
+    found = search(of(place, tmp_path, asked=AutoSettings(lrs=(1e-2,))), "auto", 0)
+    assert {one.key["method"] for one in found.trials if one.result.get("out_of_memory")} == {"all", "logistic-head"}
+    assert found.chosen.method not in ("all", "logistic-head")
+
+
+def test_other_errors_and_those_of_the_base_are_no_lack_of_memory(place, tmp_path, monkeypatch):
+    run = of(place, tmp_path)
+    for error in (RuntimeError("shapes"), *OUT_OF_MEMORY):
+        monkeypatch.setattr(running, "fit", lambda *args, error=error, **how: (_ for _ in ()).throw(error))
+        monkeypatch.setattr(run, "logits", lambda *args, error=error: (_ for _ in ()).throw(error))
+        with pytest.raises(type(error)):
+            run.train(run.key("none", None, 0))
+        if not running.is_out_of_memory(error):
+            with pytest.raises(RuntimeError, match="shapes"):
+                run.train(run.key("block1", 1e-2, 0))
+        monkeypatch.undo()
 
 
 def test_a_reloaded_adapter_that_differs_is_an_error(place, tmp_path):

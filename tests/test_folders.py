@@ -184,6 +184,21 @@ def test_the_file_that_was_verified_is_the_one_that_is_loaded(alternating, monke
     assert list(model.peft_config) == ["default"]
 
 
+def test_what_is_loaded_has_no_tensors_of_an_adapter_that_tunes_more(tmp_path, monkeypatch):
+    import peft.peft_model as module
+
+    adapted(0, "block1").save_pretrained(tmp_path)
+    larger, original = adapted(1, "all"), module.load_peft_weights
+
+    def late(*args, **kwargs):
+        larger.save_pretrained(tmp_path)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(module, "load_peft_weights", late)
+    model = PeftModel.from_pretrained(network(), tmp_path)
+    assert torch.equal(logits_of(model), logits_of(adapted(0, "block1")))
+
+
 def test_a_whole_head_is_loaded_as_it_was_verified(tmp_path, monkeypatch):
     import peft.peft_model as module
 

@@ -183,6 +183,23 @@ def test_a_run_that_is_killed_while_it_deletes_ends_with_the_same_bytes(whole, t
     assert content(tmp_path) == content(whole)
 
 
+def test_a_checkpoint_for_which_there_is_no_room_is_an_error_in_words(tmp_path, monkeypatch):
+    train("full", tmp_path / "whole", stop_epoch=2)
+
+    def full(*args, **kwargs):
+        raise RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 8192 vs 8080")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(ConfigError, match=r"no checkpoint can be written to .*checkpoints: free space on the disk"):
+        train("full", tmp_path / "full")
+    monkeypatch.setattr(torch, "save", lambda *args, **kwargs: (_ for _ in ()).throw(RuntimeError("another")))
+    with pytest.raises(RuntimeError, match="another"):
+        train("full", tmp_path / "other")
+    monkeypatch.undo()
+    train("full", tmp_path / "full", stop_epoch=2)
+    assert content(tmp_path / "full") == content(tmp_path / "whole")
+
+
 # --- which checkpoint counts ---
 
 

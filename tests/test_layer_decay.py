@@ -46,6 +46,29 @@ def test_groups_are_those_of_the_network_tuned_by_hand(name, target):
     assert held == {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
 
 
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "test_resnet"])
+def test_the_adapted_model_itself_gives_the_same_groups(name):
+    torch.manual_seed(0)
+    by_hand, model = small(name), get_peft_model(small(name), SurgicalConfig(target="all"))
+    wanted = settings(by_hand, {id(parameter): own for own, parameter in by_hand.named_parameters()})
+    view = {id(parameter): own for own, parameter in with_base_names(model).named_parameters()}
+    assert settings(model, view) == wanted
+    assert settings(model.base_model, view) == wanted
+    assert set(wanted) == set(model.peft_config["default"].tensor_names)
+
+
+def test_networks_that_timm_cannot_ask_stay_so():
+    model = get_peft_model(ConvNet(nn.BatchNorm2d), SurgicalConfig(target="head"))
+    assert not hasattr(model, "group_matcher")
+    assert not hasattr(model, "no_weight_decay")
+    network = timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=5)
+    model = get_peft_model(network, SurgicalConfig(target="cls_token", modules_to_save=["head"]))
+    group_of = model.group_matcher()
+    assert group_of("base_model.model.surgery.surgical_delta.default.cls_token") == 0
+    assert group_of("base_model.model.head.modules_to_save.default.weight") == group_of("norm.weight")
+    assert "base_model.model.surgery.surgical_delta.default.cls_token" in model.no_weight_decay()
+
+
 def test_root_tokens_and_modules_saved_whole():
     network = timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=5)
     model = get_peft_model(network, SurgicalConfig(target="embedding", modules_to_save=["head"]))

@@ -1,6 +1,8 @@
 """The ledger: lookup, resuming after a kill, several processes."""
 
+import errno
 import math
+import os
 import subprocess
 import sys
 import textwrap
@@ -34,6 +36,25 @@ def test_append_and_find(tmp_path):
     assert [run.key["seed"] for run in ledger.runs(seed=1, lr=1e-3)] == [1]
     assert ledger.runs(unknown=None) == []
     assert [run.key for run in Ledger(ledger.file)] == [run.key for run in ledger]
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, monkeypatch):
+    ledger = Ledger(tmp_path / "runs.jsonl")
+    ledger.append({"seed": 0}, {"validation": 0.5})
+    original = os.write
+
+    def nothing(descriptor, line):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for write in (nothing, lambda descriptor, line: original(descriptor, line[:9])):
+        monkeypatch.setattr(os, "write", write)
+        with pytest.raises(OSError, match="No space left on device") as raised:
+            ledger.append({"seed": 1}, {"validation": 0.5})
+        assert raised.value.filename == str(ledger.file)
+        monkeypatch.undo()
+        assert [run.key["seed"] for run in ledger] == [0]
+    ledger.append({"seed": 1}, {"validation": 0.5})
+    assert [run.key["seed"] for run in ledger] == [0, 1]
 
 
 def test_another_writer_is_seen_and_the_last_result_counts(tmp_path):

@@ -1,6 +1,7 @@
 """A run whose frozen prefix is computed once is the run without, bit for bit; what cannot be cached says why."""
 
 import copy
+import errno
 import functools
 import json
 import os
@@ -386,6 +387,27 @@ def test_what_does_not_fit_into_memory_goes_into_files_and_what_fits_nowhere_is_
     none = run(used_batchnorm(), "block2", FeatureStore(memory=10, disk=10))
     assert none.prefix.startswith("prefix not cached: its outputs need")
     assert same(snapshot(none.model), snapshot(plain.model))
+
+
+def test_files_have_their_room_before_anything_is_written(tmp_path, monkeypatch):
+    """Writing to a mapped file that the disk has no room for ends the process."""
+    store, layouts = FeatureStore(memory=0, folder=tmp_path), [layout_of(torch.zeros(1, 1000))]
+    room = []
+
+    def fill(tensors):
+        (file,) = [path for path in tmp_path.iterdir() if path.suffix != ".lock"]
+        room.append(file.stat().st_blocks * 512)
+
+    store.features("a" * 32, layouts, 50, fill)
+    assert room[0] >= 50 * 4000
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(NoRoomError, match=r"its outputs need 0 MiB in .*: No space left on device"):
+        store.features("b" * 32, layouts, 50, fill)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("b") and path.suffix != ".lock"]
 
 
 def test_a_file_is_whole_or_absent_and_the_least_recently_used_goes_first(tmp_path):

@@ -14,10 +14,12 @@ import tiny
 import torch
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from tiny import CASES, images, outputs
 
 import peft_surgical  # noqa: F401 (or PEFT would not know the method)
 from peft_surgical import SurgicalConfig
+from peft_surgical.errors import AdapterError
 from peft_surgical.evaluation import Report, measure
 from peft_surgical.tuner import model as tuner_model
 from peft_surgical.tuner import plan
@@ -80,6 +82,20 @@ def model():
     model = get_peft_model(tiny.ConvNet(torch.nn.BatchNorm2d).eval(), SurgicalConfig(target="block1"))
     tiny.disturb(model)
     return model
+
+
+def test_a_full_disk_is_an_error_in_words_and_the_old_adapter_stays(model, tmp_path, monkeypatch):
+    model.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(*args, **kwargs):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("peft.peft_model.safe_save_file", full)
+    tiny.disturb(model)
+    with pytest.raises(AdapterError, match=r"was not saved to .*No space left on device.*free space"):
+        model.save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_what_is_known_is_said(model, tmp_path):
@@ -153,6 +169,25 @@ def test_without_an_adapter_the_page_goes(model, tmp_path):
     (tmp_path / "README.md").write_text("Ours.")
     write_card(tmp_path)
     assert (tmp_path / "README.md").exists()
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to modify", "ignore:Already found a `peft_config`")
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("name", ["default", "lora"])
+def test_another_method_on_top_does_not_lose_the_surgical_training(model, tmp_path, name, inside):
+    below = model if inside else model.base_model.model
+    lora = get_peft_model(below, LoraConfig(target_modules=["fc"]), adapter_name=name)
+    with pytest.raises(
+        AdapterError, match=r"LoraModel is on top of a surgical adapter, .* call merge_and_unload first"
+    ):
+        lora.save_pretrained(tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_another_method_on_a_merged_network_is_saved(model, tmp_path):
+    lora = get_peft_model(model.merge_and_unload(), LoraConfig(target_modules=["fc"]))
+    lora.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").is_file()
 
 
 def test_other_methods_keep_pefts_card(tmp_path):

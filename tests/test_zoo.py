@@ -1,5 +1,7 @@
 """The check of whole zoos (`benchmarks/zoo.py`): what it finds wrong, and networks that were cut wrongly once."""
 
+import dataclasses
+import json
 import warnings
 
 import pytest
@@ -29,6 +31,18 @@ TEXT = {
     },
     # A bias of its own behind a tied weight.
     "CTRLLMHeadModel": {"head": "lm_head.bias", "embedding": "transformer.w"},
+    # Pooling by attention is called a head, and is none.
+    "SiglipVisionModel": {"block2": "head"},
+    "Aimv2VisionModel": {"block2": "head"},
+    # Classifiers side by side.
+    "MusicgenForCausalLM": {"head": "lm_heads"},
+    # A network in front of two towers.
+    "DetrModel": {
+        "backbone.block1": "backbone.model.conv1",
+        "backbone.block4": "input_projection",
+        "encoder.block1": "encoder.layers.0",
+        "decoder.embedding": "query_position_embeddings",
+    },
     "ElectraForCausalLM": {"head": "generator_lm_head.bias", "block2": "generator_predictions.dense"},
 }
 SIZES = {"num_labels": 5, "n_layers": 2, "n_layer": 2, "encoder_layers": 2, "decoder_layers": 2, "num_hidden_layers": 2}
@@ -51,6 +65,19 @@ def test_networks_that_were_cut_wrongly_once(name):
         held = [tensor for tensor in anatomy.tensors if f"{tensor}.".startswith(f"{path}.")]
         assert held, path
         assert {anatomy.block_of(tensor).name for tensor in held} == {block}
+
+
+def test_a_model_inside_another_is_cut_like_that():
+    small = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    text = {**small, "num_key_value_heads": 1, "head_dim": 16, "vocab_size": 64}
+    vision = {**small, "image_size": 56, "patch_size": 14}
+    config = transformers.ShieldGemma2Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    with torch.device("meta"):
+        anatomy = anatomy_of(transformers.ShieldGemma2ForImageClassification(config))
+    towers = [f"{tower}.{block}" for tower in ("vision", "language") for block in ("embedding", "block1", "block2")]
+    assert list(anatomy.names) == towers
+    (projector, *_) = [name for name in anatomy.tensors if "multi_modal_projector" in name]
+    assert anatomy.block_of(projector).name == "vision.block2"
 
 
 class Swapped(ConvNet):
@@ -80,4 +107,15 @@ def test_the_table_names_what_is_not_right_and_fails(capsys, tmp_path):
     with warnings.catch_warnings():
         assert zoo.main(["timm", "--only", "test_[rv]*t", "--rows", str(tmp_path / "rows")]) == 0
     assert "right (100.0%), 0 clear errors, 0 wrong" in capsys.readouterr().out
-    assert len((tmp_path / "rows").read_text().splitlines()) >= 2
+    rows = (tmp_path / "rows").read_text().splitlines()
+    assert len(rows) >= 2
+    # Whoever starts it again goes on, and the table is made of all that is known.
+    (tmp_path / "rows").write_text("\n".join(rows[1:]) + "\n")
+    strange = zoo.Row("transformers", "text", "text: Odd", "clear error", ["Cannot tell the blocks. blocks={"])
+    (tmp_path / "rows").open("a").write(json.dumps(dataclasses.asdict(strange)) + "\n")
+    again = ["timm", "--only", "test_[rv]*t", "--rows", str(tmp_path / "rows"), "--markdown", str(tmp_path / "t.md")]
+    assert zoo.main(again) == 0
+    assert len((tmp_path / "rows").read_text().splitlines()) == len(rows) + 1
+    text = (tmp_path / "t.md").read_text()
+    assert f"| all | {len(rows)} | {len(rows)} | 0 | 0 | 0 | {len(rows)} | 100.0% |" in text
+    assert "| transformers | text: Odd | clear error | Cannot tell the blocks. |" in text

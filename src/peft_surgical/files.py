@@ -162,6 +162,8 @@ class Content:
                 "own, load them once more: now they are taken as they are."
             )
         loaded.update({key: self.tensors[name].to(loaded[key].device) for key, name in pairs.items()})
+        for key in [key for key in loaded if key not in pairs and key_of(key) in others]:
+            del loaded[key]  # the other file holds more tensors
 
 
 def stamp_of(found: os.stat_result) -> tuple[int, ...]:

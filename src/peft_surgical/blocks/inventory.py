@@ -63,6 +63,10 @@ class Inventory:
         found = {name for path in paths for name in self._below.get(path, ())}
         return sorted(found, key=self.position.__getitem__)
 
+    def children(self, path: str) -> list[str]:
+        """Paths of the modules directly in a module."""
+        return [f"{path}.{name}".lstrip(".") for name, _ in self.modules[path].named_children()]
+
     def highest(self, tensors: Sequence[str]) -> tuple[str, ...]:
         """Paths of the highest modules all of whose tensors are among these, in order."""
         held = Counter(path for name in tensors for path in _ancestors(name))
@@ -268,8 +272,7 @@ def skeleton(inventory: Inventory) -> str:
     while len(children) == 1:
         (path,) = children
         raw += [name for name in inventory.below(path) if owner(name) == path]
-        inside = (f"{path}.{name}".lstrip(".") for name, _ in inventory.modules[path].named_children())
-        children = [name for name in inside if inventory.below(name)]
+        children = [name for name in inventory.children(path) if inventory.below(name)]
     head = children[-1:] if children and isinstance(inventory.modules[children[-1]], nn.Linear) else []
     body = children[: len(children) - len(head)]
     spec = {"stem" if body else "block1": raw} if raw else {}

@@ -13,38 +13,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import AnatomyError
 from .anatomy import Anatomy, Block
-from .inventory import (
-    CONVS,
-    Cut,
-    Inventory,
-    arrange,
-    cut_by_spec,
-    name_blocks,
-    owner,
-    shortened,
-    skeleton,
-)
-from .layouts import are_residual_units, cut_layout, cut_timm, final_linear, merge_by_width, unclear_parameters, width
-from .parsing import NUMBERED
+from .inventory import Cut, Inventory, arrange, attends, cut_by_spec, name_blocks, owner, shortened, skeleton
+from .layouts import cut_layout, cut_timm, unclear_parameters
+from .stacks import are_parallel, beside, classifiers_in, embedding_inside, stacks_of, units_of
+from .towers import BEFORE_BLOCKS, cut_towers
 
-_CLASSIFIER = re.compile(r"classifier|lm_head|score|fc$|projection$|^head$")
-# What is beside a stack and feeds all of it, wherever it is registered: MPNet's relative_attention_bias, CPM-Ant's
-# position_bias, Gemma 3n's per_layer_model_projection and altup_projections.
-_BEFORE_BLOCKS = r"embed|position|relative|interpolation|per_layer|altup_projections"
-# Parts of a two-tower trunk that belong to neither tower and come after both.
-_BETWEEN_TOWERS = re.compile(r"multi_modal_projector|connector")  # from images to a language model
-_AFTER_TOWERS = re.compile(r"logit_|temperature|final_logits|\w+_projection\.|classifier\.|lm_head\.")
+_CLASSIFIER = re.compile(r"classifier|lm_heads?|score|fc$|projection$|^head$")
 
 
 def cut_transformers(model: nn.Module, inventory: Inventory) -> Cut | str:
     """Cuts a ``PreTrainedModel`` by its repeated blocks, its trunk (``base_model_prefix``) and what follows the trunk.
 
     Two stacks in two children of the trunk are two towers, whose blocks are prefixed: ``vision.block1`` and
-    ``text.block1`` for CLIP, ``encoder.block1`` and ``decoder.block1`` for T5.
+    ``text.block1`` for CLIP, ``encoder.block1`` and ``decoder.block1`` for T5. So are those of a backbone in front of
+    them (DETR).
     """
     if not isinstance(model, PreTrainedModel):
         return "not a transformers PreTrainedModel"
@@ -63,19 +48,27 @@ def cut_transformers(model: nn.Module, inventory: Inventory) -> Cut | str:
     outside = [
         name
         for name, _ in model.named_children()
-        if name != trunk and inventory.below(name) and (trunk or _CLASSIFIER.search(name))
+        if name != trunk and inventory.below(name) and (trunk or _is_classifier(inventory, name))
     ]
+    heads = [path for path in lists if path in outside and _CLASSIFIER.search(path) and _are_linear(model, path)]
+    lists = [path for path in lists if path not in heads]
     if strange := [path for path in lists if not path.startswith(dot) or path.split(".")[0] in outside]:
         # A decoder or a segmentation head is more than a classifier.
         return f"{strange[0]!r} is a stack of modules outside the trunk {trunk!r}"
-    stacks = _stacks(model, inventory, lists)
-    towers = {path[len(dot) :].split(".")[0] for path in stacks}
+    stacks = stacks_of(model, inventory, lists)
     if not stacks:
         return "the trunk holds no ModuleList of blocks"
+    towers = {path[len(dot) :].split(".")[0] for path in stacks}
+    if len(stacks) > 1 and len(towers) == 1 and isinstance(model.get_submodule(trunk), PreTrainedModel) and trunk:
+        # A model inside another, which only reads its outputs in its own way (ShieldGemma 2).
+        deeper = f"{dot}{towers.pop()}."
+        if {*inventory.below(deeper[:-1])} == {*inventory.below(trunk)}:
+            dot = deeper
+        towers = {path[len(dot) :].split(".")[0] for path in stacks}
     declared = set(model._no_split_modules or ())
-    if len(stacks) > 1 and len(towers) == len(stacks) and not _are_parallel(inventory, stacks, declared):
-        return _cut_towers(inventory, dot, stacks, outside if trunk else [])
-    if isinstance(units := _units(inventory, stacks), str):
+    if len(stacks) > 1 and len(towers) == len(stacks) and not are_parallel(inventory, stacks, declared):
+        return cut_towers(inventory, dot, stacks, outside if trunk else [], find_cut)
+    if isinstance(units := units_of(inventory, stacks), str):
         return units
     if raw := unclear_parameters(inventory, {"", trunk}):
         return f"cannot tell where the parameter {raw[0]!r} belongs"
@@ -83,14 +76,24 @@ def cut_transformers(model: nn.Module, inventory: Inventory) -> Cut | str:
     late = [name for name in outside if inventory.position[inventory.below(name)[0]] > inventory.position[last_start]]
     after = late + [n for n in outside if n not in late and _CLASSIFIER.search(n)]  # XLM-RoBERTa's comes first
     shared = _input_embedding(model, inventory)
-    head = [name for name in inventory.below(*_transformers_classifiers(inventory, after)) if name not in shared]
+    head = [name for name in inventory.below(*classifiers_in(inventory, after)) if name not in shared]
     units[-1] += [name for name in inventory.below(*after) if name not in (*head, *shared)]
-    beside = _beside(inventory, stacks[0], r"decoder|neck")
-    if beside and not isinstance(inventory.modules[owner(beside[0])], nn.Linear):  # ModernBERT calls its lm_head so
-        return f"cannot tell what {beside[0]!r} is to the blocks in {stacks[0]!r}"
-    stem = _beside(inventory, stacks[0], _BEFORE_BLOCKS) or _embedding_inside(inventory, stacks, units, head)
+    other = beside(inventory, stacks[0], r"decoder|neck")
+    if other and not isinstance(inventory.modules[owner(other[0])], nn.Linear):  # ModernBERT calls its lm_head so
+        return f"cannot tell what {other[0]!r} is to the blocks in {stacks[0]!r}"
+    stem = beside(inventory, stacks[0], BEFORE_BLOCKS) or embedding_inside(inventory, stacks, units, head)
     stem, units, head = arrange(inventory, units, head, [*stem, *shared])
     return name_blocks("transformers", inventory, stem, units, head)
+
+
+def _is_classifier(inventory: Inventory, name: str) -> bool:
+    """Whether a child of a network without a trunk is its classifier; a head that attends only pools (SigLIP)."""
+    return bool(_CLASSIFIER.search(name)) and not attends(inventory.modules[name].modules())
+
+
+def _are_linear(model: nn.Module, path: str) -> bool:
+    """Whether a list holds linear maps alone: classifiers beside each other (MusicGen's, one for each codebook)."""
+    return all(isinstance(module, nn.Linear) for module in model.get_submodule(path).children())
 
 
 def _input_embedding(model: PreTrainedModel, inventory: Inventory) -> list[str]:
@@ -101,128 +104,6 @@ def _input_embedding(model: PreTrainedModel, inventory: Inventory) -> list[str]:
         return []
     own = {id(tensor) for tensor in module.parameters()} if isinstance(module, nn.Embedding) else set()
     return [name for name, tensor in inventory.tensors.items() if id(tensor) in own]
-
-
-def _stacks(model: PreTrainedModel, inventory: Inventory, lists: list[str]) -> list[str]:
-    """The ModuleLists that hold blocks: where some hold declared block classes, only those."""
-    declared = set(model._no_split_modules or ())
-    return [path for path in lists if _holds_blocks(inventory.modules[path], declared)] or lists
-
-
-def _holds_blocks(stack: nn.Module, declared: set[str]) -> bool:
-    children = stack.children()
-    return any(isinstance(c, GradientCheckpointingLayer) or type(c).__name__ in declared for c in children)
-
-
-def _are_parallel(inventory: Inventory, stacks: list[str], declared: set[str]) -> bool:
-    """Whether each list holds one kind of part of every layer (XLM: attentions, norms, feed-forward parts)."""
-    modules = [inventory.modules[path] for path in stacks]
-    same = len({(owner(path), len(list(module.children()))) for path, module in zip(stacks, modules, strict=True)}) == 1
-    return same and not any(_holds_blocks(module, declared) for module in modules)
-
-
-def _units(inventory: Inventory, stacks: list[str]) -> list[list[str]] | str:
-    """Tensor names per unit of one stack, or of parallel stacks (PVT, PoolFormer: a list per kind of module)."""
-    parents = {owner(path) for path in stacks}
-    names = [[name for name, _ in inventory.modules[path].named_children()] for path in stacks]
-    if len(parents) > 1 or any(other != names[0] for other in names):
-        return f"several stacks of blocks that do not run in parallel: {', '.join(stacks)}"
-    units = [inventory.below(*(f"{path}.{name}" for path in stacks)) for name in names[0]]
-    for index, name in enumerate(names[0][:-1]):
-        stage = f"{stacks[0]}.{name}"
-        children = [child for child, _ in inventory.modules[stage].named_children()]
-        if children and children[-1] == "downsample" and len(children) > 1:
-            # transformers' Swin ends a stage with the patch merging that opens the next one in the paper, in timm and
-            # in torchvision: a block is the same set of weights whichever library holds it.
-            moved = inventory.below(f"{stage}.downsample")
-            units[index] = [name for name in units[index] if name not in moved]
-            units[index + 1] = moved + units[index + 1]
-    if len(stacks) == 1 and are_residual_units(list(inventory.modules[stacks[0]].children())):
-        widths = [width(module) for module in inventory.modules[stacks[0]].children()]
-        units = merge_by_width(units, widths)
-    return units
-
-
-def _beside(inventory: Inventory, stack: str, pattern: str) -> list[str]:
-    """Tensors of modules and parameters beside a stack, or beside what holds it, whose own name matches.
-
-    Names decide here since the order of registration does not: BART's layernorm_embedding follows its layers.
-    """
-    found: list[str] = []
-    while stack:
-        above = owner(stack)
-        module = inventory.modules[above]
-        beside = (name for named in (module.named_children(), module._parameters.items()) for name, _ in named)
-        siblings = (f"{above}.{name}".lstrip(".") for name in beside)
-        found += [path for path in siblings if path != stack and re.search(pattern, path[len(above) :])]
-        stack = above
-    return inventory.below(*found)
-
-
-def _embedding_inside(inventory: Inventory, stacks: list[str], units: list[list[str]], head: list[str]) -> list[str]:
-    """The patch embedding of a network that keeps it inside its first stage (CvT, SegFormer, PVT)."""
-    placed = set(head).union(*units)
-    first = min(inventory.position[name] for name in units[0])
-    if any(name not in placed and inventory.position[name] < first for name in inventory.tensors):
-        return []
-    for path in stacks:
-        if "embed" in path.rpartition(".")[2]:
-            return inventory.below(f"{path}.0")
-        for name, _ in inventory.modules[path].get_submodule("0").named_children():
-            if "embed" in name:
-                return inventory.below(f"{path}.0.{name}")
-    return []
-
-
-def _transformers_classifiers(inventory: Inventory, outside: list[str]) -> list[str]:
-    """The last linear map outside the trunk, and those beside it that give as many outputs (DeiT's two classifiers)."""
-    mapped = [
-        path
-        for name in outside
-        if any(isinstance(module, (nn.Linear, *CONVS)) for module in inventory.modules[name].modules())
-        for path in final_linear(name, inventory.modules[name])
-    ]
-    widths = [getattr(inventory.modules[path], "out_features", None) for path in mapped]
-    final = [path for path, width in zip(mapped, widths, strict=True) if path == mapped[-1] or width == widths[-1]]
-    # BERT's decoder.bias is cls.predictions.bias: shared inside the head, so still the head's own.
-    own = [canonical for alias, canonical in inventory.aliases.items() if owner(alias) in final]
-    return final + [name for name in own if name.split(".")[0] in outside]
-
-
-def _cut_towers(inventory: Inventory, dot: str, stacks: list[str], outside: list[str]) -> Cut | str:
-    """Two stacks: a dual encoder (CLIP) or an encoder and a decoder (T5, BART).
-
-    A shared input embedding comes first as `embedding`. Projections, temperatures and whatever follows the trunk are
-    the `head`; what precedes the classifier in a head of its own closes the last block. An image tower comes before a
-    text tower, since it is what a shift of the images reaches; what leads from one to the other closes it.
-    """
-    blocks: dict[str, list[str]] = {}
-    roots = {path[len(dot) :].split(".")[0]: path for path in stacks}
-    for name in sorted(roots, key=lambda name: not name.startswith("vision")):
-        if isinstance(units := _units(inventory, [roots[name]]), str):
-            return units
-        stem = _beside(inventory, roots[name], _BEFORE_BLOCKS)
-        stem, units, _ = arrange(inventory, units, stem=stem, scope=inventory.below(f"{dot}{name}"))
-        prefix = re.sub(r"_(model|tower)$", "", name)
-        blocks |= name_blocks("", inventory, stem, units, [], prefix=f"{prefix}.").blocks
-    between = [n for n in inventory.below(dot.rstrip(".")) if _BETWEEN_TOWERS.match(n.removeprefix(dot))]
-    first = next(iter(blocks)).rpartition(".")[0]
-    *_, end = (name for name in blocks if name.startswith(f"{first}.block"))
-    blocks[end] = blocks[end] + between
-    placed = {name for names in blocks.values() for name in names}
-    left = [name for name in inventory.tensors if name not in placed]
-    embedding = [name for name in left if isinstance(inventory.modules[owner(name)], nn.Embedding)]
-    if classifiers := _transformers_classifiers(inventory, outside):
-        hidden = [name for name in inventory.below(*outside) if name not in inventory.below(*classifiers)]
-        *_, last = (name for name in blocks if NUMBERED.fullmatch(name))
-        blocks[last] = blocks[last] + hidden
-        left = [name for name in left if name not in hidden]
-    head = [name for name in left if name not in embedding]
-    for name in head:
-        if name.startswith(dot) and not _AFTER_TOWERS.match(name.removeprefix(dot)):
-            return f"cannot tell whether {name!r}, outside the towers {', '.join(roots)}, is head or block"
-    cut = {"embedding": embedding} | blocks | {"head": head}
-    return Cut("transformers", {name: held for name, held in cut.items() if held})
 
 
 SOURCES: dict[str, Callable[[nn.Module, Inventory], Cut | str]] = {

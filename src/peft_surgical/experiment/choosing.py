@@ -33,6 +33,7 @@ from ..training.search import (
 )
 from .automatic import choose_by_auto, steps_of
 from .experiment import Experiment
+from .running import refuse_lost
 from .subject import SEARCHES, SHARE
 
 SCORED = {name: name.removeprefix("auto-") for name in DATA_TARGETS if name not in SEARCHES}
@@ -122,20 +123,25 @@ def _best_rate(
         record = {"asked": asked, **(record or {}), "learning_rates": found.record()["validation"]}
     if scores is not None:
         rule = f"blocks by {scores.criterion} on tuning images; {rule}"
-    return _choice(asked, found, rule, record, scores)
+    return _choice(experiment, asked, found, rule, record, scores)
 
 
 def _searched(experiment: Experiment, asked: str, seed: int) -> Choice:
     found = search(experiment, asked, seed)
     by = "norm statistics by validation images" if asked == "auto" else "epoch by validation accuracy"
     record = {**found.record(), "asked": asked}
-    return _choice(asked, found, f"{asked}: target, learning rate and {by}", record, None)
+    return _choice(experiment, asked, found, f"{asked}: target, learning rate and {by}", record, None)
 
 
 def _choice(
-    asked: str, found: SearchResult, rule: str, record: dict[str, Any] | None, scores: BlockScores | None
+    experiment: Experiment,
+    asked: str,
+    found: SearchResult,
+    rule: str,
+    record: dict[str, Any] | None,
+    scores: BlockScores | None,
 ) -> Choice:
-    _refuse_diverged([found.run])
+    refuse_lost(experiment, [found.run])
     cost = found.cost + (scores.num_batches if scores is not None else 0)
     return Choice(asked, found.run, found.trials, cost, rule, record, scores)
 
@@ -198,7 +204,7 @@ def run_grid(experiment: Experiment, methods: Sequence[str], seeds: Sequence[int
         done += run([key for keys in wanted.values() for key in keys if key not in known])
         # From what the engine gave: of processes that train together only the first needs to see the ledger.
         found = {name: [next(one for one in done if one.key == key) for key in keys] for name, keys in wanted.items()}
-        _refuse_diverged([one for runs in found.values() for one in runs])
+        refuse_lost(experiment, [one for runs in found.values() for one in runs])
         return found
 
     def rows(names: Sequence[str]) -> dict[str, list[Run]]:
@@ -222,15 +228,6 @@ def run_grid(experiment: Experiment, methods: Sequence[str], seeds: Sequence[int
     if failed:
         raise RowsFailedError(done, failed)
     return done
-
-
-def _refuse_diverged(runs: Sequence[Run]) -> None:
-    for run in runs:
-        if run.result.get("diverged"):
-            raise ConfigError(
-                f"{run.key['method']} with learning rate {run.key['lr']:g} and seed {run.key['seed']} ended in NaN, "
-                "and no other rate did better: give a smaller one"
-            )
 
 
 def _as_run(choice: Choice) -> Run:

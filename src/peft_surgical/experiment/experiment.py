@@ -199,6 +199,10 @@ class Experiment(Subject):
         """Where a finished run leaves its adapter until the experiment is over."""
         return self.folder / PRIVATE / "runs" / self.digest(key)
 
+    def checkpoints(self, key: Mapping[str, Any]) -> Path:
+        """Where a run leaves its checkpoints until it is finished."""
+        return self.folder / PRIVATE / "checkpoints" / self.digest(key)
+
     def load(self, adapter: Path, network: nn.Module) -> Any:
         """The adapter in a folder on a copy of a network."""
         return PeftModel.from_pretrained(copy.deepcopy(network), adapter).to(self.device).eval()

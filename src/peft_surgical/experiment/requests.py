@@ -178,6 +178,8 @@ class Bar(Watch):
             part = "" if request.stop is None else f" after {request.stop:.0%} of the run"
             found = "done" if _is_refit(request) else f"validation {100 * result['validation']:.1f} %"
             text += f"{part}: {found}, cost {result['cost']:.0f}"
+            if result.get("out_of_memory"):
+                text = f"{request}: needs more memory than there is, and is left out: a smaller batch_size needs less"
         self._print(f"{text}{' (in the ledger)' if known else ''}")
         line = result.get("prefix")
         if isinstance(request, Train) and line and not known and request.method not in self.prefixes:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +20,12 @@ from accelerate import PartialState
 from ..choosing.pace import block_means
 from ..choosing.resolve import score_blocks
 from ..data.labelled import collate
+from ..errors import ConfigError
 from ..evaluation import predicted_classes
 from ..evaluation.metrics import interval_of, judge, tolerant
 from ..evaluation.selected import evidence_of
-from ..keys import PRIVATE
 from ..training.fitting import FORWARD_SHARE, fit, forget_checkpoints
+from ..training.ledger import Run
 from ..training.logistic import solve_head
 from ..training.search import NONE, USUAL
 from ..training.trainer import DivergedError, Epochs, file_name, logging_to
@@ -36,7 +39,52 @@ _LARGEST = sys.float_info.max  # stands for an infinite loss, which JSON cannot 
 
 
 def train_run(experiment: Experiment, run: Train) -> dict[str, Any]:
-    """Train or solve one run, or evaluate the base; a full run leaves its adapter in ``experiment.adapter(key)``."""
+    """Train or solve one run, or evaluate the base; a full run leaves its adapter in ``experiment.adapter(key)``.
+
+    A candidate that needs more memory than there is loses to the others, like one that diverges.
+    """
+    try:
+        return _train_run(experiment, run)
+    except (RuntimeError, MemoryError) as error:
+        # Where several processes train one run together, the others would wait for this one forever: it has to end.
+        if run.method == NONE or PartialState().num_processes > 1 or not is_out_of_memory(error):
+            raise
+    gc.collect()  # only now: the exception has kept what its frames hold
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    forget_checkpoints(experiment.checkpoints(key_of(run, experiment.shared)))
+    return {"cost": 0.0, "out_of_memory": True} | _lost(experiment, run)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an accelerator's memory or the machine's did not suffice."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+
+
+def _lost(experiment: Experiment, run: Train) -> dict[str, Any]:
+    """What a candidate that gave no network has in its result, so that it loses to every other."""
+    nothing = torch.full((len(experiment.rows("validation", run.seed)), 1), torch.nan)
+    lost = {"validation": 0.0, "validation_loss": _LARGEST}
+    if experiment.prepared(run.method)[0].solved:
+        lost["fold_loss"] = _LARGEST
+    return lost | _evidence(experiment, run, nothing)
+
+
+def refuse_lost(experiment: Experiment, runs: Sequence[Run]) -> None:
+    """Raise ConfigError where not even the best run gave a network."""
+    for run in runs:
+        what = f"{run.key['method']} with learning rate {run.key['lr']:g}" if run.key["lr"] else run.key["method"]
+        if run.result.get("diverged"):
+            raise ConfigError(
+                f"{what} and seed {run.key['seed']} ended in NaN, and no other rate did better: give a smaller one"
+            )
+        if run.result.get("out_of_memory"):
+            size = experiment.fitting.batch_size
+            way = f"give batch_size={size // 2} or less" if size > 1 else "tune fewer blocks, or smaller images"
+            raise ConfigError(f"{what} needs more memory than there is with batches of {size}: {way}")
+
+
+def _train_run(experiment: Experiment, run: Train) -> dict[str, Any]:
     validation = experiment.rows("validation", run.seed)
     if run.method == NONE:
         logits = experiment.logits(experiment.base(run.seed).model, validation)
@@ -58,7 +106,7 @@ def train_run(experiment: Experiment, run: Train) -> dict[str, Any]:
     epochs = run.epochs(experiment.fitting.epochs)
     if run.how.refit:  # as many steps as without the validation images
         epochs = max(1, round(epochs * len(experiment.rows("tuning", run.seed)) / len(tuning)))
-    place = experiment.folder / PRIVATE / "checkpoints" / experiment.digest(key)
+    place = experiment.checkpoints(key)
     name = f"{run.method}-lr{run.lr:g}-seed{run.seed}"
     try:
         with logging_to(None if experiment.logs is None else experiment.logs / file_name(name)):
@@ -86,8 +134,7 @@ def train_run(experiment: Experiment, run: Train) -> dict[str, Any]:
             )
     except DivergedError as error:  # one of several candidates: it loses, and does not end the search
         forget_checkpoints(place)
-        lost = {"validation": 0.0, "validation_loss": _LARGEST, "cost": float(error.steps), "diverged": True}
-        return lost | _evidence(experiment, run, torch.full((len(validation), 1), torch.nan))
+        return {"cost": float(error.steps), "diverged": True} | _lost(experiment, run)
     result: dict[str, Any] = {"validation": fitted.validation, "validation_loss": fitted.losses[-1]}
     result |= {"cost": fitted.cost, "epoch": fitted.best_epoch, "seconds": round(fitted.seconds, 3)}
     result |= {"curve": list(fitted.curve), "losses": list(fitted.losses), "prefix": fitted.prefix}

@@ -163,8 +163,7 @@ class FeatureStore:
                 self._make_room(folder, size)
                 scratch = file.with_suffix(f".{os.getpid()}")
                 try:
-                    with scratch.open("wb") as written:
-                        written.truncate(size)
+                    _reserve(scratch, size)
                     fill(_mapped(scratch, layouts, rows, "r+"))
                     with scratch.open("rb+") as written:
                         os.fsync(written.fileno())
@@ -204,6 +203,22 @@ def _reference(dataset: Any) -> Callable[[], Any]:
         return weakref.ref(dataset)
     except TypeError:  # a list
         return lambda: dataset
+
+
+def _reserve(file: Path, size: int) -> None:
+    """Make a file of so many bytes of the disk. Writing to a sparse one would end the process when the disk is full.
+
+    Raises:
+        NoRoomError: It has not so many.
+    """
+    try:
+        with file.open("wb") as written:
+            if size and hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(written.fileno(), 0, size)
+            else:
+                written.truncate(size)
+    except OSError as error:
+        raise NoRoomError(f"its outputs need {size / 2**20:,.0f} MiB in {file.parent}: {error.strerror}") from error
 
 
 def _mapped(file: Path, layouts: Sequence[Layout], rows: int, mode: Any) -> list[Tensor]:

@@ -9,6 +9,7 @@ as it is.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -121,14 +122,15 @@ class Ledger:
         try:
             with _locked(descriptor):
                 line = self._prepared(descriptor) + line
-                written = os.write(descriptor, line)
-                os.fsync(descriptor)
+                try:
+                    written = os.write(descriptor, line)
+                    os.fsync(descriptor)
+                except OSError as error:  # which names no file
+                    raise OSError(error.errno, error.strerror, str(self.file)) from error
         finally:
             os.close(descriptor)
-        if written != len(line):
-            raise OSError(
-                f"only {written} of {len(line)} bytes fit on the disk of {self.file}: free space and run again"
-            )
+        if written != len(line):  # what was written is cut off by the next append
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.file))
 
     def _read(self) -> dict[str, Run]:
         # The whole file, every time: a ledger has some thousand lines, and other processes append to it.

@@ -102,7 +102,11 @@ class SearchResult:
         for run in self.trials:
             name = str(candidate_of(run))
             best[name] = max(best.get(name, 0.0), run.result["validation"])
-        found = {"asked": self.search, "chosen": str(self.chosen), "validation": best, "split": "validation"}
+        found: dict[str, Any] = {"asked": self.search, "chosen": str(self.chosen), "validation": best}
+        found["split"] = "validation"
+        if large := {str(candidate_of(run)) for run in self.trials if run.result.get("out_of_memory")}:
+            found |= {"validation": {name: value for name, value in best.items() if name not in large}}
+            found["out_of_memory"] = sorted(large)
         return found if self.gain is None else {**found, "gain": self.gain.record()}
 
 

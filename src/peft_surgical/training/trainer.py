@@ -57,6 +57,16 @@ class ClassifierTrainer(Trainer):
         """See Trainer, which leaves out biases and norms."""
         return [name for name, _ in model.named_parameters()]
 
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except RuntimeError as error:  # what torch says of a full disk names neither the disk nor the file
+            if not re.search("inline_container|PytorchStreamWriter", str(error)):
+                raise
+            raise ConfigError(
+                f"no checkpoint can be written to {self.args.output_dir}: free space on the disk, and start it again"
+            ) from error
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """See Trainer, which saves in the first process alone: with FSDP all of them have to give their shards."""
         if not self.is_fsdp_enabled:
@@ -159,13 +169,7 @@ def last_checkpoint(folder: str | Path, processes: int) -> tuple[str | None, int
             state = json.loads((place / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
             wrote = json.loads((place / MARK).read_text(encoding="utf-8"))["processes"]
             epochs = round(state["epoch"])
-        except (
-            OSError,
-            ValueError,
-            TypeError,
-            KeyError,
-            RecursionError,
-        ):  # the run was killed while this checkpoint was written
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):  # the run was killed while it was written
             continue
         if wrote != processes:
             raise ConfigError(

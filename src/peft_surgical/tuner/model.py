@@ -23,6 +23,7 @@ from ..errors import AdapterError, SurgicalError
 from ..keys import BASE_MARKS, PREFIX, tensor_name
 from .attach import attach, detach, surgical_layers, without_base_layer
 from .base import recorded_base, warn_of_unfrozen
+from .by_name import KnownByName
 from .combine import Combination, config_of_combination, fill_combined
 from .layer import SurgicalLayer
 from .loading import checked_state, set_scale
@@ -34,7 +35,7 @@ from .support import check_adapter_name
 from .switch import activate, alone, switched
 
 
-class SurgicalModel(BaseTuner):
+class SurgicalModel(KnownByName, BaseTuner):
     """Tunes the targeted tensors of any network through live deltas; everything else is frozen.
 
     Made by `peft.get_peft_model` and friends from a `SurgicalConfig`. It changes the base in place until ``unload()``
@@ -42,8 +43,7 @@ class SurgicalModel(BaseTuner):
     are tuned, in place of the config.
     """
 
-    prefix = PREFIX
-    tuner_layer_cls = SurgicalLayer
+    prefix, tuner_layer_cls = PREFIX, SurgicalLayer
     target_module_mapping: dict[str, list[str]] = {}
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -16,20 +16,21 @@ import inspect
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from ..config import SurgicalConfig, SurgicalType
 from ..errors import AdapterError
 from ..evaluation import Report
 from ..files import is_finite, shown
 from ..folders import commit, staging
-from ..keys import CARD, CONFIG, DELTA, WEIGHTS, neutral_key, tensor_name
+from ..keys import CARD, CONFIG, DELTA, HOLDER, PREFIX, WEIGHTS, neutral_key, tensor_name
 from ..results import published
 from ..texts import markdown_code, markdown_text
 
@@ -104,6 +105,7 @@ def saving_atomically(original: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(original)
     def save_pretrained(self: Any, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        _refuse_beneath(self)
         surgical = any(isinstance(config, SurgicalConfig) for config in self.peft_config.values())
         if not surgical or os.path.isfile(save_directory):
             original(self, save_directory, *args, **kwargs)
@@ -126,7 +128,7 @@ def saving_atomically(original: Callable[..., None]) -> Callable[..., None]:
             # Other processes take part in gathering the tensors; they write nothing.
             original(self, save_directory, **rest)
             return
-        with staging(target) as stage:
+        with _in_words(target), staging(target) as stage:
             for place in (".", *self.peft_config):
                 if (target / place / CARD).is_file():  # a page that a user wrote stays
                     (stage / place).mkdir(exist_ok=True)
@@ -138,6 +140,31 @@ def saving_atomically(original: Callable[..., None]) -> Callable[..., None]:
             commit(stage, target)
 
     return save_pretrained
+
+
+def _refuse_beneath(model: Any) -> None:
+    """Raise AdapterError where another method is on top of a surgical adapter: PEFT would save that method alone."""
+    tuner = getattr(model, "base_model", None)
+    if getattr(tuner, "prefix", PREFIX) == PREFIX:
+        return
+    if any(f"{HOLDER}.{DELTA}." in name for name, _ in model.named_parameters()):
+        raise AdapterError(
+            f"{type(tuner).__name__} is on top of a surgical adapter, and would be saved without what that has "
+            "learned. Save the surgical adapter and call merge_and_unload first, and put the other method on what "
+            "that returns."
+        )
+
+
+@contextmanager
+def _in_words(target: Path) -> Iterator[None]:
+    """What safetensors says of a full disk is no OSError, and names no file."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise AdapterError(
+            f"The adapter was not saved to {target} ({error}). What was saved there before is as it was: free space, "
+            "or save to another folder."
+        ) from error
 
 
 def publish_adapter(model: Any, folder: Path, root: Path | None = None) -> None:
