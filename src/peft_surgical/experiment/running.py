@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import sys
+import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -37,11 +38,12 @@ _LARGEST = sys.float_info.max  # stands for an infinite loss, which JSON cannot 
 
 def train_run(experiment: Experiment, run: Train) -> dict[str, Any]:
     """Train or solve one run, or evaluate the base; a full run leaves its adapter in ``experiment.adapter(key)``."""
-    validation = experiment.rows("validation", run.seed)
+    validation, begun = experiment.rows("validation", run.seed), time.perf_counter()
     if run.method == NONE:
         logits = experiment.logits(experiment.base(run.seed).model, validation)
         found = judge(experiment.metrics[:1], logits, validation.label_tensor, validation.groups)
-        return {"validation": found[experiment.metrics[0]], "cost": 0.0, **_evidence(experiment, run, logits)}
+        taken = {"cost": 0.0, "seconds": round(time.perf_counter() - begun, 3)}
+        return {"validation": found[experiment.metrics[0]], **taken, **_evidence(experiment, run, logits)}
     key = key_of(run, experiment.shared)
     row, zero, config = experiment.prepared(run.method)
     config = {**experiment.config, **config} | ({"norm_stats": run.how.norm_stats} if run.how.norm_stats else {})
@@ -53,7 +55,8 @@ def train_run(experiment: Experiment, run: Train) -> dict[str, Any]:
         found = judge(experiment.metrics[:1], logits, validation.label_tensor, validation.groups)
         cost = FORWARD_SHARE * (len(tuning) + len(validation)) / size
         _kept(experiment, key, run, model, zero)
-        return {"validation": found[experiment.metrics[0]], "cost": cost, **folds, **_evidence(experiment, run, logits)}
+        taken = {"cost": cost, "seconds": round(time.perf_counter() - begun, 3)}
+        return {"validation": found[experiment.metrics[0]], **taken, **folds, **_evidence(experiment, run, logits)}
     assert run.lr is not None
     epochs = run.epochs(experiment.fitting.epochs)
     place = experiment.folder / PRIVATE / "checkpoints" / experiment.digest(key)
@@ -85,10 +88,12 @@ def train_run(experiment: Experiment, run: Train) -> dict[str, Any]:
     except DivergedError as error:  # one of several candidates: it loses, and does not end the search
         forget_checkpoints(place)
         lost = {"validation": 0.0, "validation_loss": _LARGEST, "cost": float(error.steps), "diverged": True}
+        lost["seconds"] = round(time.perf_counter() - begun, 3)
         return lost | _evidence(experiment, run, torch.full((len(validation), 1), torch.nan))
     result: dict[str, Any] = {"validation": fitted.validation, "validation_loss": fitted.losses[-1]}
     result |= {"cost": fitted.cost, "epoch": fitted.best_epoch, "seconds": round(fitted.seconds, 3)}
     result |= {"curve": list(fitted.curve), "losses": list(fitted.losses), "prefix": fitted.prefix}
+    result["saved"] = round(fitted.saved, 3)
     if fitted.logits is not None:
         result |= _evidence(experiment, run, fitted.logits)
     if fitted.record:
