@@ -13,9 +13,10 @@ it is: ``cached.datasets`` are then the data sets that were passed, and ``cached
 
 What is proven, and when: on entering, for some images, that outputs and gradients of all tuned tensors equal those of
 the model as it is; and for each batch size at its first batch, that the recorded tensors equal those which the prefix
-gives for this batch, which further runs that share the features need not compare again. On the CPU in float32 they are equal bit for bit, elsewhere within `proof.TOLERANCE`. Kernels
-differ between batch sizes (a last batch of one image, say), and so do last digits: a batch of a size for which they are
-not equal is loaded and computed as it would have been without.
+gives for this batch, which further runs that share the features need not compare again. On the CPU in float32 they are
+equal bit for bit, elsewhere within `proof.TOLERANCE`. Kernels differ between batch sizes (a last batch of one image,
+say), and so do last digits: a batch of a size for which they are not equal is loaded and computed as it would have been
+without.
 """
 
 from __future__ import annotations
