@@ -66,19 +66,16 @@ lock: $(UV)
 demo: $(STAMP)
 	$(BIN)/python recipes/digits.py --output demo-output
 
-# Each measures what it compares side by side in one process; ROUNDS=6 sees whether they run. PEFT_SURGICAL_SHARED names the
-# folder of real weights and photographs; without it, NETWORKS leaves out lite0. What needs a GPU: benchmarks/gpu.py.
-ROUNDS ?= 15
-NETWORKS ?= resnet26 resnet50 vit_b16 vit_b16_hf $(if $(PEFT_SURGICAL_SHARED),lite0)
-BENCH = outputs/benchmarks
+# Everything that a CPU can measure, about half an hour on two idle cores: stopped, it goes on. Rows that are in BENCH
+# already are kept; BENCH=outputs/bench measures them all anew, beside those that are committed. Needs no data and no
+# weights. BENCH_ARGUMENTS="--tiny" sees whether it runs, "--only step" does a part, "--full" takes hours. What needs a
+# GPU: benchmarks/gpu.py.
+BENCH ?= docs/results/bench
+BENCH_ARGUMENTS ?=
 
 bench: $(STAMP)
-	mkdir -p $(BENCH)
-	$(BIN)/python benchmarks/step.py --networks $(NETWORKS) --rounds $(ROUNDS) --seconds 0 --markdown $(BENCH)/step.md
-	$(BIN)/python benchmarks/many_adapters.py --rounds $(ROUNDS) --threads 1 --markdown $(BENCH)/many_adapters.md
-	$(BIN)/python benchmarks/many_adapters.py --rounds $(ROUNDS) --threads 1 --adapters 8 --target block4 \
-		--markdown $(BENCH)/mixed.md
-	$(BIN)/python benchmarks/scores.py --rounds $(ROUNDS) --threads 1 --markdown $(BENCH)/scores.md
+	$(BIN)/python benchmarks/bench.py --json $(BENCH).json --markdown $(BENCH).md --figure $(BENCH).png $(BENCH_ARGUMENTS)
+	$(BIN)/python docs/tables.py
 
 clean:
 	rm -rf $(VENV) .venv-lowest .venv-newest demo-output dist .pytest_cache .mypy_cache .ruff_cache

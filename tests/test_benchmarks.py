@@ -190,6 +190,65 @@ def test_what_fails_on_a_gpu_is_written_down_and_the_rest_goes_on(monkeypatch, t
     assert "snr: RuntimeError: out of memory" in capsys.readouterr().out
 
 
+# --- all of the CPU's ---
+
+
+def test_the_cpus_jobs_resume_and_their_table_has_goals(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    bench, done = load("bench"), []
+
+    def works(args):
+        done.append("works")
+        return [
+            bench.row("resnet26 head: cached / uncached", (0.1, 0.09, 0.13), 6, 0.12, short=True, limit=0.08),
+            bench.row("set_adapter among 1,000 (resnet18 block1)", (1.5, 0.0, math.inf), 2, 1.0, unit="ms"),
+        ]
+
+    def broken(args):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(bench, "jobs", lambda args: {"prefix one": works, "scores": broken})
+    file, table, figure = tmp_path / "b.json", tmp_path / "b.md", tmp_path / "b.png"
+    words = ["--json", str(file), "--markdown", str(table)]
+    bench.main([*words, "--figure", str(figure)])
+    bench.main(words)
+    assert done == ["works"]  # what is there is not repeated
+    bench.main([*words, "--again", "--only", "prefix"])
+    assert done == ["works"] * 2
+    text = table.read_text()
+    met = "| resnet26 head: cached / uncached | 0.1 | 0.09 to 0.13 | 6 | 0.08 | 0.12: met |"
+    assert text.count(met) == 2  # in the short table and in that of its job
+    assert "| set_adapter among 1,000 (resnet18 block1) | 1.5 ms | - | 2 | - | 1 ms: missed |" in text
+    assert "- scores: failed, RuntimeError: out of memory" in text
+    assert "scores: RuntimeError: out of memory" in capsys.readouterr().out
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    again = tmp_path / "again.md"
+    bench.main(["--from-json", str(file), "--markdown", str(again)])
+    assert again.read_text() == text
+
+
+def test_what_a_cache_can_save_by_hand(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    prefix = load("prefix")
+    # All of the network is in front: one pass of 12 images instead of two epochs' (10 + 2) each.
+    assert prefix.limit_of(1.0, 10, 2, 2) == pytest.approx(1 / 2)
+    assert prefix.limit_of(0.0, 10, 2, 2) == 1
+    # Half: 6 + 32 of 12 + 32 passes.
+    assert prefix.limit_of(0.5, 10, 2, 2) == pytest.approx((6 + 32) / (12 + 32))
+    assert prefix.share_in("prefix cached: 68% of a forward pass, all before layer3, is computed once") == 0.68
+    assert prefix.share_in("prefix not cached: it is switched off") == 0
+
+
+@pytest.mark.slow
+def test_every_job_of_the_cpu_runs_tiny(tmp_path):
+    file = tmp_path / "bench.json"
+    run_script("bench", "--tiny", "--threads", 1, "--json", file, "--markdown", tmp_path / "bench.md")
+    found = json.loads(file.read_text())["jobs"]
+    assert {name: job["error"] for name, job in found.items() if "error" in job} == {}
+    rows = [row for job in found.values() for row in job["rows"]]
+    assert all(row["value"][0] > 0 for row in rows)
+
+
 @pytest.mark.slow
 def test_every_section_for_a_gpu_runs_tiny_on_the_cpu(tmp_path):
     file, table = tmp_path / "gpu.json", tmp_path / "gpu.md"

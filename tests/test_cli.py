@@ -268,12 +268,16 @@ def test_what_tune_says_of_gain_and_classes(capsys, tmp_path):
     settings = {
         "lr": 1e-3,
         "cost": 10.0,
+        "taken": {"seconds": 61.2, "saved": 2.5},
         "head": "kept",
         "selection": {"gain": {"mean": 0.04, "low": -0.04, "high": 0.12, "images": 60}},
         "test": {"accuracy_of_class": {"ant": 1.0, "bee": 0.0, "cow": None}, "confusion": [], "mistakes": 2},
     }
     print_tuned(Tuned(None, Report("m", "block1", (found,), settings), None, tmp_path), str(tmp_path))
     out = capsys.readouterr().out
+    assert "all runs together cost 10 training steps in 61 s, of which the cached prefix saved 25%" in " ".join(
+        out.split()
+    )
     assert "By class, on test images: ant 100 %, bee 0 %. 2 are wrong." in out  # there is no image of a cow
     assert "+4.0 points over the base, 95% interval -4.0 to +12.0" in out
     assert "About 240 validation images would show it." in out

@@ -522,11 +522,11 @@ def test_an_interrupted_experiment_ends_as_if_it_had_not_been(place, tmp_path, m
     write_tuned(run, choose(run, "block1", 0), 0)
     assert len(again.calls) == 1
     assert run.ledger.runs() == whole.ledger.runs()
-    assert all(set(one.notes) == {"seconds", "prefix"} for one in whole.ledger)
+    assert all(set(one.notes) == {"seconds", "prefix", "saved"} for one in whole.ledger)
     for name in ADAPTER:
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     parts, wholes = (Report.load(tmp_path / name / "report.json") for name in ("parts", "whole"))
-    assert set(differing(parts, wholes)) <= {"finished", "seconds", "runs_from_ledger"}
+    assert set(differing(parts, wholes)) <= {"finished", "seconds", "taken", "runs_from_ledger"}
     assert (parts.settings["runs_from_ledger"], wholes.settings["runs_from_ledger"]) == (1, 0)
     # Once more, nothing is trained: what was written is read.
     run = of(place, tmp_path / "parts", lrs=lrs, epochs=2)
@@ -680,12 +680,15 @@ def test_compare_over_drawn_splits(place, tmp_path, monkeypatch):
     assert rows["cross-val"][0].result["validation"] >= rows["block1"][0].result["validation"]
     every = [one.result["cost"] for one in run.ledger.runs(seed=0)]
     assert rows["cross-val"][0].result["cost"] == pytest.approx(sum(every))
+    taken = [one.notes["seconds"] for one in run.ledger.runs(seed=0)]
+    assert rows["cross-val"][0].notes["seconds"] == pytest.approx(sum(taken))
+    assert report.settings["taken"]["cross-val"]["seconds"] > report.settings["taken"]["block1"]["seconds"] > 0
     caption = report.settings["caption"]
     assert "9 test images per seed, mean with the 95% interval (Student's t) over the seeds 0, 1" in caption
     assert "A seed changes the split and the training order" in caption
     assert "test images were not used for selection" in caption
     table = (tmp_path / "table.md").read_text()
-    assert table.startswith("| method | accuracy (%) | 95% interval | rank | cost | chosen |\n")
+    assert table.startswith("| method | accuracy (%) | 95% interval | rank | cost | seconds | saved | chosen |\n")
     assert caption in table
     assert (tmp_path / "figure.png").is_file()
 
@@ -967,7 +970,7 @@ def test_tune_in_one_call_is_what_the_parts_do(place, tmp_path):
     parts = write_tuned(run, choose(run, "block1", 0), 0, read_source(run, place / "source"))
     assert found.adapter == found.folder == tmp_path / "a"
     assert found.report.measurements == parts.report.measurements
-    assert set(differing(found.report, parts.report)) <= {"finished", "seconds"}
+    assert set(differing(found.report, parts.report)) <= {"finished", "seconds", "taken"}
     assert (found.adapter / ADAPTER[0]).read_bytes() == (parts.adapter / ADAPTER[0]).read_bytes()
     measured(run, found.model, found.report)
 
@@ -1066,7 +1069,8 @@ def test_an_experiment_can_be_sent_to_other_processes(place, tmp_path):
     key = run.key("none", None, 0)
     sent = pickle.loads(pickle.dumps(run))
     assert sent.shared == run.shared
-    assert sent.train(key) == run.train(key)
+    here, there = ({**one.train(key), "seconds": 0} for one in (run, sent))
+    assert here == there
     assert type(sent.watch) is Watch
 
 
@@ -1083,7 +1087,7 @@ def test_ray_carries_out_the_same_runs(place, tmp_path, command):
     runs = [sorted(map(str, Ledger(tmp_path / engine / "ledger.jsonl"))) for engine in ("local", "ray")]
     assert runs[0] == runs[1]
     reports = [Report.load(tmp_path / engine / "report.json") for engine in ("local", "ray")]
-    assert set(differing(*reports)) <= {"finished", "seconds"}
+    assert set(differing(*reports)) <= {"finished", "seconds", "taken"}
     assert reports[1].settings["runs_from_ledger"] == 0
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -372,6 +373,28 @@ def test_runs_with_one_boundary_share_its_features_and_no_others(monkeypatch):
     other.fc.weight.data += 1  # behind the cut
     assert enter(other, datasets=data) == 7
     assert len(set(filled)) == 7
+
+
+def test_a_second_run_on_the_same_features_computes_nothing_again():
+    store, tuning = FeatureStore(), Rows(13)
+    validation = Rows(9, seed=2)
+
+    def count(cache, lr):
+        seen, network = [], used_batchnorm()
+        forward = network.layer1[0].forward
+        network.layer1[0].forward = lambda x: seen.append(len(x)) or forward(x)
+        torch.manual_seed(0)
+        settings = replace(SETTINGS, lr=lr)
+        return fit(network, "head", tuning, validation, settings, cache=cache), sum(seen)
+
+    (first, begun), (second, again) = count(store, 0.02), count(store, 0.01)
+    plain, everything = count(False, 0.01)
+    assert same(snapshot(second.model), snapshot(plain.model))
+    assert everything == 2 * (13 + 9)
+    # Recorded: four batches of 4 and one of 9. Compared: each size of a batch, which are 4, 1 and 9.
+    assert begun - again == (16 + 9) + (4 + 1 + 9)
+    # In steps of 4 images, of which the forward pass is a third, and nearly all of that comes before the head.
+    assert second.saved - first.saved == pytest.approx((16 + 9 + 4 + 1 + 9) / 4 / 3, rel=5e-3)
 
 
 def test_what_does_not_fit_into_memory_goes_into_files_and_what_fits_nowhere_is_not_cached(tmp_path):

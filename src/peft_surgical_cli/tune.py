@@ -70,7 +70,10 @@ def _print(found: Tuned, folder: str) -> None:
 
     out, report, settings = console(), found.report, found.report.settings
     rate = "" if settings["lr"] is None else f", learning rate {settings['lr']:g}"
-    title = f"{report.model}: {report.target}{rate}; cost {settings['cost']:.0f} training steps, all runs together"
+    cost, seconds, saved = settings["cost"], settings["taken"]["seconds"], settings["taken"]["saved"]
+    title = f"{report.model}: {report.target}{rate}; all runs together cost {cost:.0f} training steps"
+    title += "" if seconds is None else f" in {seconds:.0f} s"
+    title += f", of which the cached prefix saved {saved / cost:.0%}" if cost and saved > 0 else ""
     numbers = ("%", "95% interval", "n")
     rows = table("", "data", *numbers, "selection", title=escape(title), numbers=numbers)
     for one in report:

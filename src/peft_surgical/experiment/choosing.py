@@ -56,6 +56,8 @@ class Choice:
         rule: How the choice was made, in words.
         selection: The record for the adapter's config; None where there was nothing to choose.
         scores: Scores of the blocks, where the choice depends on them.
+        seconds: What the trials took, as measured; None where that of one is not known.
+        saved: The part of ``cost`` that was looked up in the cached prefix instead of computed.
     """
 
     asked: str
@@ -65,6 +67,8 @@ class Choice:
     rule: str
     selection: dict[str, Any] | None = None
     scores: BlockScores | None = None
+    seconds: float | None = None
+    saved: float = 0.0
 
 
 def choose(
@@ -143,7 +147,7 @@ def _choice(
 ) -> Choice:
     refuse_lost(experiment, [found.run])
     cost = found.cost + (scores.num_batches if scores is not None else 0)
-    return Choice(asked, found.run, found.trials, cost, rule, record, scores)
+    return Choice(asked, found.run, found.trials, cost, rule, record, scores, found.seconds, found.saved)
 
 
 def search(experiment: Experiment, name: str, seed: int) -> SearchResult:
@@ -232,7 +236,8 @@ def run_grid(experiment: Experiment, methods: Sequence[str], seeds: Sequence[int
 
 def _as_run(choice: Choice) -> Run:
     chosen = str(candidate_of(choice.run))
-    return Run(choice.run.key, {**choice.run.result, "cost": choice.cost, "chosen": chosen})
+    notes = {"saved": choice.saved} | ({} if choice.seconds is None else {"seconds": choice.seconds})
+    return Run(choice.run.key, {**choice.run.result, "cost": choice.cost, "chosen": chosen}, notes)
 
 
 # --- the plan ---

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..bases.classes import fit_head
 from ..data.labelled import read_data
@@ -127,6 +127,7 @@ def write_tuned(experiment: Experiment, choice: Choice, seed: int, source: Sourc
         "asked": choice.asked,
         "run": experiment.digest(key),
         "cost": choice.cost,
+        "taken": {"seconds": choice.seconds, "saved": choice.saved},
         "prefix": choice.run.notes.get("prefix"),
         "head": kept.head,
         "open": kept.opening,
@@ -137,10 +138,11 @@ def write_tuned(experiment: Experiment, choice: Choice, seed: int, source: Sourc
         **({} if source is None else {"source_from": source.place}),
         **provenance(experiment),
     }
-    measured = _measured(experiment, kept.model, choice, seed, source)
+    test = None if data.test is None else experiment.logits(kept.model, experiment.rows("test", seed))
+    measured = _measured(experiment, kept.model, choice, seed, source, test)
     with published(folder) as stage:
-        if data.test is not None:
-            settings["test"] = _looked_at(experiment, kept.model, seed, stage / MISTAKES)
+        if test is not None:
+            settings["test"] = _looked_at(experiment, test, seed, stage / MISTAKES)
         report = Report(experiment.model, key["method"], tuple(measured), settings)
         report.save(stage / REPORT)
         draw_or_warn(lambda: figure_of(experiment, choice, report, stage / FIGURE))
@@ -149,13 +151,13 @@ def write_tuned(experiment: Experiment, choice: Choice, seed: int, source: Sourc
     return Tuned(kept.model, report, None if key["method"] == NONE else folder, folder)
 
 
-def _looked_at(experiment: Experiment, model: nn.Module, seed: int, file: Path) -> dict[str, Any]:
+def _looked_at(experiment: Experiment, logits: Tensor, seed: int, file: Path) -> dict[str, Any]:
     """The accuracy of each class on the test images and which class is taken for which; mistakes go to a table.
 
     Where the network has classes that the data has not, the last column of ``confusion`` counts them together.
     """
     rows, names = experiment.rows("test", seed), list(experiment.data(seed).label_names)
-    logits, labels = experiment.logits(model, rows), rows.label_tensor
+    labels = rows.label_tensor
     known, others = experiment.base(seed).label_names, []
     if (outputs := experiment.outputs) is not None:  # those of the data's classes, in their order, and then the others
         others = [output for output in range(logits.shape[1]) if output not in outputs]
@@ -175,7 +177,7 @@ def _looked_at(experiment: Experiment, model: nn.Module, seed: int, file: Path) 
 
 
 def _measured(
-    experiment: Experiment, after: nn.Module, choice: Choice, seed: int, source: Source | None
+    experiment: Experiment, after: nn.Module, choice: Choice, seed: int, source: Source | None, test: Tensor | None
 ) -> list[Measurement]:
     parts = {part: experiment.rows(part, seed) for part in experiment.data(seed).parts if part != "tuning"}
     biased = f"{choice.rule} on these images, which is optimistically biased"
@@ -193,7 +195,8 @@ def _measured(
                 value = choice.run.result["validation"]
                 found.append(measure(name, [value], dataset=part, n=len(rows), seeds=[seed], selection=how))
                 continue
-            logits = experiment.logits(model, rows)
+            known = test if model is after and part == "test" else None
+            logits = experiment.logits(model, rows) if known is None else known
             value = experiment.judge(["accuracy"], logits, rows.label_tensor, rows.groups)["accuracy"]
             found.append(measure(name, [value], dataset=part, n=len(rows), seeds=[seed], selection=rule))
     return found

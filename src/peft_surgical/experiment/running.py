@@ -6,6 +6,7 @@ import copy
 import functools
 import gc
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -85,11 +86,12 @@ def refuse_lost(experiment: Experiment, runs: Sequence[Run]) -> None:
 
 
 def _train_run(experiment: Experiment, run: Train) -> dict[str, Any]:
-    validation = experiment.rows("validation", run.seed)
+    validation, begun = experiment.rows("validation", run.seed), time.perf_counter()
     if run.method == NONE:
         logits = experiment.logits(experiment.base(run.seed).model, validation)
         found = judge(experiment.metrics[:1], logits, validation.label_tensor, validation.groups)
-        return {"validation": found[experiment.metrics[0]], "cost": 0.0, **_evidence(experiment, run, logits)}
+        taken = {"cost": 0.0, "seconds": round(time.perf_counter() - begun, 3)}
+        return {"validation": found[experiment.metrics[0]], **taken, **_evidence(experiment, run, logits)}
     key = key_of(run, experiment.shared)
     row, zero, config = experiment.prepared(run.method)
     config = {**experiment.config, **config} | ({"norm_stats": run.how.norm_stats} if run.how.norm_stats else {})
@@ -101,7 +103,8 @@ def _train_run(experiment: Experiment, run: Train) -> dict[str, Any]:
         found = judge(experiment.metrics[:1], logits, validation.label_tensor, validation.groups)
         cost = FORWARD_SHARE * (len(tuning) + len(validation)) / size
         _kept(experiment, key, run, model, zero)
-        return {"validation": found[experiment.metrics[0]], "cost": cost, **folds, **_evidence(experiment, run, logits)}
+        taken = {"cost": cost, "seconds": round(time.perf_counter() - begun, 3)}
+        return {"validation": found[experiment.metrics[0]], **taken, **folds, **_evidence(experiment, run, logits)}
     assert run.lr is not None
     epochs = run.epochs(experiment.fitting.epochs)
     if run.how.refit:  # as many steps as without the validation images
@@ -134,10 +137,12 @@ def _train_run(experiment: Experiment, run: Train) -> dict[str, Any]:
             )
     except DivergedError as error:  # one of several candidates: it loses, and does not end the search
         forget_checkpoints(place)
-        return {"cost": float(error.steps), "diverged": True} | _lost(experiment, run)
+        taken = {"cost": float(error.steps), "seconds": round(time.perf_counter() - begun, 3)}
+        return {**taken, "diverged": True} | _lost(experiment, run)
     result: dict[str, Any] = {"validation": fitted.validation, "validation_loss": fitted.losses[-1]}
     result |= {"cost": fitted.cost, "epoch": fitted.best_epoch, "seconds": round(fitted.seconds, 3)}
     result |= {"curve": list(fitted.curve), "losses": list(fitted.losses), "prefix": fitted.prefix}
+    result["saved"] = round(fitted.saved, 3)
     if fitted.logits is not None:
         result |= _evidence(experiment, run, fitted.logits)
     if fitted.record:

@@ -13,9 +13,10 @@ it is: ``cached.datasets`` are then the data sets that were passed, and ``cached
 
 What is proven, and when: on entering, for some images, that outputs and gradients of all tuned tensors equal those of
 the model as it is; and for each batch size at its first batch, that the recorded tensors equal those which the prefix
-gives for this batch. On the CPU in float32 they are equal bit for bit, elsewhere within `proof.TOLERANCE`. Kernels
-differ between batch sizes (a last batch of one image, say), and so do last digits: a batch of a size for which they are
-not equal is loaded and computed as it would have been without.
+gives for this batch, which further runs that share the features need not compare again. On the CPU in float32 they are
+equal bit for bit, elsewhere within `proof.TOLERANCE`. Kernels differ between batch sizes (a last batch of one image,
+say), and so do last digits: a batch of a size for which they are not equal is loaded and computed as it would have been
+without.
 """
 
 from __future__ import annotations
@@ -61,6 +62,8 @@ class CachedPrefix:
         datasets: The data sets to train and evaluate with.
         reason: Why nothing is cached, in one line; None where the prefix is.
         share: Share of a forward pass that is computed once, by floating-point operations.
+        computed: Images for which the prefix was run, to record it or to compare, since the context was entered.
+        replayed: Images, one in every epoch counted anew, for which it was looked up instead.
 
     Raises:
         ConfigError: No data set, or a number of batches or views that is none.
@@ -92,6 +95,7 @@ class CachedPrefix:
         self.datasets: tuple[Dataset[Any], ...] = datasets
         self.reason = off or "its context has not been entered"
         self.share = 0.0
+        self.computed = self.replayed = 0
 
     @property
     def dataset(self) -> Dataset[Any]:
@@ -145,7 +149,6 @@ class CachedPrefix:
         for number, dataset in enumerate(self._given):
             self._parts.append(self._part(number, dataset, start, 1 if number else views, state))
             start += len(dataset)
-        self._agrees: dict[Any, bool] = {}
         before = self.model.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True)
         after = self.model.register_forward_hook(lambda *_: self._cut.end(), always_call=True)
         for hook in (before, after):
@@ -206,6 +209,7 @@ class CachedPrefix:
         def record(rows: Sequence[Any]) -> list[Tensor]:
             # As in the loop: kernels differ with gradients, modules in training.
             self.model.train(trained)
+            self.computed += len(rows)
             with torch.set_grad_enabled(trained):
                 return cut.record(lambda: self._passes.outputs(rows))
 
@@ -231,7 +235,8 @@ class CachedPrefix:
         if table.rows is None:  # another process has computed them
             table.rows = [with_image(row, Hole()) for row in _all(dataset)]
         dtypes = [tensor.dtype for tensor in found]
-        return Part(dataset, table.rows, start, views, image_of(first[0]), layouts, dtypes, features)
+        agrees = self._store.agreements(key)
+        return Part(dataset, table.rows, start, views, image_of(first[0]), layouts, dtypes, features, agrees)
 
     # --- replaying ---
 
@@ -242,18 +247,21 @@ class CachedPrefix:
         numbers, device = given.flatten().cpu(), self._passes.device
         part = next(part for part in self._parts if part.holds(int(numbers[0])))
         features = part.features_of(numbers, self._epoch % part.views, device)
-        kind = (part.start, len(numbers), model.training, torch.is_grad_enabled())
+        precision = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
+        kind = (len(numbers), model.training, torch.is_grad_enabled(), precision)
         if part.views > 1:  # what was read once at random cannot be read again
-            self._agrees[kind] = True
-        if not self._agrees.get(kind, False):
+            part.agrees[kind] = True
+        if not part.agrees.get(kind, False):
             images = part.images(numbers, device)
             given = put(args, images), put(kwargs, images)
-            if kind not in self._agrees:
+            if kind not in part.agrees:
+                self.computed += len(numbers)
                 with model_kept(model):
                     found = self._cut.record(lambda: model(*given[0], **given[1]))
-                self._agrees[kind] = self._passes.same(found, features)
-            if not self._agrees[kind]:
+                part.agrees[kind] = self._passes.same(found, features)
+            if not part.agrees[kind]:
                 return given
+        self.replayed += len(numbers)
         self._cut.begin(features, len(numbers))
         blank = blank_images(part.image, len(numbers), device)
         return put(args, blank), put(kwargs, blank)

@@ -27,6 +27,7 @@ class Part:
         layouts: How the features are stored.
         dtypes: What they are computed in.
         features: (views x rows, ...) each, one view after the other.
+        agrees: Kind of a batch (its size, mode and precision) -> whether what was recorded is what the prefix gives.
     """
 
     dataset: Any
@@ -37,6 +38,7 @@ class Part:
     layouts: Sequence[Layout]
     dtypes: Sequence[torch.dtype]
     features: Sequence[Tensor]
+    agrees: dict[Any, bool]
 
     def holds(self, number: int) -> bool:
         """Whether a number is that of one of its images."""

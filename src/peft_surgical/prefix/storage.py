@@ -115,10 +115,18 @@ class FeatureStore:
         self._own: Path | None = None
         self._kept: OrderedDict[str, list[Tensor]] = OrderedDict()
         self._datasets: dict[int, tuple[Any, Table]] = {}
+        self._agreements: dict[str, dict[Any, bool]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """For another process, which begins with what is in the shared folder."""
-        return {**self.__dict__, "_kept": OrderedDict(), "_datasets": {}, "_own": None}
+        return {**self.__dict__, "_kept": OrderedDict(), "_datasets": {}, "_agreements": {}, "_own": None}
+
+    def agreements(self, key: str) -> dict[Any, bool]:
+        """For which kinds of batches the features of a key were compared with the prefix itself, and with what result.
+
+        This process alone remembers them: the kernels of another may differ.
+        """
+        return self._agreements.setdefault(key, {})
 
     def table(self, dataset: Dataset[Any]) -> Table:
         """What is remembered of a data set as long as it exists."""

@@ -205,6 +205,7 @@ def fit(
                 record=record,
                 prefix="" if trained is None else str(cached),
                 seconds=time.perf_counter() - begun,
+                saved=FORWARD_SHARE * cached.share * (cached.replayed - cached.computed) * world / settings.batch_size,
             )
 
         if last is not None and stop_epoch is not None and done > stop_epoch:

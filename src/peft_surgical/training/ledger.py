@@ -27,8 +27,8 @@ except ImportError:  # Windows: there, one process per ledger
     fcntl = None  # type: ignore[assignment]
 
 
-NOTES = ("seconds", "prefix")
-"""How long a run took, and what of the network was computed once for each image."""
+NOTES = ("seconds", "prefix", "saved")
+"""How long a run took, what of the network was computed once for each image, and the training steps that this saved."""
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,8 @@ class Fitted:
         record: Epoch -> factor of each tensor's rate, for schedules that need scores.
         prefix: What of the network was computed once for each image, or why nothing was, in one line.
         seconds: How long the call took.
+        saved: What looking up the prefix saved in this call, in the unit of ``cost``: passes through it that were not
+            computed, less those that were recorded.
         averaged: Where the model has the mean of the last epochs' weights: its own value of what ``curve`` holds.
         logits: The same model's logits (n, classes) on the validation images.
     """
@@ -95,6 +97,7 @@ class Fitted:
     record: Mapping[int, Mapping[str, float]] = field(repr=False)
     prefix: str = ""
     seconds: float = 0.0
+    saved: float = 0.0
     averaged: float | None = None
     logits: Tensor | None = field(default=None, repr=False)
 

@@ -17,7 +17,7 @@ from ..blocks import Anatomy
 from ..errors import ConfigError
 from ..evaluation.selected import Gain
 from .engines import Engine, Fit, workers
-from .ledger import Ledger, Run
+from .ledger import Ledger, Run, canonical
 
 NONE = "none"
 """The method that leaves the network as it is."""
@@ -95,6 +95,16 @@ class SearchResult:
         """Cost of the search in multiples of the chosen run alone; NaN where that is ``none``."""
         own = self.run.result["cost"]
         return self.cost / own if own else math.nan
+
+    @property
+    def seconds(self) -> float | None:
+        """What all runs together took; None where that of one is not known."""
+        return noted(self.trials)[0]
+
+    @property
+    def saved(self) -> float:
+        """The part of ``cost`` that was looked up instead of computed, see `Fitted`."""
+        return noted(self.trials)[1]
 
     def record(self) -> dict[str, Any]:
         """For the ``selection`` of an adapter's config: plain JSON."""
@@ -224,6 +234,14 @@ def greedy(
             break
         best, chosen = leader, leader.key["method"].split(" + ")
     return result_of("greedy", [best], trials)
+
+
+def noted(runs: Sequence[Run]) -> tuple[float | None, float]:
+    """Seconds of runs, each counted once, and the training steps that the cached prefix saved; see `ledger.NOTES`."""
+    each = list({canonical(run.key): run for run in runs}.values())
+    known = all("seconds" in run.notes for run in each)
+    seconds = sum(run.notes["seconds"] for run in each) if known else None
+    return seconds, sum(run.notes.get("saved", 0.0) for run in each)
 
 
 def best_of(runs: Sequence[Run]) -> Run:
