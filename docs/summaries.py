@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT / "recipes"))
 
 import cifar10c  # noqa: E402
 import synthetic  # noqa: E402
-from paper.cifar_tables import OVERLAP, cell, comparison_table, forgetting_table  # noqa: E402
+from paper.cifar_tables import CORRECTED, OVERLAP, cell, comparison_table, forgetting_table, shared  # noqa: E402
 from paper.protocol import audit  # noqa: E402
 from peft_surgical.evaluation import TextTable, interval_of_runs, mean_interval, plus_minus  # noqa: E402
 from peft_surgical.training.ledger import Ledger, Run  # noqa: E402
@@ -53,9 +53,18 @@ PUBLISHED = {  # Lee et al. 2023, Table 4, CIFAR-C: percent, mean over 14 corrup
 POLICIES = ["frozen", "target", "all"]
 
 
+RATIO = 800 / 1000
+"""Test images over tuning images in all of these tables but the one by the number of images."""
+
+
+def mean(values: Sequence[float], sign: str = "") -> str:
+    """The mean over seeds that share images, with its interval."""
+    return plus_minus(values, sign=sign, ratio=RATIO)
+
+
 def minus(values: Sequence[float], others: Sequence[float]) -> str:
     """The mean of the differences, seed by seed."""
-    return plus_minus([a - b for a, b in zip(values, others, strict=True)], sign="+")
+    return mean([a - b for a, b in zip(values, others, strict=True)], sign="+")
 
 
 def by_seed(runs: Sequence[Sequence[Run]], name: str) -> list[float]:
@@ -112,14 +121,14 @@ def compare_means() -> str:
     tests = {method: by_seed(cells, "test") for method, cells in both.items()}
     lines = []
     for method, cells in both.items():
-        own = [plus_minus(by_seed(runs[method][network], "test")) for network in NETWORKS]
+        own = [mean(by_seed(runs[method][network], "test")) for network in NETWORKS]
         distances = ["" if method == other else minus(tests[method], tests[other]) for other in YARDSTICKS]
         cost = fmean(by_seed(cells, "cost"))
         paper = f"{PUBLISHED[method]}" if method in PUBLISHED else ""
-        lines.append([method, *own, plus_minus(tests[method]), *distances, f"{cost:.0f}", paper])
+        lines.append([method, *own, mean(tests[method]), *distances, f"{cost:.0f}", paper])
     caption = (
         f"Test accuracy in percent, mean over {', '.join(CORRUPTIONS)}, and over both networks; ± half the 95% "
-        f"interval (Student's t) over seeds {', '.join(map(str, args.seeds))}, {OVERLAP}. Differences "
+        f"interval (Student's t) over seeds {', '.join(map(str, args.seeds))}, {CORRECTED}. Differences "
         "are taken seed by seed. Methods with all their runs on both networks; selection rules and cost as in the "
         "table of each network. Paper: its Table 4, mean over 14 corruptions of another network (RobustBench's "
         "Standard, a WRN-28-10)."
@@ -141,14 +150,14 @@ def norm_policies(network: str = "resnet32", target: str = "block1") -> str:
             rates.setdefault(corruption, str(runs[0].key["lr"]))
             columns[policy, corruption] = {name: by_seed([runs], name) for name in names}
     values = {p: [columns[p, c][name] for c in corruptions for name in names] for p in POLICIES}
-    lines = [[policy, *map(plus_minus, values[policy])] for policy in POLICIES]
+    lines = [[policy, *map(mean, values[policy])] for policy in POLICIES]
     first = POLICIES[0]
     lines += [[f"{p} minus {first}", *map(minus, values[p], values[first])] for p in POLICIES[1:]]
     caption = (
         f"{target} of the {NETWORKS[network]} at the rate that seed 0's validation images choose for {first} "
         f"({', '.join(f'{c} {rate}' for c, rate in rates.items())}); test accuracy in percent on the corruption that "
         "it was tuned for, and on the same images without it; mean ± half the 95% interval (Student's t) over seeds "
-        f"{', '.join(map(str, args.seeds))}, {OVERLAP}. Differences are taken seed by seed. The epoch is "
+        f"{', '.join(map(str, args.seeds))}, {CORRECTED}. Differences are taken seed by seed. The epoch is "
         "chosen by validation accuracy of each run."
     )
     header = [text for corruption in corruptions for text in (corruption, "clean after it")]
@@ -163,11 +172,11 @@ def moments(network: str = "resnet26") -> str:
         runs = [cell(args, rows, task, method, 1000) for task in CORRUPTIONS]
         tests[method] = [by_seed([run], "test") for run in runs] + [by_seed(runs, "test")]
     kept, reset = tests.values()
-    lines = [[method, *map(plus_minus, columns)] for method, columns in tests.items()]
+    lines = [[method, *map(mean, columns)] for method, columns in tests.items()]
     lines.append(["reset minus kept", *map(minus, reset, kept)])
     caption = (
         f"{NETWORKS[network]}; test accuracy in percent, mean ± half the 95% interval (Student's t) over seeds "
-        f"{', '.join(map(str, args.seeds))}, {OVERLAP}; differences seed by seed. The rate is chosen by "
+        f"{', '.join(map(str, args.seeds))}, {CORRECTED}; differences seed by seed. The rate is chosen by "
         "the validation images of seed 0, for each of the two, the epoch by those of each run."
     )
     return TextTable(["Adam's moments", *CORRUPTIONS, "mean"], lines, caption).markdown()
@@ -183,7 +192,8 @@ def by_images(network: str = "resnet26") -> str:
             lines.append([task, method, *(plus_minus([run.result["test"] for run in some]) for some in runs)])
     caption = (
         f"{NETWORKS[network]}; test accuracy in percent by the number of images to tune on, 200 more to validate; mean "
-        f"± half the 95% interval (Student's t) over seeds {', '.join(map(str, args.seeds))}, {OVERLAP}. "
+        f"± half the 95% interval (Student's t) over seeds {', '.join(map(str, args.seeds))}, {OVERLAP}: it is "
+        "for draws of the images to tune on. "
         "Batches of 64, 15 epochs: the fewer the images, the fewer the steps. More images to tune leave fewer to test. "
         "Selection as in the table of the network; nothing was selected on test images."
     )
@@ -247,7 +257,10 @@ def draw_blocks(network: str, file: Path) -> None:
     axes, width = figure.subplots(), 0.8 / len(targets)
     for i, target in enumerate(targets):
         found = [cell(args, rows, task, target, 1000) for task in args.tasks]
-        ends = [interval_of_runs([run.result["test"] for run in runs], runs[0].result["n"]) for runs in found]
+        ends = [
+            interval_of_runs([run.result["test"] for run in runs], runs[0].result["n"], shared(runs, 1000))
+            for runs in found
+        ]
         places = [place + (i - (len(targets) - 1) / 2) * width for place in range(len(args.tasks))]
         heights, halves = [100 * end.value for end in ends], [50 * (end.high - end.low) for end in ends]
         axes.bar(places, heights, width, yerr=halves, label=target, color=f"C{i}", capsize=2)

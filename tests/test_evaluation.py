@@ -23,7 +23,8 @@ from peft_surgical.evaluation import (
     wilson_interval,
     worst_group_accuracy,
 )
-from peft_surgical.evaluation.metrics import JUDGES, check_metrics, group_accuracies, interval_of, judge, tolerant
+from peft_surgical.evaluation.intervals import interval_of
+from peft_surgical.evaluation.metrics import JUDGES, check_metrics, group_accuracies, judge, tolerant
 
 
 @pytest.fixture
@@ -98,6 +99,19 @@ def test_mean_interval_against_scipy(count, confidence):
     mean = sum(values) / count
     low, high = stats.t.interval(confidence, count - 1, loc=mean, scale=stats.sem(values))
     assert mean_interval(values, confidence) == pytest.approx((mean, low, high), rel=1e-9)
+
+
+def test_runs_that_share_images_have_a_longer_interval():
+    values = [0.79, 0.80, 0.83]
+    mean, variance = 0.80667, 0.00043333
+    # Nadeau & Bengio 2003 by hand: 800 images test and 1,000 tune; t of 2 degrees of freedom.
+    half = 4.302653 * ((1 / 3 + 800 / 1000) * variance) ** 0.5
+    assert mean_interval(values, ratio=0.8) == pytest.approx((mean, mean - half, mean + half), abs=1e-5)
+    assert mean_interval(values, ratio=0.0) == mean_interval(values)
+    assert interval_of_runs(values, 800, 0.8) == mean_interval(values, ratio=0.8)
+    assert plus_minus(values, ratio=0.8) == f"80.7 ± {100 * half:.1f}"
+    with pytest.raises(DataError, match=r"ratio=-1: give a number of at least 0"):
+        mean_interval(values, ratio=-1)
 
 
 def test_mean_interval_by_hand():

@@ -84,6 +84,7 @@ MOVED = {
     "freeze-embed": NAMES - STEM,
     "dfr": HEAD,
     "logistic-head": HEAD,
+    "dp-head": HEAD,
 }
 
 

@@ -25,6 +25,9 @@ CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 PUBLISHED_ROWS = 10_000
 """Rows of one severity in a published CIFAR-10-C ``.npy`` file, which stacks severities 1 to 5."""
 
+TEST_SEED = 2026
+"""Draws the test images that are the same for every seed."""
+
 
 class Images(NamedTuple):
     """Images as read: ``pixels`` uint8 (n, 3, 32, 32) RGB in 0..255, ``labels`` int64 (n,)."""
@@ -34,7 +37,7 @@ class Images(NamedTuple):
 
 
 class Split(NamedTuple):
-    """Row numbers, int64 and ascending: disjoint, and together every row."""
+    """Row numbers, int64 and ascending: disjoint, and together every row unless the test images are fixed."""
 
     tune: Tensor
     validation: Tensor
@@ -91,7 +94,7 @@ def corruptions_in(folder: str | os.PathLike[str]) -> list[str]:
     return sorted(f.stem for f in Path(folder).iterdir() if f.suffix in {".parquet", ".npy"} and f.stem != "labels")
 
 
-def split(labels: Tensor, seed: int, tune: int = 1000, validation: int = 200) -> Split:
+def split(labels: Tensor, seed: int, tune: int = 1000, validation: int = 200, test: int | None = None) -> Split:
     """Split rows into tuning, validation and test images, with equal numbers per class in the first two.
 
     Drawn per class, in the order of the classes, with one ``numpy.random.default_rng(seed)``. A departure from the
@@ -102,28 +105,35 @@ def split(labels: Tensor, seed: int, tune: int = 1000, validation: int = 200) ->
         seed: Seed of the draw.
         tune: Images to tune on, over all classes.
         validation: Images to select with, over all classes.
+        test: Images to test on, over all classes: drawn once with `TEST_SEED`, so that they are the same for every seed
+            and no seed tunes or selects on another's. None tests on those that the seed leaves.
 
     Raises:
         DataError: If the numbers are no multiple of the number of classes, or a class leaves no test image.
     """
     values = labels.cpu().numpy()
     classes = np.unique(values)
-    if not len(classes) or tune % len(classes) or validation % len(classes):
+    if not len(classes) or test == 0 or any(size % len(classes) for size in (tune, validation, test or 0)):
+        tested = "" if test is None else f" and {test} test"
         raise DataError(
-            f"{tune} tuning and {validation} validation images do not divide evenly over {len(classes)} classes: "
-            "choose multiples of the number of classes"
+            f"{tune} tuning and {validation} validation{tested} images do not divide evenly over {len(classes)} "
+            "classes: choose multiples of the number of classes"
         )
     a, b = tune // len(classes), (tune + validation) // len(classes)
-    rng = np.random.default_rng(seed)
+    rng, fixed = np.random.default_rng(seed), np.random.default_rng(TEST_SEED)
     parts: tuple[list[np.ndarray], ...] = ([], [], [])
     for label in classes:
-        rows = rng.permutation(np.flatnonzero(values == label))
-        if len(rows) <= b:
+        rows, kept = np.flatnonzero(values == label), None
+        if test is not None:
+            kept, rows = np.split(fixed.permutation(rows), [test // len(classes)])
+        rows = rng.permutation(rows)
+        if len(rows) < b + (kept is None):  # one at least is left to test on
             raise DataError(
                 f"class {label} has {len(rows)} images: {a} to tune and {b - a} to validate leave none to test on; "
                 "ask for fewer or bring more images"
             )
-        for part, drawn in zip(parts, np.split(rows, [a, b]), strict=True):
+        tuned, validated, left = np.split(rows, [a, b])
+        for part, drawn in zip(parts, (tuned, validated, left if kept is None else kept), strict=True):
             part.append(drawn)
     return Split(*(torch.from_numpy(np.sort(np.concatenate(part))) for part in parts))
 

@@ -24,8 +24,13 @@ from .rows import reported
 BLOCKS = ("block1", "block2", "block3", "head")
 CROSS_VALIDATED = {CROSS_VAL: BLOCKS, CROSS_VAL_WIDE: (NONE, *BLOCKS, "all")}
 """The targets among which each chooses: as the paper does, and with doing nothing and tuning everything."""
-OVERLAP = "whose images overlap, so that it is too short"
-"""What every interval over these seeds has to be read with: they share tuning, validation and test images."""
+OVERLAP = "which test on some of the same images, so that it is too short for new ones"
+"""What an interval over seeds has to be read with where it is that of independent runs."""
+CORRECTED = (
+    "for new images of the kind: every seed cuts the same ones into those that tune, validate and test, and the "
+    "interval is corrected for what seeds share (Nadeau & Bengio 2003)"
+)
+"""What an interval over seeds is for where it has the ``ratio`` that `shared` gives."""
 SELECTION = "learning rate by validation accuracy of seed 0, epoch by validation accuracy of each run"
 
 
@@ -67,6 +72,17 @@ def cell(
     return reported(rows, settings_of(args, task, method, images, norm_stats), tuple(rates), args.seeds)
 
 
+def shared(runs: Sequence[Run], images: int, validation: int = 200) -> float:
+    """Test images over tuning images of a cell, the ``ratio`` of `mean_interval`.
+
+    Args:
+        runs: The cell's. Those that do not say how many images tested them are of files of 2,000 images.
+        images: That tuned.
+        validation: Images that chose.
+    """
+    return float(runs[0].result.get("n", 2000 - images - validation)) / images if runs else 0.0
+
+
 def comparison_table(args: argparse.Namespace, rows: Sequence[Run], methods: Sequence[str]) -> TextTable:
     """Accuracy by method and task, mean rank over the tasks that all methods have, and cost."""
     images, norm_stats = args.tuning_images[-1], args.norm_stats[0]
@@ -76,10 +92,11 @@ def comparison_table(args: argparse.Namespace, rows: Sequence[Run], methods: Seq
     means = {m: {t: fmean(r.result["test"] for r in runs[m][t]) for t in args.tasks if runs[m][t]} for m in methods}
     lines = []
     for method, by_task in runs.items():
-        cells = [plus_minus([run.result["test"] for run in found]) for found in by_task.values()]
+        ratio = max((shared(found, images, args.validation_images) for found in by_task.values()), default=0.0)
+        cells = [plus_minus([run.result["test"] for run in found], ratio=ratio) for found in by_task.values()]
         summary = ["-", "-", "-"]
         if whole and method in begun:
-            mean = plus_minus(_means([by_task[task] for task in whole], "test"))
+            mean = plus_minus(_means([by_task[task] for task in whole], "test"), ratio=ratio)
             ranks = [1 + sum(means[m][t] > means[method][t] for m in begun) for t in whole]
             cost = f"{fmean(run.result['cost'] for task in whole for run in by_task[task]):.0f}"
             summary = [mean, f"{fmean(ranks):.1f}", cost]
@@ -89,7 +106,7 @@ def comparison_table(args: argparse.Namespace, rows: Sequence[Run], methods: Seq
     both, rates = (f"; {searches}: both by that of each seed", f" except in {searches}") if searches else ("", "")
     caption = (
         f"{args.model}. Test accuracy in percent on the images that neither tune nor validate, mean ± half the 95% "
-        f"interval (Student's t) over seeds {', '.join(map(str, args.seeds))}, {OVERLAP}; {images} "
+        f"interval (Student's t) over seeds {', '.join(map(str, args.seeds))}, {CORRECTED}; {images} "
         f"images to tune. Mean and rank over {', '.join(whole) or 'no task yet'}. Selection: learning rate by "
         "validation accuracy of seed 0 (cross-val, over the blocks, and cross-val-wide, over these, all and none: then "
         f"the target by that of each seed{both}), epoch by validation accuracy of each run; nothing was selected on "
@@ -106,13 +123,17 @@ def forgetting_table(args: argparse.Namespace, rows: Sequence[Run], targets: Seq
     for target in targets:
         done = {t: runs for t in args.tasks if (runs := cell(args, rows, t, target, images, norm_stats))}
         counts |= {runs[0].result["n"] for runs in done.values()}
-        texts = {t: plus_minus([r.result["test"] for r in runs], runs[0].result["n"]) for t, runs in done.items()}
+        ratio = max((shared(runs, images, args.validation_images) for runs in done.values()), default=0.0)
+        texts = {
+            t: plus_minus([r.result["test"] for r in runs], runs[0].result["n"], ratio=ratio)
+            for t, runs in done.items()
+        }
         if len(done) == len(args.tasks):  # a mean over some of the corruptions would not compare
             for name, column in (("test", "mean"), ("clean", "clean, mean")):
                 if all(name in run.result for runs in done.values() for run in runs):
-                    texts[column] = plus_minus(_means(list(done.values()), name))
+                    texts[column] = plus_minus(_means(list(done.values()), name), ratio=ratio)
         lines.append([target, *(texts.get(column, "-") for column in (*args.tasks, "mean", "clean, mean"))])
-    kind = "Wilson's over test images" if len(args.seeds) == 1 else f"Student's t over seeds, {OVERLAP}"
+    kind = "Wilson's over test images" if len(args.seeds) == 1 else f"Student's t over seeds, {CORRECTED}"
     caption = (
         f"{args.model}, CIFAR-10-C severity {args.severity}, norm_stats={norm_stats}. Test accuracy in percent, "
         f"mean ± half the 95% interval ({kind}); seeds {', '.join(map(str, args.seeds))}; "

@@ -22,7 +22,7 @@ from peft_surgical.data.layouts import parquet_files, split_of
 from peft_surgical.errors import DataError
 from peft_surgical.extras import require
 
-from .cifar import CLASSES, Images, corruptions_in, read_images, split
+from .cifar import CLASSES, TEST_SEED, Images, corruptions_in, read_images, split
 from .parts import Published, cut
 
 CIFAR10_HUB_ID = "uoft-cs/cifar10"
@@ -40,6 +40,7 @@ def read_cifar(
     seed: int = 0,
     tuning: int | None = None,
     validation: int | None = None,
+    test: int | None = None,
 ) -> Published:
     """Read the test images of a task, and cut them as every number of this project is.
 
@@ -57,16 +58,18 @@ def read_cifar(
         seed: Seed of the draw.
         tuning: Images to tune on, over all classes; None is 1,000, the paper's.
         validation: Images to choose with, over all classes; None is 200.
+        test: Images to test on, over all classes, the same for every seed; None is all others.
 
     Raises:
         DataError: Nothing in one of these layouts is there, or the numbers do not fit; says what does.
     """
     images, table = _opened(task, os.fspath(source), severity)
     sizes = {"tune": tuning, "validation": validation}
-    drawn = split(images.labels, seed, **{part: size for part, size in sizes.items() if size is not None})
+    drawn = split(images.labels, seed, test=test, **{part: size for part, size in sizes.items() if size is not None})
     rows = {"tuning": drawn.tune.numpy(), "validation": drawn.validation.numpy(), "test": drawn.test.numpy()}
     origin = {part: f"drawn: seed {seed}, {len(rows[part]) // 10} of each class" for part in ("tuning", "validation")}
-    origin["test"] = f"drawn: seed {seed}, the rest"
+    fixed = f"drawn: seed {TEST_SEED}, {len(rows['test']) // 10} of each class, the same for every seed"
+    origin["test"] = f"drawn: seed {seed}, the rest" if test is None else fixed
     labels, files = images.labels.numpy(), [f"row {row}" for row in range(len(images.labels))]
     whole = [images.pixels]
     if clean is not None:

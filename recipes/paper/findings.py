@@ -167,17 +167,21 @@ def findings_table(protocol: Protocol, report: Report, rows: Sequence[str]) -> s
     for row in rows:
         found = [report.find(f"{metric} of {row}") for metric in metrics]
         numbers = [f"{100 * m.value:.1f} ({100 * m.low:.1f} to {100 * m.high:.1f})" for m in found]
-        paper = protocol.published.get(row)
+        number = protocol.published.get(row)
         chosen = ", ".join(dict.fromkeys(settings["chosen"][row]))
-        lines.append([row, *numbers, "-" if paper is None else f"{paper:g}", f"{settings['cost'][row]:.0f}", chosen])
+        lines.append([row, *numbers, "-" if number is None else f"{number:g}", f"{settings['cost'][row]:.0f}", chosen])
     rules = "; ".join(dict.fromkeys(report.find(f"{metrics[0]} of {row}").selection for row in rows))
     seeds = ", ".join(map(str, settings["seeds"]))
     kind = "over images" if len(settings["seeds"]) == 1 else "Student's t over seeds"
+    paper = (
+        f"Paper: {protocol.reference}, with another source network and other draws"
+        if protocol.published
+        else "The paper has no numbers for this network, optimizer and target"
+    )
     caption = (
         f"{protocol.name}, {report.model}: test part, n = {settings['parts']['test']} images, seeds {seeds}, 95% "
         f"intervals ({kind}). Selection: {rules}; no test image selects. Cost: steps of a run, or of a "
-        f"whole search, with batches of {settings['batch']}. Paper: {protocol.reference}, with another source network "
-        "and other draws."
+        f"whole search, with batches of {settings['batch']}. {paper}."
     )
     return TextTable(header, lines, caption).markdown()
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from peft_surgical.bases.transforms import AUGMENTS
@@ -42,7 +43,8 @@ class Protocol:
         fitting: How a run is trained; rate and seed are set for each.
         metrics: Names of `evaluation.metrics.JUDGES`; the first selects.
         source: How the network is first trained on the source domain; None where the pretrained one is used as it is.
-        published: Row -> what the paper reports, in percent.
+        published: Row -> what the paper reports, in percent, for this model and optimizer.
+        published_elsewhere: (model, optimizer) -> the same for others that the paper has, too.
         reference: Where in the paper all this is.
         rates: Optimizer -> what to choose from in place of ``lrs`` and ``head_lrs`` where the user asks for it.
         sources: Setting (``lr``, ``batch_size``, ``tuning``, ...) -> where it is from, if not from ``reference``: a
@@ -62,6 +64,7 @@ class Protocol:
     metrics: tuple[str, ...] = ("accuracy",)
     source: SourceTraining | None = None
     published: Mapping[str, float] = field(default_factory=dict)
+    published_elsewhere: Mapping[tuple[str, str], Mapping[str, float]] = field(default_factory=dict)
     reference: str = ""
     rates: Mapping[str, tuple[tuple[float, ...], tuple[float, ...]]] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
@@ -74,6 +77,21 @@ class Protocol:
     def folder(self) -> str:
         """Default of ``--output``."""
         return f"outputs/{self.name.lower().replace(' ', '_')}"
+
+
+def as_asked(protocol: Protocol, args: argparse.Namespace) -> Protocol:
+    """The protocol with the paper's numbers for the model and optimizer that a user asks for; none where it has none.
+
+    A folder counts as the protocol's model, of which it may be a copy.
+
+    Args:
+        protocol: With the numbers of its own model and optimizer.
+        args: Options of `parser_of`.
+    """
+    model = protocol.model if Path(args.model).expanduser().is_dir() else args.model
+    if (model, args.optimizer) == (protocol.model, protocol.fitting.optimizer):
+        return protocol
+    return replace(protocol, published=protocol.published_elsewhere.get((model, args.optimizer), {}))
 
 
 def parser_of(protocol: Protocol, doc: str | None) -> argparse.ArgumentParser:

@@ -39,7 +39,7 @@ from .corruptions import open_classifier
 from .findings import check_handover, hand_over, held_out, write_study
 from .parts import Published
 from .pretraining import SOURCE_REPORT, SourceTraining, train_source
-from .protocol import AUTO_SNR, CROSS_VAL, CROSS_VAL_WIDE, Protocol, reported_rows, rows_of, runs_behind
+from .protocol import AUTO_SNR, CROSS_VAL, CROSS_VAL_WIDE, Protocol, as_asked, reported_rows, rows_of, runs_behind
 
 SOURCE = "source"
 """Folder of the network that was trained on the source, in that of the study."""
@@ -81,7 +81,7 @@ def run_study(
         SurgicalError: Something asked for cannot be done; says what, and the way out.
     """
     with _engine(args) as engine:
-        return _carried_out(protocol, args, read, opener, seeded_base, export, engine)
+        return _carried_out(as_asked(protocol, args), args, read, opener, seeded_base, export, engine)
 
 
 def _carried_out(

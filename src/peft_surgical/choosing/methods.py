@@ -196,7 +196,8 @@ class Method:
         reset_moments: Whether the optimizer's state is forgotten at every epoch.
         balanced: Whether it trains on equally many images of every class.
         optimizer: Name of the optimizer that the method prescribes; None for any.
-        solved: Whether it is solved rather than trained: the head, by `training.logistic.solve_head`.
+        solved: Whether it is no run of Trainer's: the head on its features, by `training.logistic.solve_head` or
+            `training.private.private_head`.
         options: Names and defaults of its own settings.
     """
 
@@ -227,13 +228,15 @@ def _named_bn(anatomy: Anatomy) -> frozenset[str]:
     return frozenset(name for name in anatomy.tensors if "bn" in name)
 
 
-LOGISTIC = "logistic-head"
+LOGISTIC, PRIVATE_HEAD = "logistic-head", "dp-head"
 METHODS: dict[str, Method] = {
     row.name: row
     for row in (
         Method("full", "all"),
         Method("linear-probe", "head"),
         Method(LOGISTIC, "head", solved=True),
+        # Noisy gradient descent on the last layer: Wang et al. 2024, ICML.
+        Method(PRIVATE_HEAD, "head", solved=True, options=(("epsilon", 8.0),)),
         Method("gradual-first-last", "all", lambda a, _: gradual_unfreezing(a, "first-to-last")),
         Method("gradual-last-first", "all", lambda a, _: gradual_unfreezing(a)),
         Method("l1-sp", "all", penalty=lambda o: Penalty("l1-sp", **o), options=(("strength", 1e-4),)),

@@ -4,17 +4,8 @@ Metrics and intervals are pure functions. The metrics as ``evaluate.Metric`` are
 `peft_surgical.evaluation.evaluate_metrics`, which needs the extra that installs ``evaluate``.
 """
 
-from .metrics import (
-    Interval,
-    accuracy,
-    interval_of_runs,
-    mean_interval,
-    paired_difference,
-    predict_logits,
-    predicted_classes,
-    wilson_interval,
-    worst_group_accuracy,
-)
+from .intervals import Interval, interval_of_runs, mean_interval, paired_difference, wilson_interval
+from .metrics import accuracy, predict_logits, predicted_classes, worst_group_accuracy
 from .report import ORACLE, Measurement, Report, TextTable, measure, plus_minus
 
 __all__ = [

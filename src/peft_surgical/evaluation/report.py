@@ -19,7 +19,7 @@ from ..errors import DataError
 from ..extras import require
 from ..files import MAX_BYTES
 from ..texts import escaped, markdown_text
-from .metrics import interval_of_runs
+from .intervals import interval_of_runs
 
 ORACLE = "oracle"
 """The selection rule of a number whose run was chosen by looking at test data."""
@@ -101,7 +101,7 @@ def measure(
     return Measurement(name, dataset, value, low, high, "wilson" if single else "t", n, tuple(seeds), selection)
 
 
-def plus_minus(values: Sequence[float], n: int | None = None, sign: str = "") -> str:
+def plus_minus(values: Sequence[float], n: int | None = None, sign: str = "", ratio: float = 0.0) -> str:
     """Mean of fractions in percent ± half its 95% interval, such as ``80.1 ± 1.8``.
 
     Args:
@@ -109,12 +109,13 @@ def plus_minus(values: Sequence[float], n: int | None = None, sign: str = "") ->
             examples, and without ``n`` none; no value at all is ``-``.
         n: Test examples of one seed.
         sign: ``"+"`` shows the sign of differences.
+        ratio: Correction for images that the seeds share, see `mean_interval`.
     """
     if not values:
         return "-"
     if len(values) == 1 and n is None:
         return f"{100 * values[0]:{sign}.1f}"
-    value, low, high = interval_of_runs(values, n or 0)
+    value, low, high = interval_of_runs(values, n or 0, ratio)
     return f"{100 * value:{sign}.1f} ± {50 * (high - low):.1f}"
 
 

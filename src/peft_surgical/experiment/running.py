@@ -18,16 +18,19 @@ from torch.utils.data import DataLoader
 
 from accelerate import PartialState
 
+from ..choosing.methods import LOGISTIC, PRIVATE_HEAD
 from ..choosing.pace import block_means
 from ..choosing.resolve import score_blocks
 from ..data.labelled import collate
 from ..errors import ConfigError
 from ..evaluation import predicted_classes
-from ..evaluation.metrics import interval_of, judge, tolerant
+from ..evaluation.intervals import interval_of
+from ..evaluation.metrics import judge, tolerant
 from ..evaluation.selected import evidence_of
 from ..training.fitting import FORWARD_SHARE, fit, forget_checkpoints
 from ..training.ledger import Run
 from ..training.logistic import solve_head
+from ..training.private import private_head
 from ..training.search import NONE, USUAL
 from ..training.trainer import DivergedError, Epochs, file_name, logging_to
 from .requests import Score, Train, key_of
@@ -36,6 +39,11 @@ from .subject import LABELLED
 if TYPE_CHECKING:
     from .experiment import Experiment
 
+SOLVERS: Mapping[str, Callable[..., tuple[Any, Tensor, dict[str, float]]]] = {
+    LOGISTIC: solve_head,
+    PRIVATE_HEAD: private_head,
+}
+"""What carries out the methods that are `solved`."""
 _LARGEST = sys.float_info.max  # stands for an infinite loss, which JSON cannot hold
 
 
@@ -99,12 +107,13 @@ def _train_run(experiment: Experiment, run: Train) -> dict[str, Any]:
     if row.solved:
         size = experiment.fitting.batch_size
         network = copy.deepcopy(experiment.base(run.seed, zero).model).to(experiment.device)
-        model, logits, folds = solve_head(network, tuning, validation, config=config, collate=collate)
+        solve = SOLVERS[row.name.partition("@")[0]]
+        model, logits, told = solve(network, tuning, validation, config=config, collate=collate, **row.settings())
         found = judge(experiment.metrics[:1], logits, validation.label_tensor, validation.groups)
         cost = FORWARD_SHARE * (len(tuning) + len(validation)) / size
         _kept(experiment, key, run, model, zero)
         taken = {"cost": cost, "seconds": round(time.perf_counter() - begun, 3)}
-        return {"validation": found[experiment.metrics[0]], **taken, **folds, **_evidence(experiment, run, logits)}
+        return {"validation": found[experiment.metrics[0]], **taken, **told, **_evidence(experiment, run, logits)}
     assert run.lr is not None
     epochs = run.epochs(experiment.fitting.epochs)
     if run.how.refit:  # as many steps as without the validation images

@@ -31,7 +31,7 @@ from transformers.trainer_callback import PrinterCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..choosing.callback import RECORD, SurgicalCallback
-from ..choosing.methods import Method, method_of
+from ..choosing.methods import PRIVATE_HEAD, Method, method_of
 from ..choosing.models import anatomy_under
 from ..config import SurgicalConfig
 from ..errors import ConfigError
@@ -116,7 +116,8 @@ def fit(
     if stop_epoch is not None and folder is None:
         raise ConfigError("stop_epoch needs a folder: a stopped run goes on from its checkpoint")
     if row.solved:
-        raise ConfigError(f"{row.name} is not trained: call peft_surgical.training.logistic.solve_head")
+        place = "private.private_head" if row.name.startswith(PRIVATE_HEAD) else "logistic.solve_head"
+        raise ConfigError(f"{row.name} is not trained: call peft_surgical.training.{place}")
     if average and stop_epoch is not None:
         raise ConfigError("average=True takes the mean over the end of a run, and stop_epoch= leaves that out")
     given, begun = row.settings(options), time.perf_counter()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from ..blocks import Anatomy
+from ..choosing.methods import LOGISTIC
 from ..choosing.models import anatomy_under, forward_loss, logits_of
 from ..config import SurgicalConfig
 from ..errors import ConfigError
@@ -62,19 +63,18 @@ def solve_head(
     model = get_peft_model(network, SurgicalConfig(target="head", **dict(config or {})))
     if (config or {}).get("norm_stats") == "estimated":
         estimate_statistics(model, mixed_batches(tuning, collate))
-    head = _linear_head(model)
-    features, labels = _features(model, head, DataLoader(tuning, batch_size, collate_fn=collate))
+    head = linear_head(model)
+    features, labels = head_features(model, head, DataLoader(tuning, batch_size, collate_fn=collate))
     weight, bias = head.weight.detach().double().cpu(), head.bias.detach().double().cpu()
     penalty, loss, accuracy = _penalty(features, labels, weight, bias)
     moved = _solved(features, labels, weight, bias, penalty)
-    with torch.no_grad():
-        for name, value in zip(("weight", "bias"), moved, strict=True):
-            layer, key = link_of(head, name)
-            layer.delta(model.active_adapter, key).copy_(value)
-        shown, _ = _features(model, head, DataLoader(validation, batch_size, collate_fn=collate))
-        device, dtype = head.weight.device, head.weight.dtype
-        logits = torch.cat([head(part.to(device, dtype)).float().cpu() for part in shown.split(batch_size)])
-    return model, logits, {"fold_loss": loss, "fold_accuracy": accuracy, "penalty": penalty}
+    moved_by(model, head, *moved)
+    shown, _ = head_features(model, head, DataLoader(validation, batch_size, collate_fn=collate))
+    return (
+        model,
+        logits_from(head, shown, batch_size),
+        {"fold_loss": loss, "fold_accuracy": accuracy, "penalty": penalty},
+    )
 
 
 @torch.no_grad()
@@ -104,22 +104,46 @@ def can_solve(network: nn.Module, anatomy: Anatomy, batch: Any) -> bool:
     return len(seen) == 2 and seen[0][0].ndim == 2 and torch.equal(seen[0][1], seen[1][0])
 
 
-def _linear_head(model: nn.Module) -> nn.Linear:
+@torch.no_grad()
+def moved_by(model: nn.Module, head: nn.Linear, weight: Tensor, bias: Tensor) -> None:
+    """Set the deltas of the head's weight (classes, width) and bias (classes,) in the active adapter."""
+    for name, value in (("weight", weight), ("bias", bias)):
+        layer, key = link_of(head, name)
+        layer.delta(model.active_adapter, key).copy_(value)
+
+
+@torch.no_grad()
+def logits_from(head: nn.Linear, features: Tensor, batch_size: int) -> Tensor:
+    """The head's logits (n, classes) on the CPU of features (n, width)."""
+    device, dtype = head.weight.device, head.weight.dtype
+    return torch.cat([head(part.to(device, dtype)).float().cpu() for part in features.split(batch_size)])
+
+
+def linear_head(model: nn.Module, method: str = LOGISTIC) -> nn.Linear:
+    """The head of a PeftModel, one linear layer with a bias.
+
+    Raises:
+        ConfigError: It is something else; ``method`` is what the message says needs it.
+    """
     blocks = anatomy_under(model)
     paths = blocks["head"].modules if "head" in blocks else ()
     inner: Any = model
     found = inner.base_model.model.get_submodule(paths[0]) if len(paths) == 1 else None
     if not isinstance(found, nn.Linear) or found.bias is None:
         kind = "no head" if not paths else type(found).__name__ if found is not None else "several modules"
-        raise ConfigError(
-            f"logistic-head solves a linear layer with a bias, and this network's head is {kind}: use head"
-        )
+        raise ConfigError(f"{method} solves a linear layer with a bias, and this network's head is {kind}: use head")
     return found
 
 
 @torch.no_grad()
-def _features(model: nn.Module, head: nn.Linear, batches: DataLoader[Any]) -> tuple[Tensor, Tensor]:
-    """The head's inputs (n, width), float64 on the CPU, and the labels (n,)."""
+def head_features(
+    model: nn.Module, head: nn.Linear, batches: DataLoader[Any], method: str = LOGISTIC
+) -> tuple[Tensor, Tensor]:
+    """The head's inputs (n, width), float64 on the CPU, and the labels (n,).
+
+    Raises:
+        ConfigError: The head's outputs are not the logits; ``method`` is what the message says needs them.
+    """
     kept: list[Tensor] = []
     labels: list[Tensor] = []
 
@@ -129,9 +153,7 @@ def _features(model: nn.Module, head: nn.Linear, batches: DataLoader[Any]) -> tu
     def check(outputs: Any, given: Any) -> Tensor:
         logits = logits_of(outputs)
         if kept[-1].ndim != 2 or not torch.allclose(head(kept[-1]), logits, rtol=1e-3, atol=1e-4):
-            raise ConfigError(
-                "logistic-head solves a head whose outputs are the logits, and here more follows: use head"
-            )
+            raise ConfigError(f"{method} solves a head whose outputs are the logits, and here more follows: use head")
         labels.append(torch.as_tensor(given).cpu())
         return torch.zeros(())
 
