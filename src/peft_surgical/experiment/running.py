@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ from ..keys import PRIVATE
 from ..training.fitting import FORWARD_SHARE, fit, forget_checkpoints
 from ..training.logistic import solve_head
 from ..training.search import NONE, USUAL
-from ..training.trainer import DivergedError, Epochs, file_name, logging_to
+from ..training.trainer import DivergedError, Epochs, logging_to
 from .requests import Score, Train, key_of
 from .subject import LABELLED
 
@@ -59,7 +60,7 @@ def train_run(experiment: Experiment, run: Train) -> dict[str, Any]:
     place = experiment.folder / PRIVATE / "checkpoints" / experiment.digest(key)
     name = f"{run.method}-lr{run.lr:g}-seed{run.seed}"
     try:
-        with logging_to(None if experiment.logs is None else experiment.logs / file_name(name)):
+        with logging_to(None if experiment.logs is None else experiment.logs / _file_name(name)):
             fitted = fit(
                 copy.deepcopy(experiment.base(run.seed, zero).model),
                 row,
@@ -99,6 +100,11 @@ def train_run(experiment: Experiment, run: Train) -> dict[str, Any]:
     _kept(experiment, key, run, fitted.model, zero)
     forget_checkpoints(place)
     return result
+
+
+def _file_name(text: str) -> str:
+    """A text as a file's name: a target may hold colons, stars, slashes and spaces."""
+    return re.sub(r"[^\w.+-]+", "_", text)
 
 
 def _kept(experiment: Experiment, key: dict[str, Any], run: Train, trained: Any, zero: bool) -> None:

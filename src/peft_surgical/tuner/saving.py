@@ -29,7 +29,7 @@ from ..errors import AdapterError
 from ..evaluation import Report
 from ..files import is_finite, shown
 from ..folders import commit, staging
-from ..keys import CARD, CONFIG, DELTA, WEIGHTS, neutral_key, tensor_name
+from ..keys import CARD, CONFIG, DELTA, PROCESSOR, WEIGHTS, neutral_key, tensor_name
 from ..results import published
 from ..texts import markdown_code, markdown_text
 
@@ -140,8 +140,10 @@ def saving_atomically(original: Callable[..., None]) -> Callable[..., None]:
     return save_pretrained
 
 
-def publish_adapter(model: Any, folder: Path, root: Path | None = None) -> None:
+def publish_adapter(model: Any, folder: Path, root: Path | None = None, processor: Any = None) -> None:
     """Save a PeftModel's adapter among the results in ``root``, which holds ``folder``; a user's own page there stays.
+
+    An image processor of transformers is saved beside it.
 
     Raises:
         ConfigError: There is an adapter in ``folder`` that is no result.
@@ -150,6 +152,8 @@ def publish_adapter(model: Any, folder: Path, root: Path | None = None) -> None:
     with published(root) as stage:
         place = stage / folder.relative_to(root)
         model.save_pretrained(place)
+        if processor is not None:
+            processor.to_json_file(place / PROCESSOR)
         if not may_replace(folder / CARD):
             (place / CARD).unlink()
 
