@@ -10,6 +10,7 @@ import pytest
 import torch
 from hub_server import hub  # noqa: F401 (a fixture)
 from scripts import script
+from tiny import native_adapters
 
 pytest.importorskip("datasets")
 PIL = pytest.importorskip("PIL.Image")
@@ -82,6 +83,7 @@ def test_the_folder_holds_the_adapter_the_processor_and_the_numbers(tuned):
     assert read_config(tuned).target == "block2 + head"
 
 
+@native_adapters
 def test_transformers_pipeline_takes_the_folder_and_gives_what_was_tuned(tuned, place):
     image = PIL.open(place / "flowers" / "rose" / "0.png")
     adapted = open_adapted(tuned)
@@ -155,6 +157,7 @@ def test_it_is_pushed_once_at_the_end(recipe, place, hub):  # noqa: F811
     assert open_adapted("me/site").label_names == NAMES
 
 
+@native_adapters
 def test_the_command_tune_takes_the_same_words(place, monkeypatch, capsys):
     pytest.importorskip("tensorboard")
     monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
