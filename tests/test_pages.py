@@ -22,9 +22,12 @@ from peft_surgical.training.ledger import Ledger  # noqa: E402
 from peft_surgical_cli import app as cli  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
+SKILL = ".agents/skills/peft-surgical/SKILL.md"
+EXAMPLE = "recipes/surgical_finetuning/README.md"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "recipes" / "README.md"]
-# By test_hub_commands.py, test_combination.py and test_extract.py.
-RUN_ELSEWHERE = {"docs/hub.md", "docs/combining.md", "docs/extract.md"}
+PAGES += [ROOT / SKILL, ROOT / EXAMPLE]
+# By test_hub_commands.py, test_combination.py, test_extract.py and test_recipe_classification.py.
+RUN_ELSEWHERE = {"docs/hub.md", "docs/combining.md", "docs/extract.md", "docs/serving.md", SKILL, EXAMPLE}
 RUN_HERE = {"README.md", "docs/adaptation.md", "docs/cli.md", "docs/prefix.md", "docs/selection.md"}
 COMMANDS = typer.main.get_command(cli.app).commands
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +15,13 @@ from tiny import native_adapters
 
 pytest.importorskip("datasets")
 PIL = pytest.importorskip("PIL.Image")
+pytest.importorskip("timm")  # which test_pages needs
+yaml = pytest.importorskip("yaml")
 
+from test_pages import SKILL, run_page, shown_commands  # noqa: E402
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor, pipeline  # noqa: E402
 
+import peft_surgical.errors  # noqa: E402
 from peft_surgical.adapters.adapter import read_config  # noqa: E402
 from peft_surgical.errors import ConfigError  # noqa: E402
 from peft_surgical.evaluation import Report  # noqa: E402
@@ -174,6 +179,60 @@ def test_the_command_tune_takes_the_same_words(place, monkeypatch, capsys):
     ask = pipeline("image-classification", model=str(place / "command"), image_processor=str(place / "command"))
     found = {one["label"]: one["score"] for one in ask(image)}
     assert [found[name] for name in NAMES] == pytest.approx(adapted.logits(image).softmax(-1).tolist(), abs=1e-6)
+
+
+@native_adapters
+def test_the_page_on_serving_runs(place, tuned, monkeypatch, capsys):
+    (place / "flowers" / "daisy" / "0.png").rename(place / "flowers" / "daisy" / "0001.jpg")  # Pillow reads what it is
+    try:
+        scope = run_page("docs/serving.md", place, monkeypatch)
+    finally:
+        (place / "flowers" / "daisy" / "0001.jpg").rename(place / "flowers" / "daisy" / "0.png")
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == second  # by the pipeline alone, and through this package
+    assert {one["label"] for one in scope["ask"](scope["image"])} == set(NAMES)
+
+
+def test_the_example_for_peft_trains_saves_and_loads(place, tmp_path, monkeypatch, capsys):
+    example = script("recipes", "surgical_finetuning", "surgical_finetuning.py")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    words = ["--base_model", place / "others", "--data", place / "flowers", "--target", "block2", "--epochs", 1]
+    example.main([str(word) for word in (*words, "--output_dir", tmp_path / "adapter", "--batch_size", 8)])
+    assert "same logits, bit for bit" in capsys.readouterr().out
+    assert read_config(tmp_path / "adapter").target == "block2"
+    assert (tmp_path / "adapter" / "preprocessor_config.json").is_file()
+
+
+def test_the_examples_page_runs(tmp_path, monkeypatch):
+    scope = run_page("recipes/surgical_finetuning/README.md", tmp_path, monkeypatch)
+    assert scope["model"].active_peft_config.target == "block1"
+
+
+@pytest.mark.slow
+def test_what_the_skill_says_runs(place, tmp_path, monkeypatch, capsys):
+    """Its commands from top to bottom, literally, in a folder that holds BASE and PHOTOS; then its Python."""
+    shutil.copytree(place / "base", tmp_path / "BASE")
+    write_photos(tmp_path / "PHOTOS", count=12)
+    monkeypatch.chdir(tmp_path)
+    commands = list(shown_commands(ROOT / SKILL))
+    assert [words[0] for words in commands] == ["blocks", "score", "tune", "show", "merge"]
+    for words in commands:
+        if words[0] == "tune":
+            words = [*words, "--epochs", "2", "--cpu", "--target", "block1", "--lr", "1e-3"]
+        assert cli.run(words) == 0, capsys.readouterr().err
+    scope = run_page(SKILL, tmp_path, monkeypatch)
+    assert scope["model"].active_peft_config.target == "block1"
+    assert scope["report"].find("accuracy", "test").n == 6
+
+
+def test_the_skill_has_a_name_and_says_when_to_use_it():
+    head = yaml.safe_load((ROOT / SKILL).read_text(encoding="utf-8").split("---")[1])
+    assert head["name"] == (ROOT / SKILL).parent.name
+    assert 100 < len(head["description"]) <= 1024
+    errors = re.findall(r"`(\w+Error)`", (ROOT / SKILL).read_text(encoding="utf-8"))
+    assert {"BaseMismatchError", "UnknownTargetError"} <= set(errors)
+    assert all(hasattr(peft_surgical.errors, name) for name in errors)
 
 
 def test_its_header_brings_this_clone_and_the_documented_options_exist():
