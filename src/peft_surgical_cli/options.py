@@ -203,6 +203,8 @@ OPTIONS_OF_TRANSFORMERS: dict[str, str] = {
 _ALWAYS = ("do_train", "do_eval", "ignore_mismatched_sizes", "push_to_hub", "overwrite_output_dir")
 _FLAGS = ("use_cpu", "bf16", "fp16", *_ALWAYS)
 _PLACES = {"model_name_or_path": 0, "dataset_name": 1, "train_dir": 1}
+TAKEN_FROM_TRANSFORMERS = frozenset({*OPTIONS_OF_TRANSFORMERS, *_ALWAYS, *_PLACES})
+"""All of that script's options that ``tune`` takes."""
 
 
 class NamesOfTransformers(ManyValues):
