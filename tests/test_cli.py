@@ -52,7 +52,7 @@ from peft_surgical.experiment.settings import (  # noqa: E402
 from peft_surgical.experiment.subject import SEARCHES  # noqa: E402
 from peft_surgical.training.fitting import OPTIMIZERS  # noqa: E402
 from peft_surgical_cli import app as cli  # noqa: E402
-from peft_surgical_cli.options import ManyValues, SharedOptions  # noqa: E402
+from peft_surgical_cli.options import ManyValues, NamesOfTransformers, SharedOptions  # noqa: E402
 from peft_surgical_cli.tune import _print as print_tuned  # noqa: E402
 
 
@@ -468,6 +468,43 @@ def test_several_values_of_one_option():
         assert seen.pop() == found, line
     app(args=["here", "--word", "re:a{1,2}", "b"], standalone_mode=False)
     assert seen.pop() == ["re:a{1,2}", "b"]  # a comma in a pattern is its own
+
+
+def test_tune_takes_the_options_of_transformers_script():
+    app, seen = typer.Typer(), []
+
+    @app.command(cls=NamesOfTransformers)
+    def take(
+        model: str,
+        data: str,
+        output: str = "",
+        lr: list[float] = typer.Option([]),  # noqa: B008
+        cpu: bool = typer.Option(False, "--cpu"),
+        precision: str = "",
+        push: str = "",
+        report_to: str = "",
+    ):
+        seen.append([model, data, output, lr, cpu, precision, push, report_to])
+
+    def taken(line):
+        app(args=line.split(), standalone_mode=False)
+        return seen.pop()
+
+    plain = taken("vit flowers --output out --lr 1e-3")
+    assert taken("--model_name_or_path vit --train_dir flowers --output_dir out --learning_rate 1e-3") == plain
+    assert taken("--dataset_name=flowers --output_dir=out --model_name_or_path=vit --learning_rate=1e-3") == plain
+    flags = "--do_train --do_eval True --ignore_mismatched_sizes --report_to none --bf16 False"
+    assert taken(f"vit flowers --output out {flags} --learning_rate 1e-3") == plain
+    assert taken("vit flowers --bf16 --use_cpu --push_to_hub --hub_model_id me/site --report_to wandb") == [
+        *("vit", "flowers", "", [], True, "bf16", "me/site", "wandb")
+    ]
+    for line, message in (
+        ("vit flowers --push_to_hub", "--hub_model_id OWNER/NAME"),
+        ("vit --train_dir flowers", "--model_name_or_path and --train_dir both"),
+        ("vit flowers --output_dir", "--output_dir: give it a value"),
+    ):
+        with pytest.raises(Exception, match=re.escape(message)):
+            taken(line)
 
 
 # Exit codes

@@ -50,13 +50,14 @@ from peft_surgical.experiment.comparison import write_compared  # noqa: E402
 from peft_surgical.experiment.experiment import Experiment  # noqa: E402
 from peft_surgical.experiment.outputs import read_source, write_tuned  # noqa: E402
 from peft_surgical.experiment.requests import Bar, Score, Test, Train, key_of, request_of  # noqa: E402
+from peft_surgical.experiment.settings import RunSettings  # noqa: E402
 from peft_surgical.experiment.subject import NewHeadFirst, modules_of_head, with_new_head  # noqa: E402
 from peft_surgical.results import published  # noqa: E402
 from peft_surgical.training.auto import AutoSettings  # noqa: E402
 from peft_surgical.training.fitting import FitSettings, fit  # noqa: E402
 from peft_surgical.training.ledger import Ledger  # noqa: E402
 from peft_surgical.training.search import Candidate, Variant, candidate_of, candidates_of, cross_val  # noqa: E402
-from peft_surgical.training.trainer import DivergedError, Watch  # noqa: E402
+from peft_surgical.training.trainer import DivergedError, Watch, logging_to  # noqa: E402
 
 NAMES = ("ant", "bee", "cow")
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
@@ -1019,6 +1020,32 @@ def test_a_base_with_a_new_head_is_tuned_with_it(place):
         assert found.model.get_base_model().num_classes == 3
 
 
+def test_each_run_has_its_own_run_of_wandb_and_that_of_the_caller_stays_open(monkeypatch):
+    class Wandb:
+        run = None
+
+    class Run:
+        def finish(self):
+            Wandb.run = None
+
+    monkeypatch.setitem(sys.modules, "wandb", Wandb)
+    for _ in range(2):
+        with logging_to(None):
+            assert Wandb.run is None
+            Wandb.run = Run()
+    assert Wandb.run is None
+    Wandb.run = own = Run()
+    with logging_to(None):
+        pass
+    assert Wandb.run is own
+
+
+def test_a_tracker_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr("peft_surgical.experiment.settings.get_available_reporting_integrations", list)
+    with pytest.raises(ConfigError, match="report_to='wandb' needs its package: pip install wandb"):
+        RunSettings(report_to="wandb")
+
+
 @pytest.mark.parametrize(
     ("network", "more", "match"),
     [
@@ -1031,6 +1058,7 @@ def test_a_base_with_a_new_head_is_tuned_with_it(place):
         ("model", {"target": "head", "method": "full"}, "target='head' and method='full' both say what to tune"),
         ("model", {"scheduler": "linear"}, "scheduler='linear': choose one of constant, cosine"),
         ("model", {"engine": "spark"}, "engine='spark': choose one of local, ray"),
+        ("model", {"report_to": "paper"}, "report_to='paper': choose one of .*tensorboard, trackio, wandb"),
         ("model", {"target": "none", "lr": 1.0}, "lr= is not used by none: leave it out"),
     ],
 )

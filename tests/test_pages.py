@@ -20,11 +20,15 @@ from timm.models import save_for_hf  # noqa: E402
 from peft_surgical.bases import load_base  # noqa: E402
 from peft_surgical.training.ledger import Ledger  # noqa: E402
 from peft_surgical_cli import app as cli  # noqa: E402
+from peft_surgical_cli.options import TAKEN_FROM_TRANSFORMERS  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
+SKILL = ".agents/skills/peft-surgical/SKILL.md"
+EXAMPLE = "recipes/surgical_finetuning/README.md"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "recipes" / "README.md"]
-# By test_hub_commands.py, test_combination.py and test_extract.py.
-RUN_ELSEWHERE = {"docs/hub.md", "docs/combining.md", "docs/extract.md"}
+PAGES += [ROOT / SKILL, ROOT / EXAMPLE]
+# By test_hub_commands.py, test_combination.py, test_extract.py and test_recipe_classification.py.
+RUN_ELSEWHERE = {"docs/hub.md", "docs/combining.md", "docs/extract.md", "docs/serving.md", SKILL, EXAMPLE}
 RUN_HERE = {"README.md", "docs/adaptation.md", "docs/cli.md", "docs/prefix.md", "docs/selection.md"}
 COMMANDS = typer.main.get_command(cli.app).commands
 
@@ -127,4 +131,8 @@ def test_options_that_the_text_on_the_command_line_names_exist():
     text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
     named = {option for code in re.findall(r"`([^`\n]+)`", text) for option in re.findall(r"(?<!\S)--[\w-]+", code)}
     assert {"--target", "--num-blocks", "--source"} <= named
-    assert named - {"--version"} <= {option for command in COMMANDS for option in options_of(command)}
+    assert {option.removeprefix("--") for option in named if "_" in option} == {
+        option for option in TAKEN_FROM_TRANSFORMERS if "_" in option
+    }
+    named -= {"--version", *(f"--{option}" for option in TAKEN_FROM_TRANSFORMERS)}
+    assert named <= {option for command in COMMANDS for option in options_of(command)}

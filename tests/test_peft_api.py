@@ -1,8 +1,10 @@
 """What the package relies on inside PEFT is all in one table, and a PEFT that differs is refused in words."""
 
 import ast
+import enum
 import importlib
 import inspect
+import itertools
 import re
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import peft
 import pytest
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from test_docs import SOURCE, imported_by, module_of
 from torch import nn
 
 from peft_surgical import SurgicalConfig
@@ -115,3 +118,72 @@ def test_the_table_of_supported_versions_says_what_pyproject_says():
     names, latest = ([cell.strip() for cell in line.split("|")] for line in (lines[0], lines[2]))
     for name, bound in bounds:
         assert latest[names.index(name)] == bound.replace(">=", "from ").replace(",<", ", below ")
+
+
+# --- docs/peft.md ---
+
+
+PAGE = (ROOT / "docs" / "peft.md").read_text(encoding="utf-8")
+
+
+def table_below(heading):
+    """The rows of the first table below a line that starts so, as lists of cells."""
+    lines = PAGE[PAGE.index(heading) :].splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("|"))
+    rows = itertools.takewhile(lambda line: line.startswith("|"), lines[first + 2 :])
+    return [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
+
+
+def test_the_page_on_merging_names_files_that_peft_has():
+    for file, *_ in table_below("## To be added"):
+        for name in re.findall(r"`(peft/[\w/]+\.py)`", file):
+            assert (Path(peft.__file__).parents[1] / name).is_file(), name
+
+
+def test_peft_still_refuses_a_name_that_is_not_in_its_enum():
+    assert "SURGICAL" not in peft.PeftType.__members__
+    with pytest.raises(ValueError, match="Unknown PEFT type SURGICAL"):
+        peft.utils.register_peft_method(name="surgical", config_cls=SurgicalConfig, model_cls=SurgicalModel)
+
+
+def test_what_registering_in_peft_would_enter_is_what_this_package_enters(monkeypatch):
+    """With a member of the enum, PEFT's own function gives the entries that `register` writes."""
+    from peft import mapping
+    from peft.utils import peft_types
+
+    class Types(str, enum.Enum):
+        SURGICAL = "SURGICAL"
+
+    names = ("CONFIG", "TUNER", "PREFIX")
+    ours = {name: getattr(mapping, f"PEFT_TYPE_TO_{name}_MAPPING")["SURGICAL"] for name in names}
+    monkeypatch.setattr(peft_types, "PeftType", Types)
+    for name in (*names, "MIXED_MODEL"):
+        monkeypatch.setattr(mapping, f"PEFT_TYPE_TO_{name}_MAPPING", {})
+    peft_types.register_peft_method(name="surgical", config_cls=SurgicalConfig, model_cls=SurgicalModel)
+    assert {name: getattr(mapping, f"PEFT_TYPE_TO_{name}_MAPPING")[Types.SURGICAL] for name in names} == ours
+    assert ours["PREFIX"] == "surgical_"
+
+
+def test_the_page_on_merging_names_the_hooks_and_the_wrapped_methods():
+    rows = table_below("## What PEFT would have to decide")
+    hooks = [name for row in rows for name in re.findall(r"`(\w+)`", row[0])]
+    assert hooks
+    assert set(hooks) <= set(overridden(SurgicalModel, BaseTuner)) | {"_create_and_replace"}
+    wrapped = [row[0].strip("`") for row in table_below("Five methods of `PeftModel` are wrapped")]
+    marked = {name for name, value in vars(peft.PeftModel).items() if hasattr(value, "_peft_surgical")}
+    assert sorted(wrapped) == sorted(marked)
+
+
+def test_the_code_to_move_is_what_the_tuner_needs():
+    sentence = PAGE[PAGE.index("The code to move") : PAGE.index("Everything else")]
+    named = set(re.findall(r"`([\w/]+)`", sentence)) - {"filelock"}
+    files = {module_of(file): file for file in SOURCE.rglob("*.py") if file.name not in {"__init__.py", "__main__.py"}}
+    found, pending = set(), [name for name in files if name == "config" or name.startswith("tuner.")]
+    while pending:
+        name = pending.pop()
+        if name not in found:
+            found.add(name)
+            pending += imported_by(files[name])
+    assert {f"{name.split('.')[0]}/" if "." in name else name for name in found} == {
+        "evaluation/" if name == "evaluation" else name for name in named
+    }

@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = ROOT / ".venv-extras"
-OPTIONAL = ("timm", "datasets", "evaluate", "matplotlib", "sklearn", "ray", "onnx", "onnxruntime", "pytest")
+OPTIONAL = ("timm", "datasets", "evaluate", "matplotlib", "sklearn", "ray", "fastapi", "onnx", "onnxruntime", "pytest")
 """Modules that the core must work without."""
 
 
@@ -136,6 +136,16 @@ def with_ray() -> None:
     assert str(found.chosen) == "block1 at 0.001"
 
 
+def with_serve() -> None:
+    """What a server of sites on Ray Serve imports; the server itself is a recipe, which a clone brings."""
+    import python_multipart
+    from fastapi import FastAPI
+    from ray import serve
+
+    assert callable(serve.ingress(FastAPI))
+    assert python_multipart.__version__
+
+
 def with_onnx() -> None:
     """A base and two adapters for ONNX Runtime."""
     import torch
@@ -166,6 +176,7 @@ CASES: dict[str, Callable[[], None]] = {
     "plots": with_plots,
     "recipes": with_recipes,
     "ray": with_ray,
+    "serve": with_serve,
     "onnx": with_onnx,
 }
 

@@ -22,7 +22,7 @@ from .adapters import list_command, merge_command, pull_command, push_command, t
 from .diagnose import diagnose_command
 from .extract import export_command, extract_command
 from .inspect import blocks_command, diff_command, score_command, show_command
-from .options import ManyValues
+from .options import ManyValues, NamesOfTransformers
 from .terminal import printable_text
 from .tune import compare_command, tune_command
 
@@ -36,7 +36,7 @@ app = typer.Typer(
 app.command("blocks")(blocks_command)
 app.command("score")(score_command)
 app.command("diagnose")(diagnose_command)
-app.command("tune", cls=ManyValues)(tune_command)
+app.command("tune", cls=NamesOfTransformers)(tune_command)
 app.command("compare", cls=ManyValues)(compare_command)
 app.command("adapt")(adapt_command)
 app.command("show")(show_command)

@@ -113,6 +113,9 @@ class SharedOptions:
     random: Random = False
     cpu: Cpu = False
     engine: Annotated[str, typer.Option(help="What carries out the runs: local, or ray for a Ray cluster.")] = "local"
+    report_to: Annotated[
+        str | None, typer.Option(help="What follows each run: tensorboard, wandb, trackio, ...", show_default="nothing")
+    ] = None
 
     def settings(self) -> dict[str, Any]:
         """As keyword arguments of `peft_surgical.tune` and `peft_surgical.compare`."""
@@ -175,3 +178,67 @@ def _parts(text: str) -> list[str]:
     except ValueError:
         return [text]
     return parts or [text]
+
+
+OPTIONS_OF_TRANSFORMERS: dict[str, str] = {
+    "output_dir": "--output",
+    "learning_rate": "--lr",
+    "num_train_epochs": "--epochs",
+    "per_device_train_batch_size": "--batch-size",
+    "weight_decay": "--weight-decay",
+    "lr_scheduler_type": "--scheduler",
+    "max_train_samples": "--images",
+    "max_eval_samples": "--validation",
+    "train_val_split": "--validation",
+    "image_column_name": "--image-column",
+    "label_column_name": "--label-column",
+    "dataloader_num_workers": "--workers",
+    "report_to": "--report-to",
+    "hub_model_id": "--push",
+    "use_cpu": "--cpu",
+    "bf16": "--precision=bf16",
+    "fp16": "--precision=fp16",
+}
+"""Option of transformers' example script for image classification -> the option of ``tune`` that does the same."""
+_ALWAYS = ("do_train", "do_eval", "ignore_mismatched_sizes", "push_to_hub", "overwrite_output_dir")
+_FLAGS = ("use_cpu", "bf16", "fp16", *_ALWAYS)
+_PLACES = {"model_name_or_path": 0, "dataset_name": 1, "train_dir": 1}
+TAKEN_FROM_TRANSFORMERS = frozenset({*OPTIONS_OF_TRANSFORMERS, *_ALWAYS, *_PLACES})
+"""All of that script's options that ``tune`` takes."""
+
+
+class NamesOfTransformers(ManyValues):
+    """``tune``, which also takes the options of transformers' script, with underscores as there; its help hides them.
+
+    Flags for what is always done here have no effect.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Write such options as those of ``tune``; MODEL and DATA become arguments."""
+        written: list[str] = []
+        places: dict[int, str] = {}
+        given = list(args)
+        while given:
+            argument = given.pop(0)
+            name, equals, value = argument.removeprefix("--").partition("=")
+            flag = name in _FLAGS and argument.startswith("--")
+            if not argument.startswith("--") or not (flag or name in _PLACES or name in OPTIONS_OF_TRANSFORMERS):
+                written.append(argument)
+                continue
+            if flag:  # as transformers reads them: alone, or with True or False
+                said = value or (given.pop(0) if given and given[0].lower() in ("true", "false") else "true")
+                on = said.lower() == "true"
+                if on and name == "push_to_hub" and not any(one.startswith("--hub_model_id") for one in args):
+                    raise typer.BadParameter("--push_to_hub: say where with --hub_model_id OWNER/NAME")
+                written += [OPTIONS_OF_TRANSFORMERS[name]] if on and name not in _ALWAYS else []
+                continue
+            if not equals and not given:
+                raise typer.BadParameter(f"--{name}: give it a value")
+            value = value if equals else given.pop(0)
+            if name in _PLACES:
+                places[_PLACES[name]] = value
+            elif (name, value) != ("report_to", "none"):
+                written += [OPTIONS_OF_TRANSFORMERS[name], value]
+        if len(places) == 1:
+            raise typer.BadParameter("give --model_name_or_path and --train_dir both, or both as MODEL and DATA")
+        return super().parse_args(ctx, [*(places[i] for i in sorted(places)), *written])

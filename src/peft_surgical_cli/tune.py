@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -36,10 +37,15 @@ def tune_command(
     budget: Annotated[float | None, typer.Option(help="Or: at most this share of the parameters.")] = None,
     source: Annotated[str | None, typer.Option(help="Data to measure forgetting on.")] = None,
     seed: Annotated[int, typer.Option(help="Of drawn parts, training order and a new head.")] = 0,
+    push: Annotated[
+        str | None,
+        typer.Option(metavar="OWNER/NAME", help="Then push the adapter to the Hub; the command `push` says more."),
+    ] = None,
 ) -> None:
     """Tune a part of a network on one's own images; the adapter, a report and a figure are written to a folder.
 
-    Run again after Ctrl-C, the same command goes on from where it was.
+    Run again after Ctrl-C, the same command goes on from where it was. It also takes the options of transformers'
+    script run_image_classification.py, such as --model_name_or_path and --train_dir.
     """
     import transformers
 
@@ -60,6 +66,16 @@ def tune_command(
     )
     if found is not None:
         _print(found, str(output))
+        if push is not None and found.adapter is not None:
+            from peft_surgical.hub import push_adapter
+
+            done = push_adapter(found.adapter, push, datasets=_on_hub(data), complete=False)
+            console().print(escape(f"Pushed: {done.url}"), soft_wrap=True)
+
+
+def _on_hub(data: str) -> list[str]:
+    """The repository that holds the data, for a card; none where it is a file or folder here."""
+    return [] if Path(data).expanduser().exists() else [data.partition(":")[0]]
 
 
 def _print(found: Tuned, folder: str) -> None:

@@ -29,11 +29,11 @@ from huggingface_hub.utils.sha import git_hash
 
 from ..errors import AdapterError, AdapterFileError, ConfigError, SurgicalError
 from ..files import file_sha256, shown
-from ..keys import CARD, CONFIG, FIGURE, PICKLE, RECORD_FILE, REPORT, WEIGHTS
+from ..keys import CARD, CONFIG, FIGURE, PICKLE, PROCESSOR, RECORD_FILE, REPORT, WEIGHTS
 
 _T = TypeVar("_T")
 
-FILES = (CARD, CONFIG, WEIGHTS, RECORD_FILE, REPORT, FIGURE)
+FILES = (CARD, CONFIG, WEIGHTS, RECORD_FILE, REPORT, FIGURE, PROCESSOR)
 """The files of an adapter in a repository. Nothing else is downloaded, and no pickle."""
 HUB_ERRORS = (HTTPError, OSError, EntryNotFoundError, RuntimeError, ValueError)
 """What huggingface_hub raises for a request, a file, an upload in a thread, an answer or an argument."""

@@ -16,7 +16,7 @@ from ..bases.load import Base
 from ..errors import ConfigError, RowsFailedError
 from ..evaluation import Report
 from ..extras import LARGEST_SEED, accelerator_or_cpu, check_range, require
-from ..keys import CONFIG, FIGURE, REPORT, WEIGHTS
+from ..keys import CONFIG, FIGURE, PROCESSOR, REPORT, WEIGHTS
 from ..results import claim
 from ..training.auto import AutoSettings
 from ..training.engines import Engine, on_ray, separated
@@ -93,7 +93,7 @@ def tune(
     if method is not None and target != "auto":
         raise ConfigError(f"target={target!r} and method={method!r} both say what to tune: give one of them")
     given, asked = RunSettings(**settings), method or target
-    written = (REPORT, FIGURE, MISTAKES, CONFIG, WEIGHTS)
+    written = (REPORT, FIGURE, MISTAKES, CONFIG, WEIGHTS, PROCESSOR)
     with _experiment(network, data, output, given, seed, [asked], method is not None, written, [seed]) as (
         experiment,
         is_first,
@@ -178,6 +178,7 @@ def _experiment(
     )
     # Without persistent workers, the images that they keep in memory would be lost after each epoch.
     loading = {"dataloader_num_workers": given.workers, "dataloader_persistent_workers": True} if given.workers else {}
+    reporting = {"report_to": given.report_to, "logging_strategy": "epoch"} if given.report_to else {}
     with watched() as watch, _engine(given) as engine:
         watch.first = getattr(engine, "rank", 0) == 0
         experiment = Experiment(
@@ -191,7 +192,8 @@ def _experiment(
             config={"norm_stats": given.norm_stats or "frozen", "delta_dtype": given.delta_dtype},
             augment=given.augment,
             image_size=given.image_size,
-            arguments=loading,
+            arguments={**loading, **reporting},
+            logs=folder / "logs" if given.report_to else None,
             head=given.head,
             weights=given.weights,
             seed=seed,

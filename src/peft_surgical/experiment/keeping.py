@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..evaluation import Report
-from ..keys import CONFIG, REPORT, WEIGHTS
+from ..keys import CONFIG, PROCESSOR, REPORT, WEIGHTS
 from ..results import withdraw
 from ..training.ledger import Run
 from ..training.search import NONE
@@ -52,12 +52,15 @@ def keep_adapter(experiment: Experiment, run: Run, selection: dict[str, Any] | N
         model = experiment.load(_adapter(experiment, run, folder), experiment.base(seed, zero).model)
         config = model.peft_config["default"]
         config.selection, config.base_model_name_or_path = selection, experiment.model
-        publish_adapter(model, folder, experiment.folder)
+        processor = getattr(experiment.base(seed, zero).transform_eval, "processor", None)
+        if processor is None:
+            withdraw(folder, (PROCESSOR,))  # of another base, earlier
+        publish_adapter(model, folder, experiment.folder, processor)
         after = experiment.load(folder, fresh)
         experiment.check(model, after, seed)
         moved = _moved(fresh, after, experiment)
     else:
-        withdraw(folder, (CONFIG, WEIGHTS))  # of another choice, earlier
+        withdraw(folder, (CONFIG, WEIGHTS, PROCESSOR))  # of another choice, earlier
         after, moved = copy.deepcopy(fresh), {}
     return Kept(after, opening, moved, _head(experiment, key["method"], zero))
 

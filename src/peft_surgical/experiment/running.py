@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,7 @@ from ..training.ledger import Run
 from ..training.logistic import solve_head
 from ..training.private import private_head
 from ..training.search import NONE, USUAL
-from ..training.trainer import DivergedError, Epochs, file_name, logging_to
+from ..training.trainer import DivergedError, Epochs, logging_to
 from .requests import Score, Train, key_of
 from .subject import LABELLED
 
@@ -121,7 +122,7 @@ def _train_run(experiment: Experiment, run: Train) -> dict[str, Any]:
     place = experiment.checkpoints(key)
     name = f"{run.method}-lr{run.lr:g}-seed{run.seed}"
     try:
-        with logging_to(None if experiment.logs is None else experiment.logs / file_name(name)):
+        with logging_to(None if experiment.logs is None else experiment.logs / _file_name(name)):
             fitted = fit(
                 copy.deepcopy(experiment.base(run.seed, zero).model),
                 row,
@@ -162,6 +163,11 @@ def _train_run(experiment: Experiment, run: Train) -> dict[str, Any]:
     _kept(experiment, key, run, fitted.model, zero)
     forget_checkpoints(place)
     return result
+
+
+def _file_name(text: str) -> str:
+    """A text as a file's name: a target may hold colons, stars, slashes and spaces."""
+    return re.sub(r"[^\w.+-]+", "_", text)
 
 
 def _kept(experiment: Experiment, key: dict[str, Any], run: Train, trained: Any, zero: bool) -> None:

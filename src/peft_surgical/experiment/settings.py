@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from ..bases.classes import fit_head
 from ..bases.load import Base, load_base
@@ -53,6 +54,8 @@ class RunSettings:
         cpu: Whether to leave an accelerator alone.
         engine: ``local``, or ``ray`` for a Ray cluster, whose machines need the network, the data and the output folder
             under the same names.
+        report_to: What follows each run, such as ``tensorboard``, ``wandb`` or ``trackio``: as for Trainer, which names
+            runs by method, rate and seed. TensorBoard's files go to the folder ``logs`` in the output folder.
         transform: With a network itself: PIL image in RGB -> float tensor (3, h, w).
         label_names: With a network itself: the classes of its outputs, in order.
     """
@@ -83,6 +86,7 @@ class RunSettings:
     weights: str = "pretrained"
     cpu: bool = False
     engine: str = "local"
+    report_to: str | None = None
     transform: Callable[[Any], Tensor] | None = None
     label_names: Sequence[str] | None = None
 
@@ -94,6 +98,12 @@ class RunSettings:
         for name, choices in (("scheduler", SCHEDULERS), ("engine", ENGINES)):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(choices)}")
+
+        known = sorted(INTEGRATION_TO_CALLBACK)
+        if self.report_to not in (None, *known):
+            raise ConfigError(f"report_to={self.report_to!r}: choose one of {', '.join(known)}")
+        if self.report_to and self.report_to not in get_available_reporting_integrations():
+            raise ConfigError(f"report_to={self.report_to!r} needs its package: pip install {self.report_to}")
 
     @property
     def columns(self) -> dict[str, Any]:

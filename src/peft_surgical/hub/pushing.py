@@ -31,7 +31,7 @@ from ..evaluation.report import scrubbed
 from ..files import shown
 from ..fingerprints import fingerprint
 from ..folders import canonical_json, write_atomically
-from ..keys import CARD, CONFIG, FIGURE, RECORD_FILE, REPORT, WEIGHTS
+from ..keys import CARD, CONFIG, FIGURE, PROCESSOR, RECORD_FILE, REPORT, WEIGHTS
 from ..training.search import NONE
 from .card_text import BRING_THE_BASE, UNNAMED_BASE
 from .cards import About, Place, add_card, check
@@ -194,7 +194,7 @@ def _stage_model(model: PeftModel, adapter_name: str | None, folder: Path) -> tu
 
 def _stage_folder(source: Path, folder: Path) -> BaseRecord | None:
     """Copy a saved adapter with the report and the figure beside it, and verify it; the record of its base."""
-    for name in (CONFIG, WEIGHTS, REPORT, FIGURE):
+    for name in (CONFIG, WEIGHTS, REPORT, FIGURE, PROCESSOR):
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
     # The copy is what is verified and pushed, whatever becomes of the source meanwhile.

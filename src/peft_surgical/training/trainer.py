@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -280,21 +280,24 @@ class Epochs(TrainerCallback):
 
 @contextmanager
 def logging_to(folder: Path | None) -> Iterator[None]:
-    """Write a run's TensorBoard files into a folder, unless the environment names another.
+    """Write a run's TensorBoard files into a folder, unless the environment names another, and end its run of wandb.
 
-    Trainer would put them beside the run's checkpoints, which are deleted when the run is over.
+    Trainer would put the files beside the run's checkpoints, which are deleted when the run is over; and it would log
+    all runs of a process to the first one's run of wandb.
     """
     variable = "TENSORBOARD_LOGGING_DIR"
-    if folder is None or variable in os.environ:
-        yield
-        return
-    os.environ[variable] = str(folder)
+    names, before = folder is not None and variable not in os.environ, _wandb_run()
+    if names:
+        os.environ[variable] = str(folder)
     try:
         yield
     finally:
-        del os.environ[variable]
+        if names:
+            del os.environ[variable]
+        if before is None and (run := _wandb_run()) is not None:
+            run.finish()
 
 
-def file_name(text: str) -> str:
-    """A text as a file's name: a target may hold colons, stars, slashes and spaces."""
-    return re.sub(r"[^\w.+-]+", "_", text)
+def _wandb_run() -> Any:
+    """The run of wandb that is open, if that package is in use."""
+    return getattr(sys.modules.get("wandb"), "run", None)

@@ -30,7 +30,7 @@ from ..errors import AdapterError
 from ..evaluation import Report
 from ..files import is_finite, shown
 from ..folders import commit, staging
-from ..keys import CARD, CONFIG, DELTA, HOLDER, PREFIX, WEIGHTS, neutral_key, tensor_name
+from ..keys import CARD, CONFIG, DELTA, HOLDER, PREFIX, PROCESSOR, WEIGHTS, neutral_key, tensor_name
 from ..results import published
 from ..texts import markdown_code, markdown_text
 
@@ -167,8 +167,10 @@ def _in_words(target: Path) -> Iterator[None]:
         ) from error
 
 
-def publish_adapter(model: Any, folder: Path, root: Path | None = None) -> None:
+def publish_adapter(model: Any, folder: Path, root: Path | None = None, processor: Any = None) -> None:
     """Save a PeftModel's adapter among the results in ``root``, which holds ``folder``; a user's own page there stays.
+
+    An image processor of transformers is saved beside it.
 
     Raises:
         ConfigError: There is an adapter in ``folder`` that is no result.
@@ -177,6 +179,8 @@ def publish_adapter(model: Any, folder: Path, root: Path | None = None) -> None:
     with published(root) as stage:
         place = stage / folder.relative_to(root)
         model.save_pretrained(place)
+        if processor is not None:
+            processor.to_json_file(place / PROCESSOR)
         if not may_replace(folder / CARD):
             (place / CARD).unlink()
 
