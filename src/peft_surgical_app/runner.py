@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -66,10 +66,14 @@ class Runner:
 
     Args:
         minutes: How long a job may take before it is stopped; None for as long as it needs.
+        command: What starts a process that speaks as the `worker` does.
     """
 
-    def __init__(self, minutes: float | None = None) -> None:
+    def __init__(
+        self, minutes: float | None = None, command: Sequence[str] = (sys.executable, "-m", "peft_surgical_app.worker")
+    ) -> None:
         self.minutes = minutes
+        self.command = command
         self._lock = threading.Lock()
         self._status: dict[str, RunStatus] = {}
         self._process: subprocess.Popen[str] | None = None
@@ -93,17 +97,16 @@ class Runner:
             if self._process is not None:
                 whose = "your last run has not ended" if owner == self._owner else "somebody else's run is going on"
                 raise ConfigError(f"{whose}, and there is one at a time: wait until it has ended, and start again")
-            command = [sys.executable, "-m", "peft_surgical_app.worker"]
-            # The encoding is that of the pipes, which JSON in ASCII does not depend on.
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log.open("w", encoding="utf-8"),
-                text=True,
-                env={**os.environ, "HF_HUB_DISABLE_TELEMETRY": "1"},
-                start_new_session=True,  # Ctrl-C in the terminal reaches the page, which then stops the run
-            )
+            with log.open("w", encoding="utf-8") as printed:
+                process = subprocess.Popen(
+                    list(self.command),
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=printed,
+                    text=True,
+                    env={**os.environ, "HF_HUB_DISABLE_TELEMETRY": "1"},
+                    start_new_session=True,  # Ctrl-C in the terminal reaches the page, which then stops the run
+                )
             self._process, self._owner, self._stopping = process, owner, False
             self._status[owner] = RunStatus(kind)
             self._reader = threading.Thread(target=self._follow, args=(process, owner, log), daemon=True)
