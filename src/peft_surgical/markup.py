@@ -12,7 +12,7 @@ _VOID = ("meta", "img")
 _SIDE = 96  # pixels of the longer side of a thumbnail
 
 
-def html_tag(name: str, content: str = "", **attributes: Any) -> str:
+def html_tag(name: str, content: str = "", /, **attributes: Any) -> str:
     """An element.
 
     Args:

@@ -42,16 +42,17 @@ def candidates_html(folder: Path) -> str:
         part = "whole run" if request.stop is None else f"{request.stop:.0%} of a run"
         right = run.result["validation"]
         score = f"{run.result['score']:.3f}" if "score" in run.result else "-"
-        cells = (str(candidate_of(run)), part, f"{100 * right:.1f}", score, f"{run.result['cost']:.0f}")
+        cells = (str(candidate_of(run)), part, f"{100 * right:.1f}", f"{run.result['cost']:.0f}", score)
         rows.append((run.result.get("score", right), cells))
     if not rows:
         return ""
     ranked = [cells for _, cells in sorted(rows, key=lambda row: -row[0])]
-    heading = ("candidate", "trained for", "validation accuracy (%)", "score", "training steps")
-    table = html_table(heading, ranked)
-    if rows[0][1][3] == "-":
-        return table
-    return table + html_tag("p", "The score, by which auto compares, is the mean probability of the right class.")
+    heading = ("candidate", "trained for", "validation accuracy (%)", "training steps", "score")
+    if rows[0][1][-1] == "-":
+        return html_table(heading[:-1], [cells[:-1] for cells in ranked])
+    return html_table(heading, ranked) + html_tag(
+        "p", "The score, by which auto compares, is the mean probability of the right class."
+    )
 
 
 def gate_html(report: Report) -> str:
@@ -68,7 +69,8 @@ def gate_html(report: Report) -> str:
         words, kind = f"{words} {found}.", "yes" if found.is_shown and kind == "yes" else "no"
     elif kind == "yes":
         after, before = (report.find(name, _part(report)) for name in ("accuracy", "accuracy before"))
-        words += f" {100 * (after.value - before.value):+.1f} points on {after.n} {after.dataset} images."
+        words += f" {100 * (after.value - before.value):+.1f} points on {after.n} {after.dataset} images"
+        words += ", over the same network with an untrained head." if report.settings["open"]["head"] != "keep" else "."
         words += " Only the target auto measures an interval of this gain."
     if report.settings["head"] != "kept":
         words += f" The head is {report.settings['head']}."
@@ -103,7 +105,7 @@ def classes_html(report: Report) -> str:
 
 def _confusion_html(names: list[str], confusion: Sequence[Sequence[int]]) -> str:
     others = ["another class"] * (len(confusion[0]) - len(names))
-    corner = html_tag("td", "true, below; predicted, beside")
+    corner = html_tag("td", "true class, and how many are predicted as:")
     head = corner + "".join(html_tag("th", html.escape(name), scope="col") for name in [*names, *others])
     rows = []
     for i, counts in enumerate(confusion):

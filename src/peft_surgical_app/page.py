@@ -22,13 +22,19 @@ _INTRODUCTION = """# Surgical fine-tuning
 Tune the right part of a pretrained network on your own photographs, see whether it is better than before, and take home
 one small file."""
 _STYLE = """
-.gradio-container { max-width: 62rem !important; margin: 0 auto !important; }
+.gradio-container { width: 100% !important; max-width: min(62rem, 100vw) !important; margin: 0 auto !important; }
+.gradio-container main, .gradio-container .column, .gradio-container .block, .gradio-container .html-container {
+  min-width: 0; max-width: 100%;
+}
 .wide { overflow-x: auto; max-width: 100%; }
 .wide table { border-collapse: collapse; font-size: .9rem; }
 .wide td, .wide th { padding: .2rem 1rem .2rem 0 !important; text-align: left; white-space: nowrap; }
-.wide tr, .wide td, .wide th { border: 0 !important; }
+.wide table, .wide tr, .wide td, .wide th { border: 0 !important; }
 .wide tr { border-bottom: 1px solid var(--border-color-primary) !important; }
 .wide .confusion td, .wide .confusion th { padding: .25rem .5rem !important; text-align: center; min-width: 2.2rem; }
+.wide .confusion td:first-child { white-space: normal; width: 9rem; }
+.wide .confusion th[scope=col] { writing-mode: vertical-rl; transform: rotate(180deg); text-align: left; }
+.wide .confusion th[scope=row] { text-align: right; }
 .figure img { max-width: none; height: 22rem; background: #fff; }
 .gate, .problem, .news { padding: .5rem .9rem; border-left: .4rem solid #8a8f98; margin: .3rem 0; }
 .gate.yes { border-color: #1f7a4d; }
@@ -103,8 +109,8 @@ def build_page(settings: AppSettings, cache: Path) -> tuple[gr.Blocks, Handlers]
                 label="Learning rates", info="One or more; empty for the default.", placeholder="1e-3, 1e-4"
             )
             with gr.Row():
-                batch_size = gr.Number(None, label="Batch size", info="Empty: by the number of images.", precision=0)
-                image_size = gr.Number(None, label="Image size", info="In pixels; empty: the network's.", precision=0)
+                batch_size = gr.Number(0, label="Batch size", info="0: by the number of images.", precision=0)
+                image_size = gr.Number(0, label="Image size", info="In pixels; 0: the network's.", precision=0)
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0)
             skip_broken = gr.Checkbox(label="Leave out broken images")
         with gr.Row():
@@ -223,14 +229,24 @@ def serve_page(
         os.environ |= {"GRADIO_TEMP_DIR": cache, "GRADIO_ANALYTICS_ENABLED": "False"}
         page, do = build_page(settings, Path(cache))
         try:
-            launch(page, settings, server_name=host, server_port=port, inbrowser=show)
+            how = {"server_name": host, "server_port": port, "inbrowser": show}
+            _, address, _ = launch(page, settings, **how, prevent_thread_lock=True, quiet=True)
+            print(f"The page is at {address} - Ctrl-C ends it.", flush=True)
+            page.block_thread()
         finally:
             do.runner.close()
 
 
 def launch(page: gr.Blocks, settings: AppSettings, **how: Any) -> Any:
     """Start the server of a page: no public link, no interface for other programs, nothing from elsewhere."""
-    fonts = ["system-ui", "sans-serif"]
+    # Fonts of no web service; and colours in which small texts and white words on buttons can be read.
+    theme = gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["monospace"]).set(
+        block_info_text_color="*neutral_600",
+        block_info_text_color_dark="*neutral_300",
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_dark="*primary_700",
+    )
     return page.launch(
         share=False,
         max_file_size=settings.limits.total_bytes,
@@ -240,7 +256,7 @@ def launch(page: gr.Blocks, settings: AppSettings, **how: Any) -> Any:
         enable_monitoring=False,
         run_history=False,
         footer_links=[],
-        theme=gr.themes.Default(font=fonts, font_mono=["ui-monospace", "monospace"]),  # no font of a web service
+        theme=theme,
         css=_STYLE,
         **how,
     )

@@ -13,6 +13,7 @@ from .verdict import ALPHA, KINDS, Diagnosis
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 56rem; margin: 2rem auto; padding: 0 1rem; color: #1b1b1b; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
+.wide { overflow-x: auto; }
 table { border-collapse: collapse; } td, th { padding: .2rem .8rem .2rem 0; text-align: left; }
 .verdict { border-left: .4rem solid #1f5fa8; background: #eef4fb; padding: .8rem 1rem; }
 figure { display: inline-block; margin: .3rem; width: 7rem; font-size: .75rem; overflow-wrap: anywhere; }
@@ -47,7 +48,8 @@ def to_html(found: Diagnosis, seen: Seen | None = None, pictures: int = 12) -> s
         parts += ["<h2>To read this</h2>", "<ul>", *(f"<li>{html.escape(note)}</li>" for note in found.notes), "</ul>"]
     body = "\n".join(parts)
     title = html_tag("title", f"{html.escape(found.model)}: diagnosis")
-    head = html_tag("head", html_tag("meta", charset="utf-8") + title + html_tag("style", _STYLE))
+    meta = html_tag("meta", charset="utf-8") + html_tag("meta", name="viewport", content="width=device-width")
+    head = html_tag("head", meta + title + html_tag("style", _STYLE))
     return f"<!doctype html>\n{html_tag('html', head + html_tag('body', body), lang='en')}\n"
 
 
@@ -93,7 +95,8 @@ def _bars(found: Diagnosis) -> str:
 
 
 def _svg(wide: int, high: int, label: str, parts: Sequence[str]) -> str:
-    return html_tag("svg", "".join(parts), width=wide, height=high, role="img", aria_label=label)
+    svg = html_tag("svg", "".join(parts), width=wide, height=high, role="img", aria_label=label)
+    return html_tag("div", svg, class_="wide")
 
 
 def _curve(found: Diagnosis) -> str:
