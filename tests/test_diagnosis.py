@@ -216,6 +216,10 @@ def test_the_page_stands_alone(network):
     assert "&lt;b&gt;" in page
     assert not re.findall(r"(?:src|href)=\"(?!data:)", page)
     assert page.count("<svg") == 2
+    # On a telephone: text of readable size, and what is wider is scrolled by itself.
+    assert '<meta name="viewport" content="width=device-width">' in page
+    assert page.count('<div class="wide"><svg') == 2
+    assert page.count('<div class="wide"><table>') == page.count("<table>")
     assert json.loads(json.dumps(found.to_dict()))["kind"] == "input"
     assert not any(math.isnan(one.effect) for one in found.drift)
 

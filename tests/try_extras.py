@@ -20,7 +20,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = ROOT / ".venv-extras"
-OPTIONAL = ("timm", "datasets", "evaluate", "matplotlib", "sklearn", "ray", "fastapi", "onnx", "onnxruntime", "pytest")
+OPTIONAL = (
+    "timm",
+    "datasets",
+    "evaluate",
+    "matplotlib",
+    "sklearn",
+    "ray",
+    "fastapi",
+    "onnx",
+    "onnxruntime",
+    "gradio",
+    "pytest",
+)
 """Modules that the core must work without."""
 
 
@@ -60,6 +72,7 @@ def core() -> None:
     command("show", "adapter", says="block1")
     Path("images/daisy").mkdir(parents=True)
     command("score", "vit", "images", code=2, says='pip install "peft-surgical[recipes]"')
+    command("app", code=2, says='pip install "peft-surgical[app]"')
     command("blocks", "resnet18", code=2, says='pip install "peft-surgical[timm]"')
 
 
@@ -169,6 +182,17 @@ def with_onnx() -> None:
     assert all(row.difference < 1e-5 for row in found.files)
 
 
+def with_app() -> None:
+    """The page in the browser, built and not served, and the command that serves it."""
+    from peft_surgical_app.page import build_page
+    from peft_surgical_app.workspace import AppSettings
+
+    page, handlers = build_page(AppSettings(Path("root")), Path("cache"))
+    assert page.title
+    assert handlers.status("") is None
+    command("app", "--folders", "nowhere", code=2, says="--folders nowhere is no folder")
+
+
 CASES: dict[str, Callable[[], None]] = {
     "wheel": core,
     "sdist": core,
@@ -178,6 +202,7 @@ CASES: dict[str, Callable[[], None]] = {
     "ray": with_ray,
     "serve": with_serve,
     "onnx": with_onnx,
+    "app": with_app,
 }
 
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
+
+_VALUE = r"""\"[^\"]*\"|'[^']*'|\[[^\]]*\]|\{[^}]*\}|[\w.+-]*\w|"""
+_ARGUMENT = re.compile(rf"(?<![\w./\\-])([a-z_]+)=({_VALUE})")
 
 
 def escaped(text: str, keep: str = "") -> str:
@@ -26,3 +30,13 @@ def markdown_code(value: Any) -> str:
 def csv_cell(text: str) -> str:
     """A text that no spreadsheet takes for a formula."""
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else text
+
+
+def with_arguments(message: str, written: Callable[[str, str], str | None]) -> str:
+    """A message with the arguments of Python in it, such as ``lr=1e-3``, in the words of another place.
+
+    Args:
+        message: What an exception or a warning says.
+        written: Name and value of an argument -> what to write instead; None leaves it.
+    """
+    return _ARGUMENT.sub(lambda found: written(*found.groups()) or found.group(), message)

@@ -9,7 +9,6 @@ predictions worse, 130 for Ctrl-C.
 from __future__ import annotations
 
 import importlib.metadata
-import re
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ import typer
 
 from .adapt import adapt_command
 from .adapters import list_command, merge_command, pull_command, push_command, to_lora_command
+from .browser import app_command
 from .diagnose import diagnose_command
 from .extract import export_command, extract_command
 from .inspect import blocks_command, diff_command, score_command, show_command
@@ -48,6 +48,7 @@ app.command("export")(export_command)
 app.command("push", cls=ManyValues)(push_command)
 app.command("pull")(pull_command)
 app.command("list")(list_command)
+app.command("app", cls=ManyValues)(app_command)
 
 
 def _print_version(wanted: bool) -> None:
@@ -119,9 +120,6 @@ ALIASES = {
 PYTHON_ONLY = frozenset({"adapter_name", "blocks", "loading", "preprocess", "strict_base", "token", "values_from"})
 """Arguments that can be the way out of an error but have no option: the message says that they are Python's."""
 
-_VALUE = r"""\"[^\"]*\"|'[^']*'|\[[^\]]*\]|\{[^}]*\}|[\w.+-]*\w|"""
-_ARGUMENT = re.compile(rf"(?<![\w./\\-])([a-z_]+)=({_VALUE})")
-
 
 def in_options(message: str, command: Any) -> str:
     """A message with the options of a command in place of Python's arguments.
@@ -130,16 +128,17 @@ def in_options(message: str, command: Any) -> str:
         message: What an exception or a warning says.
         command: The click command that was running, or None.
     """
+    from peft_surgical.texts import with_arguments
+
     options = {parameter.name: parameter for parameter in getattr(command, "params", ())}
 
-    def written(found: re.Match[str]) -> str:
-        name, value = found.groups()
+    def written(name: str, value: str) -> str | None:
         for own in (name, *ALIASES.get(name, ())):
             if own in options and options[own].param_type_name == "option":
                 return _option(options[own], value, options)
-        return f"{found.group()} (in Python)" if name in PYTHON_ONLY else found.group()
+        return f"{name}={value} (in Python)" if name in PYTHON_ONLY else None
 
-    return _ARGUMENT.sub(written, message)
+    return with_arguments(message, written)
 
 
 def _option(parameter: Any, value: str, options: Mapping[str, Any]) -> str:

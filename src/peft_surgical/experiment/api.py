@@ -22,6 +22,7 @@ from ..training.auto import AutoSettings
 from ..training.engines import Engine, on_ray, separated
 from ..training.fitting import FitSettings
 from ..training.ledger import Run
+from ..training.trainer import Watch
 from .choosing import BATCH_SIZES, batch_size_for, choose, plan_of, run_grid, uses_rates
 from .comparison import TABLE, write_compared
 from .experiment import Experiment
@@ -32,6 +33,8 @@ from .settings import RunSettings, opened
 
 COMPARED = ("none", "all", "head", "block1", "auto-rgn", "race")
 """What `compare` compares by default."""
+TUNED_FILES = (REPORT, FIGURE, MISTAKES, CONFIG, WEIGHTS, PROCESSOR)
+"""What `tune` writes, beside the adapter's card and the run log."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ def tune(
     source: Any = None,
     output: str | os.PathLike[str] | None = None,
     seed: int = 0,
+    watch: Watch | None = None,
     **settings: Any,
 ) -> Tuned | None:
     """Choose what to tune by validation accuracy, tune it, save the adapter, and measure it as it is reloaded.
@@ -81,6 +85,7 @@ def tune(
         output: Folder for the results: a new or an empty one, or that of an earlier call, whose results are replaced.
             None makes a new temporary folder.
         seed: Seed of drawn parts, the order of training images, and a new head.
+        watch: Receives the plan and the progress, which by default are printed on standard error.
         **settings: Those of `RunSettings`.
 
     Returns:
@@ -93,14 +98,37 @@ def tune(
     if method is not None and target != "auto":
         raise ConfigError(f"target={target!r} and method={method!r} both say what to tune: give one of them")
     given, asked = RunSettings(**settings), method or target
-    written = (REPORT, FIGURE, MISTAKES, CONFIG, WEIGHTS, PROCESSOR)
-    with _experiment(network, data, output, given, seed, [asked], method is not None, written, [seed]) as (
-        experiment,
-        is_first,
-    ):
+    described = _experiment(network, data, output, given, seed, [asked], method is not None, TUNED_FILES, [seed], watch)
+    with described as (experiment, is_first):
         old = None if source is None else read_source(experiment, source, **given.columns)
         choice = choose(experiment, asked, seed, is_method=method is not None, num_blocks=num_blocks, budget=budget)
         return write_tuned(experiment, choice, seed, old) if is_first else None
+
+
+def plan_tuning(
+    network: str | os.PathLike[str] | nn.Module | Base,
+    data: Any,
+    target: str = "auto",
+    *,
+    output: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    **settings: Any,
+) -> str:
+    """What `tune` would do with these arguments, in the lines that it begins with; nothing is trained.
+
+    Network and data are opened and checked as they will be, so that it raises what `tune` would raise before it trains.
+
+    Args:
+        network: As for `tune`.
+        data: As for `tune`.
+        target: As for `tune`.
+        output: As for `tune`; the folder is made and claimed.
+        seed: As for `tune`.
+        **settings: Those of `RunSettings`.
+    """
+    given, silent = RunSettings(**settings), Watch()
+    with _experiment(network, data, output, given, seed, [target], False, TUNED_FILES, [seed], silent) as (found, _):
+        return plan_of(found, [target])
 
 
 def compare(
@@ -158,8 +186,9 @@ def _experiment(
     is_method: bool,
     written: Sequence[str],
     seeds: Sequence[int] = (),
+    watch: Watch | None = None,
 ) -> Iterator[tuple[Experiment, bool]]:
-    """The experiment that the arguments describe, and whether this process reports it; its plan is printed."""
+    """The experiment that the arguments describe, and whether this process reports it; its plan goes to the watch."""
     for one in seeds:
         check_range("seed", one, 0, LARGEST_SEED)
     name, opener = opened(network, given)
@@ -179,7 +208,7 @@ def _experiment(
     # Without persistent workers, the images that they keep in memory would be lost after each epoch.
     loading = {"dataloader_num_workers": given.workers, "dataloader_persistent_workers": True} if given.workers else {}
     reporting = {"report_to": given.report_to, "logging_strategy": "epoch"} if given.report_to else {}
-    with watched() as watch, _engine(given) as engine:
+    with watched(watch) as watch, _engine(given) as engine:
         watch.first = getattr(engine, "rank", 0) == 0
         experiment = Experiment(
             name,

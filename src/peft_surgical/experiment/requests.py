@@ -123,10 +123,9 @@ class Bar(Watch):
         self.begun_at = 0.0  # epochs of the current run that were trained before its checkpoint
         self.known_runs: set[Request] = set()  # begun in this process: a race comes back to them
         self.prefixes: set[str] = set()  # methods for which it was said what of the network is computed once
-        self.first = True  # whether this is the first of the processes that share the work
 
     def note(self, text: str) -> None:
-        """Print a line, in the first process only."""
+        """See `Watch`."""
         if self.first:
             self._print(text)
 
@@ -198,8 +197,11 @@ def _is_refit(request: Request) -> bool:
 
 
 @contextlib.contextmanager
-def watched() -> Iterator[Bar]:
-    """Progress while the block runs, and after Ctrl-C what to do next."""
+def watched(watch: Watch | None = None) -> Iterator[Watch]:
+    """The watch; by default a `Bar` while the block runs, which after Ctrl-C says what to do next."""
+    if watch is not None:
+        yield watch
+        return
     bar = Bar()
     try:
         with bar.progress:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -221,6 +222,11 @@ def settle(model: nn.Module, trained: nn.Module, names: Iterable[str]) -> None:
 class Watch:
     """Receives the progress of an experiment; this one ignores it."""
 
+    first = True  # whether this is the first of the processes that share the work
+
+    def note(self, text: str) -> None:
+        """What is about to be done, in lines; shown in the first process only."""
+
     def planned(self, requests: Sequence[Request], epochs: int) -> None:
         """These requests will be done; a full run takes ``epochs`` epochs."""
 
@@ -241,11 +247,7 @@ class Watch:
 
 
 class DivergedError(Exception):
-    """A run holds NaN; a search catches this and goes on with its other candidates.
-
-    Args:
-        steps: Optimizer steps that the run took.
-    """
+    """A run holds NaN after so many optimizer steps; a search catches this and goes on with its other candidates."""
 
     def __init__(self, steps: int) -> None:
         super().__init__(f"NaN after {steps} steps")
