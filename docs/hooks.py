@@ -82,3 +82,8 @@ def on_page_markdown(markdown: str, *, page: Page, **_: Any) -> str:
         return f"{match[1]}{target}{match[3] or ''})"
 
     return LINK.sub(moved, markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Take away the ``::`` with which docstrings announce an example, which Markdown would show."""
+    return html.replace("<p>::</p>\n", "").replace("::</p>", ":</p>")
