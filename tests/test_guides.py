@@ -129,7 +129,8 @@ def test_another_hospital(place, capsys, monkeypatch):
         words = ["--target", "block1", "--output", f"hospital-{name}-adapter", *ADDED["tune"], "--lr", "1e-3"]
         assert cli.run(["tune", "my-network", "hospital-d", "--seed", str(ord(name)), *words]) == 0
     run_page("docs/guide-hospital.md", folder, monkeypatch)
-    assert read_adapter(folder / "both").config.selection["weights"] == [0.6, 0.4]
+    parents = read_adapter(folder / "both").config.selection["parents"]
+    assert [parent["weight"] for parent in parents] == [0.6, 0.4]
 
 
 def test_every_block_of_these_pages_is_a_command_or_python():
