@@ -206,7 +206,7 @@ def draw_means(file: Path) -> None:
         axes.errorbar(mean, place, xerr=half, marker="o", capsize=2, color="tab:blue")
     axes.set_yticks(range(len(rows)), [f"{row[0]} ({row[cost]} steps)" for row in rows])
     axes.axvline(next(float(row[both].split()[0]) for row in rows if row[0] == "all"), linestyle=":", color="grey")
-    axes.set(xlabel="test accuracy (%), mean over 2 networks and 4 corruptions, 95% interval")
+    figure.supxlabel("test accuracy (%), mean over 2 networks and 4 corruptions, 95% interval", fontsize="medium")
     axes.set_title(f"The dotted line is tuning all; no tuning gets {untuned}", fontsize="medium")
     figure.savefig(file, dpi=110)
 
