@@ -1,4 +1,4 @@
-# The whole door: make install | quality | style | test | test-all | demo | bench
+# The whole door: make install | quality | style | test | test-all | docs | demo | bench
 # For versions: make lock | test-lowest | test-newest | test-extras
 # Every target sets up what it needs in an environment of its own, through uv (which pip brings once into .venv).
 PYTHON ?= python3
@@ -6,6 +6,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 UV     := $(BIN)/uv
 STAMP  := $(VENV)/.installed
+DOCS   := $(VENV)/.installed-docs
 
 # The oldest and the newest Python that are supported; uv finds or fetches them.
 OLDEST_PYTHON ?= 3.10
@@ -14,7 +15,7 @@ NEWEST_PYTHON ?= 3.13
 # One BLAS thread per test process: pytest-xdist already uses the cores.
 XDIST  ?= auto
 
-.PHONY: install quality style test test-all test-lowest test-newest test-extras lock demo bench clean
+.PHONY: install quality style test test-all docs docs-run test-lowest test-newest test-extras lock demo bench clean
 
 $(UV):
 	$(PYTHON) -m venv $(VENV)
@@ -22,6 +23,10 @@ $(UV):
 
 $(STAMP): $(UV) pyproject.toml constraints.txt
 	$(UV) pip install --quiet --compile-bytecode --python $(BIN)/python --constraints constraints.txt -e ".[dev]"
+	@touch $@
+
+$(DOCS): $(STAMP)
+	$(UV) pip install --quiet --python $(BIN)/python --constraints constraints.txt -e ".[dev,docs]"
 	@touch $@
 
 install: $(STAMP)
@@ -38,7 +43,7 @@ style: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(XDIST)
 
-test-all: $(STAMP)
+test-all: $(DOCS)
 	$(BIN)/python -m pytest -n $(XDIST) -m ""
 
 # The lowest versions that pyproject.toml allows of what it names, on the oldest Python.
@@ -63,6 +68,14 @@ lock: $(UV)
 	$(UV) pip compile --quiet --upgrade --universal --python-version $(OLDEST_PYTHON) --all-extras \
 		--no-header --no-annotate --output-file constraints.txt pyproject.toml
 
+# The documentation site, in site/: open site/index.html. A warning is an error.
+docs: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Runs the notebooks, and the commands of the pages that teach, on tiny images.
+docs-run: $(DOCS)
+	$(BIN)/python -m pytest -n $(XDIST) -m "" tests/test_site.py tests/test_guides.py
+
 demo: $(STAMP)
 	$(BIN)/python recipes/digits.py --output demo-output
 
@@ -78,4 +91,4 @@ bench: $(STAMP)
 	$(BIN)/python docs/tables.py
 
 clean:
-	rm -rf $(VENV) .venv-lowest .venv-newest demo-output dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) site .venv-lowest .venv-newest demo-output dist .pytest_cache .mypy_cache .ruff_cache

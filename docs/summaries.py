@@ -8,8 +8,8 @@
 ``synthetic-*.md`` what ``recipes/synthetic.py --table`` does. ``compare-means.md``: the methods over both networks and
 four corruptions, with differences paired by seed, and ``compare-means.png``, its figure; ``compare-moments.md``:
 Auto-RGN with and without a new optimizer every epoch; ``compare-images.md`` and its figure: accuracy by the number of
-images; ``norm-policies.md``; ``resnet26.png`` and ``resnet32.png``: which block for which corruption. Which runs count
-is for the recipes to say: here are their own rules.
+images; ``norm-policies.md``; ``resnet26.png`` and ``resnet32.png``: which block for which corruption; ``shifts.png``:
+which block for which kind of shift. Which runs count is for the recipes to say: here are their own rules.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import argparse
 import functools
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -216,7 +216,7 @@ def draw_means(file: Path) -> None:
         axes.errorbar(mean, place, xerr=half, marker="o", capsize=2, color="tab:blue")
     axes.set_yticks(range(len(rows)), [f"{row[0]} ({row[cost]} steps)" for row in rows])
     axes.axvline(next(float(row[both].split()[0]) for row in rows if row[0] == "all"), linestyle=":", color="grey")
-    axes.set(xlabel="test accuracy (%), mean over 2 networks and 4 corruptions, 95% interval")
+    figure.supxlabel("test accuracy (%), mean over 2 networks and 4 corruptions, 95% interval", fontsize="medium")
     axes.set_title(f"The dotted line is tuning all; no tuning gets {untuned}", fontsize="medium")
     figure.savefig(file, dpi=110)
 
@@ -270,6 +270,49 @@ def draw_blocks(network: str, file: Path) -> None:
     figure.savefig(file, dpi=150)
 
 
+def gains_by_shift(network: str = "resnet26") -> dict[str, dict[str, list[float]]]:
+    """Kind of shift -> target -> points of test accuracy above no tuning, seed by seed."""
+    (args, rows), runs = read(network, "--tasks", *CORRUPTIONS, "flip"), Ledger(RESULTS / "synthetic.jsonl").runs()
+    noise = synthetic.parse_arguments(["--table", "--rows", str(RESULTS / "synthetic.jsonl"), "--epochs", "3"])
+
+    def corrupted(tasks: Sequence[str], target: str) -> list[float]:
+        return by_seed([cell(args, rows, task, target, 1000) for task in tasks], "test")
+
+    def damaged(target: str) -> list[float]:
+        return by_seed([synthetic.cell(noise, runs, "block2", target)], "test")
+
+    kinds: dict[str, Callable[[str], list[float]]] = {
+        "input: corrupted pixels": functools.partial(corrupted, CORRUPTIONS),
+        "feature: noise on block2": damaged,
+        "output: labels changed": functools.partial(corrupted, ["flip"]),
+    }
+    return {
+        kind: {
+            target: [100 * (after - before) for after, before in zip(tests(target), tests("none"), strict=True)]
+            for target in [*BLOCKS, "all"]
+        }
+        for kind, tests in kinds.items()
+    }
+
+
+def draw_shifts(file: Path) -> None:
+    """What each block gains on each kind of shift."""
+    from matplotlib.figure import Figure
+
+    gains = gains_by_shift()
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    for axes, (kind, by_target) in zip(figure.subplots(1, len(gains)), gains.items(), strict=True):
+        best = max(BLOCKS, key=lambda target: fmean(by_target[target]))
+        for place, (target, values) in enumerate(by_target.items()):
+            color = "tab:orange" if target == best else "lightgrey" if target == "all" else "tab:blue"
+            axes.bar(place, fmean(values), color=color)
+            axes.plot([place] * len(values), values, "k.", markersize=4)
+        axes.set_xticks(range(len(by_target)), by_target, rotation=45)
+        axes.set_title(kind, fontsize="medium")
+    figure.axes[0].set_ylabel("points above no tuning")
+    figure.savefig(file, dpi=120)
+
+
 AUDITED = ("cifar10c", "imagenet_c", "living17", "entity30", "cifar_flip", "waterbirds", "celeba", "camelyon17", "fmow")
 
 
@@ -300,5 +343,6 @@ if __name__ == "__main__":
         (RESULTS / name).write_text(summary(), encoding="utf-8")
     draw_means(RESULTS / "compare-means.png")
     draw_images(RESULTS / "compare-images.png")
+    draw_shifts(RESULTS / "shifts.png")
     for name in NETWORKS:
         draw_blocks(name, RESULTS / f"{name}.png")

@@ -1,8 +1,8 @@
 """Puts the measured tables of ``docs/results`` into the texts that show them.
 
 A text marks the place with ``<!-- table: docs/results/NAME.md -->`` and ``<!-- end -->``; between them the table's rows
-are replaced. ``NAME.md#2`` is the second table of that file. ``python docs/tables.py`` rewrites the texts, ``--check``
-only says what differs.
+are replaced. ``NAME.md#2`` is the second table of that file, ``NAME.md rows webcam`` of the first one the rows that begin
+with that cell. ``python docs/tables.py`` rewrites the texts, ``--check`` only says what differs.
 """
 
 from __future__ import annotations
@@ -13,22 +13,24 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("adaptation", "combining", "diagnose", "extract", "measured", "prefix", "selection", "serving", "tuner")
-TEXTS = ("README.md", *(f"docs/{page}.md" for page in PAGES), "recipes/README.md")
-MARK = re.compile(r"(<!-- table: (\S+?)(?:#(\d+))? -->\n).*?(<!-- end -->)", re.DOTALL)
+TEXTS = ("README.md", *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md"))), "recipes/README.md")
+MARK = re.compile(r"(<!-- table: (\S+?)(?:#(\d+))?(?: rows (\w+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def rows(file: str, number: int) -> str:
-    """One table of a results file, without what is written around it."""
+def rows(file: str, number: int, first: str | None = None) -> str:
+    """One table of a results file, without what is written around it; with ``first``, the rows that begin with it."""
     lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
     groups = itertools.groupby(lines, lambda line: line.startswith("|"))
-    tables = ["".join(f"{line}\n" for line in group) for is_table, group in groups if is_table]
-    return tables[number - 1]
+    table = [list(group) for is_table, group in groups if is_table][number - 1]
+    kept = [line for line in table[2:] if first is None or line.startswith(f"| {first} |")]
+    if not kept:
+        raise ValueError(f"{file}: table {number} has no row that begins with {first!r}")
+    return "".join(f"{line}\n" for line in [*table[:2], *kept])
 
 
 def filled(text: str) -> str:
     """The text with all its tables as they are measured now."""
-    return MARK.sub(lambda match: f"{match[1]}\n{rows(match[2], int(match[3] or 1))}\n{match[4]}", text)
+    return MARK.sub(lambda match: f"{match[1]}\n{rows(match[2], int(match[3] or 1), match[4])}\n{match[5]}", text)
 
 
 def main() -> int:

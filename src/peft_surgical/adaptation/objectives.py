@@ -198,7 +198,10 @@ class Tent(Stream):
         steps: Optimizer steps per batch; the predictions are from the forward of the last.
         optimizer: ``adam``, or as for `Memo`.
         episodic: Put everything back after every batch, bit for bit.
-        weight_decay, preprocess, collapse_window, reset_on_collapse: As for `Memo`.
+        weight_decay: As for `Memo`.
+        preprocess: As for `Memo`.
+        collapse_window: As for `Memo`.
+        reset_on_collapse: As for `Memo`.
 
     Raises:
         ConfigError: For a setting that is out of range.
