@@ -105,7 +105,7 @@ def can_solve(network: nn.Module, anatomy: Anatomy, batch: Any) -> bool:
 
 
 @torch.no_grad()
-def moved_by(model: nn.Module, head: nn.Linear, weight: Tensor, bias: Tensor) -> None:
+def moved_by(model: Any, head: nn.Linear, weight: Tensor, bias: Tensor) -> None:
     """Set the deltas of the head's weight (classes, width) and bias (classes,) in the active adapter."""
     for name, value in (("weight", weight), ("bias", bias)):
         layer, key = link_of(head, name)

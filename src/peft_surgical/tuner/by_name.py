@@ -22,7 +22,7 @@ _PREFIXES = ("", "model.", PEFT_PREFIX)
 class KnownByName:
     """The tuner's answers; a network without these methods has none."""
 
-    model: nn.Module
+    model: Any
 
     @property
     def group_matcher(self) -> Callable[..., Any]:
