@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("adaptation", "combining", "diagnose", "extract", "measured", "selection", "serving")
+PAGES = ("adaptation", "combining", "diagnose", "extract", "measured", "selection")
 TEXTS = ("README.md", *(f"docs/{page}.md" for page in PAGES), "recipes/README.md")
 MARK = re.compile(r"(<!-- table: (\S+?)(?:#(\d+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
