@@ -124,6 +124,41 @@ def load(ports: dict[str, int], image: bytes, clients: int, requests: int, seed:
     return found, time.perf_counter() - begun
 
 
+def measure(
+    ways: dict[str, dict[str, int]], image: bytes, clients: Sequence[int], requests: int, rounds: int
+) -> tuple[dict[tuple[str, int], list[float]], dict[tuple[str, int], float]]:
+    """(way, number of clients) -> seconds of each request, and of all of them; ways in another order in each round."""
+    seconds: dict[tuple[str, int], list[float]] = {}
+    total: dict[tuple[str, int], float] = {}
+    for number in range(rounds):
+        for count in clients:
+            for way in random.Random(number).sample(sorted(ways), len(ways)):
+                times, whole = load(ways[way], image, count, requests, number)
+                seconds.setdefault((way, count), []).extend(times)
+                total[way, count] = total.get((way, count), 0.0) + whole
+    return seconds, total
+
+
+def times_table(seconds: dict[tuple[str, int], list[float]], total: dict[tuple[str, int], float]) -> TextTable:
+    """Latencies, by number of clients and way."""
+    rows = []
+    for (way, count), times in sorted(seconds.items(), key=lambda item: (item[0][1], item[0][0])):
+        middle, last = median_interval(times), sorted(times)[min(len(times) - 1, int(0.99 * len(times)))]
+        ends = f"{1e3 * middle.low:.0f} to {1e3 * middle.high:.0f}"
+        cells = (f"{1e3 * middle.value:.0f} ms", ends, f"{1e3 * last:.0f} ms", f"{len(times) / total[way, count]:.1f}")
+        rows.append((way, str(count), *cells, str(len(times))))
+    return TextTable(TIMES, rows)
+
+
+def memory_table(sizes: dict[str, int], counts: dict[str, int], others: int, caption: str) -> TextTable:
+    """Bytes of each way, and of Ray's own processes."""
+    rows = [
+        (way, str(counts[way]), f"{size / 1e6:.0f} MB", f"{others / 1e6:.0f} MB" if way == RAY else "")
+        for way, size in sizes.items()
+    ]
+    return TextTable(MEMORY, rows, caption)
+
+
 def pss(*processes: int) -> int:
     return sum(psutil.Process(process).memory_full_info().pss for process in processes)
 
@@ -131,7 +166,8 @@ def pss(*processes: int) -> int:
 def make_sites(args: argparse.Namespace, place: Path) -> list[str]:
     """A base, the adapters of all sites below ``all``, and below ``each`` a folder for each with one of them."""
     torch.manual_seed(args.seed)
-    save_checkpoint("timm", timm.create_model(args.model, num_classes=10), place / "base")
+    shape = {"input_size": (3, args.size, args.size)}
+    save_checkpoint("timm", timm.create_model(args.model, num_classes=10, pretrained_cfg_overlay=shape), place / "base")
     network = load_base(place / "base").model
     network.name_or_path = str(place / "base")  # which PEFT writes into the adapters
     names = [Path(folder).name for folder in save_adapters(network, args.target, args.sites, place / "all")]
@@ -184,32 +220,12 @@ def main() -> None:
             answers[way] = [ask(ports[site], "POST", f"/sites/{site}/predict", held.getvalue()) for site in sites]
         if any(answer != answers[ONE] for answer in answers.values()):
             raise SystemExit("the ways to serve do not give the same answers")
-        seconds: dict[tuple[str, int], list[float]] = {}
-        total: dict[tuple[str, int], float] = {}
-        for number in range(args.rounds):
-            for clients in args.clients:
-                for way in random.Random(number).sample(sorted(ways), len(ways)):
-                    times, whole = load(ways[way], held.getvalue(), clients, args.requests, number)
-                    seconds.setdefault((way, clients), []).extend(times)
-                    total[way, clients] = total.get((way, clients), 0.0) + whole
+        seconds, total = measure(ways, held.getvalue(), args.clients, args.requests, args.rounds)
         sizes = {way: pss(*found) for way, found in processes.items()}
         if not args.no_ray:
             mine = {one for found in processes.values() for one in found} | {os.getpid()}
             others = sum(size_of(one) for one in set(psutil.pids()) - before - mine if is_of_ray(one))
-    rows = []
-    for (way, clients), times in seconds.items():
-        middle = median_interval(times)
-        last = sorted(times)[min(len(times) - 1, int(0.99 * len(times)))]
-        ends = f"{1e3 * middle.low:.0f} to {1e3 * middle.high:.0f}"
-        rate = f"{len(times) / total[way, clients]:.1f}"
-        rows.append(
-            (way, str(clients), f"{1e3 * middle.value:.0f} ms", ends, f"{1e3 * last:.0f} ms", rate, str(len(times)))
-        )
-    rows.sort(key=lambda row: (int(row[1]), row[0]))
-    memory = [
-        (way, str(len(processes[way])), f"{size / 1e6:.0f} MB", f"{others / 1e6:.0f} MB" if way == RAY else "")
-        for way, size in sizes.items()
-    ]
+    counts = {way: len(found) for way, found in processes.items()}
     ratio = sizes[EACH] / sizes[ONE]
     about = machine("cpu")
     caption = (
@@ -219,7 +235,7 @@ def main() -> None:
         f"clients share, load average {os.getloadavg()[2]:.0f} over the last 15 minutes; torch {torch.__version__}. "
         "Medians with the distribution-free 95% interval; memory as PSS."
     )
-    tables = [TextTable(TIMES, rows), TextTable(MEMORY, memory, caption)]
+    tables = [times_table(seconds, total), memory_table(sizes, counts, others, caption)]
     for table in tables:
         table.show()
     if args.markdown:

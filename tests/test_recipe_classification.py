@@ -193,6 +193,7 @@ def test_the_page_on_serving_runs(place, tuned, monkeypatch, capsys):
     assert {one["label"] for one in scope["ask"](scope["image"])} == set(NAMES)
 
 
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator")
 def test_the_example_for_peft_trains_saves_and_loads(place, tmp_path, monkeypatch, capsys):
     example = script("recipes", "surgical_finetuning", "surgical_finetuning.py")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))

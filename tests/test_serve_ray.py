@@ -1,5 +1,6 @@
 """The server of many sites: what it answers, what it refuses, and (slow) replicas of it on a real local Ray."""
 
+import asyncio
 import concurrent.futures
 import contextlib
 import io
@@ -10,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -186,6 +188,38 @@ def test_classes_have_the_names_that_the_site_was_tuned_with(recipe, place, tmp_
     assert tuple(server._names_of("south", 3)) == ("a", "b", "c")
 
 
+def test_the_benchmark_asks_measures_and_writes_its_tables(recipe, place, monkeypatch):
+    uvicorn = pytest.importorskip("uvicorn")
+    pytest.importorskip("psutil")
+    pytest.importorskip("timm")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    serving = script("benchmarks", "serving.py")
+    api = recipe.api_of(recipe.SiteServer(place / "sites", None, 10**7, recipe.Limits()))
+    server, port = uvicorn.Server(uvicorn.Config(api, port=serving.free_port(), log_level="error")), 0
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.05)
+        port = server.config.port
+        with pytest.raises(ValueError, match="no such site"):
+            serving.ask(port, "POST", "/sites/nowhere/predict", photo())
+        ways = {"one": dict.fromkeys(("north", "south"), port), "two": {"south": port}}
+        seconds, total = serving.measure(ways, photo(), [1, 2], requests=3, rounds=2)
+    finally:
+        server.should_exit = True
+        thread.join()
+    assert {key: len(times) for key, times in seconds.items()} == dict.fromkeys(
+        [("one", 1), ("one", 2), ("two", 1), ("two", 2)], 6
+    )
+    assert total["one", 1] >= sum(seconds["one", 1])  # one client asks for one after the other
+    table = serving.times_table({("one", 1): [i / 1000 for i in range(1, 101)]}, {("one", 1): 2.0})
+    assert table.rows == [("one", "1", "50 ms", "40 to 61", "100 ms", "50.0", "100")]
+    memory = serving.memory_table({serving.RAY: 2_000_000}, {serving.RAY: 1}, 3_000_000, "text")
+    assert memory.rows == [(serving.RAY, "1", "2 MB", "3 MB")]
+    assert serving.pss(os.getpid()) > 10_000_000
+
+
 # --- a real Ray ---
 
 
@@ -233,6 +267,23 @@ def serving(sites, *more):
                 process.communicate(timeout=60)
             except subprocess.TimeoutExpired:
                 process.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:coroutine 'ingress")
+def test_ray_builds_the_routes_in_each_replica(recipe, place):
+    """The class that Ray Serve makes an object of in a replica, without a cluster."""
+    pytest.importorskip("ray.serve", reason='needs ray: pip install "peft-surgical[serve]"')
+    limits = recipe.Limits(images=1)
+    sized = {"replicas": 3, "cpus": 0.5, "megabytes": 10}
+    deployment = recipe.application(str(place / "sites"), None, limits, **sized)._bound_deployment
+    assert (deployment.num_replicas, deployment.max_queued_requests) == (3, 64)
+    assert deployment.ray_actor_options == {"num_cpus": 0.5}
+    replica = deployment.func_or_class.__new__(deployment.func_or_class)
+    asyncio.run(replica.__init__())
+    with TestClient(replica.app) as client:
+        assert client.get("/sites").json() == {"sites": ["north", "south"]}
+        assert client.post("/sites/north/predict", files=sent(photo(), photo())).status_code == 400
 
 
 @pytest.mark.slow
