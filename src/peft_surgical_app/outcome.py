@@ -63,18 +63,18 @@ def gate_html(report: Report) -> str:
     else:
         rate = report.settings["lr"]
         words = f"{report.target}{'' if rate is None else f' at learning rate {rate:g}'} was tuned."
-        kind = "yes"
+        kind = ""
     if gain is not None:
         found = Gain(**gain)
-        words, kind = f"{words} {found}.", "yes" if found.is_shown and kind == "yes" else "no"
-    elif kind == "yes":
+        words, kind = f"{words} {found}.", "yes" if found.is_shown and kind != "no" else "no"
+    elif kind != "no":
         after, before = (report.find(name, _part(report)) for name in ("accuracy", "accuracy before"))
         words += f" {100 * (after.value - before.value):+.1f} points on {after.n} {after.dataset} images"
         words += ", over the same network with an untrained head." if report.settings["open"]["head"] != "keep" else "."
         words += " Only the target auto measures an interval of this gain."
     if report.settings["head"] != "kept":
         words += f" The head is {report.settings['head']}."
-    return html_tag("p", html.escape(words), class_=f"gate {kind}")
+    return html_tag("p", html.escape(words), class_=f"gate {kind}".strip())
 
 
 def accuracy_html(report: Report) -> str:
