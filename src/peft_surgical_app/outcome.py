@@ -112,9 +112,9 @@ def _confusion_html(names: list[str], confusion: Sequence[Sequence[int]]) -> str
         cells = html_tag("th", html.escape(names[i]), scope="row")
         for j, count in enumerate(counts):
             share = count / max(1, sum(counts))
-            colour = "31, 122, 77" if i == j else "184, 50, 40"
+            colour = "#1f7a4d" if i == j else "#b83228"
             ink = "#fff" if share > 0.5 else "inherit"
-            style = f"background: rgba({colour}, {share:.2f}); color: {ink}"
+            style = f"background: {colour}{round(255 * share):02x}; color: {ink}"
             cells += html_tag("td", str(count) if count else "", style=style)
         rows.append(html_tag("tr", cells))
     return html_tag("div", html_tag("table", html_tag("tr", head) + "".join(rows), class_="confusion"), class_="wide")
