@@ -484,8 +484,14 @@ def test_from_upload_to_results(do, tuned, tmp_path):
     assert zipfile.is_zipfile(do.download(visitor))
     stranger = do.workspaces.of("").token
     assert do.results(stranger) is do.download(stranger) is do.status(stranger) is None
+    do.start(visitor, "wait", *FIELDS)
+    with pytest.raises(DataError, match="a run is reading these photographs"):
+        do.clear(visitor)
+    do.stop(visitor)
+    until(lambda: do.status(visitor).state == "stopped")
     with pytest.raises(ConfigError, match="give a token of the Hub"):
         do.push(visitor, "me/x", "mit", "", True, "")
+    assert "No photographs yet" in do.clear(visitor)[1]
     with pytest.raises(DataError, match="there is no finished run yet"):
         do.push(stranger, "me/x", "mit", "", True, "hf_x")
 

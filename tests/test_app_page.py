@@ -94,7 +94,7 @@ def opened(served, chromium):
         context = chromium.new_context(viewport={"width": wide, "height": high}, accept_downloads=True)
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(120_000)
+        page.set_default_timeout(300_000)
         page.on("request", lambda request: asked.append(request.url))
         page.goto(served[0])
         page.get_by_text("No photographs yet").wait_for()

@@ -138,6 +138,9 @@ class Handlers:
     def clear(self, token: str) -> tuple[str, str]:
         """Remove all uploads."""
         workspace = self._of(token)
+        now = self.runner.status(workspace.token)
+        if now is not None and now.state == RUNNING:
+            raise DataError("a run is reading these photographs: stop it first")
         remove_uploads(workspace.uploads)
         return news_html("All photographs that were sent are removed."), uploads_html(workspace)
 

@@ -63,18 +63,18 @@ def gate_html(report: Report) -> str:
     else:
         rate = report.settings["lr"]
         words = f"{report.target}{'' if rate is None else f' at learning rate {rate:g}'} was tuned."
-        kind = "yes"
+        kind = ""
     if gain is not None:
         found = Gain(**gain)
-        words, kind = f"{words} {found}.", "yes" if found.is_shown and kind == "yes" else "no"
-    elif kind == "yes":
+        words, kind = f"{words} {found}.", "yes" if found.is_shown and kind != "no" else "no"
+    elif kind != "no":
         after, before = (report.find(name, _part(report)) for name in ("accuracy", "accuracy before"))
         words += f" {100 * (after.value - before.value):+.1f} points on {after.n} {after.dataset} images"
         words += ", over the same network with an untrained head." if report.settings["open"]["head"] != "keep" else "."
         words += " Only the target auto measures an interval of this gain."
     if report.settings["head"] != "kept":
         words += f" The head is {report.settings['head']}."
-    return html_tag("p", html.escape(words), class_=f"gate {kind}")
+    return html_tag("p", html.escape(words), class_=f"gate {kind}".strip())
 
 
 def accuracy_html(report: Report) -> str:
@@ -112,9 +112,9 @@ def _confusion_html(names: list[str], confusion: Sequence[Sequence[int]]) -> str
         cells = html_tag("th", html.escape(names[i]), scope="row")
         for j, count in enumerate(counts):
             share = count / max(1, sum(counts))
-            colour = "31, 122, 77" if i == j else "184, 50, 40"
+            colour = "#1f7a4d" if i == j else "#b83228"
             ink = "#fff" if share > 0.5 else "inherit"
-            style = f"background: rgba({colour}, {share:.2f}); color: {ink}"
+            style = f"background: {colour}{round(255 * share):02x}; color: {ink}"
             cells += html_tag("td", str(count) if count else "", style=style)
         rows.append(html_tag("tr", cells))
     return html_tag("div", html_tag("table", html_tag("tr", head) + "".join(rows), class_="confusion"), class_="wide")

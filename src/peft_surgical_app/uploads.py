@@ -23,7 +23,7 @@ from peft_surgical.errors import DataError
 from peft_surgical.extras import require
 from peft_surgical.files import shown
 
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """Pillow's formats that are read: those of `IMAGE_SUFFIXES`, and so none that is a program, such as EPS."""
 _DEEPEST = 8  # folders in one another
 _LONGEST = 100  # characters of a name
@@ -125,7 +125,7 @@ def read_image(file: Path, limits: UploadLimits) -> Any:
     """An image that a visitor sent, as a PIL image in RGB.
 
     Raises:
-        DataError: It is no image of `FORMATS`, too large, or broken.
+        DataError: It is no image of `IMAGE_FORMATS`, too large, or broken.
     """
     content = _read(file, limits)
     if isinstance(content, str) or (content_fault := _fault(content, file.name, limits)):
@@ -254,11 +254,11 @@ def _fault(content: bytes, where: str, limits: UploadLimits) -> str | None:
     """Why this is no image that is taken; None if it is one."""
     pillow = require("PIL.Image", "reading images")
     try:
-        with pillow.open(io.BytesIO(content), formats=FORMATS) as image:
+        with pillow.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
             wide, high = image.size
     except Exception as error:  # each of Pillow's decoders has its own
         reason = str(error).split(" <_io")[0] or type(error).__name__
-        return f"{where} is no image of {', '.join(FORMATS)} ({reason})"
+        return f"{where} is no image of {', '.join(IMAGE_FORMATS)} ({reason})"
     if wide * high > limits.pixels:
         return f"{where} has {wide} x {high} pixels, more than {limits.pixels / 1e6:.0f} million: make it smaller"
     return fault(content, where)

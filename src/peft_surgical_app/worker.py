@@ -97,7 +97,7 @@ def _stop_at_end(stream: TextIO) -> None:
     _thread.interrupt_main()
 
 
-def main() -> None:
+def work() -> None:
     """Read a job, carry it out, and write its events."""
     import transformers
 
@@ -119,4 +119,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    work()

@@ -16,9 +16,13 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; } td, th { padding: .2rem .8rem .2rem 0; text-align: left; }
 .verdict { border-left: .4rem solid #1f5fa8; background: #eef4fb; padding: .8rem 1rem; }
-figure { display: inline-block; margin: .3rem; width: 7rem; font-size: .75rem; overflow-wrap: anywhere; }
+figure { display: inline-block; margin: .3rem; width: 8.5rem; font-size: .75rem; overflow-wrap: anywhere; }
 svg text { font: 12px system-ui, sans-serif; }
 """
+_DRIFT = (
+    "Energy distance between the features of the new images and those of the source, 0 without a shift. Blue: more "
+    f"than chance explains, p at most {ALPHA:g}; grey: no more."
+)
 
 
 def to_html(found: Diagnosis, seen: Seen | None = None, pictures: int = 12) -> str:
@@ -31,7 +35,7 @@ def to_html(found: Diagnosis, seen: Seen | None = None, pictures: int = 12) -> s
     """
     parts = [f"<h1>What has shifted for {html.escape(found.model)}</h1>", _verdict(found)]
     if found.drift:
-        parts += ["<h2>How far each block's features have moved</h2>", _bars(found)]
+        parts += ["<h2>How far each block's features have moved</h2>", f"<p>{_DRIFT}</p>", _bars(found)]
     parts += ["<h2>Numbers</h2>", _numbers(found)]
     if found.scores:
         scores = sorted(found.scores.items(), key=lambda one: -one[1])
@@ -45,7 +49,12 @@ def to_html(found: Diagnosis, seen: Seen | None = None, pictures: int = 12) -> s
     if seen is not None:
         parts += _pictures(found, seen, pictures)
     if found.notes:
-        parts += ["<h2>To read this</h2>", "<ul>", *(f"<li>{html.escape(note)}</li>" for note in found.notes), "</ul>"]
+        parts += [
+            "<h2>Notes</h2>",
+            "<ul>",
+            *(f"<li>{html.escape(_sentence(note))}</li>" for note in found.notes),
+            "</ul>",
+        ]
     body = "\n".join(parts)
     title = html_tag("title", f"{html.escape(found.model)}: diagnosis")
     meta = html_tag("meta", charset="utf-8") + html_tag("meta", name="viewport", content="width=device-width")
@@ -68,7 +77,11 @@ def points(value: Interval) -> str:
 def _verdict(found: Diagnosis) -> str:
     sure = "" if found.sure is None else f" {found.sure:.0%} of random halves of the images say the same."
     advice = f" Suggested target: <b>{html.escape(found.target)}</b>." if found.target else ""
-    return html_tag("p", f"<b>{html.escape(KINDS[found.kind])}</b>.{sure}{advice}", class_="verdict")
+    return html_tag("p", f"<b>{html.escape(_sentence(KINDS[found.kind]))}</b>{sure}{advice}", class_="verdict")
+
+
+def _sentence(words: str) -> str:
+    return f"{words[:1].upper()}{words[1:]}{'' if words.endswith('.') else '.'}"
 
 
 def _numbers(found: Diagnosis) -> str:
@@ -86,12 +99,12 @@ def _bars(found: Diagnosis) -> str:
     most = max(1e-9, *(one.effect for one in found.drift))
     parts = []
     for number, one in enumerate(found.drift):
-        top, long = 24 * number, 300 * max(one.effect, 0) / most
+        top, long = 24 * number, 170 * max(one.effect, 0) / most
         colour = "#1f5fa8" if one.p <= ALPHA else "#b8c4d0"
         parts.append(html_tag("text", html.escape(one.name), x=0, y=top + 16))
-        parts.append(html_tag("rect", x=110, y=top + 4, width=float(long), height=16, fill=colour))
-        parts.append(html_tag("text", f"{one.effect:.3f}, p {one.p:.3f}", x=float(116 + long), y=top + 16))
-    return _svg(560, 24 * len(found.drift), "drift of each block", parts)
+        parts.append(html_tag("rect", x=80, y=top + 4, width=float(long), height=16, fill=colour))
+        parts.append(html_tag("text", f"{one.effect:.3f}, p {one.p:.3f}", x=float(86 + long), y=top + 16))
+    return _svg(350, 24 * len(found.drift), "drift of each block", parts)
 
 
 def _svg(wide: int, high: int, label: str, parts: Sequence[str]) -> str:
