@@ -227,6 +227,14 @@ def test_the_cpus_jobs_resume_and_their_table_has_goals(monkeypatch, tmp_path, c
     assert again.read_text() == text
 
 
+def test_the_cpus_table_is_drawn_from_the_committed_rows(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    bench, results = load("bench"), ROOT / "docs" / "results"
+    report = json.loads((results / "bench.json").read_text(encoding="utf-8"))
+    assert not report["tiny"]
+    assert bench.tables(report) == (results / "bench.md").read_text(encoding="utf-8")
+
+
 def test_what_a_cache_can_save_by_hand(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     prefix = load("prefix")

@@ -30,7 +30,7 @@ def test_every_marked_table_is_as_measured():
 
 
 def test_a_changed_number_is_noticed(tmp_path):
-    pages = ("adaptation", "combining", "diagnose", "extract", "measured", "selection")
+    pages = ("adaptation", "combining", "diagnose", "extract", "measured", "prefix", "selection", "tuner")
     for name in ("README.md", *(f"docs/{page}.md" for page in pages), "recipes/README.md", "docs/tables.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text((ROOT / name).read_text(encoding="utf-8"), encoding="utf-8")

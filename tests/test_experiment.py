@@ -55,7 +55,7 @@ from peft_surgical.experiment.subject import NewHeadFirst, modules_of_head, with
 from peft_surgical.results import published  # noqa: E402
 from peft_surgical.training.auto import AutoSettings  # noqa: E402
 from peft_surgical.training.fitting import FitSettings, fit  # noqa: E402
-from peft_surgical.training.ledger import Ledger  # noqa: E402
+from peft_surgical.training.ledger import Ledger, canonical  # noqa: E402
 from peft_surgical.training.search import Candidate, Variant, candidate_of, candidates_of, cross_val  # noqa: E402
 from peft_surgical.training.trainer import DivergedError, Watch, logging_to  # noqa: E402
 
@@ -1104,16 +1104,22 @@ def test_an_experiment_can_be_sent_to_other_processes(place, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["compare", "tune"])
-def test_ray_carries_out_the_same_runs(place, tmp_path, command):
-    pytest.importorskip("ray", reason='needs ray: pip install "peft-surgical[ray]"')
+def test_two_workers_of_a_ray_cluster_carry_out_the_same_runs(place, tmp_path, command):
+    ray = pytest.importorskip("ray", reason='needs ray: pip install "peft-surgical[ray]"')
     rows = {"compare": ["--methods", "none", "block1", "cross-val", "--seeds", "0"], "tune": ["--target", "cross-val"]}
     options = [*rows[command], "--epochs", "1", "--test", "6", "--lr", "1e-2", "--head-lr", "1e-2", "--cpu"]
-    for engine in ("local", "ray"):
-        line = command_line(place, tmp_path / engine, command, *options, "--engine", engine)
-        done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=900)
-        assert done.returncode == 0, done.stderr
-    runs = [sorted(map(str, Ledger(tmp_path / engine / "ledger.jsonl"))) for engine in ("local", "ray")]
-    assert runs[0] == runs[1]
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        cluster = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+        for engine in ("local", "ray"):
+            line = command_line(place, tmp_path / engine, command, *options, "--engine", engine)
+            done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=900, env=cluster)
+            assert done.returncode == 0, done.stderr
+    finally:
+        ray.shutdown()
+    ledgers = [Ledger(tmp_path / engine / "ledger.jsonl") for engine in ("local", "ray")]
+    runs = [sorted(ledger, key=lambda run: canonical(run.key)) for ledger in ledgers]
+    assert runs[0] == runs[1]  # but for their seconds
     reports = [Report.load(tmp_path / engine / "report.json") for engine in ("local", "ray")]
     assert set(differing(*reports)) <= {"finished", "seconds", "taken"}
     assert reports[1].settings["runs_from_ledger"] == 0
