@@ -279,19 +279,22 @@ def _transformers_row(kind: str, model_type: str, name: str) -> tuple[str, list[
 
 def _built(cls: Any, config_class: Any, settings: dict[str, Any]) -> Any:
     """A network on the meta device with few layers, or with as many as it has where that contradicts its config."""
-    for few in ({"num_hidden_layers": 3}, {}):
+    last = {"is_decoder": True}  # Reformer's language model asks for it
+    for few in ({"num_hidden_layers": 3}, {}, last):
         try:
             config = config_class(**settings, **few)
             if "num_labels" in settings and config.num_labels != settings["num_labels"]:
                 config.num_labels = settings["num_labels"]
             if vars(config).get("head_dim", 0) is None:
                 config.head_dim = config.hidden_size // config.num_attention_heads
+            if vars(config).get("vocab_size", 0) is None:
+                config.vocab_size = 32
             if vars(config).get("num_key_value_heads", 0) is None:
                 config.num_key_value_heads = config.num_attention_heads
             with torch.device("meta"):
                 return cls(config)
         except Exception:
-            if not few:
+            if few is last:
                 raise
     raise AssertionError("the last attempt raises")
 
