@@ -344,6 +344,11 @@ def reason(row: Row) -> str:
     return " ".join(row.problems[0].split("blocks=")[0].split()) if row.problems else ""
 
 
+def _architectures() -> int:
+    classes = (value for mapping in MAPPINGS.values() for value in getattr(modeling_auto, mapping).values())
+    return sum(1 if isinstance(value, str) else len(value) for value in classes)
+
+
 def markdown(rows: Collection[Row]) -> str:
     """Counts by family, and then each network that is not right, with the reason."""
     parts = []
@@ -356,7 +361,11 @@ def markdown(rows: Collection[Row]) -> str:
             numbers = (built, *(counts[verdict] for verdict in VERDICTS), sum(row.ordered for row in members))
             lines.append([family, *map(str, numbers), f"{share:.1%}" if built else "-"])
         version = {"timm": timm, "transformers": transformers}[library].__version__
-        text = f"{library} {version}, torch {torch.__version__.partition('+')[0]}, no weights, on the meta device."
+        names = len(timm.list_models()) if library == "timm" else _architectures()
+        text = (
+            f"{library} {version}: {len(own):,} of {names:,} names, torch {torch.__version__.partition('+')[0]}, no "
+            "weights, on the meta device."
+        )
         parts.append(
             TextTable(["family", "networks", *VERDICTS, "order checked", "right, share"], lines, text).markdown()
         )
