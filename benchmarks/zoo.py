@@ -339,14 +339,23 @@ def summary(rows: Collection[Row]) -> tuple[Counter[str], int, float]:
     return counts, built, counts[RIGHT] / max(built, 1)
 
 
+_SAYS_NOTHING = ("has no group_matcher()", "not a transformers PreTrainedModel")
+
+
 def reason(row: Row) -> str:
     """Why a network is not right, in one line."""
-    return " ".join(row.problems[0].split("blocks=")[0].split()) if row.problems else ""
+    text = row.problems[0] if row.problems else ""
+    if row.verdict == REFUSED and "Tried:" in text:
+        tried = [line.strip() for line in text.partition("Tried:\n")[2].split("\n") if line.startswith("  ")]
+        said = [line.partition(": ")[2] for line in tried if not line.endswith(_SAYS_NOTHING)]
+        return said[0] if said else ""
+    short = text.partition(" You can install")[0].partition("blocks=")[0].partition(" Check out")[0]
+    return " ".join(short.split())[:160]
 
 
 def _architectures() -> int:
-    classes = (value for mapping in MAPPINGS.values() for value in getattr(modeling_auto, mapping).values())
-    return sum(1 if isinstance(value, str) else len(value) for value in classes)
+    named = ((kind, value) for kind, mapping in MAPPINGS.items() for value in getattr(modeling_auto, mapping).values())
+    return len({(kind, name) for kind, value in named for name in ((value,) if isinstance(value, str) else value)})
 
 
 def markdown(rows: Collection[Row]) -> str:

@@ -60,11 +60,11 @@ def cut_transformers(model: nn.Module, inventory: Inventory) -> Cut | str:
         return "the trunk holds no ModuleList of blocks"
     towers = {path[len(dot) :].split(".")[0] for path in stacks}
     if trunk and len(stacks) > 1 and len(towers) == 1:
-        inner = f"{dot}{next(iter(towers))}"
-        whole = {*inventory.below(inner)} == {*inventory.below(trunk)}
-        if whole and isinstance(inventory.modules[inner], PreTrainedModel):
+        deeper = f"{dot}{next(iter(towers))}"
+        whole = {*inventory.below(deeper)} == {*inventory.below(trunk)}
+        if whole and isinstance(inventory.modules[deeper], PreTrainedModel):
             # A model inside another, which only reads its outputs in its own way (ShieldGemma 2).
-            dot = f"{inner}."
+            dot = f"{deeper}."
             towers = {path[len(dot) :].split(".")[0] for path in stacks}
     declared = set(model._no_split_modules or ())
     if len(stacks) > 1 and len(towers) == len(stacks) and not are_parallel(inventory, stacks, declared):
