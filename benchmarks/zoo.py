@@ -279,19 +279,22 @@ def _transformers_row(kind: str, model_type: str, name: str) -> tuple[str, list[
 
 def _built(cls: Any, config_class: Any, settings: dict[str, Any]) -> Any:
     """A network on the meta device with few layers, or with as many as it has where that contradicts its config."""
-    for few in ({"num_hidden_layers": 3}, {}):
+    last = {"is_decoder": True}  # Reformer's language model asks for it
+    for few in ({"num_hidden_layers": 3}, {}, last):
         try:
             config = config_class(**settings, **few)
             if "num_labels" in settings and config.num_labels != settings["num_labels"]:
                 config.num_labels = settings["num_labels"]
             if vars(config).get("head_dim", 0) is None:
                 config.head_dim = config.hidden_size // config.num_attention_heads
+            if vars(config).get("vocab_size", 0) is None:
+                config.vocab_size = 32
             if vars(config).get("num_key_value_heads", 0) is None:
                 config.num_key_value_heads = config.num_attention_heads
             with torch.device("meta"):
                 return cls(config)
         except Exception:
-            if not few:
+            if few is last:
                 raise
     raise AssertionError("the last attempt raises")
 
@@ -336,9 +339,23 @@ def summary(rows: Collection[Row]) -> tuple[Counter[str], int, float]:
     return counts, built, counts[RIGHT] / max(built, 1)
 
 
+_SAYS_NOTHING = ("has no group_matcher()", "not a transformers PreTrainedModel")
+
+
 def reason(row: Row) -> str:
     """Why a network is not right, in one line."""
-    return " ".join(row.problems[0].split("blocks=")[0].split()) if row.problems else ""
+    text = row.problems[0] if row.problems else ""
+    if row.verdict == REFUSED and "Tried:" in text:
+        tried = [line.strip() for line in text.partition("Tried:\n")[2].split("\n") if line.startswith("  ")]
+        said = [line.partition(": ")[2] for line in tried if not line.endswith(_SAYS_NOTHING)]
+        return said[0] if said else ""
+    short = text.partition(" You can install")[0].partition("blocks=")[0].partition(" Check out")[0]
+    return " ".join(short.split())[:160]
+
+
+def _architectures() -> int:
+    named = ((kind, value) for kind, mapping in MAPPINGS.items() for value in getattr(modeling_auto, mapping).values())
+    return len({(kind, name) for kind, value in named for name in ((value,) if isinstance(value, str) else value)})
 
 
 def markdown(rows: Collection[Row]) -> str:
@@ -353,7 +370,11 @@ def markdown(rows: Collection[Row]) -> str:
             numbers = (built, *(counts[verdict] for verdict in VERDICTS), sum(row.ordered for row in members))
             lines.append([family, *map(str, numbers), f"{share:.1%}" if built else "-"])
         version = {"timm": timm, "transformers": transformers}[library].__version__
-        text = f"{library} {version}, torch {torch.__version__.partition('+')[0]}, no weights, on the meta device."
+        names = len(timm.list_models()) if library == "timm" else _architectures()
+        text = (
+            f"{library} {version}: {len(own):,} of {names:,} names, torch {torch.__version__.partition('+')[0]}, no "
+            "weights, on the meta device."
+        )
         parts.append(
             TextTable(["family", "networks", *VERDICTS, "order checked", "right, share"], lines, text).markdown()
         )

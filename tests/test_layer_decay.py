@@ -65,7 +65,8 @@ def test_networks_that_timm_cannot_ask_stay_so():
     model = get_peft_model(network, SurgicalConfig(target="cls_token", modules_to_save=["head"]))
     group_of = model.group_matcher()
     assert group_of("base_model.model.surgery.surgical_delta.default.cls_token") == 0
-    assert group_of("base_model.model.head.modules_to_save.default.weight") == group_of("norm.weight")
+    head = group_of("base_model.model.head.modules_to_save.default.weight")
+    assert head == group_of("base_model.model.head.original_module.weight") == group_of("norm.weight") + 1
     assert "base_model.model.surgery.surgical_delta.default.cls_token" in model.no_weight_decay()
 
 

@@ -173,7 +173,7 @@ def test_without_an_adapter_the_page_goes(model, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:You are trying to modify", "ignore:Already found a `peft_config`")
 @pytest.mark.parametrize("inside", [True, False])
-@pytest.mark.parametrize("name", ["default", "lora"])
+@pytest.mark.parametrize("name", ["default", "second"])
 def test_another_method_on_top_does_not_lose_the_surgical_training(model, tmp_path, name, inside):
     below = model if inside else model.base_model.model
     lora = get_peft_model(below, LoraConfig(target_modules=["fc"]), adapter_name=name)

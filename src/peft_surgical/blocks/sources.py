@@ -59,12 +59,13 @@ def cut_transformers(model: nn.Module, inventory: Inventory) -> Cut | str:
     if not stacks:
         return "the trunk holds no ModuleList of blocks"
     towers = {path[len(dot) :].split(".")[0] for path in stacks}
-    if len(stacks) > 1 and len(towers) == 1 and isinstance(model.get_submodule(trunk), PreTrainedModel) and trunk:
-        # A model inside another, which only reads its outputs in its own way (ShieldGemma 2).
-        deeper = f"{dot}{towers.pop()}."
-        if {*inventory.below(deeper[:-1])} == {*inventory.below(trunk)}:
-            dot = deeper
-        towers = {path[len(dot) :].split(".")[0] for path in stacks}
+    if trunk and len(stacks) > 1 and len(towers) == 1:
+        deeper = f"{dot}{next(iter(towers))}"
+        whole = {*inventory.below(deeper)} == {*inventory.below(trunk)}
+        if whole and isinstance(inventory.modules[deeper], PreTrainedModel):
+            # A model inside another, which only reads its outputs in its own way (ShieldGemma 2).
+            dot = f"{deeper}."
+            towers = {path[len(dot) :].split(".")[0] for path in stacks}
     declared = set(model._no_split_modules or ())
     if len(stacks) > 1 and len(towers) == len(stacks) and not are_parallel(inventory, stacks, declared):
         return cut_towers(inventory, dot, stacks, outside if trunk else [], find_cut)

@@ -74,7 +74,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def _lost(experiment: Experiment, run: Train) -> dict[str, Any]:
     """What a candidate that gave no network has in its result, so that it loses to every other."""
     nothing = torch.full((len(experiment.rows("validation", run.seed)), 1), torch.nan)
-    lost = {"validation": 0.0, "validation_loss": _LARGEST}
+    lost: dict[str, Any] = {"validation": 0.0, "validation_loss": _LARGEST}
     if experiment.prepared(run.method)[0].solved:
         lost["fold_loss"] = _LARGEST
     return lost | _evidence(experiment, run, nothing)

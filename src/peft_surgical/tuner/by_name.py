@@ -55,7 +55,7 @@ class KnownByName:
 
 def _base_names(network: nn.Module) -> dict[str, str]:
     """Each parameter of an adapted network -> the name that its tensor has in the network itself."""
-    found = {}
+    found: dict[str, str] = {}
     for name, _ in network.named_parameters():
         base = tensor_name(name) or name.replace(".original_module.", ".")
         path, whole, rest = base.partition(".modules_to_save.")
