@@ -23,8 +23,9 @@ from peft_surgical_cli import app as cli  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "recipes" / "README.md"]
-# By test_hub_commands.py, test_combination.py and test_extract.py.
-RUN_ELSEWHERE = {"docs/hub.md", "docs/combining.md", "docs/extract.md"}
+# By test_hub_commands.py, test_combination.py, test_extract.py and test_guides.py.
+GUIDES = {"docs/start.md", "docs/guide-camera.md", "docs/guide-hospital.md"}
+RUN_ELSEWHERE = {"docs/hub.md", "docs/combining.md", "docs/extract.md"} | GUIDES
 RUN_HERE = {"README.md", "docs/adaptation.md", "docs/cli.md", "docs/prefix.md", "docs/selection.md"}
 COMMANDS = typer.main.get_command(cli.app).commands
 
