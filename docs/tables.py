@@ -1,8 +1,8 @@
 """Puts the measured tables of ``docs/results`` into the texts that show them.
 
 A text marks the place with ``<!-- table: docs/results/NAME.md -->`` and ``<!-- end -->``; between them the table's rows
-are replaced. ``NAME.md#2`` is the second table of that file, ``NAME.md rows webcam`` of the first one the rows that begin
-with that cell. ``python docs/tables.py`` rewrites the texts, ``--check`` only says what differs.
+are replaced. ``NAME.md#2`` is the second table of that file, and ``NAME.md rows webcam`` those rows of the first that
+begin with this cell. ``python docs/tables.py`` rewrites the texts, ``--check`` only says what differs.
 """
 
 from __future__ import annotations
