@@ -68,7 +68,7 @@ lock: $(UV)
 	$(UV) pip compile --quiet --upgrade --universal --python-version $(OLDEST_PYTHON) --all-extras \
 		--no-header --no-annotate --output-file constraints.txt pyproject.toml
 
-# The documentation site, in site/: open site/index.html. A warning is an error.
+# The documentation site, in site/; a warning is an error. Its search needs a server: python -m http.server -d site
 docs: $(DOCS)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 

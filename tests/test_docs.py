@@ -62,6 +62,44 @@ def test_the_plot_of_the_means_shows_every_method(summaries, tmp_path, monkeypat
     assert rows[-1].split(" (")[0] == "cross-val-wide"  # the most accurate stands on top
 
 
+def test_the_figure_of_three_shifts_shows_what_the_tables_say(summaries, tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    shown = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: shown.extend(self.axes))
+    summaries.draw_shifts(tmp_path / "shifts.png")
+
+    def gain(name, row, column, before):
+        """The bar's height by a table: one cell minus the one without tuning, of another row or column."""
+        lines = (ROOT / "docs/results" / name).read_text(encoding="utf-8").splitlines()
+        cells = [[text.strip() for text in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
+        table = {line[0]: dict(zip(cells[0], line, strict=True)) for line in cells}
+        found, start = table[row][column], table[before[0]][before[1]]
+        return float(found.split()[0]) - float(start.split()[0])
+
+    for place, target in enumerate(("block1", "block2", "block3", "head", "all")):
+        expected = [
+            gain("cifar10c-resnet26.md", target, "mean", ("none", "mean")),
+            gain("synthetic-resnet26.md", "block2", target, ("block2", "none")),
+            gain("compare-flip-resnet26.md", target, "mean", ("none", "mean")),
+        ]
+        heights = [axes.patches[place].get_height() for axes in shown]
+        assert heights == pytest.approx(expected, abs=0.11)
+    flip = [round(axes.get_height()) for axes in shown[2].patches]
+    text = " ".join((ROOT / "docs/choosing.md").read_text(encoding="utf-8").split())
+    assert f"`block1` gains {flip[0]} points and the head {flip[3]}" in text
+
+
+def test_a_table_of_some_rows_has_only_these(tmp_path):
+    tables = script("docs", "tables.py")
+    found = tables.rows("docs/results/photographs.md", 1, "webcam").splitlines()
+    assert found[0].startswith("| task |")
+    assert found[2:]
+    assert all(line.startswith("| webcam |") for line in found[2:])
+    with pytest.raises(ValueError, match="no row that begins with 'nowhere'"):
+        tables.rows("docs/results/photographs.md", 1, "nowhere")
+
+
 def test_a_summary_equals_arithmetic_of_its_own(summaries):
     """Means over networks and corruptions seed by seed, then Student's t with two degrees of freedom."""
     lines = (ROOT / "docs/results/cifar10c.jsonl").read_text(encoding="utf-8").splitlines()

@@ -27,8 +27,9 @@ SKILL = ".agents/skills/peft-surgical/SKILL.md"
 EXAMPLE = "recipes/surgical_finetuning/README.md"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "recipes" / "README.md"]
 PAGES += [ROOT / SKILL, ROOT / EXAMPLE]
-# By test_hub_commands.py, test_combination.py, test_extract.py and test_recipe_classification.py.
-RUN_ELSEWHERE = {"docs/hub.md", "docs/combining.md", "docs/extract.md", "docs/serving.md", SKILL, EXAMPLE}
+GUIDES = {"docs/start.md", "docs/guide-camera.md", "docs/guide-hospital.md"}
+# By test_hub_commands.py, test_combination.py, test_extract.py, test_recipe_classification.py and test_guides.py.
+RUN_ELSEWHERE = {"docs/hub.md", "docs/combining.md", "docs/extract.md", "docs/serving.md", SKILL, EXAMPLE} | GUIDES
 RUN_HERE = {"README.md", "docs/adaptation.md", "docs/cli.md", "docs/prefix.md", "docs/selection.md"}
 COMMANDS = typer.main.get_command(cli.app).commands
 
