@@ -23,7 +23,7 @@ def rows(file: str, number: int, first: str | None = None) -> str:
     groups = itertools.groupby(lines, lambda line: line.startswith("|"))
     table = [list(group) for is_table, group in groups if is_table][number - 1]
     kept = [line for line in table[2:] if first is None or line.startswith(f"| {first} |")]
-    if not kept:
+    if first is not None and not kept:
         raise ValueError(f"{file}: table {number} has no row that begins with {first!r}")
     return "".join(f"{line}\n" for line in [*table[:2], *kept])
 

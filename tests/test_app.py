@@ -18,7 +18,7 @@ PIL = pytest.importorskip("PIL.Image")
 
 from peft_surgical.errors import ConfigError, DataError  # noqa: E402
 from peft_surgical.experiment.api import plan_tuning, tune  # noqa: E402
-from peft_surgical.training.trainer import Watch  # noqa: E402
+from peft_surgical.training.progress import Watch  # noqa: E402
 from peft_surgical_app import outcome, uploads  # noqa: E402
 from peft_surgical_app.handlers import Handlers, in_labels, numbers_of, plan_html, status_html  # noqa: E402
 from peft_surgical_app.runner import Runner, RunStatus  # noqa: E402

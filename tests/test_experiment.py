@@ -56,8 +56,8 @@ from peft_surgical.results import published  # noqa: E402
 from peft_surgical.training.auto import AutoSettings  # noqa: E402
 from peft_surgical.training.fitting import FitSettings, fit  # noqa: E402
 from peft_surgical.training.ledger import Ledger, canonical  # noqa: E402
+from peft_surgical.training.progress import DivergedError, Watch, logging_to  # noqa: E402
 from peft_surgical.training.search import Candidate, Variant, candidate_of, candidates_of, cross_val  # noqa: E402
-from peft_surgical.training.trainer import DivergedError, Watch, logging_to  # noqa: E402
 
 NAMES = ("ant", "bee", "cow")
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json")

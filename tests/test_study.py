@@ -27,7 +27,7 @@ from peft_surgical.evaluation import Report, accuracy, wilson_interval, worst_gr
 from peft_surgical.experiment import running  # noqa: E402
 from peft_surgical.training.fitting import FitSettings  # noqa: E402
 from peft_surgical.training.ledger import Ledger  # noqa: E402
-from peft_surgical.training.trainer import DivergedError  # noqa: E402
+from peft_surgical.training.progress import DivergedError  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*no accelerator is found.*"),

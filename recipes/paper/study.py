@@ -32,8 +32,8 @@ from peft_surgical.experiment.subject import SEARCHES
 from peft_surgical.training.engines import Engine, Together, separated
 from peft_surgical.training.fitting import FitSettings
 from peft_surgical.training.ledger import Run
+from peft_surgical.training.progress import Watch, logging_to
 from peft_surgical.training.search import NONE
-from peft_surgical.training.trainer import Watch, logging_to
 
 from .corruptions import open_classifier
 from .findings import check_handover, hand_over, held_out, write_study

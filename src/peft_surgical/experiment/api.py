@@ -22,7 +22,7 @@ from ..training.auto import AutoSettings
 from ..training.engines import Engine, on_ray, separated
 from ..training.fitting import FitSettings
 from ..training.ledger import Run
-from ..training.trainer import Watch
+from ..training.progress import Watch
 from .choosing import BATCH_SIZES, batch_size_for, choose, plan_of, run_grid, uses_rates
 from .comparison import TABLE, write_compared
 from .experiment import Experiment

@@ -36,8 +36,8 @@ from ..training.auto import AutoSettings
 from ..training.engines import Engine, Workers
 from ..training.fitting import FitSettings
 from ..training.ledger import Ledger, Run
+from ..training.progress import Watch
 from ..training.search import HOW
-from ..training.trainer import Watch
 from .requests import Score, Test, Train, key_of, request_of
 from .running import score_run, test_run, train_run
 from .subject import Subject

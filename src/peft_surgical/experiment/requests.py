@@ -17,8 +17,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from ..errors import SurgicalError, reason_of
 from ..texts import escaped
+from ..training.progress import Watch
 from ..training.search import HOW, NONE, USUAL, Candidate, Variant
-from ..training.trainer import Watch
 
 _SCORES = "scores "
 _TEST_OF = "test_of"

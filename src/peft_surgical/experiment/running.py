@@ -32,8 +32,8 @@ from ..training.fitting import FORWARD_SHARE, fit, forget_checkpoints
 from ..training.ledger import Run
 from ..training.logistic import solve_head
 from ..training.private import private_head
+from ..training.progress import DivergedError, Epochs, logging_to
 from ..training.search import NONE, USUAL
-from ..training.trainer import DivergedError, Epochs, logging_to
 from .requests import Score, Train, key_of
 from .subject import LABELLED
 
