@@ -4,6 +4,10 @@ import importlib.util
 import os
 import re
 import shutil
+import signal
+import socket
+import subprocess
+import sys
 import urllib.error
 import urllib.request
 import zipfile
@@ -20,8 +24,6 @@ from peft import PeftModel  # noqa: E402
 
 from peft_surgical.bases import load_base, save_checkpoint  # noqa: E402
 from peft_surgical.evaluation import Report  # noqa: E402
-from peft_surgical_app.page import build_page, launch  # noqa: E402
-from peft_surgical_app.workspace import AppSettings  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 SPACE = ROOT / "recipes" / "space"
@@ -47,10 +49,8 @@ def photographs():
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    """The address of a page that offers one small network, its handlers, and a zip file for it."""
+    """The address of the page of ``peft-surgical app``, which offers one small network, and a zip file for it."""
     place = tmp_path_factory.mktemp("page")
-    for name in ("root", "cache"):
-        (place / name).mkdir()
     save_checkpoint("timm", timm.create_model("test_resnet", num_classes=1000), place / "base")
     with zipfile.ZipFile(place / "photographs.zip", "w") as archive:
         for name, images in photographs().items():
@@ -60,16 +60,24 @@ def served(tmp_path_factory):
                 else:
                     with archive.open(f"{name}/{i}.png", "w") as out:
                         image.save(out, "PNG")
-    settings = AppSettings(place / "root", models=(str(place / "base"),), any_model=False, own_login=False)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GRADIO_TEMP_DIR", str(place / "cache"))
-        patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]))
-        page, do = build_page(settings, place / "cache")
-        _, address, _ = launch(page, settings, server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
-        yield address, do, place / "photographs.zip"
-        do.runner.close()
-        page.close(verbose=False)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "peft_surgical", "app", "--models", str(place / "base"), "--port", port]
+    paths = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+    server = subprocess.Popen(
+        [*command, "--output", str(place / "root"), "--no-browser"],
+        env={**os.environ, "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    said = server.stdout.readline()
+    try:
+        assert said.startswith(f"The page is at http://127.0.0.1:{port}"), said
+        yield f"http://127.0.0.1:{port}/", place / "photographs.zip"
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.communicate(timeout=60)
 
 
 @pytest.fixture(scope="module")
@@ -106,11 +114,10 @@ def opened(served, chromium):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # Gradio's, and those of the threads in which it serves
 def test_from_the_upload_to_the_downloaded_adapter(served, opened, tmp_path):
     visit, asked = opened
     page = visit("desktop")
-    page.set_input_files("input[type=file] >> nth=0", served[2])
+    page.set_input_files("input[type=file] >> nth=0", served[1])
     page.get_by_text("24 images were added.").wait_for()
     page.get_by_label("Epochs").fill("2")
     target = page.get_by_label("What to tune")
@@ -140,7 +147,7 @@ def test_from_the_upload_to_the_downloaded_adapter(served, opened, tmp_path):
     page.reload()  # the same visitor finds the result again
     page.get_by_text("Which class is taken for which").wait_for()
     page.get_by_role("button", name="Compare base and tuned").click()
-    with zipfile.ZipFile(served[2]) as archive:
+    with zipfile.ZipFile(served[1]) as archive:
         image = archive.extract(archive.namelist()[0], tmp_path)
     page.locator("input[type=file]").last.set_input_files(image)
     page.get_by_role("button", name="Compare", exact=True).click()
@@ -153,10 +160,9 @@ def test_from_the_upload_to_the_downloaded_adapter(served, opened, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
 def test_a_run_is_stopped_and_goes_on(served, opened):
     page = opened[0]("desktop")
-    page.set_input_files("input[type=file] >> nth=0", served[2])
+    page.set_input_files("input[type=file] >> nth=0", served[1])
     page.get_by_text("24 images were added.").wait_for()
     page.get_by_label("Epochs").fill("200")
     target = page.get_by_label("What to tune")
@@ -178,7 +184,6 @@ def test_a_run_is_stopped_and_goes_on(served, opened):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.filterwarnings("ignore")
 def test_it_fits_and_every_control_has_a_name_and_is_reached_by_keyboard(opened, size):
     page = opened[0](size)
     page.get_by_role("button", name="More settings").click()
@@ -203,10 +208,9 @@ def test_it_fits_and_every_control_has_a_name_and_is_reached_by_keyboard(opened,
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
 def test_no_file_of_the_machine_is_served(served):
     address = served[0].rstrip("/")
-    secret = served[2]
+    secret = served[1]
     for path in ("/etc/passwd", str(secret), str(ROOT / "README.md"), "..%2F..%2Fetc%2Fpasswd"):
         with pytest.raises(urllib.error.HTTPError) as refused:
             urllib.request.urlopen(f"{address}/gradio_api/file={path}")
