@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = ROOT / ".venv-extras"
-OPTIONAL = ("timm", "datasets", "evaluate", "matplotlib", "sklearn", "ray", "onnx", "onnxruntime", "pytest")
+OPTIONAL = ("timm", "datasets", "evaluate", "matplotlib", "sklearn", "ray", "onnx", "onnxruntime", "opacus", "pytest")
 """Modules that the core must work without."""
 
 
@@ -159,6 +159,18 @@ def with_onnx() -> None:
     assert all(row.difference < 1e-5 for row in found.files)
 
 
+def with_dp() -> None:
+    """A head under differential privacy."""
+    import torch
+
+    from peft_surgical.training.private import private_moves
+
+    features, labels = torch.randn(20, 6).double(), torch.arange(20) % 3
+    *moves, told = private_moves(features, labels, torch.randn(3, 6).double(), torch.zeros(3).double(), epsilon=2.0)
+    assert [tuple(move.shape) for move in moves] == [(3, 6), (3,)]
+    assert told["epsilon"] <= 2.0
+
+
 CASES: dict[str, Callable[[], None]] = {
     "wheel": core,
     "sdist": core,
@@ -167,6 +179,7 @@ CASES: dict[str, Callable[[], None]] = {
     "recipes": with_recipes,
     "ray": with_ray,
     "onnx": with_onnx,
+    "dp": with_dp,
 }
 
 

@@ -33,7 +33,7 @@ from .logistic import head_features, linear_head, logits_from, moved_by
 DELTA = 1e-5
 """Default of the probability with which the bound by epsilon may fail; it should be well below 1 / images."""
 STEPS = 100
-REACH = 2.0
+REACH = 3.0
 """Default of how far all steps together could move the head, in units of its own norm."""
 
 
