@@ -30,6 +30,7 @@ from .inventory import (
 )
 from .layouts import are_residual_units, cut_layout, cut_timm, final_linear, merge_by_width, unclear_parameters, width
 from .parsing import NUMBERED
+from .segmentation import cut_segmentation
 
 _CLASSIFIER = re.compile(r"classifier|lm_head|score|fc$|projection$|^head$")
 # What is beside a stack and feeds all of it, wherever it is registered: MPNet's relative_attention_bias, CPM-Ant's
@@ -66,7 +67,6 @@ def cut_transformers(model: nn.Module, inventory: Inventory) -> Cut | str:
         if name != trunk and inventory.below(name) and (trunk or _CLASSIFIER.search(name))
     ]
     if strange := [path for path in lists if not path.startswith(dot) or path.split(".")[0] in outside]:
-        # A decoder or a segmentation head is more than a classifier.
         return f"{strange[0]!r} is a stack of modules outside the trunk {trunk!r}"
     stacks = _stacks(model, inventory, lists)
     towers = {path[len(dot) :].split(".")[0] for path in stacks}
@@ -227,6 +227,7 @@ def _cut_towers(inventory: Inventory, dot: str, stacks: list[str], outside: list
 
 SOURCES: dict[str, Callable[[nn.Module, Inventory], Cut | str]] = {
     "timm group_matcher": cut_timm,
+    "segmentation": lambda model, inventory: cut_segmentation(model, inventory, find_cut),
     "transformers structure": cut_transformers,
     "torchvision and known layouts": cut_layout,
 }
