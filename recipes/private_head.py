@@ -35,7 +35,7 @@ from peft_surgical import anatomy_of
 from peft_surgical.errors import DataError, run_in_words
 from peft_surgical.evaluation import TextTable, accuracy, plus_minus
 from peft_surgical.training.ledger import Ledger, Run
-from peft_surgical.training.private import DELTA, REACH, STEPS, Basis, plain_basis, private_moves, public_basis
+from peft_surgical.training.private import PRIVACY_DELTA, REACH, STEPS, Basis, plain_basis, private_moves, public_basis
 
 TUNING, TEST, PUBLIC, COMPONENTS = 1000, 800, 2000, 9
 BASES = {
@@ -77,7 +77,7 @@ def public_images(file: str, folder: str) -> Images:
 def key_of(args: argparse.Namespace, task: str, basis: str, epsilon: float | None, seed: int) -> dict[str, Any]:
     """What determines a row; ``epsilon`` is None without noise, and ``basis`` is none where nothing was tuned."""
     found = {"recipe": "private_head", "network": args.model, "task": task, "basis": basis, "epsilon": epsilon}
-    return found | {"delta": DELTA, "steps": STEPS, "reach": REACH, "images": TUNING, "seed": seed}
+    return found | {"delta": PRIVACY_DELTA, "steps": STEPS, "reach": REACH, "images": TUNING, "seed": seed}
 
 
 def measure(args: argparse.Namespace, rows: Ledger) -> None:
@@ -129,8 +129,8 @@ def table(args: argparse.Namespace, rows: Sequence[Run]) -> TextTable:
         f"{args.model}, the head alone by {STEPS} steps of noisy gradient descent on {TUNING:,} images. Test accuracy "
         f"in percent on {TEST} images, the same for every seed; mean ± half the 95% interval (Student's t) over seeds "
         f"{', '.join(map(str, args.seeds))}, which draw tuning images and noise, corrected for the images that seeds "
-        f"share (Nadeau & Bengio 2003). Delta {DELTA:g}; epsilon by Opacus's RDP accountant for the tuning images. "
-        f"PCA: {COMPONENTS} components of public images. Nothing was selected on these tasks."
+        f"share (Nadeau & Bengio 2003). Delta {PRIVACY_DELTA:g}; epsilon by Opacus's RDP accountant for the tuning "
+        f"images. PCA: {COMPONENTS} components of public images. Nothing was selected on these tasks."
     )
     return TextTable(header, lines, caption)
 

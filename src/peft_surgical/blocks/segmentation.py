@@ -53,9 +53,9 @@ def cut_segmentation(
 def _encoder(model: nn.Module) -> str | None:
     """The child that holds the encoder, if this is a segmentation network."""
     if isinstance(model, PreTrainedModel) and type(model).__name__.endswith("ForSemanticSegmentation"):
-        names = ("backbone", model.base_model_prefix)
+        names = ["backbone", model.base_model_prefix]
     elif any(base.__name__ == "_SimpleSegmentationModel" for base in type(model).__mro__):
-        names = ("backbone",)
+        names = ["backbone"]
     else:
         return None
     return next((name for name in names if isinstance(getattr(model, name, None), nn.Module)), None)
