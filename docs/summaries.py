@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "recipes"))
 
 import cifar10c  # noqa: E402
+import private_head  # noqa: E402
 import synthetic  # noqa: E402
 from paper.cifar_tables import CORRECTED, OVERLAP, cell, comparison_table, forgetting_table, shared  # noqa: E402
 from paper.protocol import audit  # noqa: E402
@@ -101,11 +102,21 @@ def forgetting(network: str) -> str:
     return forgetting_table(args, rows, ["none", *BLOCKS, "all"]).markdown()
 
 
-def damaged() -> str:
+MILDER = ["--noise", "0.3", "--tuning-images", "500", "--test-images", "800", "--blocks", "block1", "block2", "block3"]
+
+
+def damaged(network: str, *words: str) -> str:
     """Noise on one block, each block tuned."""
     rows = RESULTS / "synthetic.jsonl"
-    args = synthetic.parse_arguments(["--table", "--rows", str(rows), "--epochs", "3"])
+    args = synthetic.parse_arguments(["--table", "--rows", str(rows), "--epochs", "3", "--model", network, *words])
     return synthetic.table(args, Ledger(rows).runs()).markdown()
+
+
+def private() -> str:
+    """The head under differential privacy."""
+    rows = RESULTS / "private.jsonl"
+    args = private_head.parse_arguments(["--table", "--rows", str(rows)])
+    return private_head.table(args, Ledger(rows).runs()).markdown()
 
 
 def compare_means() -> str:
@@ -331,7 +342,9 @@ SUMMARIES = {
     **{f"compare-{network}.md": functools.partial(comparison, network) for network in NETWORKS},
     **{f"compare-flip-{network}.md": functools.partial(flip, network) for network in NETWORKS},
     **{f"cifar10c-{network}.md": functools.partial(forgetting, network) for network in NETWORKS},
-    "synthetic-resnet26.md": damaged,
+    "synthetic-resnet26.md": functools.partial(damaged, "resnet26"),
+    "synthetic-resnet32.md": functools.partial(damaged, "resnet32", *MILDER),
+    "private-resnet26.md": private,
     "compare-means.md": compare_means,
     "compare-moments.md": moments,
     "compare-images.md": by_images,

@@ -142,6 +142,22 @@ def test_split_is_disjoint_total_balanced_and_seeded():
     assert not torch.equal(parts.test, cifar.split(labels, seed=1).test)
 
 
+def test_test_images_that_are_the_same_for_every_seed():
+    labels = torch.arange(40) % 4
+    one, two = (cifar.split(labels, seed, tune=8, validation=4, test=16) for seed in (0, 1))
+    assert torch.equal(one.test, two.test)
+    assert labels[one.test].bincount().tolist() == [4] * 4
+    assert not torch.equal(one.tune, two.tune)
+    for parts in (one, two):
+        assert [len(part) for part in parts] == [8, 4, 16]
+        assert len(torch.cat(list(parts)).unique()) == 28
+    with pytest.raises(DataError, match=r"8 tuning and 4 validation and 3 test images do not divide evenly over 4"):
+        cifar.split(labels, 0, tune=8, validation=4, test=3)
+    with pytest.raises(DataError, match=r"class 0 has 2 images: 2 to tune and 1 to validate"):
+        cifar.split(labels, 0, tune=8, validation=4, test=32)
+    assert len(cifar.split(labels, 0, tune=8, validation=4, test=28).test) == 28  # the others all tune or validate
+
+
 def test_split_refuses_what_it_cannot_draw():
     labels = torch.arange(4).repeat(6)
     assert [len(part) for part in cifar.split(labels, 0, tune=8, validation=4)] == [8, 4, 12]

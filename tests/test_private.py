@@ -10,8 +10,9 @@ from scipy.stats import norm
 from tiny import ConvNet, Rows
 from torch import nn
 
-from peft_surgical.choosing.methods import method_of
+from peft_surgical.choosing.methods import METHODS, method_of
 from peft_surgical.errors import ConfigError
+from peft_surgical.experiment.running import SOLVERS
 from peft_surgical.training.fitting import FitSettings, fit
 from peft_surgical.training.private import Basis, plain_basis, private_head, private_moves, public_basis
 
@@ -138,6 +139,11 @@ def test_a_private_adapter_is_an_adapter_of_the_head():
     # Without a seed the noise is another one every time.
     again = [private_head(copy.deepcopy(base), TUNING, VALIDATION, epsilon=3.0)[1] for _ in range(2)]
     assert not torch.equal(*again)
+
+
+def test_every_method_that_is_solved_has_a_solver():
+    assert set(SOLVERS) == {row.name for row in METHODS.values() if row.solved}
+    assert SOLVERS["dp-head"] is private_head
 
 
 def test_what_is_refused():

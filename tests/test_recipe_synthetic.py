@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 from scripts import script
 
 from paper import cifar, cifar_networks, cifar_tasks
-from peft_surgical.evaluation import accuracy
+from peft_surgical.evaluation import accuracy, plus_minus
 from peft_surgical.training.ledger import Ledger
 
 for needed in ("datasets", "rich", "matplotlib"):
@@ -57,7 +57,8 @@ def test_rows_table_and_figure(recipe, models):
     recipe.main([*asked, "--tuning-images", "20", "--validation-images", "10", "--batch-size", "10"])
     rows = Ledger(out / "rows.jsonl")
     text = (out / "synthetic-resnet26.md").read_text()
-    assert text.startswith("| noise on | none | block1 | auto-rgn |")
+    assert text.startswith("| noise on | none | block1 | auto-rgn | block minus all |")
+    assert "in percent on 20 clean images, mean" in text
     assert "| block1 | " in text
     assert (out / "synthetic-resnet26.png").stat().st_size > 5000
     # Every seed has a damage of its own.
@@ -71,6 +72,10 @@ def test_rows_table_and_figure(recipe, models):
         with torch.no_grad():
             logits = base.model(cifar_networks.normalise(images.pixels[test], "resnet26"))
         assert run.result["test"] == accuracy(logits, images.labels[test])
+    found = {method: [run.result["test"] for run in rows.runs(method=method)] for method in ("none", "block1")}
+    # 20 images test and 20 tune.
+    line = f"| block1 | {plus_minus(found['none'], ratio=1)} | {plus_minus(found['block1'], ratio=1)} | "
+    assert line in text
     (out / "synthetic-resnet26.md").unlink()
     recipe.main([*asked, "--tuning-images", "20", "--table"])
     assert (out / "synthetic-resnet26.md").read_text() == text

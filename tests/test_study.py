@@ -1,5 +1,6 @@
 """Recipes' library: options, plan, one whole study on a tiny network, going on, and what is refused beforehand."""
 
+import argparse
 import dataclasses
 import hashlib
 import json
@@ -19,7 +20,7 @@ import tiny  # noqa: E402
 from peft import PeftModel  # noqa: E402
 
 from paper.parts import Published  # noqa: E402
-from paper.protocol import Protocol, parser_of, rows_of  # noqa: E402
+from paper.protocol import Protocol, as_asked, parser_of, rows_of  # noqa: E402
 from paper.study import run_study  # noqa: E402
 from peft_surgical.bases import Base  # noqa: E402
 from peft_surgical.errors import ConfigError  # noqa: E402
@@ -224,6 +225,20 @@ def test_plan_trains_nothing(tmp_path, capsys):
     assert "one run: 6 steps (adam, constant rate, batch 8, 2 epochs)" in said
     assert "tuning: 24 images (drawn: seed 0)" in said
     assert "auto: a search over blocks" in said
+
+
+def test_the_paper_stands_beside_what_it_has_numbers_for(tmp_path):
+    protocol = dataclasses.replace(PROTOCOL, published_elsewhere={("tiny", "sgd"): {"none": 40.0}})
+
+    def shown(model, optimizer):
+        return dict(as_asked(protocol, argparse.Namespace(model=model, optimizer=optimizer)).published)
+
+    own = protocol.fitting.optimizer
+    assert shown("tiny", own) == {"none": 31.7}
+    assert shown(str(tmp_path), own) == {"none": 31.7}  # a folder: a copy of the model, as far as can be known
+    assert shown("tiny", "sgd") == {"none": 40.0}
+    assert shown("large", own) == {}
+    assert shown("large", "sgd") == {}
 
 
 def test_options_say_where_defaults_are_from(capsys):

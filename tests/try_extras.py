@@ -31,6 +31,7 @@ OPTIONAL = (
     "onnx",
     "onnxruntime",
     "gradio",
+    "opacus",
     "pytest",
 )
 """Modules that the core must work without."""
@@ -193,6 +194,18 @@ def with_app() -> None:
     command("app", "--folders", "nowhere", code=2, says="--folders nowhere is no folder")
 
 
+def with_dp() -> None:
+    """A head under differential privacy."""
+    import torch
+
+    from peft_surgical.training.private import private_moves
+
+    features, labels = torch.randn(20, 6).double(), torch.arange(20) % 3
+    *moves, told = private_moves(features, labels, torch.randn(3, 6).double(), torch.zeros(3).double(), epsilon=2.0)
+    assert [tuple(move.shape) for move in moves] == [(3, 6), (3,)]
+    assert told["epsilon"] <= 2.0
+
+
 CASES: dict[str, Callable[[], None]] = {
     "wheel": core,
     "sdist": core,
@@ -203,6 +216,7 @@ CASES: dict[str, Callable[[], None]] = {
     "serve": with_serve,
     "onnx": with_onnx,
     "app": with_app,
+    "dp": with_dp,
 }
 
 

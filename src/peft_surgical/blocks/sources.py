@@ -18,6 +18,7 @@ from ..errors import AnatomyError
 from .anatomy import Anatomy, Block
 from .inventory import Cut, Inventory, arrange, attends, cut_by_spec, name_blocks, owner, shortened, skeleton
 from .layouts import cut_layout, cut_timm, unclear_parameters
+from .segmentation import cut_segmentation
 from .stacks import are_parallel, beside, classifiers_in, embedding_inside, stacks_of, units_of
 from .towers import BEFORE_BLOCKS, cut_towers
 
@@ -53,7 +54,6 @@ def cut_transformers(model: nn.Module, inventory: Inventory) -> Cut | str:
     heads = [path for path in lists if path in outside and _CLASSIFIER.search(path) and _are_linear(model, path)]
     lists = [path for path in lists if path not in heads]
     if strange := [path for path in lists if not path.startswith(dot) or path.split(".")[0] in outside]:
-        # A decoder or a segmentation head is more than a classifier.
         return f"{strange[0]!r} is a stack of modules outside the trunk {trunk!r}"
     stacks = stacks_of(model, inventory, lists)
     if not stacks:
@@ -109,6 +109,7 @@ def _input_embedding(model: PreTrainedModel, inventory: Inventory) -> list[str]:
 
 SOURCES: dict[str, Callable[[nn.Module, Inventory], Cut | str]] = {
     "timm group_matcher": cut_timm,
+    "segmentation": lambda model, inventory: cut_segmentation(model, inventory, find_cut),
     "transformers structure": cut_transformers,
     "torchvision and known layouts": cut_layout,
 }

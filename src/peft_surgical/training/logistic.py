@@ -109,7 +109,7 @@ def moved_by(model: Any, head: nn.Linear, weight: Tensor, bias: Tensor) -> None:
     """Set the deltas of the head's weight (classes, width) and bias (classes,) in the active adapter."""
     for name, value in (("weight", weight), ("bias", bias)):
         layer, key = link_of(head, name)
-        layer.delta(model.active_adapter, key).copy_(value)
+        layer.delta(str(model.active_adapter), key).copy_(value)
 
 
 @torch.no_grad()

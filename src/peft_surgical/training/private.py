@@ -30,11 +30,14 @@ from ..errors import ConfigError
 from ..extras import check_range, require
 from .logistic import head_features, linear_head, logits_from, moved_by
 
-DELTA = 1e-5
+PRIVACY_DELTA = 1e-5
 """Default of the probability with which the bound by epsilon may fail; it should be well below 1 / images."""
 STEPS = 100
-REACH = 2.0
+REACH = 3.0
 """Default of how far all steps together could move the head, in units of its own norm."""
+
+ORDERS = [1 + tenth / 10 for tenth in range(1, 110)] + [*range(12, 64), 64, 96, 128, 192, 256, 384, 512, 768, 1024]
+"""Orders among which the accountant looks for the tightest bound: Opacus's own, and larger ones for a small epsilon."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ def private_moves(
     bias: Tensor,
     *,
     epsilon: float,
-    delta: float = DELTA,
+    delta: float = PRIVACY_DELTA,
     steps: int = STEPS,
     reach: float = REACH,
     max_norm: float = 1.0,
@@ -137,7 +140,7 @@ def private_moves(
     noise = 0.0
     if math.isfinite(epsilon):
         asked = {"target_epsilon": epsilon, "target_delta": delta, "sample_rate": 1.0, "steps": steps}
-        noise = float(noise_for(**asked, accountant="rdp"))
+        noise = float(noise_for(**asked, accountant="rdp", alphas=ORDERS))
     size = float((weight @ torch.linalg.pinv(basis.directions).T).norm())
     rate = reach * (size or math.sqrt(len(weight) / 3)) / (steps * max_norm)
     head = wrapper(nn.Linear(inputs.shape[1], len(weight)).double())
@@ -159,7 +162,7 @@ def private_moves(
             optimizer.zero_grad()
             F.cross_entropy(base + head(inputs), labels).backward()
             optimizer.step()
-    told = {"noise": noise} | ({"epsilon": accountant.get_epsilon(delta), "delta": delta} if noise else {})
+    told = {"noise": noise} | ({"epsilon": accountant.get_epsilon(delta, ORDERS), "delta": delta} if noise else {})
     moved, shift = (parameter.detach() for parameter in head.parameters())
     moved = moved @ basis.directions.T
     return moved, shift - moved @ basis.mean, told
