@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import random
 import resource
@@ -180,7 +181,8 @@ def _compare(place: Path, output: Path, **more: Any) -> None:
 
 def _results(output: Path) -> dict[str, Any]:
     """What must be the same, however often a run was killed: all but times."""
-    found: dict[str, Any] = {"ledger": sorted(map(str, Ledger(output / "ledger.jsonl")))}
+    runs = ([run.key, run.result] for run in Ledger(output / "ledger.jsonl"))
+    found: dict[str, Any] = {"ledger": sorted(json.dumps(run, sort_keys=True) for run in runs)}
     names = (CONFIG, WEIGHTS, "table.md")
     return found | {name: (output / name).read_bytes() for name in names if (output / name).is_file()}
 
