@@ -236,7 +236,8 @@ def of_loading(args: argparse.Namespace, target: str) -> list[Row]:
                     seconds[name].append(taken)
             model.delete_adapter("further")
     ratio, hashed = step.ratio(seconds, "ours", "load_file"), step.ratio(seconds, "hash", "load_file")
-    assert ratio is not None and hashed is not None
+    assert ratio is not None
+    assert hashed is not None
     what = f"load of an adapter of {size / 1e6:.0f} MB / load_file of it"
     return [row(what, ratio, rounds, 2.0, short=True, limit=1 + hashed.value)]
 
@@ -444,8 +445,8 @@ def tables(report: Mapping[str, Any]) -> str:
     caption = (
         f"{machines}, load average before a job {min(loads):.1f} to {max(loads):.1f}; float32; "
         f"{', '.join(f'{name} {v}' for name, v in report['versions'].items())}. Medians over n turns; the interval "
-        "needs six. Limit: the least that could be, by floating-point operations, and the goal beside it is 5% more; of "
-        "a load, load_file and one SHA-256 of the same bytes. "
+        "needs six. Limit: the least that could be, by floating-point operations, and the goal beside it is 5% more; "
+        "of a load, load_file and one SHA-256 of the same bytes. "
         "Uncached runs were trained for 3 of their 15 epochs, and the time of the epochs multiplied."
     )
     short = [one for one in measured(report) if one["short"]]
