@@ -18,8 +18,8 @@ as a path, images are decoded by Pillow after their size has been looked at, and
 The server trusts everybody who reaches it: put it behind a proxy that knows your users. See docs/serving.md.
 """
 
-from __future__ import annotations
-
+# No "from __future__ import annotations": Ray sends these functions to its replicas without the names that stand in
+# annotations alone, and FastAPI reads them there.
 import argparse
 import asyncio
 import io

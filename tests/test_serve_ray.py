@@ -272,18 +272,25 @@ def serving(sites, *more):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:coroutine 'ingress")
 def test_ray_builds_the_routes_in_each_replica(recipe, place):
-    """The class that Ray Serve makes an object of in a replica, without a cluster."""
+    """The class that Ray Serve makes an object of in a replica, sent there and built, without a cluster."""
     pytest.importorskip("ray.serve", reason='needs ray: pip install "peft-surgical[serve]"')
+    from ray import cloudpickle
+
     limits = recipe.Limits(images=1)
     sized = {"replicas": 3, "cpus": 0.5, "megabytes": 10}
     deployment = recipe.application(str(place / "sites"), None, limits, **sized)._bound_deployment
     assert (deployment.num_replicas, deployment.max_queued_requests) == (3, 64)
     assert deployment.ray_actor_options == {"num_cpus": 0.5}
-    replica = deployment.func_or_class.__new__(deployment.func_or_class)
+    cloudpickle.register_pickle_by_value(recipe)  # as what is in __main__, when the recipe is run
+    sent_there = cloudpickle.loads(cloudpickle.dumps(deployment.func_or_class))
+    cloudpickle.unregister_pickle_by_value(recipe)
+    replica = sent_there.__new__(sent_there)
     asyncio.run(replica.__init__())
     with TestClient(replica.app) as client:
         assert client.get("/sites").json() == {"sites": ["north", "south"]}
         assert client.post("/sites/north/predict", files=sent(photo(), photo())).status_code == 400
+        answer = client.post("/sites/north/predict", files=sent(photo()))
+        assert {one["label"] for one in answer.json()["predictions"][0]} == set(NAMES)
 
 
 @pytest.mark.slow
