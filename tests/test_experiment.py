@@ -913,6 +913,14 @@ def test_what_cannot_be_chosen(place, tmp_path, asked, more, error, match):
         choose(of(place, tmp_path), asked, 0, **more)
 
 
+def test_a_method_takes_its_option(monkeypatch):
+    monkeypatch.setattr("peft_surgical.experiment.choosing._best_rate", lambda experiment, asked, *others: asked)
+    for name in ("dp-head@4", "l1-sp@0.001", "full"):
+        assert choose(None, name, 0, is_method=True) == name
+    with pytest.raises(ConfigError, match="'block1@3' is no method"):
+        choose(None, "block1@3", 0, is_method=True)
+
+
 def test_what_cannot_be_compared(place, tmp_path):
     run = of(place, tmp_path)
     with pytest.raises(ConfigError, match="'auto-fisher' names nothing to train by itself"):

@@ -189,7 +189,7 @@ def test_a_number_after_a_name_is_the_option():
     assert method_of("auto-snr@0.5").settings() == {"threshold": 0.5}
     assert method_of("l1-sp@1e-3").settings() == {"strength": 1e-3}
     assert method_of("auto-snr@0.5").target == "all"
-    with pytest.raises(ConfigError, match=r"'full@2': full has no option; those that have one are l1-sp \(strength\)"):
+    with pytest.raises(ConfigError, match=r"'full@2': full has no option; those that have one are dp-head \(epsilon\)"):
         method_of("full@2")
     with pytest.raises(ConfigError, match=r"'auto-snr@much': threshold is a number, such as auto-snr@0.3"):
         method_of("auto-snr@much")

@@ -20,9 +20,9 @@ OPTIONS = {p.name for command in COMMANDS.values() for p in command.params if p.
 # of them wrong, and none is a way out of what goes wrong in a command.
 # fmt: off
 UNREACHED = {
-    "accumulation", "arguments", "average", "batch_first", "budget_bytes", "chains", "collapse_window", "depth",
-    "exclude_modules", "is_trainable", "keep", "label_names", "loss_fn", "majority_sign", "metrics",
-    "mixed_precision", "modules_to_save", "name", "order", "peft_type", "pretrained", "rungs",
+    "accumulation", "arguments", "average", "batch_first", "budget_bytes", "chains", "collapse_window", "components",
+    "depth", "epsilon", "exclude_modules", "is_trainable", "keep", "label_names", "loss_fn", "majority_sign", "metrics",
+    "mixed_precision", "modules_to_save", "name", "order", "peft_type", "pretrained", "ratio", "rungs",
     "safe_serialization", "save_embedding_layers", "scale", "severity", "share", "split", "stop_epoch", "strength",
     "target_modules", "threshold", "total_steps", "transform", "weights",
 }

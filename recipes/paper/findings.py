@@ -172,7 +172,7 @@ def findings_table(protocol: Protocol, report: Report, rows: Sequence[str]) -> s
         lines.append([row, *numbers, "-" if number is None else f"{number:g}", f"{settings['cost'][row]:.0f}", chosen])
     rules = "; ".join(dict.fromkeys(report.find(f"{metrics[0]} of {row}").selection for row in rows))
     seeds = ", ".join(map(str, settings["seeds"]))
-    kind = "over images" if len(settings["seeds"]) == 1 else "Student's t over seeds"
+    kind = "over images" if len(settings["seeds"]) == 1 else "Student's t over seeds, which draw what tunes"
     paper = (
         f"Paper: {protocol.reference}, with another source network and other draws"
         if protocol.published

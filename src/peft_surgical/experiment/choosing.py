@@ -93,7 +93,7 @@ def choose(
     Raises:
         ConfigError: Nothing of this name exists, or the arguments do not go together.
     """
-    if is_method and asked not in METHODS:
+    if is_method and asked.partition("@")[0] not in METHODS:
         raise ConfigError(f"{asked!r} is no method: choose one of {', '.join(METHODS)}")
     criterion = None if is_method else SCORED.get(asked)
     if criterion is None and (num_blocks is not None or budget is not None):

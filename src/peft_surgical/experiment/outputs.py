@@ -122,6 +122,7 @@ def write_tuned(experiment: Experiment, choice: Choice, seed: int, source: Sourc
     """
     key, folder, data = choice.run.key, experiment.folder, experiment.data(seed)
     kept = keep_adapter(experiment, choice.run, choice.selection, folder)
+    privacy = {name: choice.run.result[name] for name in ("epsilon", "delta", "noise") if name in choice.run.result}
     settings = {
         **key,
         "asked": choice.asked,
@@ -135,6 +136,7 @@ def write_tuned(experiment: Experiment, choice: Choice, seed: int, source: Sourc
         "images": {part: len(rows) for part, rows in data.parts.items()},
         "selection": choice.selection,
         "moved": kept.moved,
+        **({"privacy": privacy} if privacy else {}),
         **({} if source is None else {"source_from": source.place}),
         **provenance(experiment),
     }
