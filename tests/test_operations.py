@@ -26,6 +26,7 @@ from peft_surgical import SurgicalConfig, set_scale
 
 TARGETS = st.sampled_from(("head", "block1", "all", "conv1 + head", "*.bias"))
 SCALES = st.sampled_from((0.0, 0.5, 1.0, 2.0))  # products with powers of two are exact, however they are computed
+WEIGHTS = st.sampled_from((-1.0, 0.5, 1.0, 2.0))
 SEEDS = st.integers(0, 2**16)
 INPUTS = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 BASE = used_batchnorm().requires_grad_(False).eval()
@@ -100,12 +101,13 @@ class Operations(RuleBasedStateMachine):
     def switch(self, data):
         name = self.chosen(data)
         self.model.set_adapter(name)
-        self.active = [name]
+        self.active, self.merged = [name], []  # a switch takes out what was merged, as PEFT's does
 
     @rule(data=st.data())
     def activate_several(self, data):
         self.active = data.draw(st.lists(st.sampled_from(sorted(self.deltas)), min_size=1, max_size=3, unique=True))
         self.model.base_model.set_adapter(self.active)
+        self.merged = []
 
     @rule()
     def disable(self):
@@ -117,6 +119,12 @@ class Operations(RuleBasedStateMachine):
     def merge(self):
         self.model.merge_adapter()
         self.merged += [name for name in self.active if name not in self.merged]
+
+    @precondition(lambda self: not self.merged)
+    @rule(data=st.data())
+    def merge_named(self, data):
+        self.merged = data.draw(st.lists(st.sampled_from(sorted(self.deltas)), min_size=1, max_size=2, unique=True))
+        self.model.merge_adapter(adapter_names=self.merged)
 
     @rule()
     def unmerge(self):
@@ -140,6 +148,41 @@ class Operations(RuleBasedStateMachine):
             set_scale(self.model, name, scale)
             self.model.peft_config[name].scale = scale
             self.scales[name] = scale
+
+    @precondition(lambda self: len(self.deltas) > 1)
+    @rule(data=st.data(), weights=st.tuples(WEIGHTS, WEIGHTS))
+    def combine(self, data, weights):
+        pair = data.draw(st.lists(st.sampled_from(sorted(self.deltas)), min_size=2, max_size=2, unique=True))
+        self.count += 1
+        new = f"a{self.count}"
+        self.model.add_weighted_adapter(pair, list(weights), new, "linear")
+        self.deltas[new], self.scales[new] = {}, 1.0
+        for name, weight in zip(pair, weights, strict=True):
+            for key, delta in self.deltas[name].items():
+                self.deltas[new][key] = self.deltas[new].get(key, 0.0) + weight * self.scales[name] * delta
+
+    @precondition(lambda self: not self.merged)
+    @rule(data=st.data())
+    def mix(self, data):
+        names = data.draw(st.lists(st.sampled_from(["__base__", *sorted(self.deltas)]), min_size=3, max_size=3))
+        with torch.no_grad():
+            mixed = self.model(INPUTS, adapter_names=names)
+            for i, name in enumerate(names):
+                alone = self.plain([] if name == "__base__" else [name])(INPUTS)
+                assert torch.allclose(mixed[i], alone[i], rtol=1e-4, atol=1e-5)
+
+    @rule()
+    def restart(self):
+        """All is saved, and goes on in another process."""
+        first, *others = sorted(self.deltas)
+        with tempfile.TemporaryDirectory() as folder:
+            self.model.save_pretrained(folder)
+            again = copy.deepcopy(BASE)
+            self.model = PeftModel.from_pretrained(again, Path(folder, first), adapter_name=first, is_trainable=True)
+            for name in others:
+                self.model.load_adapter(Path(folder, name), name, is_trainable=True)
+        self.model.eval()
+        self.active, self.merged = [first], []
 
     @rule(data=st.data())
     def save_and_load(self, data):
@@ -181,3 +224,31 @@ class Operations(RuleBasedStateMachine):
 def test_any_order_of_operations(examples, steps):
     how = {"deadline": None, "derandomize": True, "suppress_health_check": [*HealthCheck]}
     run_state_machine_as_test(Operations, settings=settings(max_examples=examples, stateful_step_count=steps, **how))
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT says which adapter each module would choose
+def test_after_the_active_adapter_is_deleted_one_other_is_active_everywhere():
+    model = get_peft_model(copy.deepcopy(BASE), SurgicalConfig(target="head"), adapter_name="a").eval()
+    model.add_adapter("b", SurgicalConfig(target="block1"))
+    model.add_adapter("c", SurgicalConfig(target="head"))
+    for name, delta in model.named_parameters():
+        if ".surgical_delta.c." in name:
+            delta.data += 0.1
+    model.delete_adapter("a")  # of the head's adapters c is left, of block1's b
+    assert model.active_adapters == ["b"]
+    with torch.no_grad():
+        assert torch.equal(bits(model(INPUTS)), bits(BASE(INPUTS)))  # b is new
+    model.delete_adapter("b")
+    model.delete_adapter("c")
+    assert model.active_adapters == []
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_where_the_first_module_has_no_adapter_left_the_active_one_is_still_known():
+    model = get_peft_model(copy.deepcopy(BASE), SurgicalConfig(target="head"), adapter_name="a").eval()
+    model.add_adapter("b", SurgicalConfig(target="block1"))
+    model.delete_adapter("b")
+    model.add_adapter("c", SurgicalConfig(target="head"))
+    model.delete_adapter("a")
+    assert (model.active_adapter, model.active_adapters) == ("c", ["c"])
+    model(INPUTS)

@@ -32,10 +32,10 @@ from .plan import Plan, check_fingerprint, fingerprint_of, make_plan
 from .saving import whole_state
 from .specialise import hold_buffers
 from .support import check_adapter_name
-from .switch import activate, alone, switched
+from .switch import Switching, alone
 
 
-class SurgicalModel(KnownByName, BaseTuner):
+class SurgicalModel(KnownByName, Switching, BaseTuner):
     """Tunes the targeted tensors of any network through live deltas; everything else is frozen.
 
     Made by `peft.get_peft_model` and friends from a `SurgicalConfig`. It changes the base in place until ``unload()``
@@ -161,18 +161,6 @@ class SurgicalModel(KnownByName, BaseTuner):
             if adapter_name in layer.surgical_delta:
                 for key, delta in layer.surgical_delta[adapter_name].named_parameters():
                     delta.data = delta.data.to(layer.base_tensor(key).dtype)
-
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Activate adapters; see BaseTuner. The time it takes depends on the tuned modules alone.
-
-        Inactive adapters are frozen, but for tensors whose ``requires_grad`` was set by hand.
-        """
-        activate(self.model, adapter_name, inference_mode)
-        self.active_adapter = adapter_name
-
-    def _enable_adapter_layers(self, enabled: bool = True) -> None:
-        for module in switched(self.model):
-            module.enable_adapters(enabled)
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
         """Multiply an adapter's deltas by ``scale`` from now on: 0.0 is exactly the base, 1.0 exactly the tuned model.

@@ -69,6 +69,40 @@ def alone(model: nn.Module, shown: str | None = None) -> Iterator[None]:
             container.__dict__["_modules"] = own
 
 
+class Switching:
+    """The tuner's own ways of saying which adapters are active."""
+
+    model: nn.Module
+    peft_config: dict[str, Any]
+    active_adapter: str | list[str]
+    active_adapters: list[str]
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Activate adapters; see BaseTuner. The time it takes depends on the tuned modules alone.
+
+        Inactive adapters are frozen, but for tensors whose ``requires_grad`` was set by hand.
+        """
+        activate(self.model, adapter_name, inference_mode)
+        self.active_adapter = adapter_name
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; see BaseTuner. If no other one was active, the first of those left is, in all modules.
+
+        PEFT lets each module choose among its own adapters, so that several would be active at once, or names one that
+        is gone where the first module has none left.
+        """
+        active = list(self.active_adapters)
+        super().delete_adapter(adapter_name)  # type: ignore[misc]
+        left = [name for name in active if name != adapter_name] or list(self.peft_config)[:1]
+        if adapter_name in active:
+            self.set_adapter(left)
+        self.active_adapter = left
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        for module in switched(self.model):
+            module.enable_adapters(enabled)
+
+
 # --- methods of PeftModel ---
 
 
