@@ -612,7 +612,7 @@ def in_a_process(file, *lines):
 
 def test_help_version_and_list_import_no_heavy_library(tmp_path):
     commands = [info.name for info in cli.app.registered_commands]
-    assert len(commands) == 15
+    assert len(commands) == 16
     (tmp_path / "adapters").mkdir()
     adapter(tmp_path / "adapters" / "frost", target="head")
     lines = ["--help", "--version", f"list {tmp_path}", *(f"{command} --help" for command in commands)]

@@ -614,7 +614,7 @@ def test_auto_goes_on_with_what_fits(place, tmp_path, monkeypatch):
         raise MemoryError
 
     monkeypatch.setattr(running, "fit", greedy)
-    monkeypatch.setattr(running, "solve_head", solve)
+    monkeypatch.setitem(running.SOLVERS, "logistic-head", solve)
     found = search(of(place, tmp_path, asked=AutoSettings(lrs=(1e-2,))), "auto", 0)
     assert {one.key["method"] for one in found.trials if one.result.get("out_of_memory")} == {"all", "logistic-head"}
     assert found.chosen.method not in ("all", "logistic-head")

@@ -25,10 +25,10 @@ set_scale to_lora tune with_base_names
 
 IMPORTED = """
 blocks blocks.anatomy blocks.inventory blocks.layouts blocks.parsing blocks.regexes blocks.segmentation
-blocks.sources config errors evaluation evaluation.intervals evaluation.metrics evaluation.report extras
-files fingerprints folders keys peft_api results texts tuner
-tuner.attach tuner.base tuner.combine tuner.layer tuner.loading tuner.mixed tuner.model tuner.plan tuner.saving
-tuner.sharing tuner.specialise tuner.support tuner.switch
+blocks.sources blocks.stacks blocks.towers config errors evaluation evaluation.intervals evaluation.metrics
+evaluation.report extras files fingerprints folders keys peft_api results texts tuner tuner.attach tuner.base
+tuner.by_name tuner.combine tuner.layer tuner.loading tuner.mixed tuner.model tuner.plan tuner.saving tuner.sharing
+tuner.specialise tuner.support tuner.switch
 """
 
 

@@ -172,7 +172,7 @@ def test_a_broken_adapter_names_no_folder_and_a_folder_without_sites_is_refused(
     finally:
         shutil.rmtree(place / "sites" / "broken")
     assert answer.status_code == 503
-    assert answer.json() == {"error": "this site cannot be loaded: its operator finds why in the log"}
+    assert answer.json() == {"error": "the adapter of this site cannot be loaded: its operator finds why in the log"}
     assert client.post("/sites/north/predict", files=sent(photo())).status_code == 200
     with pytest.raises(ConfigError, match=r"holds no folder with an adapter_config\.json"):
         recipe.SiteServer(place / "base", None, 10**7, recipe.Limits())

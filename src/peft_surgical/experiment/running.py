@@ -8,7 +8,7 @@ import gc
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +40,7 @@ from .subject import LABELLED
 if TYPE_CHECKING:
     from .experiment import Experiment
 
-SOLVERS: Mapping[str, Callable[..., tuple[Any, Tensor, dict[str, float]]]] = {
+SOLVERS: dict[str, Callable[..., tuple[Any, Tensor, dict[str, float]]]] = {
     LOGISTIC: solve_head,
     PRIVATE_HEAD: private_head,
 }
