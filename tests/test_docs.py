@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from scripts import script
 
-from paper.photograph_tables import table
+from paper.photograph_tables import TASKS, table
 from peft_surgical.training.ledger import Ledger
 
 ROOT = Path(__file__).parents[1]
@@ -224,6 +224,6 @@ def names_defined(node):
 
 def test_the_tables_of_photographs_are_drawn_from_the_committed_rows():
     rows = Ledger(ROOT / "docs/results/photographs.jsonl").runs()
-    drawn = table(rows, ("sketch", "webcam", "cellavision"), (20,), (0, 1, 2))
+    drawn = table(rows, tuple(TASKS), (5, 20), (0, 1, 2))
     text = "\n".join(found.markdown() for found in drawn)
     assert text == (ROOT / "docs/results/photographs.md").read_text(encoding="utf-8")

@@ -183,8 +183,13 @@ def _results(output: Path) -> dict[str, Any]:
     """What must be the same, however often a run was killed: all but times."""
     runs = ([run.key, run.result] for run in Ledger(output / "ledger.jsonl"))
     found: dict[str, Any] = {"ledger": sorted(json.dumps(run, sort_keys=True) for run in runs)}
-    names = (CONFIG, WEIGHTS, "table.md")
-    return found | {name: (output / name).read_bytes() for name in names if (output / name).is_file()}
+    found |= {name: (output / name).read_bytes() for name in (CONFIG, WEIGHTS) if (output / name).is_file()}
+    if (table := output / "table.md").is_file():
+        lines = table.read_text(encoding="utf-8").splitlines()
+        rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")]
+        kept = [column for column, name in enumerate(rows[0]) if name not in ("seconds", "saved")]
+        found["table"] = [[row[column] for column in kept] for row in rows]
+    return found
 
 
 def _killed(seed: int, place: Path, work: Callable[..., None], kills: int) -> Found:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from statistics import fmean
 
 from peft_surgical.evaluation import TextTable, plus_minus
@@ -37,7 +38,8 @@ def table(rows: Sequence[Run], tasks: Sequence[str], sizes: Sequence[int], seeds
         f"all seeds (n = {', '.join(map(str, sorted(counted)))}), and no seed tunes or validates on them. Rates of "
         "all, blocks and head: by validation accuracy of seed 0; epochs: by validation accuracy. Cross-Val: the block "
         "that validates best on each seed. auto: everything on each seed's own labels. Oracle: the block or head that "
-        "tests best, which nobody can choose."
+        "tests best, which nobody can choose. Test images are a sample, too: at 50% that alone is "
+        f"± {_sampling(max(counted)):.1f} to ± {_sampling(min(counted)):.1f} points, the same for all columns."
     )
     own = "The same networks on held-out images of the source domain, in percent."
     names = ["task", "per class", *COLUMNS]
@@ -51,8 +53,8 @@ def table(rows: Sequence[Run], tasks: Sequence[str], sizes: Sequence[int], seeds
 
 
 _HOW = (
-    "Points of test accuracy, mean over tasks and numbers of labels ± half the 95% interval (Student's t) over these, "
-    "each a mean over seeds."
+    "Points of test accuracy: mean over tasks ± half the 95% interval (Student's t) over tasks, each a mean over seeds "
+    "and numbers of labels. Worst cell: one task with one number of labels."
 )
 _COST = (
     "Cost in training steps, in runs of `all` at one rate on the same images, mean over tasks and seeds. Cross-Val and "
@@ -91,27 +93,31 @@ def _by_column(cells: _Cells, what: str) -> list[list[str]]:
         return [plus_minus([run.result[what] for run in found[name]]) for name in COLUMNS]
 
     lines = [[task, str(size), *line(found)] for (task, size), found in cells.items()]
-    if len(cells) > 1:
-        found = [[run.result[what] for f in cells.values() for run in f[name]] for name in COLUMNS]
-        whole = [len(own) == len(found[0]) for own in found]  # a mean over some of the cells would not compare
-        means = [f"{100 * fmean(own):.1f}" if full else "-" for own, full in zip(found, whole, strict=True)]
-        lines.append(["mean", "", *means])
+    for size in sorted({size for _, size in cells}):
+        own = [found for (_, each), found in cells.items() if each == size]
+        runs = [[run.result[what] for f in own for run in f[name]] for name in COLUMNS]
+        whole = [len(found) == len(runs[0]) for found in runs]  # a mean over some of the tasks would not compare
+        means = [f"{100 * fmean(found):.1f}" if full else "-" for found, full in zip(runs, whole, strict=True)]
+        if len(own) > 1:
+            lines.append(["mean", str(size), *means])
     return lines
 
 
 def _differences(cells: _Cells) -> list[list[str]]:
-    def gains(other: str, keep: Callable[[str], bool]) -> list[float]:
-        wanted = [found for (task, _), found in cells.items() if keep(task) and found[other]]
-        return [_mean(found["auto"]) - _mean(found[other]) for found in wanted]
-
-    groups = (lambda task: task in FIXED_ON, lambda task: task not in FIXED_ON, lambda task: True)
     lines = []
     for other in COLUMNS:
         if other == "auto":
             continue
-        everywhere = gains(other, groups[2])
-        shown = [plus_minus(own) if (own := gains(other, keep)) else "-" for keep in groups]
-        lines.append([other, *shown, f"{100 * min(everywhere):.1f}" if everywhere else "-"])
+        gains: dict[str, list[float]] = {}
+        for (task, _), found in cells.items():
+            if found[other]:
+                gains.setdefault(task, []).append(_mean(found["auto"]) - _mean(found[other]))
+        of_tasks = {task: fmean(own) for task, own in gains.items()}
+        first = [own for task, own in of_tasks.items() if task in FIXED_ON]
+        others = [own for task, own in of_tasks.items() if task not in FIXED_ON]
+        shown = [plus_minus(own) if own else "-" for own in (first, others, [*first, *others])]
+        worst = min((gain for own in gains.values() for gain in own), default=None)
+        lines.append([other, *shown, "-" if worst is None else f"{100 * worst:.1f}"])
     return lines
 
 
@@ -137,6 +143,11 @@ def _chosen(cells: _Cells) -> list[list[str]]:
         return str(run.result.get("chosen", "-")).removesuffix(", all labels")
 
     return [[task, str(size), *map(words, found["auto"])] for (task, size), found in cells.items()]
+
+
+def _sampling(images: int) -> float:
+    """Half the 95% interval, in percent, of an accuracy of one half that is measured on so many images."""
+    return 100 * 1.96 * math.sqrt(0.25 / images)
 
 
 def _mean(runs: Sequence[Run]) -> float:
