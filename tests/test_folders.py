@@ -184,6 +184,35 @@ def test_the_file_that_was_verified_is_the_one_that_is_loaded(alternating, monke
     assert list(model.peft_config) == ["default"]
 
 
+@pytest.mark.parametrize("error", [RuntimeError("size <4> is smaller than the required mapping size <5>"), OSError(2)])
+def test_a_file_that_changes_while_it_is_read_is_named(alternating, monkeypatch, error):
+    folder, replace = alternating
+    import peft.peft_model as module
+
+    def broken(*args, **kwargs):
+        raise error
+
+    def late(*args, **kwargs):
+        replace()
+        raise error
+
+    model = adapted(3)
+    before = logits_of(model)
+    monkeypatch.setattr(module, "load_peft_weights", late)
+    with pytest.raises(AdapterFileError, match="was replaced while it was being loaded: load it again"):
+        model.load_adapter(folder, "other")
+    assert list(model.peft_config) == ["default"]
+    assert not any(".other." in name for name, _ in model.named_parameters())
+    assert torch.equal(logits_of(model), before)
+    base = network()
+    with pytest.raises(AdapterFileError, match="load it again"):
+        PeftModel.from_pretrained(base, folder)
+    assert not hasattr(base, "peft_config")
+    monkeypatch.setattr(module, "load_peft_weights", broken)
+    with pytest.raises(type(error)):  # no file has changed: whatever it is, it is shown
+        model.load_adapter(folder, "another")
+
+
 def test_what_is_loaded_has_no_tensors_of_an_adapter_that_tunes_more(tmp_path, monkeypatch):
     import peft.peft_model as module
 

@@ -131,6 +131,14 @@ class Content:
     def __deepcopy__(self, memo: Any) -> Content:
         return self  # a config that carries it is copied often, and nobody changes it
 
+    def is_replaced(self) -> bool:
+        """Whether who looks for the file now will find another one, or none."""
+        try:
+            path = self.again()
+            return path is None or not path.samefile(self.path) or stamp_of(path.stat()) != self.stamp
+        except OSError:
+            return True
+
     def settle(self, loaded: dict[str, torch.Tensor], key_of: Callable[[str], str]) -> None:
         """Put the tensors that were verified in place of others that somebody has read from another file meanwhile.
 
@@ -141,10 +149,10 @@ class Content:
         Raises:
             AdapterFileError: The file has been replaced more than once, so that nothing tells what was read.
         """
+        if not self.is_replaced():
+            return
         try:
             path = self.again()
-            if path is not None and path.samefile(self.path) and stamp_of(path.stat()) == self.stamp:
-                return
             others = None if path is None else Content(path).tensors
         except (OSError, AdapterFileError):
             others = None

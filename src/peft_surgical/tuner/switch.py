@@ -15,8 +15,10 @@ from typing import Any, cast
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, _set_adapter
+from safetensors import SafetensorError
 from torch import nn
 
+from ..errors import AdapterFileError
 from ..keys import PREFIX
 from .attach import surgical_layers, walk
 from .layer import SurgicalLayer
@@ -107,7 +109,11 @@ class Switching:
 
 
 def loading_alone(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap ``PeftModel.load_adapter``: a surgical adapter is loaded as fast beside many others as beside none."""
+    """Wrap ``PeftModel.load_adapter``: a surgical adapter is loaded as fast beside many others as beside none.
+
+    PEFT reads its file once more. If another one is being put in its place then, there is an error in words, and the
+    model is as it was.
+    """
     signature = inspect.signature(original)
 
     @functools.wraps(original)
@@ -116,7 +122,17 @@ def loading_alone(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, *args, **kwargs)
         name = signature.bind(self, *args, **kwargs).arguments["adapter_name"]
         with alone(self.base_model.model, shown=name if name in self.peft_config else None):
-            return original(self, *args, **kwargs)
+            try:
+                return original(self, *args, **kwargs)
+            except (OSError, RuntimeError, SafetensorError) as error:
+                content = getattr(self.peft_config.get(name), "content", None)
+                if content is None or not content.is_replaced():
+                    raise
+                if name in self.base_model._awaiting:
+                    self.base_model._remove(self.base_model.model, name)
+                raise AdapterFileError(
+                    f"{content.path} was replaced while it was being loaded: load it again."
+                ) from error
 
     return load_adapter
 
