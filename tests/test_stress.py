@@ -25,10 +25,12 @@ def done(name, tmp_path, **how):
     return found["counts"]
 
 
+@pytest.mark.slow
 def test_kills_of_a_save(tmp_path):
     assert done("saves", tmp_path, kills=2)["kills"] == 2
 
 
+@pytest.mark.slow
 def test_writers_of_one_ledger(tmp_path):
     assert done("ledger", tmp_path, writers=3, count=15)["runs appended"] > 30
 
@@ -73,6 +75,7 @@ def test_growth_is_measured_without_what_fills_caches():
     assert "6 MiB after 200 and 6 MiB after 990, +300 bytes for each" in soak.growth(memory)
 
 
+@pytest.mark.slow
 def test_what_is_lost_is_a_finding(tmp_path, monkeypatch):
     monkeypatch.setattr(rounds, "loaded", lambda folder: things.IMAGES)
     assert rounds.saves(0, tmp_path, kills=1)["findings"] == ["neither the old adapter nor the new one"]
