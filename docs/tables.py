@@ -25,6 +25,8 @@ def rows(file: str, number: int, first: str | None = None) -> str:
     kept = [line for line in table[2:] if first is None or line.startswith(f"| {first} |")]
     if first is not None and not kept:
         raise ValueError(f"{file}: table {number} has no row that begins with {first!r}")
+    if not kept:
+        return "Not measured yet: `make bench` does it.\n"
     return "".join(f"{line}\n" for line in [*table[:2], *kept])
 
 
