@@ -99,7 +99,7 @@ def row(
         value: A ratio or a number with its interval.
         n: Turns.
         most: The goal: at most so much.
-        unit: Of the number; none for a ratio.
+        unit: Unit of the number, such as ``ms``; empty for a ratio.
         short: Whether the line is in the short table, too.
         limit: The least that could be reached, where that can be computed.
     """

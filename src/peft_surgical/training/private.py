@@ -114,7 +114,7 @@ def private_moves(
             of a freshly drawn one where that is zero.
         max_norm: Length to which the gradient of an image is clipped, in the units of ``basis``.
         basis: In which to train; None is `plain_basis`.
-        seed: Of the noise; None draws it from the operating system.
+        seed: Seed of the noise; None draws it from the operating system.
 
     Returns:
         The moves of weight and bias, float64, and ``noise``, the standard deviation of the noise over ``max_norm``,
