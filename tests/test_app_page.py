@@ -143,7 +143,7 @@ def test_from_the_upload_to_the_downloaded_adapter(served, opened, tmp_path):
         archive.extractall(tmp_path / "adapter")
     report = Report.load(tmp_path / "adapter" / "report.json")
     base = load_base(report.model, **report.settings["open"])
-    assert PeftModel.from_pretrained(base.model, tmp_path / "adapter").peft_config["default"].target == ["block1"]
+    assert PeftModel.from_pretrained(base.model, tmp_path / "adapter").peft_config["default"].target == "block1"
     page.reload()  # the same visitor finds the result again
     page.get_by_text("Which class is taken for which").wait_for()
     page.get_by_role("button", name="Compare base and tuned").click()
@@ -215,6 +215,7 @@ def test_no_file_of_the_machine_is_served(served):
         with pytest.raises(urllib.error.HTTPError) as refused:
             urllib.request.urlopen(f"{address}/gradio_api/file={path}")
         assert refused.value.code in (403, 404)
+        refused.value.close()
 
 
 def test_the_space_is_what_the_hub_reads_and_offers_no_path_and_no_token():
