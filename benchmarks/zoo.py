@@ -339,7 +339,11 @@ def summary(rows: Collection[Row]) -> tuple[Counter[str], int, float]:
     return counts, built, counts[RIGHT] / max(built, 1)
 
 
-_SAYS_NOTHING = ("has no group_matcher()", "not a transformers PreTrainedModel")
+_SAYS_NOTHING = (
+    "has no group_matcher()",
+    "not a transformers PreTrainedModel",
+    "no segmentation network with an encoder and a decoder beside it",
+)
 
 
 def reason(row: Row) -> str:

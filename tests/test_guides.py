@@ -129,7 +129,7 @@ def test_another_hospital(place, capsys, monkeypatch):
         words = ["--target", "block1", "--output", f"hospital-{name}-adapter", *ADDED["tune"], "--lr", "1e-3"]
         assert cli.run(["tune", "my-network", "hospital-d", "--seed", str(ord(name)), *words]) == 0
     run_page("docs/guide-hospital.md", folder, monkeypatch)
-    parents = read_adapter(folder / "both").config.selection["parents"]
+    parents = read_adapter(folder / "both").config.selection["combined"]["parents"]
     assert [parent["weight"] for parent in parents] == [0.6, 0.4]
 
 
