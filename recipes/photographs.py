@@ -215,9 +215,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                 study(args, rows, task, per_class)
     if args.table or not args.source_only:
         tables = table(rows.runs(), args.tasks, args.per_class, args.seeds)
+        if not tables:
+            print(f"No table yet: no task has rows of both `all` and `auto` in {args.rows}.")
         for found in tables:
             found.show()
-        if args.markdown:
+        if args.markdown and tables:
             Path(args.markdown).write_text("\n".join(found.markdown() for found in tables), encoding="utf-8")
 
 

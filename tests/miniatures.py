@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from paper.wilds_folders import FMOW_CATEGORIES
+from peft_surgical.keys import WEIGHTS
 from peft_surgical.training.ledger import Ledger
 
 
@@ -24,6 +25,22 @@ def results_in(file):
     return {
         name: run.result | next((result for key, result in tested if key == run.key), {}) for name, run in own.items()
     }
+
+
+def cache_changes_nothing(main, asked, folder):
+    """Run a recipe with the prefix cached and without: the same results and adapters, and some prefix was cached."""
+    found = []
+    for name, more in (("cached", ()), ("uncached", ("--no-cache",))):
+        main([*asked(folder / name), *more])
+        adapters = {str(file.relative_to(folder / name)): file.read_bytes() for file in (folder / name).rglob(WEIGHTS)}
+        runs = [run for file in sorted((folder / name).rglob("ledger.jsonl")) for run in Ledger(file).runs()]
+        notes = [run.notes["prefix"] for run in runs if "prefix" in run.notes]
+        found.append((adapters, [run.result for run in runs], notes))
+    (adapters, results, notes), (_, _, without) = found
+    assert (adapters, results) == found[1][:2]
+    assert any(note.startswith("prefix cached") for note in notes)
+    assert not any(note.startswith("prefix cached") for note in without)
+    return adapters
 
 
 def encoded(seed, mode="RGB", shade=0):

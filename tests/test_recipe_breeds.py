@@ -12,7 +12,7 @@ for needed in ("timm", "datasets", "PIL", "rich", "matplotlib"):
     pytest.importorskip(needed)
 
 import transformers  # noqa: E402
-from miniatures import results_in  # noqa: E402
+from miniatures import cache_changes_nothing, results_in  # noqa: E402
 from peft import PeftModel  # noqa: E402
 from scripts import script  # noqa: E402
 from test_corruptions import write_model  # noqa: E402
@@ -183,3 +183,10 @@ def test_a_vit_and_a_source_checkpoint(name, recipe, place, tmp_path):
     assert set(report.settings["moved"]) == {"embedding", "block1", "block2", "head"}
     assert [block for block, distance in report.settings["moved"].items() if distance] == ["block2"]
     assert not (tmp_path / "second" / "source").exists()
+
+
+@pytest.mark.slow
+def test_the_cached_prefix_changes_nothing(name, recipe, place, tmp_path):
+    more = ("--source-epochs", "1", "--epochs", "2", "--seeds", "0", "1", "--lr", "1e-2", "--head-lr", "1e-1")
+    asked = (*more, "--target", "head", "block4")
+    assert len(cache_changes_nothing(recipe.main, lambda folder: words(name, place, folder, *asked), tmp_path)) == 1

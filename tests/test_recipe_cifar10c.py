@@ -25,6 +25,7 @@ datasets = pytest.importorskip("datasets")
 pillow = pytest.importorskip("PIL.Image")
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
+from miniatures import cache_changes_nothing  # noqa: E402
 from peft import PeftModel  # noqa: E402
 from transformers import Trainer  # noqa: E402
 
@@ -295,3 +296,9 @@ def test_a_short_real_race_finds_a_better_network(recipe, tmp_path):
     results = {run.key["method"]: run.result for run in Ledger(tmp_path / "rows.jsonl")}
     assert results["none"]["test"] == pytest.approx(0.68, abs=0.02)
     assert results["auto"]["test"] > results["none"]["test"] + 0.03
+
+
+@pytest.mark.slow
+def test_the_cached_prefix_changes_nothing(recipe, world, tmp_path):
+    more = ("--target", "head", "block3", "--lr", "1e-3", "--head-lr", "0.1", "--seeds", "0", "1")
+    assert cache_changes_nothing(recipe.main, lambda folder: arguments(world, folder, *more), tmp_path)

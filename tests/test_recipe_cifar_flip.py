@@ -21,7 +21,7 @@ for needed in ("datasets", "PIL.Image", "rich", "matplotlib"):
 
 import datasets  # noqa: E402
 import PIL.Image  # noqa: E402
-from miniatures import results_in  # noqa: E402
+from miniatures import cache_changes_nothing, results_in  # noqa: E402
 from peft import PeftModel  # noqa: E402
 from scripts import script  # noqa: E402
 from transformers import Trainer  # noqa: E402
@@ -291,3 +291,9 @@ def test_the_recipe_gives_the_numbers_of_the_comparison(recipe, tmp_path):
         assert ours[method]["test"] == pytest.approx(run["test"], abs=0.005)
         assert ours[method]["validation"] == pytest.approx(run["validation"], abs=0.005)
         assert ours[method]["cost"] == run["cost"]
+
+
+@pytest.mark.slow
+def test_the_cached_prefix_changes_nothing(recipe, place, tmp_path):
+    more = ("--target", "head", "block3", "--epochs", "2", "--lr", "1e-3", "--head-lr", "0.1")
+    assert len(cache_changes_nothing(recipe.main, lambda folder: words(place, folder, *more), tmp_path)) == 1

@@ -13,7 +13,7 @@ import torch
 for needed in ("timm", "datasets", "PIL", "rich", "matplotlib"):
     pytest.importorskip(needed)
 
-from miniatures import results_in  # noqa: E402
+from miniatures import cache_changes_nothing, results_in  # noqa: E402
 from peft import PeftModel  # noqa: E402
 from scripts import script  # noqa: E402
 from test_corruptions import write_cell, write_model  # noqa: E402
@@ -216,3 +216,9 @@ def test_all_75_cells_give_mce(place, tmp_path):
     assert summary.find("mCE of none").value == pytest.approx(mean_corruption_error(errors))
     assert "mCE: of 15 corruptions at 5 severities" in output
     assert "| 76.7 |" in output
+
+
+@pytest.mark.slow
+def test_the_cached_prefix_changes_nothing(recipe, place, tmp_path):
+    more = ("--corruptions", "fog", "frost", "--severities", "5", "--target", "head", "block4", "--head-lr", "1e-1")
+    assert len(cache_changes_nothing(recipe.main, lambda folder: words(place, folder, *more), tmp_path)) == 2

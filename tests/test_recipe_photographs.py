@@ -8,6 +8,7 @@ PIL = pytest.importorskip("PIL.Image")
 for needed in ("timm", "datasets", "rich", "matplotlib"):
     pytest.importorskip(needed)
 
+from miniatures import cache_changes_nothing  # noqa: E402
 from test_corruptions import write_model  # noqa: E402
 
 from paper.photograph_tables import COLUMNS, SINGLE, TASKS  # noqa: E402
@@ -150,3 +151,10 @@ def test_a_short_study_leaves_rows_and_tables(recipe, place, tmp_path, capsys):
     before = (tmp_path / "rows.jsonl").read_bytes()
     recipe.main(asked)
     assert (tmp_path / "rows.jsonl").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_the_cached_prefix_changes_nothing(recipe, place, tmp_path):
+    asked = ["--data", str(place / "photos"), "--model", str(place / "model"), "--cpu", "--tasks", "webcam"]
+    asked += ["--per-class", "4", "--seeds", "0", "1", "--epochs", "2", "--source-epochs", "1", "--target", "head"]
+    cache_changes_nothing(recipe.main, lambda folder: [*asked, "--output", str(folder)], tmp_path)

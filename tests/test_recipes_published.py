@@ -24,6 +24,7 @@ import datasets  # noqa: E402
 import PIL.Image  # noqa: E402
 from huggingface_hub import constants  # noqa: E402
 from miniatures import (  # noqa: E402
+    cache_changes_nothing,
     camelyon_folder,
     camelyon_rows,
     celeba_folder,
@@ -481,7 +482,7 @@ def in_the_middle(name, folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.filterwarnings("ignore:the validation split in Africa")
+@pytest.mark.filterwarnings("ignore:the test split in Africa")
 def test_killed_and_launched_again(name, place, tmp_path):
     longer = ("--epochs", "10", "--source-epochs", "8", "--lr", "1e-2", "1e-3")
     more = (*longer, "--target", CASES[name].row, "head", "all")
@@ -516,6 +517,15 @@ def test_killed_and_launched_again(name, place, tmp_path):
     with no_training():
         recipe.main(asked)
     assert kept == {path: path.read_bytes() for path in killed.rglob("*") if path.is_file()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.filterwarnings("ignore:the test split in Africa")
+def test_the_cached_prefix_changes_nothing(name, place, tmp_path):
+    rows = ("--target", CASES[name].row, "head", "--seeds", "0", "1")
+    adapters = cache_changes_nothing(load(name).main, lambda folder: words(place, name, folder, *rows), tmp_path)
+    assert len(adapters) == 1
 
 
 @pytest.mark.slow

@@ -27,9 +27,14 @@ COLUMNS = (NONE, "all", "Cross-Val", "head", "logistic-head", "auto", "oracle")
 
 
 def table(rows: Sequence[Run], tasks: Sequence[str], sizes: Sequence[int], seeds: Sequence[int]) -> list[TextTable]:
-    """Accuracy on the target and on the source by task, and what `auto` differs by from the others."""
+    """Accuracy on the target and on the source by task, and what `auto` differs by from the others.
+
+    Of each task and number of labels for which there are rows of `auto` and `all`; no tables if there is none.
+    """
     cells = {(task, size): _cell(rows, task, size, seeds) for task in tasks for size in sizes}
     cells = {what: found for what, found in cells.items() if found["auto"] and found["all"]}
+    if not cells:
+        return []
     tested = [_by_column(cells, "test"), _by_column(cells, "source")]
     counted = {run.result["n"] for found in cells.values() for run in found[NONE]}
     caption = (

@@ -182,6 +182,8 @@ def parser_of(protocol: Protocol, doc: str | None) -> argparse.ArgumentParser:
     add("--spread", choices=("batches", "runs"), default="batches", help=share)
     add("--workers", type=int, default=0, metavar="N", help="processes that load images; default: 0")
     add("--cpu", action="store_true", help="leave an accelerator alone")
+    recomputed = "compute what is frozen before the target again in every epoch: same results"
+    add("--no-cache", action="store_true", help=recomputed)
     return parser
 
 

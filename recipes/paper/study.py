@@ -142,6 +142,7 @@ def _carried_out(
         head_lrs=tuple(args.head_lr),
         config={"norm_stats": args.norm_stats},
         augment=args.augment,
+        cache=not args.no_cache,
         seed=args.seeds[0],
         metrics=protocol.metrics,
         judge=judge_with_evaluate,
