@@ -248,6 +248,7 @@ def test_a_full_cycle_on_each_part_of_an_architecture(library, name, settings, t
     parts = {numbered[0], numbered[len(numbered) // 2], *({"head", "embedding"} & {*anatomy.names})}
     with torch.no_grad():
         before = call(base, inputs)
+    moved = False  # random weights may pass nothing on, such as a head of zeros
     for part in sorted(parts):
         by_hand, tuned = copy.deepcopy(base), {*anatomy[part].tensors}
         model = get_peft_model(copy.deepcopy(base), SurgicalConfig(target=part)).eval()
@@ -263,7 +264,7 @@ def test_a_full_cycle_on_each_part_of_an_architecture(library, name, settings, t
             found, wanted = call(model, inputs), call(by_hand, inputs)
             for one, other in zip(found, wanted, strict=True):
                 assert torch.allclose(one, other, rtol=1e-3, atol=1e-4 * float(other.abs().max())), part
-            assert not equal(found, before), part
+            moved |= not equal(found, before)
             with model.disable_adapter():
                 assert equal(call(model, inputs), before), part
             model.save_pretrained(tmp_path / part)
@@ -273,6 +274,7 @@ def test_a_full_cycle_on_each_part_of_an_architecture(library, name, settings, t
             plain = model.unload()
             assert equal(call(plain, inputs), before), part
         assert [type(module) for module in plain.modules()] == [type(module) for module in base.modules()]
+    assert moved
 
 
 @pytest.mark.filterwarnings("ignore")

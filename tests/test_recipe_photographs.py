@@ -110,7 +110,8 @@ def test_tables_are_drawn_from_rows_alone(recipe, tmp_path, capsys):
     for task, own in gains.items():
         for seed in (0, 1):
             row(ledger, task, "none", seed, 0.40, cost=0.0)
-            row(ledger, task, "auto", seed, own[seed], cost=40.0, chosen="block6 at 0.001, all labels")
+            timed = {"seconds": 30.0} if task == "sketch" else {}
+            row(ledger, task, "auto", seed, own[seed], cost=40.0, chosen="block6 at 0.001, all labels", **timed)
             row(ledger, task, "logistic-head", seed, 0.55)
             row(ledger, task, "head", seed, 0.50, lr=1e-2)
             for place, block in enumerate(SINGLE[:-1]):
@@ -119,7 +120,7 @@ def test_tables_are_drawn_from_rows_alone(recipe, tmp_path, capsys):
         # Two rates of all: seed 0 validates the larger one best, and tests it on both seeds.
         row(ledger, task, "all", 0, None, lr=1e-4, validation=0.4)
         for seed in (0, 1):
-            row(ledger, task, "all", seed, 0.70, lr=1e-3)
+            row(ledger, task, "all", seed, 0.70, lr=1e-3, seconds=10.0)
     lines = drawn(recipe, tmp_path)
     header = lines.index(["task", "per class", *COLUMNS])
     sketch = dict(zip(lines[header], lines[header + 2], strict=True))
@@ -131,9 +132,11 @@ def test_tables_are_drawn_from_rows_alone(recipe, tmp_path, capsys):
     minus = {line[0]: line for line in lines if len(line) == 5}
     assert minus["all"][1:] == ["10.0", "0.0", plus_minus([0.10, 0.0]), "0.0"]
     assert minus["none"][4] == "30.0"
-    (costs,) = [line for line in lines if line[0] == "5 per class"]
+    (costs,) = [line for line in lines if line[0] == "5 per class, steps"]
     found = dict(zip(COLUMNS[2:-1], costs[1:], strict=True))
     assert (found["auto"], found["head"], found["Cross-Val"]) == ("4", "1", "7")  # that of all seven blocks
+    (costs,) = [line for line in lines if line[0] == "5 per class, seconds"]
+    assert costs[1:] == ["-", "-", "-", "3"]  # of sketch, whose runs were timed
     assert lines[-1] == ["photo", "5", "block6 at 0.001", "block6 at 0.001"]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import fmean
 
 from peft_surgical.evaluation import TextTable, plus_minus
@@ -62,8 +62,9 @@ _HOW = (
     "and numbers of labels. Worst cell: one task with one number of labels."
 )
 _COST = (
-    "Cost in training steps, in runs of `all` at one rate on the same images, mean over tasks and seeds. Cross-Val and "
-    "auto: all their runs; the search for the rate is counted in auto alone."
+    "Cost in runs of `all` at one rate on the same images, mean over tasks and seeds; in seconds over the tasks whose "
+    "runs were timed beside each other. Cross-Val and auto: all their runs; the search for the rate is counted in auto "
+    "alone."
 )
 _CHOSEN = "What auto chose; every choice but `none` is trained on all labels."
 
@@ -84,8 +85,11 @@ def _cell(rows: Sequence[Run], task: str, size: int, seeds: Sequence[int]) -> di
             return []
         each = [list(same) for same in zip(*runs, strict=True)]
         costs = [sum(run.result["cost"] for run in same) for same in each]
+        times = [[run.notes.get("seconds") for run in same] for same in each]
+        notes = [{} if None in time else {"seconds": sum(time)} for time in times]
         chosen = [max(same, key=lambda run: run.result[by]) for same in each]
-        return [Run(run.key, {**run.result, "cost": cost}) for run, cost in zip(chosen, costs, strict=True)]
+        taken = zip(chosen, costs, notes, strict=True)
+        return [Run(run.key, {**run.result, "cost": cost}, noted) for run, cost, noted in taken]
 
     return {**found, "Cross-Val": best(SINGLE[:-1], "validation"), "oracle": best(SINGLE, "test")}
 
@@ -126,20 +130,31 @@ def _differences(cells: _Cells) -> list[list[str]]:
     return lines
 
 
+_TAKEN: dict[str, Callable[[Run], float | None]] = {
+    "steps": lambda run: float(run.result["cost"]),
+    "seconds": lambda run: run.notes.get("seconds"),
+}
+
+
 def _costs(cells: _Cells) -> list[list[str]]:
+    """Steps and, of the tasks where they are known, seconds: a row of each for each number of labels."""
+
+    def ratio(own: list[dict[str, list[Run]]], name: str, taken: Callable[[Run], float | None]) -> str:
+        found = [
+            spent / whole
+            for cell in own
+            for run, other in zip(cell[name], cell["all"], strict=False)
+            if (spent := taken(run)) is not None and (whole := taken(other)) is not None
+        ]
+        return f"{fmean(found):.2g}" if found else "-"
+
     lines = []
     for size in dict.fromkeys(size for _, size in cells):
         own = [found for (_, each), found in cells.items() if each == size]
-
-        def ratio(name: str, own: list[dict[str, list[Run]]] = own) -> str:
-            found = [
-                run.result["cost"] / whole.result["cost"]
-                for cell in own
-                for run, whole in zip(cell[name], cell["all"], strict=False)
-            ]
-            return f"{fmean(found):.2g}" if found else "-"
-
-        lines.append([f"{size} per class", *map(ratio, COLUMNS[2:-1])])
+        for unit, taken in _TAKEN.items():
+            shown = [ratio(own, name, taken) for name in COLUMNS[2:-1]]
+            if unit == "steps" or set(shown) != {"-"}:
+                lines.append([f"{size} per class, {unit}", *shown])
     return lines
 
 

@@ -49,7 +49,7 @@ def write_rows(
         for run in runs:
             key = {**shared, "lr": None if searched else run.key["lr"], "seed": run.key["seed"]}
             if "test" not in (file.find(key) or {}):
-                file.append(key, {**run.result, **measure(run)})
+                file.append(key, {**run.result, **run.notes, **measure(run)})
 
 
 def reported(
