@@ -65,7 +65,7 @@ PREFIX = (  # network, target, images, pixels, batch size, pairs, uncached epoch
     (prefix.VIT, "last1", 100, 96, 16, 1, 3),
     (prefix.VIT, "last4", 100, 96, 16, 1, 3),
 )
-SWEEPS = (("resnet26", 200, 32, 64), (prefix.LITE0, 40, 224, 16), (prefix.VIT, 40, 96, 16))
+SWEEPS = (("resnet26", 200, 32, 64), (prefix.LITE0, 200, 64, 16), ("vit_tiny_patch16_224", 100, 96, 16))
 STEPS = (  # network, target, batch size, rounds
     ("resnet26", "block1", 64, 15),
     ("resnet26", "block2", 64, 15),

@@ -231,6 +231,12 @@ def test_scores_choose_the_blocks(place, tmp_path):
     assert METHODS["auto-rgn"].target == "all"
 
 
+def test_a_solved_head_says_that_validation_images_chose_nothing(place, tmp_path):
+    run = of(place, tmp_path, data="flat")
+    choice = choose(run, "logistic-head", 0, is_method=True)
+    assert choice.rule == "nothing by validation images: the head is solved"
+
+
 class Counted(Watch):
     def __init__(self):
         self.total, self.told, self.begins, self.failures = 0, [], [], []

@@ -1,7 +1,7 @@
 """`auto`, the default choice of what to tune, at which rate and with which norm statistics.
 
-The search of `search` that is meant for a first try on one's own data: it costs little more than two runs, is not
-misled by one lucky epoch, and uses every label in the end.
+The search of `search` that is meant for a first try on one's own data: it costs a few runs, is not misled by one lucky
+epoch, and uses every label in the end.
 """
 
 from __future__ import annotations
