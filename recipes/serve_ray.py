@@ -111,14 +111,20 @@ class SiteServer:
         names = self.known if record.head == "keep" and self.known else record.label_names
         return names if names and len(names) == classes else tuple(map(str, range(classes)))
 
-    def predict(self, site: str, images: Sequence[bytes]) -> list[list[dict[str, Any]]]:
-        """For each image its likeliest classes, the likeliest first, with their probabilities.
+    def inputs_of(self, images: Sequence[bytes]) -> torch.Tensor:
+        """Encoded images as the network takes them, (images, channels, height, width).
 
         Raises:
-            DataError: An image cannot be decoded, or has too many pixels.
-            SurgicalError: The adapter cannot be loaded.
+            DataError: An image cannot be decoded, or has too many pixels; says nothing of this machine.
         """
-        inputs = torch.stack([self.transform(self._image(one, i)) for i, one in enumerate(images)])
+        return torch.stack([self.transform(self._image(one, i)) for i, one in enumerate(images)])
+
+    def predict(self, site: str, inputs: torch.Tensor) -> list[list[dict[str, Any]]]:
+        """For each of `inputs_of` its likeliest classes, the likeliest first, with their probabilities.
+
+        Raises:
+            SurgicalError: The adapter or what belongs to it cannot be loaded.
+        """
         # An adapter that was saved anew has another key, so that it is loaded; the older one is evicted in time.
         key = f"{site}\0{(self.root / site / CONFIG).stat().st_mtime_ns}"
         with self.pool.use(key) as model:
@@ -192,9 +198,11 @@ def api_of(server: SiteServer) -> FastAPI:
             raise HTTPException(400, "send images as files of a form (multipart/form-data)")
         loop = asyncio.get_running_loop()
         try:
-            found = await loop.run_in_executor(server.workers, server.predict, site, images)
+            inputs = await loop.run_in_executor(server.workers, server.inputs_of, images)
         except DataError as error:
             raise HTTPException(422, str(error)) from error
+        try:
+            found = await loop.run_in_executor(server.workers, server.predict, site, inputs)
         except (SurgicalError, OSError) as error:  # whose messages name folders of this machine
             log.exception("site %s", site)
             raise HTTPException(

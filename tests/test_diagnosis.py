@@ -18,6 +18,7 @@ from torch import nn
 
 from paper import cifar_networks
 from peft_surgical import anatomy_of
+from peft_surgical.diagnosis.diagnose import diagnose
 from peft_surgical.diagnosis.drift import Features, Reference, block_features, distances, energy, permuted_p, pooled
 from peft_surgical.diagnosis.page import to_html
 from peft_surgical.diagnosis.probe import fitted, folds_of, learning_curve, predicted, probe_right, spread
@@ -267,6 +268,20 @@ def test_the_command(place, capsys):
     assert len(found["label_next"]) == 3
     code, _, err = run(*given, "--save-reference", reference)
     assert (code, "give them as --source" in err) == (2, True)
+
+
+def test_some_of_many_images_without_labels_are_drawn(place):
+    """The first by name may be of one class, or of one day."""
+    flat = place / "flat"
+    flat.mkdir()
+    for label in range(2):
+        for file in (place / "new" / f"class{label}").iterdir():
+            file.rename(flat / f"{label}-{file.name}")
+    _, seen = diagnose(place / "base", flat, images=20, cpu=True)
+    assert len(seen.images.files) == 20
+    assert sorted(seen.images.files) != sorted(file.name for file in flat.iterdir())[:20]
+    _, again = diagnose(place / "base", flat, images=20, cpu=True)
+    assert again.images.files == seen.images.files
 
 
 @pytest.mark.slow

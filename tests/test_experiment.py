@@ -12,6 +12,7 @@ import sys
 import tempfile
 from datetime import datetime
 from importlib import metadata
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ from peft_surgical.choosing.methods import METHODS, HeadFirst, Progress, method_
 from peft_surgical.errors import AdapterError, ConfigError, DataError, RowsFailedError  # noqa: E402
 from peft_surgical.evaluation import Report, accuracy  # noqa: E402
 from peft_surgical.evaluation.metrics import judge  # noqa: E402
-from peft_surgical.experiment import running  # noqa: E402
+from peft_surgical.experiment import keeping, running  # noqa: E402
 from peft_surgical.experiment.api import compare, tune  # noqa: E402
 from peft_surgical.experiment.automatic import parts_of  # noqa: E402
 from peft_surgical.experiment.choosing import (  # noqa: E402
@@ -235,6 +236,24 @@ def test_a_solved_head_says_that_validation_images_chose_nothing(place, tmp_path
     run = of(place, tmp_path, data="flat")
     choice = choose(run, "logistic-head", 0, is_method=True)
     assert choice.rule == "nothing by validation images: the head is solved"
+
+
+def test_a_stopped_run_leaves_no_report_beside_the_adapter_of_another(place, tmp_path, monkeypatch):
+    def tune(target):
+        run = of(place, tmp_path)
+        return write_tuned(run, choose(run, target, 0), 0).report
+
+    first = tune("block1")
+    wanted = (tmp_path / ADAPTER[0]).read_bytes()
+    with monkeypatch.context() as stopped:
+        stopped.setattr(keeping, "_moved", mock.Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            tune("block2")
+    assert (tmp_path / ADAPTER[0]).read_bytes() != wanted
+    assert not (tmp_path / "report.json").exists()  # of block1
+    again = tune("block1")
+    assert (tmp_path / ADAPTER[0]).read_bytes() == wanted
+    assert again.find("accuracy", "test") == first.find("accuracy", "test")
 
 
 class Counted(Watch):

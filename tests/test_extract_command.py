@@ -85,6 +85,14 @@ def test_extract_and_open(run, pair, images, tmp_path):
     assert "is not empty: choose a new folder" in again[2]
 
 
+def test_a_home_folder_is_written_to_and_measured(run, pair, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    code, out, err = run("extract", *pair[:2], "--output=~/site")
+    assert (code, err) == (0, "")
+    assert "exact: loaded from there" in out
+    assert (tmp_path / "site" / "adapter_model.safetensors").is_file()
+
+
 def test_extract_json_and_a_part(run, pair, tmp_path):
     base, tuned, _ = pair
     given = ("--output", tmp_path / "site", "--blocks", "stem", "--delta-dtype", "bfloat16", "--json")

@@ -143,6 +143,14 @@ def test_fewer_images_than_folds(images):
     assert loss >= 0
 
 
+def test_one_image_of_each_class_is_held_out_where_the_others_are_seen():
+    labels = torch.arange(7)
+    features = torch.randn(7, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    _, loss, right = _penalty(features, labels, torch.zeros(7, 3).double(), torch.zeros(7).double())
+    assert loss > 1  # nothing was seen of a class that is held out
+    assert right == 0
+
+
 class Scaled(ConvNet):
     """Its logits are not the head's outputs."""
 

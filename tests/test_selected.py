@@ -92,6 +92,12 @@ def test_evidence_is_the_probability_of_the_right_class():
     )
 
 
+def test_an_infinite_logit_loses_and_does_not_spoil_the_rest():
+    found = evidence_of(torch.tensor([[math.inf, 0.0], [0.0, 0.0], [-math.inf, 0.0]]), torch.tensor([0, 0, 1]))
+    assert (found["scores"], found["right"]) == ([0.0, 0.5, 1.0], "011")
+    assert math.isfinite(found["validation_loss"])
+
+
 def test_evidence_of_a_run_that_diverged():
     found = evidence_of(torch.full((3, 1), math.nan), torch.tensor([0, 1, 2]))
     assert (found["score"], found["scores"], found["right"]) == (0.0, [0.0] * 3, "000")

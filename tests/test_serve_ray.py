@@ -163,6 +163,17 @@ def test_a_request_ends_in_time(recipe, place, monkeypatch):
     assert answer.json() == {"error": "no answer within 0.2 seconds: send fewer images"}
 
 
+def test_a_broken_report_is_not_the_clients_fault(client, place):
+    report = place / "sites" / "north" / "report.json"
+    report.write_text('{"damaged')
+    try:
+        answer = client.post("/sites/north/predict", files=sent(photo()))
+    finally:
+        report.unlink()
+    assert answer.status_code == 503
+    assert str(place) not in answer.text
+
+
 def test_a_broken_adapter_names_no_folder_and_a_folder_without_sites_is_refused(client, recipe, place):
     shutil.copytree(place / "sites" / "south", place / "sites" / "broken")
     weights = place / "sites" / "broken" / "adapter_model.safetensors"

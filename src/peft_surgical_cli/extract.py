@@ -68,7 +68,7 @@ def extract_command(
     if json:
         typer.echo(to_json.dumps(found.to_dict(), indent=2))
     else:
-        _print_extracted(found, output)
+        _print_extracted(found, output.expanduser())
 
 
 def _print_extracted(found: Extracted, output: Path) -> None:

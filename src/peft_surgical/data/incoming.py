@@ -75,6 +75,7 @@ def read_incoming(
     seed: int | None = 0,
     limit: int | None = None,
     on_broken: str = "later",
+    in_order: bool = True,
     **columns: Any,
 ) -> Incoming:
     """Read a stream.
@@ -89,6 +90,7 @@ def read_incoming(
             class, and a stream of one class after the other misleads whatever adapts to it.
         limit: So many images at most, the first of the stream.
         on_broken: As for `read_data`, for the images of the stream.
+        in_order: Keep the order of images without labels; False draws theirs with the seed, too.
         columns: ``image_column`` and ``label_column`` of `read_data`.
 
     Raises:
@@ -105,7 +107,7 @@ def read_incoming(
     else:
         found = _labelled(source, **columns)
     order = list(range(len(found)))
-    if seed is not None and found.labels is not None:
+    if seed is not None and (found.labels is not None or not in_order):
         order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed)).tolist()
     if on_broken == "later":
         order = order[:limit]

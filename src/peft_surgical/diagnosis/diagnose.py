@@ -77,6 +77,7 @@ def diagnose(
     if save_reference is not None and (source is None or is_file):
         raise ConfigError("save_reference= writes what is kept of source images: give them as source=")
     reading = {"unlabelled": unlabelled, "seed": seed, "limit": images, "on_broken": on_broken, **columns}
+    reading["in_order"] = False  # the first files by name may be of one class, or of one day
     found = _read(data, "the new place", reading)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The head is")

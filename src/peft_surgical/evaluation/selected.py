@@ -74,18 +74,19 @@ def evidence_of(logits: Tensor, labels: Tensor) -> dict[str, Any]:
     cross entropy it is not ruled by one image that is confidently wrong.
 
     Args:
-        logits: (images, classes); a row with NaN is wrong.
+        logits: (images, classes); a row with NaN, or with an infinity that leaves no probabilities, is wrong.
         labels: int64 (images,).
 
     Returns:
         ``scores``, the probability of the right class for each image; their mean ``score``; ``right``, a 1 or 0 for
         each image; and ``validation_loss``, the mean cross entropy.
     """
-    broken = logits.isnan().any(1)
+    shares = logits.double().softmax(1)
+    broken = shares.isnan().any(1)
     if broken.all():
         chances = torch.zeros(len(labels), dtype=torch.float64)
     else:
-        chances = logits.double().softmax(1).gather(1, labels[:, None])[:, 0].masked_fill(broken, 0.0)
+        chances = shares.gather(1, labels[:, None])[:, 0].masked_fill(broken, 0.0)
     right = (logits.argmax(1) == labels) & ~broken
     loss = float(-chances.clamp(min=sys.float_info.min).log().mean())
     scores = [round(chance, 4) for chance in chances.tolist()]

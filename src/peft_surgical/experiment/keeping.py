@@ -48,8 +48,11 @@ def keep_adapter(experiment: Experiment, run: Run, selection: dict[str, Any] | N
     if not zero:  # decided by now: whoever opens the base again is not to be asked or warned
         opening["head"] = "new" if experiment.head_is_new else "keep"
     fresh = experiment.opener(experiment.model, **opening).model
-    if tuned:
-        model = experiment.load(_adapter(experiment, run, folder), experiment.base(seed, zero).model)
+    model = experiment.load(_adapter(experiment, run, folder), experiment.base(seed, zero).model) if tuned else None
+    if not _is_reported(experiment, run):
+        # Of an earlier choice: whoever is stopped now must not leave it beside the adapter of this one.
+        withdraw(experiment.folder, (REPORT,))
+    if model is not None:
         config = model.peft_config["default"]
         config.selection, config.base_model_name_or_path = selection, experiment.model
         processor = getattr(experiment.base(seed, zero).transform_eval, "processor", None)
@@ -70,12 +73,16 @@ def _adapter(experiment: Experiment, run: Run, folder: Path) -> Path:
     own = experiment.adapter(run.key)
     if (own / CONFIG).is_file():
         return own
-    report = experiment.folder / REPORT
-    finished = report.is_file() and (folder / CONFIG).is_file()
-    if finished and Report.load(report).settings.get("run") == experiment.digest(run.key):
+    if (folder / CONFIG).is_file() and _is_reported(experiment, run):
         return folder
     experiment.train(run.key)
     return own
+
+
+def _is_reported(experiment: Experiment, run: Run) -> bool:
+    """Whether the folder's report is of this run."""
+    report = experiment.folder / REPORT
+    return report.is_file() and Report.load(report).settings.get("run") == experiment.digest(run.key)
 
 
 def _head(experiment: Experiment, method: str, zero: bool) -> str:
