@@ -49,7 +49,7 @@ from peft_surgical.experiment.choosing import SCORED
 from peft_surgical.experiment.subject import Subject
 from peft_surgical.keys import REPORT
 from peft_surgical.prefix.cached import CachedPrefix
-from peft_surgical.training.trainer import ClassifierTrainer, OneDevice, evaluated
+from peft_surgical.training.trainer import SELECTED_BY, ClassifierTrainer, OneDevice, evaluated
 from peft_surgical.tuner.saving import write_card
 
 
@@ -165,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             args=args,
             train_dataset=cached.datasets[0],
             eval_dataset=cached.datasets[1],
-            compute_metrics=evaluated,
+            compute_metrics=lambda found: {name: x for name, x in evaluated(found).items() if name != SELECTED_BY},
             callbacks=[surgical],
         )
         if args.do_train:
