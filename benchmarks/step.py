@@ -675,7 +675,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for network in args.networks:
         for target in args.targets or NETWORKS[network].targets:
             runs.append(ledger.run(key_of(args, network, target), lambda key: measure(args, key)))
-            found, seconds = ratio(runs[-1].result["training"], "ours", "hand"), runs[-1].result["seconds"]
+            found, seconds = ratio(runs[-1].result["training"], "ours", "hand"), runs[-1].notes["seconds"]
             print(f"{network} {target}: training, ours / hand {shown(found)}; took {seconds:.0f} s", flush=True)
     show(runs, args.markdown)
 

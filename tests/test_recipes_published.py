@@ -50,6 +50,7 @@ from peft_surgical.blocks import parse, resolve  # noqa: E402
 from peft_surgical.choosing.models import logits_of  # noqa: E402
 from peft_surgical.errors import ConfigError, DataError, UnknownTargetError  # noqa: E402
 from peft_surgical.evaluation import Report  # noqa: E402
+from peft_surgical.keys import PRIVATE  # noqa: E402
 from peft_surgical.training.ledger import Ledger  # noqa: E402
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -476,7 +477,7 @@ def finished(process):
 
 def in_the_middle(name, folder):
     """Whether a run is going on: that of the source, or one of several."""
-    place = folder / "source" if name in ("waterbirds", "camelyon17") else folder / "checkpoints"
+    place = folder / ("source" if name in ("waterbirds", "camelyon17") else PRIVATE)
     return any(place.rglob("complete.json"))
 
 

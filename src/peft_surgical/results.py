@@ -84,7 +84,8 @@ def published(folder: Path, page: bool = False) -> Iterator[Path]:
         _refuse_foreign(folder, new)
         record = _record_of(folder)
         # Both, in case the process is killed before or after a file is replaced.
-        record |= {name: [*record.get(name, ())[-1:], sha256] for name, sha256 in new.items()}
+        before = {name: list(record.get(name, ())) for name in new}
+        record |= {name: [*before[name][-1:], sha256] for name, sha256 in new.items() if before[name][-1:] != [sha256]}
         write_atomically(folder / PRIVATE / _RECORD, canonical_json(record))
         commit(stage, folder)
 

@@ -54,21 +54,25 @@ class ReadsDeltas(Special):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuse to replace a tuned tensor: what a caller computes from it has the deltas inside already."""
-        self._check_kept(name)
+        if self._is_for_fsdp(name):
+            # As FSDP does where it finds nn.Module's own __setattr__, which would read base + delta first.
+            self._parameters[name] = value
+            return
         super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:
         """Refuse to take a tuned tensor away, as parametrizations do."""
-        self._check_kept(name)
+        self._is_for_fsdp(name)
         super().__delattr__(name)
 
-    def _check_kept(self, name: str) -> None:
+    def _is_for_fsdp(self, name: str) -> bool:
+        """Whether FSDP replaces a tuned tensor by its shard; an error if somebody else does, but for a state dict."""
         if name not in self.__dict__.get("surgery_links", ()) or self.__dict__.get("_is_replica"):
-            return
+            return False
         caller = sys._getframe(2).f_code
         # A state dict holds the base's own tensors, and so does what FSDP shards.
         if caller.co_name == "_load_from_state_dict" or "fsdp" in caller.co_filename:
-            return
+            return "fsdp" in caller.co_filename
         raise AdapterError(
             f"{name} of {base_class(cast(nn.Module, self)).__name__} is tuned: it reads as base + delta, so what is "
             "put in its place would get the delta a second time. Call merge_and_unload first, and change what it "
