@@ -1,7 +1,9 @@
 """What is behind the page in the browser: uploads, workspaces, runs in a process, and results; no browser here."""
 
+import errno
 import io
 import json
+import os
 import struct
 import sys
 import threading
@@ -198,7 +200,46 @@ def test_what_is_unpacked_stays_in_its_folder_even_through_a_link(tmp_path):
     (tmp_path / "to").mkdir()
     (tmp_path / "to" / "cat").symlink_to(tmp_path)
     with pytest.raises(DataError, match="leads out of the folder"):
-        uploads._write(tmp_path / "to", PurePosixPath("cat/1.png"), b"")
+        uploads._write(tmp_path / "to", PurePosixPath("cat/1.png"), b"", [])
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """A disk on which half of the second file that is written finds room."""
+    written = []
+
+    class Full(io.FileIO):
+        def write(self, content):
+            written.append(self.name)
+            if len(written) < 2:
+                return super().write(content)
+            super().write(content[: len(content) // 2])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    true = Path.open
+    monkeypatch.setattr(Path, "open", lambda self, mode="r", **how: (Full if "x" in mode else true)(self, mode, **how))
+
+
+def test_a_refused_upload_leaves_no_folder_of_its_own(tmp_path):
+    (tmp_path / "1.png").write_bytes(picture())
+    add_images(tmp_path / "to", "cat", [tmp_path / "1.png"], LIMITS)
+    (tmp_path / "to" / "empty").mkdir()
+    limits = UploadLimits(images=2)
+    with pytest.raises(DataError, match="at most 2 images"):
+        add_images(tmp_path / "to", "bird", [tmp_path / "1.png"] * 2, limits)
+    names = ["cat/2.png", "empty/1.png", "train/bird/1.png"]
+    with pytest.raises(DataError, match="at most 2 images"):
+        add_archive(tmp_path / "to", zipped(tmp_path / "a.zip", {name: picture() for name in names}), limits)
+    there = sorted(file.relative_to(tmp_path / "to").as_posix() for file in (tmp_path / "to").rglob("*"))
+    assert there == ["cat", "cat/1.png", "empty"]
+
+
+def test_a_full_disk_leaves_no_half_image(tmp_path, full_disk):
+    names = ["bird/1.png", "train/cat/1.png"]
+    file = zipped(tmp_path / "a.zip", {name: picture() for name in names})
+    with pytest.raises(DataError, match=r"cat/1\.png cannot be kept \(No space left on device\): nothing was added"):
+        add_archive(tmp_path / "to", file, LIMITS)
+    assert list((tmp_path / "to").iterdir()) == []
 
 
 # --- what may be named ---
@@ -322,6 +363,28 @@ def test_a_process_that_dies_is_reported_with_its_last_words(runner, tmp_path):
     until(lambda: runner.status("me").state != "running")
     assert runner.status("me").state == "failed"
     assert "exit code 3. Started again, it goes on. Its last words: out of luck" in runner.status("me").error
+
+
+def test_a_fault_of_the_worker_is_reported_as_the_last_line_of_its_traceback(tmp_path):
+    """In the worker itself, whose thread waits for the end of standard input; and not that of the interpreter's end."""
+    fails = """
+import atexit, sys
+import peft_surgical_app.worker as worker
+
+atexit.register(print, "Fatal Python error: could not acquire lock at interpreter shutdown", file=sys.stderr)
+
+def tune(**arguments):
+    raise RuntimeError("mat1 and mat2 cannot be multiplied")
+
+worker.tune = tune
+worker.work()
+"""
+    runner = Runner(command=(sys.executable, "-c", fails))
+    runner.start("me", "tune", {}, tmp_path / "log")
+    until(lambda: runner.status("me").state != "running", 120)
+    told = "exit code 1. Started again, it goes on. Its last words: RuntimeError: mat1 and mat2 cannot be multiplied"
+    assert runner.status("me").error.endswith(told)
+    assert "Traceback (most recent call last)" in (tmp_path / "log").read_text(encoding="utf-8")
 
 
 def test_a_job_that_takes_too_long_is_stopped(tmp_path):
