@@ -20,6 +20,7 @@ PIL = pytest.importorskip("PIL.Image")
 
 from peft_surgical.errors import ConfigError, DataError  # noqa: E402
 from peft_surgical.experiment.api import plan_tuning, tune  # noqa: E402
+from peft_surgical.training.ledger import Ledger  # noqa: E402
 from peft_surgical.training.progress import Watch  # noqa: E402
 from peft_surgical_app import outcome, uploads  # noqa: E402
 from peft_surgical_app.handlers import Handlers, in_labels, numbers_of, plan_html, status_html  # noqa: E402
@@ -538,7 +539,8 @@ def test_from_upload_to_results(do, tuned, tmp_path):
     assert "2 photographs in 2 folders: fog 1, frost 1" in counts
     assert do.results(visitor) is do.download(visitor) is None
     do.start(visitor, "tune", *FIELDS)
-    until(lambda: do.status(visitor).state == "done")
+    until(lambda: do.runner._process is None)
+    assert do.status(visitor).state == "done"
     assert "<li>block1</li>" in plan_html(do.status(visitor))
     _, output = do.workspaces.of(visitor).last()
     output.parent.mkdir()
@@ -551,7 +553,8 @@ def test_from_upload_to_results(do, tuned, tmp_path):
     with pytest.raises(DataError, match="a run is reading these photographs"):
         do.clear(visitor)
     do.stop(visitor)
-    until(lambda: do.status(visitor).state == "stopped")
+    until(lambda: do.runner._process is None)
+    assert do.status(visitor).state == "stopped"
     with pytest.raises(ConfigError, match="give a token of the Hub"):
         do.push(visitor, "me/x", "mit", "", True, "")
     assert "No photographs yet" in do.clear(visitor)[1]
@@ -568,6 +571,46 @@ def test_the_same_settings_go_on_in_the_same_folder_and_others_do_not(do, tmp_pa
         until(lambda: do.runner._process is None)
         places.append(do.workspaces.of(visitor).last()[1])
     assert places[0] == places[1] != places[2]
+
+
+def test_other_photographs_are_tuned_on_in_another_folder(do, tmp_path):
+    visitor = do.workspaces.of("").token
+    (tmp_path / "1.png").write_bytes(picture())
+    do.add_images(visitor, "cat", [str(tmp_path / "1.png")])
+
+    def started():
+        do.start(visitor, "tune", *FIELDS)
+        until(lambda: do.runner._process is None)
+        return do.workspaces.of(visitor).last()[1]
+
+    first = started()
+    how = {"seed": 0, "method": "block1", "lr": 1e-3}
+    Ledger(first / outcome.LEDGER).append(how, {"validation": 0.5, "cost": 8})
+    assert "block1 at 0.001" in do.candidates(visitor)
+    assert started() == first
+    do.add_images(visitor, "cat", [str(tmp_path / "1.png")])
+    second = started()
+    assert second != first
+    assert do.candidates(visitor) == ""
+    do.clear(visitor)
+    (tmp_path / "1.png").write_bytes(picture((1, 2, 3)))
+    for _ in range(2):  # of the same names
+        do.add_images(visitor, "cat", [str(tmp_path / "1.png")])
+    assert started() not in (first, second)
+
+
+def test_where_nothing_was_tuned_there_is_nothing_to_compare_or_push(do, tmp_path):
+    visitor = do.workspaces.of("").token
+    data = photographs(tmp_path / "p")
+    tune("test_resnet", data, "none", output=tmp_path / "out", watch=Watch(), weights="random", cpu=True)
+    do.workspaces.of(visitor).remember(data, tmp_path / "out")
+    assert "there is no adapter" in do.results(visitor)
+    assert do.download(visitor) is None
+    (tmp_path / "1.png").write_bytes(picture())
+    with pytest.raises(DataError, match=r"nothing was tuned.*there is no adapter to compare or push"):
+        do.compare(visitor, str(tmp_path / "1.png"))
+    with pytest.raises(DataError, match="nothing was tuned"):
+        do.push(visitor, "me/x", "mit", "", True, "hf_x")
 
 
 @pytest.mark.parametrize(

@@ -144,8 +144,13 @@ def test_from_the_upload_to_the_downloaded_adapter(served, opened, tmp_path):
     report = Report.load(tmp_path / "adapter" / "report.json")
     base = load_base(report.model, **report.settings["open"])
     assert PeftModel.from_pretrained(base.model, tmp_path / "adapter").peft_config["default"].target == "block1"
-    page.reload()  # the same visitor finds the result again
+    page.reload()  # the same visitor finds the result again, also where a plan was the last that was asked for
     page.get_by_text("Which class is taken for which").wait_for()
+    page.get_by_role("button", name="Show the plan").click()
+    page.get_by_text("The plan is ready").wait_for()
+    page.reload()
+    page.get_by_text("Which class is taken for which").wait_for()
+    page.get_by_text("Download the adapter (zip)").wait_for()
     page.get_by_role("button", name="Compare base and tuned").click()
     with zipfile.ZipFile(served[1]) as archive:
         image = archive.extract(archive.namelist()[0], tmp_path)
