@@ -13,17 +13,23 @@ import zlib
 from pathlib import Path, PurePosixPath
 
 import pytest
+from hub_server import READ, hub  # noqa: F401 (a fixture)
+from huggingface_hub import constants
 
 pytest.importorskip("datasets")
-pytest.importorskip("timm")
+timm = pytest.importorskip("timm")
 PIL = pytest.importorskip("PIL.Image")
 
+from timm.models import save_for_hf  # noqa: E402
+
+from peft_surgical.bases import load_base  # noqa: E402
 from peft_surgical.errors import ConfigError, DataError  # noqa: E402
 from peft_surgical.experiment.api import plan_tuning, tune  # noqa: E402
 from peft_surgical.training.ledger import Ledger  # noqa: E402
 from peft_surgical.training.progress import Watch  # noqa: E402
 from peft_surgical_app import outcome, uploads  # noqa: E402
 from peft_surgical_app.handlers import Handlers, in_labels, numbers_of, plan_html, status_html  # noqa: E402
+from peft_surgical_app.login import forget_login  # noqa: E402
 from peft_surgical_app.runner import Runner, RunStatus  # noqa: E402
 from peft_surgical_app.uploads import UploadLimits, add_archive, add_images, class_counts, read_image  # noqa: E402
 from peft_surgical_app.worker import carry_out  # noqa: E402
@@ -631,6 +637,53 @@ def test_what_cannot_be_done_is_refused_before_a_process_is_started(do, tmp_path
     with pytest.raises((ConfigError, DataError), match=says):
         do.start(visitor, "tune", *fields)
     assert do.status(visitor) is None
+
+
+@pytest.fixture
+def logged_in(monkeypatch, tmp_path):
+    """A machine with a login of the Hub, in the environment and in a file, whatever becomes of them in a test."""
+    (tmp_path / "token").write_text(READ, encoding="utf-8")
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.setenv(name, READ)
+    monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setenv("HF_HUB_DISABLE_IMPLICIT_TOKEN", "")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+
+
+def test_without_its_login_this_machine_opens_no_private_network(hub, logged_in, tmp_path):  # noqa: F811
+    save_for_hf(timm.create_model("test_resnet", num_classes=2), tmp_path / "base", safe_serialization=True)
+    files = {file.name: file.read_bytes() for file in (tmp_path / "base").iterdir()}
+    hub.add("lab/secret", files, private=True)
+    hub.add("lab/public", files)
+    assert load_base("lab/secret").classes == 2  # and is in the cache from now on
+    forget_login()
+    with pytest.raises(DataError, match="lab/secret"):
+        load_base("lab/secret")
+    assert load_base("lab/public").classes == 2
+
+
+def test_without_its_login_this_machine_hands_no_token_to_the_worker(logged_in, tmp_path):
+    shows = """
+import json, os, sys
+from huggingface_hub import constants
+from huggingface_hub.utils import build_hf_headers
+sys.stdin.readline()
+print(json.dumps({"plan": build_hf_headers().get("authorization", "none")}), flush=True)
+print(json.dumps({"line": f"{'HF_TOKEN' in os.environ} {os.path.basename(constants.HF_HUB_CACHE)}"}), flush=True)
+print(json.dumps({"ended": "done"}), flush=True)
+"""
+    runner = Runner(command=(sys.executable, "-c", shows))
+
+    def sent():
+        runner.start("me", "plan", {}, tmp_path / "log")
+        until(lambda: runner._process is None)
+        return runner.status("me").plan, runner.status("me").lines
+
+    assert sent() == (f"Bearer {READ}", ("True cache",))
+    forget_login()
+    assert sent() == ("none", ("False cache-public",))
 
 
 def test_rates_are_typed_with_commas_or_blanks():

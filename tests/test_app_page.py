@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -24,6 +25,8 @@ from peft import PeftModel  # noqa: E402
 
 from peft_surgical.bases import load_base, save_checkpoint  # noqa: E402
 from peft_surgical.evaluation import Report  # noqa: E402
+from peft_surgical_app import page as page_module  # noqa: E402
+from peft_surgical_app.workspace import AppSettings  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 SPACE = ROOT / "recipes" / "space"
@@ -162,6 +165,18 @@ def test_from_the_upload_to_the_downloaded_adapter(served, opened, tmp_path):
     assert "Which class is taken for which" not in stranger.content()
     elsewhere = [url for url in asked if not url.startswith((served[0], "data:", "blob:"))]
     assert elsewhere == []
+
+
+@pytest.mark.parametrize("own_login", [True, False])
+def test_who_serves_others_lends_no_login(tmp_path, monkeypatch, own_login):
+    forgot = []
+    monkeypatch.setattr(page_module, "forget_login", lambda: forgot.append(True))
+    nothing = SimpleNamespace(block_thread=lambda: None, close=lambda: None)
+    monkeypatch.setattr(page_module, "build_page", lambda *given: (nothing, SimpleNamespace(runner=nothing)))
+    monkeypatch.setattr(page_module, "launch", lambda *page, **how: ("", "", ""))
+    monkeypatch.setattr(os, "environ", {**os.environ})
+    page_module.serve_page(AppSettings(tmp_path, own_login=own_login))
+    assert bool(forgot) is not own_login
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ import gradio as gr
 from peft_surgical.errors import SurgicalError
 
 from .handlers import LICENSES, TARGETS, Handlers, news_html, plan_html, problem_html, status_html, uploads_html
+from .login import forget_login
 from .runner import DONE, RUNNING, RunStatus
 from .workspace import AppSettings
 
@@ -230,6 +231,8 @@ def serve_page(
         port: None for the first free one from 7860 on.
         show: Whether to open the page in the browser.
     """
+    if not settings.own_login:
+        forget_login()
     with tempfile.TemporaryDirectory(prefix="peft-surgical-page-") as cache:
         os.environ |= {"GRADIO_TEMP_DIR": cache, "GRADIO_ANALYTICS_ENABLED": "False"}
         page, do = build_page(settings, Path(cache))

@@ -43,7 +43,7 @@ class AppSettings:
         folders: A folder of this machine below which photographs and networks may be named by their path; None for
             none.
         limits: How much a visitor may send.
-        own_login: Whether the Hub's token of this machine is used where none is typed.
+        own_login: Whether the Hub's token of this machine is used where none is typed: to read networks, and to push.
         minutes: How long a run may take; None for as long as it needs.
         hours: After how long without use a visitor's files are removed; None keeps them.
     """
