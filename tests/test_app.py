@@ -1,7 +1,9 @@
 """What is behind the page in the browser: uploads, workspaces, runs in a process, and results; no browser here."""
 
+import errno
 import io
 import json
+import os
 import struct
 import sys
 import threading
@@ -11,16 +13,23 @@ import zlib
 from pathlib import Path, PurePosixPath
 
 import pytest
+from hub_server import READ, hub  # noqa: F401 (a fixture)
+from huggingface_hub import constants
 
 pytest.importorskip("datasets")
-pytest.importorskip("timm")
+timm = pytest.importorskip("timm")
 PIL = pytest.importorskip("PIL.Image")
 
+from timm.models import save_for_hf  # noqa: E402
+
+from peft_surgical.bases import load_base  # noqa: E402
 from peft_surgical.errors import ConfigError, DataError  # noqa: E402
 from peft_surgical.experiment.api import plan_tuning, tune  # noqa: E402
+from peft_surgical.training.ledger import Ledger  # noqa: E402
 from peft_surgical.training.progress import Watch  # noqa: E402
 from peft_surgical_app import outcome, uploads  # noqa: E402
 from peft_surgical_app.handlers import Handlers, in_labels, numbers_of, plan_html, status_html  # noqa: E402
+from peft_surgical_app.login import forget_login  # noqa: E402
 from peft_surgical_app.runner import Runner, RunStatus  # noqa: E402
 from peft_surgical_app.uploads import UploadLimits, add_archive, add_images, class_counts, read_image  # noqa: E402
 from peft_surgical_app.worker import carry_out  # noqa: E402
@@ -198,7 +207,46 @@ def test_what_is_unpacked_stays_in_its_folder_even_through_a_link(tmp_path):
     (tmp_path / "to").mkdir()
     (tmp_path / "to" / "cat").symlink_to(tmp_path)
     with pytest.raises(DataError, match="leads out of the folder"):
-        uploads._write(tmp_path / "to", PurePosixPath("cat/1.png"), b"")
+        uploads._write(tmp_path / "to", PurePosixPath("cat/1.png"), b"", [])
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """A disk on which half of the second file that is written finds room."""
+    written = []
+
+    class Full(io.FileIO):
+        def write(self, content):
+            written.append(self.name)
+            if len(written) < 2:
+                return super().write(content)
+            super().write(content[: len(content) // 2])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    true = Path.open
+    monkeypatch.setattr(Path, "open", lambda self, mode="r", **how: (Full if "x" in mode else true)(self, mode, **how))
+
+
+def test_a_refused_upload_leaves_no_folder_of_its_own(tmp_path):
+    (tmp_path / "1.png").write_bytes(picture())
+    add_images(tmp_path / "to", "cat", [tmp_path / "1.png"], LIMITS)
+    (tmp_path / "to" / "empty").mkdir()
+    limits = UploadLimits(images=2)
+    with pytest.raises(DataError, match="at most 2 images"):
+        add_images(tmp_path / "to", "bird", [tmp_path / "1.png"] * 2, limits)
+    names = ["cat/2.png", "empty/1.png", "train/bird/1.png"]
+    with pytest.raises(DataError, match="at most 2 images"):
+        add_archive(tmp_path / "to", zipped(tmp_path / "a.zip", {name: picture() for name in names}), limits)
+    there = sorted(file.relative_to(tmp_path / "to").as_posix() for file in (tmp_path / "to").rglob("*"))
+    assert there == ["cat", "cat/1.png", "empty"]
+
+
+def test_a_full_disk_leaves_no_half_image(tmp_path, full_disk):
+    names = ["bird/1.png", "train/cat/1.png"]
+    file = zipped(tmp_path / "a.zip", {name: picture() for name in names})
+    with pytest.raises(DataError, match=r"cat/1\.png cannot be kept \(No space left on device\): nothing was added"):
+        add_archive(tmp_path / "to", file, LIMITS)
+    assert list((tmp_path / "to").iterdir()) == []
 
 
 # --- what may be named ---
@@ -322,6 +370,28 @@ def test_a_process_that_dies_is_reported_with_its_last_words(runner, tmp_path):
     until(lambda: runner.status("me").state != "running")
     assert runner.status("me").state == "failed"
     assert "exit code 3. Started again, it goes on. Its last words: out of luck" in runner.status("me").error
+
+
+def test_a_fault_of_the_worker_is_reported_as_the_last_line_of_its_traceback(tmp_path):
+    """In the worker itself, whose thread waits for the end of standard input; and not that of the interpreter's end."""
+    fails = """
+import atexit, sys
+import peft_surgical_app.worker as worker
+
+atexit.register(print, "Fatal Python error: could not acquire lock at interpreter shutdown", file=sys.stderr)
+
+def tune(**arguments):
+    raise RuntimeError("mat1 and mat2 cannot be multiplied")
+
+worker.tune = tune
+worker.work()
+"""
+    runner = Runner(command=(sys.executable, "-c", fails))
+    runner.start("me", "tune", {}, tmp_path / "log")
+    until(lambda: runner.status("me").state != "running", 120)
+    told = "exit code 1. Started again, it goes on. Its last words: RuntimeError: mat1 and mat2 cannot be multiplied"
+    assert runner.status("me").error.endswith(told)
+    assert "Traceback (most recent call last)" in (tmp_path / "log").read_text(encoding="utf-8")
 
 
 def test_a_job_that_takes_too_long_is_stopped(tmp_path):
@@ -475,7 +545,8 @@ def test_from_upload_to_results(do, tuned, tmp_path):
     assert "2 photographs in 2 folders: fog 1, frost 1" in counts
     assert do.results(visitor) is do.download(visitor) is None
     do.start(visitor, "tune", *FIELDS)
-    until(lambda: do.status(visitor).state == "done")
+    until(lambda: do.runner._process is None)
+    assert do.status(visitor).state == "done"
     assert "<li>block1</li>" in plan_html(do.status(visitor))
     _, output = do.workspaces.of(visitor).last()
     output.parent.mkdir()
@@ -488,7 +559,8 @@ def test_from_upload_to_results(do, tuned, tmp_path):
     with pytest.raises(DataError, match="a run is reading these photographs"):
         do.clear(visitor)
     do.stop(visitor)
-    until(lambda: do.status(visitor).state == "stopped")
+    until(lambda: do.runner._process is None)
+    assert do.status(visitor).state == "stopped"
     with pytest.raises(ConfigError, match="give a token of the Hub"):
         do.push(visitor, "me/x", "mit", "", True, "")
     assert "No photographs yet" in do.clear(visitor)[1]
@@ -505,6 +577,46 @@ def test_the_same_settings_go_on_in_the_same_folder_and_others_do_not(do, tmp_pa
         until(lambda: do.runner._process is None)
         places.append(do.workspaces.of(visitor).last()[1])
     assert places[0] == places[1] != places[2]
+
+
+def test_other_photographs_are_tuned_on_in_another_folder(do, tmp_path):
+    visitor = do.workspaces.of("").token
+    (tmp_path / "1.png").write_bytes(picture())
+    do.add_images(visitor, "cat", [str(tmp_path / "1.png")])
+
+    def started():
+        do.start(visitor, "tune", *FIELDS)
+        until(lambda: do.runner._process is None)
+        return do.workspaces.of(visitor).last()[1]
+
+    first = started()
+    how = {"seed": 0, "method": "block1", "lr": 1e-3}
+    Ledger(first / outcome.LEDGER).append(how, {"validation": 0.5, "cost": 8})
+    assert "block1 at 0.001" in do.candidates(visitor)
+    assert started() == first
+    do.add_images(visitor, "cat", [str(tmp_path / "1.png")])
+    second = started()
+    assert second != first
+    assert do.candidates(visitor) == ""
+    do.clear(visitor)
+    (tmp_path / "1.png").write_bytes(picture((1, 2, 3)))
+    for _ in range(2):  # of the same names
+        do.add_images(visitor, "cat", [str(tmp_path / "1.png")])
+    assert started() not in (first, second)
+
+
+def test_where_nothing_was_tuned_there_is_nothing_to_compare_or_push(do, tmp_path):
+    visitor = do.workspaces.of("").token
+    data = photographs(tmp_path / "p")
+    tune("test_resnet", data, "none", output=tmp_path / "out", watch=Watch(), weights="random", cpu=True)
+    do.workspaces.of(visitor).remember(data, tmp_path / "out")
+    assert "there is no adapter" in do.results(visitor)
+    assert do.download(visitor) is None
+    (tmp_path / "1.png").write_bytes(picture())
+    with pytest.raises(DataError, match=r"nothing was tuned.*there is no adapter to compare or push"):
+        do.compare(visitor, str(tmp_path / "1.png"))
+    with pytest.raises(DataError, match="nothing was tuned"):
+        do.push(visitor, "me/x", "mit", "", True, "hf_x")
 
 
 @pytest.mark.parametrize(
@@ -525,6 +637,53 @@ def test_what_cannot_be_done_is_refused_before_a_process_is_started(do, tmp_path
     with pytest.raises((ConfigError, DataError), match=says):
         do.start(visitor, "tune", *fields)
     assert do.status(visitor) is None
+
+
+@pytest.fixture
+def logged_in(monkeypatch, tmp_path):
+    """A machine with a login of the Hub, in the environment and in a file, whatever becomes of them in a test."""
+    (tmp_path / "token").write_text(READ, encoding="utf-8")
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.setenv(name, READ)
+    monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setenv("HF_HUB_DISABLE_IMPLICIT_TOKEN", "")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+
+
+def test_without_its_login_this_machine_opens_no_private_network(hub, logged_in, tmp_path):  # noqa: F811
+    save_for_hf(timm.create_model("test_resnet", num_classes=2), tmp_path / "base", safe_serialization=True)
+    files = {file.name: file.read_bytes() for file in (tmp_path / "base").iterdir()}
+    hub.add("lab/secret", files, private=True)
+    hub.add("lab/public", files)
+    assert load_base("lab/secret").classes == 2  # and is in the cache from now on
+    forget_login()
+    with pytest.raises(DataError, match="lab/secret"):
+        load_base("lab/secret")
+    assert load_base("lab/public").classes == 2
+
+
+def test_without_its_login_this_machine_hands_no_token_to_the_worker(logged_in, tmp_path):
+    shows = """
+import json, os, sys
+from huggingface_hub import constants
+from huggingface_hub.utils import build_hf_headers
+sys.stdin.readline()
+print(json.dumps({"plan": build_hf_headers().get("authorization", "none")}), flush=True)
+print(json.dumps({"line": f"{'HF_TOKEN' in os.environ} {os.path.basename(constants.HF_HUB_CACHE)}"}), flush=True)
+print(json.dumps({"ended": "done"}), flush=True)
+"""
+    runner = Runner(command=(sys.executable, "-c", shows))
+
+    def sent():
+        runner.start("me", "plan", {}, tmp_path / "log")
+        until(lambda: runner._process is None)
+        return runner.status("me").plan, runner.status("me").lines
+
+    assert sent() == (f"Bearer {READ}", ("True cache",))
+    forget_login()
+    assert sent() == ("none", ("False cache-public",))
 
 
 def test_rates_are_typed_with_commas_or_blanks():

@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -24,6 +25,8 @@ from peft import PeftModel  # noqa: E402
 
 from peft_surgical.bases import load_base, save_checkpoint  # noqa: E402
 from peft_surgical.evaluation import Report  # noqa: E402
+from peft_surgical_app import page as page_module  # noqa: E402
+from peft_surgical_app.workspace import AppSettings  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 SPACE = ROOT / "recipes" / "space"
@@ -144,8 +147,13 @@ def test_from_the_upload_to_the_downloaded_adapter(served, opened, tmp_path):
     report = Report.load(tmp_path / "adapter" / "report.json")
     base = load_base(report.model, **report.settings["open"])
     assert PeftModel.from_pretrained(base.model, tmp_path / "adapter").peft_config["default"].target == "block1"
-    page.reload()  # the same visitor finds the result again
+    page.reload()  # the same visitor finds the result again, also where a plan was the last that was asked for
     page.get_by_text("Which class is taken for which").wait_for()
+    page.get_by_role("button", name="Show the plan").click()
+    page.get_by_text("The plan is ready").wait_for()
+    page.reload()
+    page.get_by_text("Which class is taken for which").wait_for()
+    page.get_by_text("Download the adapter (zip)").wait_for()
     page.get_by_role("button", name="Compare base and tuned").click()
     with zipfile.ZipFile(served[1]) as archive:
         image = archive.extract(archive.namelist()[0], tmp_path)
@@ -157,6 +165,18 @@ def test_from_the_upload_to_the_downloaded_adapter(served, opened, tmp_path):
     assert "Which class is taken for which" not in stranger.content()
     elsewhere = [url for url in asked if not url.startswith((served[0], "data:", "blob:"))]
     assert elsewhere == []
+
+
+@pytest.mark.parametrize("own_login", [True, False])
+def test_who_serves_others_lends_no_login(tmp_path, monkeypatch, own_login):
+    forgot = []
+    monkeypatch.setattr(page_module, "forget_login", lambda: forgot.append(True))
+    nothing = SimpleNamespace(block_thread=lambda: None, close=lambda: None)
+    monkeypatch.setattr(page_module, "build_page", lambda *given: (nothing, SimpleNamespace(runner=nothing)))
+    monkeypatch.setattr(page_module, "launch", lambda *page, **how: ("", "", ""))
+    monkeypatch.setattr(os, "environ", {**os.environ})
+    page_module.serve_page(AppSettings(tmp_path, own_login=own_login))
+    assert bool(forgot) is not own_login
 
 
 @pytest.mark.slow

@@ -215,7 +215,7 @@ class Handlers:
     def download(self, token: str) -> str | None:
         """The zip file of the adapter; None where there is no adapter."""
         found = self._of(token).finished()
-        if found is None or Report.load(found[1] / REPORT).target == "none":
+        if found is None or not _has_adapter(found[1]):
             return None
         place = Path(tempfile.mkdtemp(dir=self.cache))
         return str(outcome.zip_adapter(found[1], place / "adapter.zip"))
@@ -225,11 +225,11 @@ class Handlers:
         if image is None:
             raise DataError("there is no image to compare on: choose one")
         read = read_image(Path(image), self.settings.limits)
-        return self.predictor.compare_html(self._finished(token), read)
+        return self.predictor.compare_html(self._adapter(token), read)
 
     def push(self, token: str, repo: str, license: str, datasets: str, private: bool, key: str) -> str:
         """Push the adapter to the Hub."""
-        folder = self._finished(token)
+        folder = self._adapter(token)
         if not key and not self.settings.own_login:
             raise ConfigError("give a token of the Hub that may write to the repository; it is used once, and not kept")
         named = [one for one in datasets.replace(",", " ").split() if one]
@@ -246,14 +246,27 @@ class Handlers:
     def _of(self, token: str) -> Workspace:
         return self.workspaces.of(token)
 
-    def _finished(self, token: str) -> Path:
+    def _adapter(self, token: str) -> Path:
+        """The folder of the adapter of a finished run.
+
+        Raises:
+            DataError: No run has ended, or not to tune was best.
+        """
         found = self._of(token).finished()
         if found is None:
             raise DataError("there is no finished run yet: tune first")
+        if not _has_adapter(found[1]):
+            raise DataError(
+                "nothing was tuned, because not to tune validates best: there is no adapter to compare or push"
+            )
         return found[1]
 
     def _received(self, token: str, found: Received) -> tuple[str, str]:
         return news_html(str(found)), uploads_html(self._of(token))
+
+
+def _has_adapter(folder: Path) -> bool:
+    return Report.load(folder / REPORT).target != "none"
 
 
 def _whole(label: str, value: float, least: int = 1) -> int:

@@ -14,7 +14,8 @@ import gradio as gr
 from peft_surgical.errors import SurgicalError
 
 from .handlers import LICENSES, TARGETS, Handlers, news_html, plan_html, problem_html, status_html, uploads_html
-from .runner import RUNNING, RunStatus
+from .login import forget_login
+from .runner import DONE, RUNNING, RunStatus
 from .workspace import AppSettings
 
 TITLE = "Surgical fine-tuning"
@@ -147,8 +148,12 @@ def build_page(settings: AppSettings, cache: Path) -> tuple[gr.Blocks, Handlers]
 
         def progress(visitor: str) -> dict[Any, Any]:
             now = do.status(visitor)
+            ended = now is not None and now.kind == "tune" and now.state != RUNNING
+            return progress_of(visitor, now) | (outcome_of(visitor, now) if ended else {})
+
+        def progress_of(visitor: str, now: RunStatus | None) -> dict[Any, Any]:
             busy = now is not None and now.state == RUNNING
-            update = {
+            return {
                 status: status_html(now),
                 plan: plan_html(now),
                 candidates: do.candidates(visitor) if now is not None and now.kind == "tune" and busy else "",
@@ -158,18 +163,19 @@ def build_page(settings: AppSettings, cache: Path) -> tuple[gr.Blocks, Handlers]
                 stop: gr.Button(interactive=busy),
                 timer: gr.Timer(active=busy),
             }
-            return update if busy else update | outcome_of(visitor, now)
 
         def outcome_of(visitor: str, now: RunStatus | None) -> dict[Any, Any]:
-            if now is not None and (now.kind, now.state) != ("tune", "done"):
-                return {found: gr.Column(visible=False)} if now.kind == "tune" else {}
+            if now is not None and now.kind == "tune" and now.state != DONE:
+                return {found: gr.Column(visible=False)}
             shown, file = do.results(visitor), do.download(visitor)
             there = gr.DownloadButton(value=file, visible=file is not None)
             return {found: gr.Column(visible=shown is not None), results: shown or "", download: there}
 
         def opened(visitor: str) -> dict[Any, Any]:
             workspace = do.workspaces.of(visitor)
-            return {token: workspace.token, uploaded: uploads_html(workspace), **progress(workspace.token)}
+            now = do.status(workspace.token)
+            seen = progress_of(workspace.token, now) | outcome_of(workspace.token, now)
+            return {token: workspace.token, uploaded: uploads_html(workspace), **seen}
 
         def begin(kind: str, visitor: str, *values: Any) -> dict[Any, Any]:
             try:
@@ -225,6 +231,8 @@ def serve_page(
         port: None for the first free one from 7860 on.
         show: Whether to open the page in the browser.
     """
+    if not settings.own_login:
+        forget_login()
     with tempfile.TemporaryDirectory(prefix="peft-surgical-page-") as cache:
         os.environ |= {"GRADIO_TEMP_DIR": cache, "GRADIO_ANALYTICS_ENABLED": "False"}
         page, do = build_page(settings, Path(cache))

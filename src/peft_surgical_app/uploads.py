@@ -6,6 +6,7 @@ folder that is given. So there is nothing in that folder that could be read as a
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import re
@@ -139,11 +140,12 @@ _SPLIT_NAMES = {name for names in SPLITS.values() for name in names}
 def _keep(folder: Path, found: Iterable[tuple[PurePosixPath, bytes | str]], limits: UploadLimits) -> Received:
     """Write what is an image; contents that are texts say why there is none.
 
-    All or nothing: where the limits are exceeded, what was added here is removed again.
+    All or nothing: where one cannot be kept, or the limits are exceeded, what was made here is removed again.
     """
     own = [file for file in folder.rglob("*") if file.is_file()] if folder.is_dir() else []
     count, size = len(own), sum(file.stat().st_size for file in own)
-    added: list[Path] = []
+    before = count
+    made: list[Path] = []
     left_out: list[str] = []
     try:
         for place, content in found:
@@ -157,25 +159,36 @@ def _keep(folder: Path, found: Iterable[tuple[PurePosixPath, bytes | str]], limi
             count, size = count + 1, size + len(content)
             if count > limits.images or size > limits.total_bytes:
                 raise DataError(f"these are too many or too large images: {_most(limits)}")
-            added.append(_write(folder, place, content))
+            try:
+                _write(folder, place, content, made)
+            except OSError as error:
+                raise DataError(f"{place} cannot be kept ({error.strerror}): nothing was added") from error
     except BaseException:
-        for file in added:
-            file.unlink()
+        for path in reversed(made):
+            with contextlib.suppress(OSError):  # a folder in which there is something else by now
+                path.rmdir() if path.is_dir() else path.unlink()
         raise
-    return Received(len(added), tuple(left_out))
+    return Received(count - before, tuple(left_out))
 
 
-def _write(folder: Path, place: PurePosixPath, content: bytes) -> Path:
+def _write(folder: Path, place: PurePosixPath, content: bytes, made: list[Path]) -> None:
+    """Write a file; what is made for it below the folder is added to ``made``, also where it fails."""
     target = folder.joinpath(*place.parts)
-    target.parent.mkdir(parents=True, exist_ok=True)
     if not target.resolve().is_relative_to(folder.resolve()):  # cannot be, after `_place`
         raise DataError(f"{place} leads out of the folder: nothing was kept")
+    folder.mkdir(parents=True, exist_ok=True)
+    for depth in range(1, len(place.parts)):
+        parent = folder.joinpath(*place.parts[:depth])
+        with contextlib.suppress(FileExistsError):
+            parent.mkdir()
+            made.append(parent)
     number = 1
     while True:
         try:
             with target.open("xb") as out:
+                made.append(target)
                 out.write(content)
-            return target
+            return
         except FileExistsError:  # another image of the same name
             number += 1
             target = target.with_name(f"{place.stem}-{number}{place.suffix}")

@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
@@ -112,10 +113,16 @@ def work() -> None:
 
     job = json.loads(sys.stdin.readline())
     threading.Thread(target=_stop_at_end, args=(sys.stdin,), daemon=True).start()
-    with contextlib.suppress(BrokenPipeError):  # nobody listens any more
+    code = 0
+    try:
         carry_out(job, tell)
-        out.flush()
-    os._exit(0)  # the thread that waits for the end of the stream would keep the interpreter from ending
+    except BrokenPipeError:  # nobody listens any more
+        pass
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        code = 1
+    os._exit(code)  # the interpreter's own ending may wait for the thread, and write behind the traceback
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ class AppSettings:
         folders: A folder of this machine below which photographs and networks may be named by their path; None for
             none.
         limits: How much a visitor may send.
-        own_login: Whether the Hub's token of this machine is used where none is typed.
+        own_login: Whether the Hub's token of this machine is used where none is typed: to read networks, and to push.
         minutes: How long a run may take; None for as long as it needs.
         hours: After how long without use a visitor's files are removed; None keeps them.
     """
@@ -120,9 +120,13 @@ class Workspace:
         return self.place / "log.txt"
 
     def output(self, arguments: Mapping[str, Any]) -> Path:
-        """The folder of a run; the same for the same arguments, so that a run that was stopped goes on."""
-        digest = hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).hexdigest()[:12]
-        return self.place / "runs" / digest
+        """The folder of a run, by its arguments and by the photographs in the folder that they name as ``data``.
+
+        It is the same for the same photographs, so that a run that was stopped goes on; and another one for others, so
+        that nothing is shown beside what older photographs left.
+        """
+        what = json.dumps([arguments, _contents(Path(arguments["data"]))], sort_keys=True)
+        return self.place / "runs" / hashlib.sha256(what.encode()).hexdigest()[:12]
 
     def remember(self, data: Path, output: Path) -> None:
         """Note which run was started last."""
@@ -140,6 +144,12 @@ class Workspace:
         """The same, if that run has ended with a report."""
         found = self.last()
         return found if found is not None and (found[1] / REPORT).is_file() else None
+
+
+def _contents(folder: Path) -> list[tuple[str, int, int]]:
+    """Name, size and time of change of each file in a folder: reading them all could take minutes."""
+    files = ((file.relative_to(folder), file.stat()) for file in sorted(folder.rglob("*")) if file.is_file())
+    return [(name.as_posix(), about.st_size, about.st_mtime_ns) for name, about in files]
 
 
 class Workspaces:
