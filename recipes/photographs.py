@@ -176,7 +176,12 @@ def study(args: argparse.Namespace, rows: Ledger, task: str, per_class: int) -> 
         seed = run.key["seed"]
         network: Any = experiment.base(seed).model
         if run.key["method"] != NONE:
-            network = experiment.load(experiment.adapter(run.key), network)
+            if not (place := experiment.adapter(run.key)).is_dir():
+                raise DataError(
+                    f"{args.rows} has no row of {run.key['method']} with seed {seed}, and {args.output}, which is finished, "
+                    "no longer has its adapter: name the --rows that it wrote, or another --output"
+                )
+            network = experiment.load(place, network)
         kept, _ = source_accuracy(PROTOCOL, experiment, network, seed)
         return {"n": len(experiment.rows("test", seed)), "source": kept}
 

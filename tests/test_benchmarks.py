@@ -285,7 +285,7 @@ def test_step_measures_resumes_and_redraws(tmp_path):
         assert {name: len(times) for name, times in result["training"].items()} == dict.fromkeys(
             ("ours", "hand", "peft", "lora", "full"), 6
         )
-        assert set(result["inference"]) == {"ours", "hand", "peft", "lora", "merged"}
+        assert set(result["inference"]) == {"ours", "hand", "peft", "merged"}
         # The deltas come on top of the base, and nothing else does.
         assert 0 <= result["memory"]["ours"] - result["memory"]["hand"] <= 3 * 4 * result["trained"]
         assert 4 * result["trained"] <= result["bytes"]["ours"] <= 4 * result["trained"] + 16384

@@ -1204,6 +1204,9 @@ def test_two_processes_share_a_comparison(place, tmp_path):
     together, own = (re.sub(r" \d+\.\d (-|-?\d+%) ", r" seconds \1 ", re.sub(" +", " ", text)) for text in texts)
     assert together == own
     assert together.count("seconds") > 3
-    runs = [sorted(map(str, Ledger(tmp_path / name / "ledger.jsonl"))) for name in ("one", "two")]
+    runs = [
+        sorted(str((run.key, run.result)) for run in Ledger(tmp_path / name / "ledger.jsonl"))
+        for name in ("one", "two")
+    ]
     assert runs[0] == runs[1]
     assert (tmp_path / "two" / "ledger.jsonl").read_bytes().count(b"\n") == len(runs[0])  # nothing was done twice

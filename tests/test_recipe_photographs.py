@@ -151,6 +151,8 @@ def test_a_short_study_leaves_rows_and_tables(recipe, place, tmp_path, capsys):
     for found in rows.values():
         assert found["n"] == 30
         assert 0 <= found["source"] <= 1
+    with pytest.raises(DataError, match=r"no longer has its adapter: name the --rows that it wrote, or another --out"):
+        recipe.main([*asked, "--rows", str(tmp_path / "others.jsonl")])
     before = (tmp_path / "rows.jsonl").read_bytes()
     recipe.main(asked)
     assert (tmp_path / "rows.jsonl").read_bytes() == before

@@ -71,13 +71,13 @@ class Together:
         first = PartialState().is_main_process
         runs = []
         for key in keys:
-            (result,) = broadcast_object_list([ledger.find(key) if first else None])
-            if result is None:
+            (run,) = broadcast_object_list([ledger.find_run(key) if first else None])
+            if run is None:
                 own = fit(dict(key))
                 if first:
                     ledger.append(key, own)
-                (result,) = broadcast_object_list([ledger.find(key) if first else None])
-            runs.append(Run(dict(key), result or {}))
+                (run,) = broadcast_object_list([ledger.find_run(key) if first else None])
+            runs.append(run or Run(dict(key), {}))
         return runs
 
 

@@ -91,18 +91,21 @@ class Ledger:
         return [run for run in self._read().values() if all(run.key.get(k, missing) == v for k, v in settings.items())]
 
     def find(self, key: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The result that was last added for exactly this key, or None.
+        """The result of `find_run`, or None."""
+        run = self.find_run(key)
+        return None if run is None else run.result
+
+    def find_run(self, key: Mapping[str, Any]) -> Run | None:
+        """The run that was last added for exactly this key, or None.
 
         Raises:
             DataError: The key is not plain JSON, or the file holds a line that is not a run.
         """
-        run = self._read().get(canonical(key))
-        return None if run is None else run.result
+        return self._read().get(canonical(key))
 
     def run(self, key: Mapping[str, Any], train: Callable[[dict[str, Any]], Mapping[str, Any]]) -> Run:
         """The finished run with exactly this key, or else that of ``train(key)``, which is appended."""
-        found = self._read().get(canonical(key))
-        if found is not None:
+        if (found := self.find_run(key)) is not None:
             return found
         given = train(dict(key))
         self.append(key, given)
