@@ -178,8 +178,8 @@ def study(args: argparse.Namespace, rows: Ledger, task: str, per_class: int) -> 
         if run.key["method"] != NONE:
             if not (place := experiment.adapter(run.key)).is_dir():
                 raise DataError(
-                    f"{args.rows} has no row of {run.key['method']} with seed {seed}, and {args.output}, which is finished, "
-                    "no longer has its adapter: name the --rows that it wrote, or another --output"
+                    f"{args.rows} has no row of {run.key['method']} with seed {seed}, and {args.output}, which is "
+                    "finished, no longer has its adapter: name the --rows that it wrote, or another --output"
                 )
             network = experiment.load(place, network)
         kept, _ = source_accuracy(PROTOCOL, experiment, network, seed)
