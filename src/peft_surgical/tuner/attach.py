@@ -56,7 +56,7 @@ class ReadsDeltas(Special):
         """Refuse to replace a tuned tensor: what a caller computes from it has the deltas inside already."""
         if self._is_for_fsdp(name):
             # As FSDP does where it finds nn.Module's own __setattr__, which would read base + delta first.
-            self._parameters[name] = value
+            cast(nn.Module, self)._parameters[name] = value
             return
         super().__setattr__(name, value)
 
