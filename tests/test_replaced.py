@@ -20,6 +20,20 @@ def adapted(target="block1", policy="frozen"):
     return model
 
 
+# --- FSDP2 ---
+
+
+def test_fsdp2_puts_its_shards_in_place_of_a_tuned_tensor():
+    """Its own function for that, without processes: a second shard must not be added to the delta on the way."""
+    place = pytest.importorskip("torch.distributed.fsdp._fully_shard._fsdp_param")
+    model = adapted("head")
+    module = model.base_model.model.fc
+    for _ in range(2):
+        shard = nn.Parameter(torch.zeros(1, module._parameters["weight"].shape[1]))
+        place.unsafe_setattr_param(module, "weight", shard)
+        assert module._parameters["weight"] is shard
+
+
 # --- norm modules ---
 
 

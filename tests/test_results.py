@@ -112,3 +112,11 @@ def test_places_where_no_folder_can_be(tmp_path, monkeypatch):
     (tmp_path / "results" / PRIVATE).symlink_to(tmp_path, target_is_directory=True)
     with pytest.raises(ConfigError, match="is a link, and what is behind it would be removed"):
         claim("~/results", [])
+
+
+def test_equal_results_leave_the_record_as_it_was(tmp_path):
+    found = []
+    for text in ("1", "2", "2", "2"):
+        write(tmp_path, report=text)
+        found.append({file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()})
+    assert found[1] == found[2] == found[3] != found[0]

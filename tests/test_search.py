@@ -14,7 +14,7 @@ import peft_surgical
 from peft_surgical import Anatomy
 from peft_surgical.blocks import Block
 from peft_surgical.errors import ConfigError
-from peft_surgical.training.engines import Workers, on_ray, separated, workers
+from peft_surgical.training.engines import Together, Workers, on_ray, separated, workers
 from peft_surgical.training.ledger import Ledger
 from peft_surgical.training.search import Candidate, candidates_of, cross_val, greedy, race
 
@@ -544,3 +544,10 @@ def test_on_a_real_ray_cluster(tmp_path):
         assert found.cost == 3.0
     finally:
         ray.shutdown()
+
+
+def test_one_launch_keeps_what_is_noted_of_a_run(tmp_path):
+    ledger, keys = Ledger(tmp_path / "ledger.jsonl"), [{"method": "block1", "seed": 0}]
+    for _ in range(2):  # trained, and looked up
+        (run,) = Together()(lambda key: {"validation": 0.5, "seconds": 2.0}, keys, ledger)
+        assert (run.key, run.result, run.notes) == (keys[0], {"validation": 0.5}, {"seconds": 2.0})

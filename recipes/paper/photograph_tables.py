@@ -46,13 +46,15 @@ def table(rows: Sequence[Run], tasks: Sequence[str], sizes: Sequence[int], seeds
         "tests best, which nobody can choose. Test images are a sample, too: at 50% that alone is "
         f"± {_sampling(max(counted)):.1f} to ± {_sampling(min(counted)):.1f} points, the same for all columns."
     )
+    costs = _costs(cells)
+    timed = any(line[0].endswith("seconds") for line in costs)
     own = "The same networks on held-out images of the source domain, in percent."
     names = ["task", "per class", *COLUMNS]
     return [
         TextTable(names, tested[0], caption),
         TextTable(names, tested[1], own),
         TextTable(["auto minus", "first three tasks", "other three", "all", "worst cell"], _differences(cells), _HOW),
-        TextTable(["runs of all", *COLUMNS[2:-1]], _costs(cells), _COST),
+        TextTable(["runs of all", *COLUMNS[2:-1]], costs, _COST + (_SECONDS if timed else "")),
         TextTable(["task", "per class", *(f"seed {seed}" for seed in seeds)], _chosen(cells), _CHOSEN),
     ]
 
@@ -62,10 +64,10 @@ _HOW = (
     "and numbers of labels. Worst cell: one task with one number of labels."
 )
 _COST = (
-    "Cost in runs of `all` at one rate on the same images, mean over tasks and seeds; in seconds over the tasks whose "
-    "runs were timed beside each other. Cross-Val and auto: all their runs; the search for the rate is counted in auto "
-    "alone."
+    "Cost in runs of `all` at one rate on the same images, mean over tasks and seeds. Cross-Val and auto: all their "
+    "runs; the search for the rate is counted in auto alone."
 )
+_SECONDS = " Seconds: over the tasks whose runs were timed beside each other."
 _CHOSEN = "What auto chose; every choice but `none` is trained on all labels."
 
 

@@ -50,7 +50,8 @@ def keep_adapter(experiment: Experiment, run: Run, selection: dict[str, Any] | N
     fresh = experiment.opener(experiment.model, **opening).model
     model = experiment.load(_adapter(experiment, run, folder), experiment.base(seed, zero).model) if tuned else None
     if not _is_reported(experiment, run):
-        # Of an earlier choice: whoever is stopped now must not leave it beside the adapter of this one.
+        # A report of an earlier choice goes first: if this run is stopped before it has written its own, the folder
+        # would hold the adapter of one choice and the report of another.
         withdraw(experiment.folder, (REPORT,))
     if model is not None:
         config = model.peft_config["default"]

@@ -54,7 +54,7 @@ class ReadsDeltas(Special):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuse to replace a tuned tensor: what a caller computes from it has the deltas inside already."""
-        if self._is_for_fsdp(name):
+        if self._check_kept(name):
             # As FSDP does where it finds nn.Module's own __setattr__, which would read base + delta first.
             cast(nn.Module, self)._parameters[name] = value
             return
@@ -62,11 +62,11 @@ class ReadsDeltas(Special):
 
     def __delattr__(self, name: str) -> None:
         """Refuse to take a tuned tensor away, as parametrizations do."""
-        self._is_for_fsdp(name)
+        self._check_kept(name)
         super().__delattr__(name)
 
-    def _is_for_fsdp(self, name: str) -> bool:
-        """Whether FSDP replaces a tuned tensor by its shard; an error if somebody else does, but for a state dict."""
+    def _check_kept(self, name: str) -> bool:
+        """Refuse that a tuned tensor is replaced, but by a state dict or FSDP; whether it is FSDP, with its shard."""
         if name not in self.__dict__.get("surgery_links", ()) or self.__dict__.get("_is_replica"):
             return False
         caller = sys._getframe(2).f_code
