@@ -29,7 +29,7 @@ def test_fsdp2_puts_its_shards_in_place_of_a_tuned_tensor():
     model = adapted("head")
     module = model.base_model.model.fc
     for _ in range(2):
-        shard = nn.Parameter(torch.zeros(1, module._parameters["weight"].shape[1]))
+        shard = nn.Parameter(torch.zeros(2, module._parameters["weight"].shape[1]))
         place.unsafe_setattr_param(module, "weight", shard)
         assert module._parameters["weight"] is shard
 
