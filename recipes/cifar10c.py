@@ -101,6 +101,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--severity", type=int, default=5, choices=range(1, 6), help="of .npy files; a parquet file holds one")
     add("--tuning-images", type=int, nargs="+", default=[1000], metavar="N", help="default: 1000 (paper)")
     add("--validation-images", type=int, default=200, metavar="N", help="default: 200 (chosen here)")
+    fixed = "images to test on, the same for every seed; default: those that are left, other ones for each seed"
+    add("--test-images", type=int, metavar="N", help=fixed)
     policies = ("frozen", "target", "all")
     add("--norm-stats", nargs="+", choices=policies, default=["frozen"], help="default: frozen")
     add("--rows", metavar="FILE", help="results from which tables are drawn; default: OUTPUT/rows.jsonl")
@@ -156,11 +158,11 @@ def study(args: argparse.Namespace, rows: Ledger, task: str, images: int, norm_s
         settings = functools.partial(settings_of, args, task, images=images, norm_stats=norm_stats)
         write_rows(rows, experiment, found, settings, functools.partial(measured, experiment))
 
-    sizes = {"tuning": images, "validation": args.validation_images, "severity": args.severity}
+    sizes = {"tuning": images, "validation": args.validation_images, "test": args.test_images}
     run_study(
         protocol,
         argparse.Namespace(**{**vars(args), **own}),
-        lambda seed: read_cifar(task, args.data, clean=clean, seed=seed, **sizes),
+        lambda seed: read_cifar(task, args.data, clean=clean, severity=args.severity, seed=seed, **sizes),
         opener=functools.partial(open_network, args.models),
         export=export,
     )

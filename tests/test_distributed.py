@@ -61,6 +61,7 @@ CASES = {
     "gradual": Case("gradual-first-last"),
     "auto-snr": Case("auto-snr"),
     "penalty": Case("l2-sp"),
+    "selective decay": Case("spd"),
     "accumulated": Case("gradual-last-first", settings={"accumulation": 2}),
     "clipped": Case("gradual-last-first", settings={"max_grad_norm": 0.1, "lr_scheduler": "cosine"}),
     "bf16": Case(settings={"precision": "bf16"}, tolerance=0.05),
@@ -78,6 +79,7 @@ SHARDED = {
         "transformer": Case("last2", network=transformer, settings=SGD),
         "gradual": Case("gradual-first-last"),
         "penalty": Case("l2-sp"),
+        "selective decay": Case("spd"),
         "accumulated": Case("full", settings={"accumulation": 2}),
     }.items()
 }

@@ -21,7 +21,8 @@ from peft_surgical.choosing.methods import (
 )
 from peft_surgical.choosing.models import trained_tensors
 from peft_surgical.choosing.pace import block_means
-from peft_surgical.errors import ConfigError
+from peft_surgical.choosing.penalties import SelectiveDecay
+from peft_surgical.errors import AdapterError, ConfigError
 from peft_surgical.training.fitting import OPTIMIZERS
 
 LABELS = torch.tensor([0, 1, 2, 4])
@@ -74,6 +75,7 @@ MOVED = {
     "gradual-last-first": HEAD,
     "l1-sp": NAMES,
     "l2-sp": NAMES,
+    "spd": NAMES,
     "lp-ft": HEAD,
     "alternating": NAMES - HEAD,
     "auto-rgn": NAMES,
@@ -139,6 +141,44 @@ def test_penalties_pull_towards_the_pretrained_weights_with_the_given_strength(n
         assert torch.allclose(tensor.parameter, before[key] - shift(before[key]))
 
 
+@pytest.mark.parametrize("strength", [0.5, 1.0, 3.0])
+def test_selective_decay_is_the_published_algorithm(strength):
+    """Against the update written out on the weights, with a copy of the pretrained ones (Tian et al. 2024)."""
+    plain, start = network(), network().state_dict()
+    adam = torch.optim.Adam(plain.parameters(), lr=0.03)
+    model = get_peft_model(network(), SurgicalConfig(target="all"))
+    row = METHODS["spd"]
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.03)
+    Pace(model, optimizer, penalty=row.penalty(row.settings({"strength": strength})), total_steps=12)
+    pulled = 0
+    for _ in range(12):
+        for net, one in ((plain, adam), (model, optimizer)):
+            one.zero_grad()
+            F.cross_entropy(net(IMAGES), LABELS).backward()
+        old = {name: value.detach().clone() for name, value in plain.named_parameters()}
+        adam.step()
+        optimizer.step()
+        for name, value in plain.named_parameters():
+            progress = old[name] - start[name]
+            condition = -(value.grad * progress).sum()
+            now, before = (value.data - start[name]).norm(), progress.norm()
+            ratio = max(0.0, float((now - before) / now))
+            if condition < 0 and ratio > 0:
+                value.data -= min(1.0, strength * ratio) * (value.data - start[name])
+                pulled += 1
+    assert pulled > 5
+    for name, tensor in trained_tensors(model).items():
+        torch.testing.assert_close(tensor.value, dict(plain.named_parameters())[name].data, rtol=1e-4, atol=1e-5)
+
+
+def test_selective_decay_needs_a_pretrained_value():
+    model = get_peft_model(network(), SurgicalConfig(target="block2", modules_to_save=["fc"]))
+    tensors = {name: one for name, one in trained_tensors(model).items() if not one.is_delta}
+    assert tensors
+    with pytest.raises(AdapterError, match="selective decay measures the distance from the pretrained weights"):
+        SelectiveDecay(1.0).applies_to(tensors.values())
+
+
 # --- options ---
 
 
@@ -171,6 +211,7 @@ def test_an_unknown_option_is_refused(name, given, message):
     ("name", "given", "message"),
     [
         ("l1-sp", {"strength": -1.0}, r"l1-sp with strength=-1.0: give a factor of at least 0"),
+        ("spd", {"strength": -1.0}, r"selective decay with strength=-1.0: give a factor of at least 0"),
         ("lp-ft", {"share": 0.0}, r"share=0.0: the head trains alone for a share of the run between 0 and 1"),
         ("auto-snr", {"threshold": 1.5}, r"threshold=1.5: SNRs are compared after scaling to \[0, 1\]"),
     ],

@@ -40,6 +40,8 @@ def settings_of(args: argparse.Namespace, task: str, method: str, images: int, n
     found |= {"severity": args.severity, "validation_images": args.validation_images, "epochs": args.epochs}
     found |= {"batch_size": args.batch_size, "weight_decay": args.weight_decay}
     found["norm_stats"] = "frozen" if method == NONE else norm_stats
+    if args.test_images is not None:
+        found["test_images"] = args.test_images
     if task == "flip":
         found["severity"] = None
     if args.data:

@@ -14,7 +14,7 @@ from ..errors import ConfigError
 from .methods import Schedule
 from .models import LossFunction
 from .pace import Pace
-from .penalties import Penalty
+from .penalties import Penalty, SelectiveDecay
 
 RECORD = "surgical_factors"
 """Key of the entries of ``trainer.state.log_history`` that hold the factors of an epoch."""
@@ -49,7 +49,7 @@ class SurgicalCallback(TrainerCallback):
     def __init__(
         self,
         schedule: Schedule | None = None,
-        penalty: Penalty | None = None,
+        penalty: Penalty | SelectiveDecay | None = None,
         *,
         reset_moments: bool = False,
         num_batches: int = 5,

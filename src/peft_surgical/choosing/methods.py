@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 
 from ..blocks import Anatomy, parse
 from ..errors import ConfigError, TargetError
-from .penalties import Penalty
+from .penalties import Penalty, SelectiveDecay
 from .scores import BlockScores
 
 
@@ -204,7 +204,7 @@ class Method:
     name: str
     target: str
     schedule: Callable[[Anatomy, dict[str, Any]], Schedule] | None = None
-    penalty: Callable[[dict[str, Any]], Penalty] | None = None
+    penalty: Callable[[dict[str, Any]], Penalty | SelectiveDecay] | None = None
     reset_moments: bool = False
     balanced: bool = False
     optimizer: str | None = None
@@ -241,6 +241,7 @@ METHODS: dict[str, Method] = {
         Method("gradual-last-first", "all", lambda a, _: gradual_unfreezing(a)),
         Method("l1-sp", "all", penalty=lambda o: Penalty("l1-sp", **o), options=(("strength", 1e-4),)),
         Method("l2-sp", "all", penalty=lambda o: Penalty("l2-sp", **o), options=(("strength", 1e-2),)),
+        Method("spd", "all", penalty=lambda o: SelectiveDecay(**o), options=(("strength", 1.0),)),
         Method("lp-ft", "all", lambda a, o: lp_ft(a, **o), options=(("share", 0.5),)),
         Method("alternating", "all", lambda a, _: alternating(a)),
         Method("auto-rgn", "all", lambda a, _: AutoRGN()),

@@ -16,8 +16,8 @@ from ..blocks import Anatomy
 from ..errors import AdapterError, ConfigError
 from .gradients import is_looking
 from .methods import Progress, Schedule
-from .models import LossFunction, anatomy_under, trained_tensors
-from .penalties import Penalty
+from .models import LossFunction, TrainedTensor, anatomy_under, trained_tensors
+from .penalties import Penalty, SelectiveDecay
 from .resolve import score_blocks
 
 if TYPE_CHECKING:
@@ -48,7 +48,8 @@ class Pace:
         model: The model, prepared or not.
         optimizer: A torch optimizer, or Accelerate's wrapper of one.
         schedule: See `methods`.
-        penalty: Added to the gradients right before each step, after unscaling and clipping.
+        penalty: A `Penalty` is added to the gradients right before each step, after unscaling and clipping; a
+            `SelectiveDecay` acts right after it.
         total_steps: Optimizer steps of the whole run.
         reset_moments: Forget the optimizer's state at the start of every epoch, as the paper's reference code does.
         num_batches: Batches to score on, at the start of each epoch.
@@ -70,7 +71,7 @@ class Pace:
         model: nn.Module,
         optimizer: Any,
         schedule: Schedule | None = None,
-        penalty: Penalty | None = None,
+        penalty: Penalty | SelectiveDecay | None = None,
         *,
         total_steps: int,
         reset_moments: bool = False,
@@ -101,6 +102,7 @@ class Pace:
         self.record: dict[int, dict[str, float]] = {}
         self._groups: list[dict[str, Any]] | None = None
         self._with_penalty: dict[nn.Parameter, tuple[int, int]] = {}  # gradients that hold the penalty: id, version
+        self._limits: list[tuple[TrainedTensor, torch.Tensor]] = []  # of a `SelectiveDecay`, during a step
         self._parts: list[tuple[dict[str, Any], dict[str, Any]]] = []
         for parameter in self._name_of:
             other = _RUNNING.get(parameter)
@@ -191,11 +193,13 @@ class Pace:
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._restore()  # in case a step raised
         factors = self._current()
-        for tensor in self._penalised:
+        if isinstance(self.penalty, SelectiveDecay):
+            pulled = [tensor for tensor in self._penalised if tensor.parameter.grad is not None]
+            self._limits = [(tensor, self.penalty.before(tensor)) for tensor in pulled]
+        for tensor in self._penalised if isinstance(self.penalty, Penalty) else ():
             grad = tensor.parameter.grad
             # Torch calls this twice where a subclass's step calls its parent's, and a step that raised may be repeated.
             if grad is not None and self._with_penalty.get(tensor.parameter) != (id(grad), grad._version):
-                assert self.penalty is not None
                 grad += self.penalty.gradient(tensor).to(grad)
                 self._with_penalty[tensor.parameter] = id(grad), grad._version
         self._groups = optimizer.param_groups
@@ -215,6 +219,9 @@ class Pace:
             return  # a subclass's step, after its parent's has called this
         self._restore()
         self._with_penalty.clear()
+        if isinstance(self.penalty, SelectiveDecay):
+            for tensor, limit in self._limits:
+                self.penalty.pull(tensor, limit)
         self.step += 1
         for group in optimizer.param_groups:
             self._keep(group, [part for whole, part in self._parts if whole is group])

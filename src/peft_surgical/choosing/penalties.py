@@ -1,4 +1,4 @@
-"""Penalties that keep tuned weights near the pretrained ones, as terms of the loss and as their gradients."""
+"""What keeps tuned weights near the pretrained ones: terms of the loss, with their gradients, and a selective decay."""
 
 from __future__ import annotations
 
@@ -54,10 +54,56 @@ class Penalty:
         Raises:
             AdapterError: There is none.
         """
-        found = [tensor for tensor in tensors if tensor.is_delta or self.kind == "l2"]
-        if not found:
-            raise AdapterError(
-                f"{self.kind} measures the distance from the pretrained weights, and nothing here is trained as a "
-                "delta: tune with SurgicalConfig(target='all')"
-            )
-        return found
+        return list(tensors) if self.kind == "l2" else _deltas(tensors, self.kind)
+
+
+@dataclass(frozen=True)
+class SelectiveDecay:
+    """Selective projection decay (SPD; Tian, Huang and Kira 2024, NeurIPS), after each step of the optimizer.
+
+    A tensor that got further from its pretrained value, although before the step the loss fell towards that value (the
+    gradient times the delta, summed over its entries, was above zero), is pulled back: its delta is multiplied by
+    ``1 - strength * (new norm - old norm) / new norm``. All other tensors move freely.
+
+    Attributes:
+        strength: Lambda, at least 0. At 1 such a tensor keeps the distance that it had before the step.
+    """
+
+    strength: float
+
+    def __post_init__(self) -> None:
+        if not self.strength >= 0:
+            raise ConfigError(f"selective decay with strength={self.strength}: give a factor of at least 0")
+
+    def applies_to(self, tensors: Iterable[TrainedTensor]) -> list[TrainedTensor]:
+        """The tensors that can be pulled back: those with a pretrained value, so not a new head's.
+
+        Raises:
+            AdapterError: There is none.
+        """
+        return _deltas(tensors, "selective decay")
+
+    @torch.no_grad()
+    def before(self, tensor: TrainedTensor) -> torch.Tensor:
+        """The norm that a tensor may not exceed unpunished in the coming step: infinite where the loss leads away."""
+        delta, gradient = tensor.parameter, tensor.parameter.grad
+        assert gradient is not None
+        is_held = (gradient.to(delta.dtype) * delta).sum() > 0
+        return torch.where(is_held, delta.norm(), torch.inf)
+
+    @torch.no_grad()
+    def pull(self, tensor: TrainedTensor, limit: torch.Tensor) -> None:
+        """Pull a tensor back after the step, with the limit that `before` gave."""
+        norm = tensor.parameter.norm()
+        beyond = (norm - limit).clamp(min=0) / norm.clamp(min=torch.finfo(norm.dtype).tiny)
+        tensor.parameter.mul_((1 - self.strength * beyond).clamp(min=0))
+
+
+def _deltas(tensors: Iterable[TrainedTensor], what: str) -> list[TrainedTensor]:
+    found = [tensor for tensor in tensors if tensor.is_delta]
+    if not found:
+        raise AdapterError(
+            f"{what} measures the distance from the pretrained weights, and nothing here is trained as a delta: tune "
+            "with SurgicalConfig(target='all')"
+        )
+    return found
