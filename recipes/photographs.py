@@ -40,9 +40,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from paper.choice_tables import TASKS, table
 from paper.findings import source_accuracy
 from paper.parts import Published, cut, images_of
-from paper.photograph_tables import TASKS, table
 from paper.pretraining import SOURCE_REPORT, SourceTraining
 from paper.protocol import Protocol, parser_of, rows_of
 from paper.rows import write_rows
@@ -188,6 +188,7 @@ def study(args: argparse.Namespace, rows: Ledger, task: str, per_class: int) -> 
     def export(experiment: Experiment, found: Mapping[str, list[Run]]) -> None:
         def settings(method: str) -> dict[str, Any]:
             shared = {"recipe": "photographs", "task": task, "per_class": per_class, "method": method}
+            shared |= {"effort": args.effort} if method == "auto" and args.effort > 1 else {}
             return {**shared, "epochs": args.epochs, "batch_size": batch, "model": Path(args.model).name}
 
         write_rows(rows, experiment, found, settings, functools.partial(measured, experiment))
@@ -195,7 +196,7 @@ def study(args: argparse.Namespace, rows: Ledger, task: str, per_class: int) -> 
     protocol = replace(PROTOCOL, name=f"photographs, {task}")
     for lrs, names in ((args.all_lr, ["all"]), (args.lr, [name for name in methods if name != "all"])):
         if asked := [name for name in names if name in methods]:
-            place = folder / ("all" if asked == ["all"] else "parts")
+            place = folder / ("all" if asked == ["all"] else "parts" if args.effort == 1 else f"effort{args.effort}")
             run_study(
                 protocol, _with(args, own, output=str(place), target=asked, method=[], lr=lrs), data, export=export
             )

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from scripts import script
 
-from paper.photograph_tables import TASKS, table
+from paper.choice_tables import TASKS, table
 from peft_surgical.training.ledger import Ledger
 
 ROOT = Path(__file__).parents[1]

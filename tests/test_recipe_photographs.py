@@ -11,7 +11,7 @@ for needed in ("timm", "datasets", "rich", "matplotlib"):
 from miniatures import cache_changes_nothing  # noqa: E402
 from test_corruptions import write_model  # noqa: E402
 
-from paper.photograph_tables import COLUMNS, SINGLE, TASKS  # noqa: E402
+from paper.choice_tables import COLUMNS, SINGLE, TASKS  # noqa: E402
 from peft_surgical.errors import DataError  # noqa: E402
 from peft_surgical.evaluation import plus_minus  # noqa: E402
 from peft_surgical.training.ledger import Ledger  # noqa: E402

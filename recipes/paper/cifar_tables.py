@@ -48,6 +48,8 @@ def settings_of(args: argparse.Namespace, task: str, method: str, images: int, n
         found["data"] = digest_of(task_images(task, str(args.data), args.severity))
     if method in SEARCHES:
         found["grid"] = [list(args.lr), list(args.head_lr)]
+    if method == "auto" and args.effort > 1:
+        found["effort"] = args.effort
     return found
 
 

@@ -153,6 +153,8 @@ def parser_of(protocol: Protocol, doc: str | None) -> argparse.ArgumentParser:
     add("--thresholds", nargs="*", type=float, default=THRESHOLDS, metavar="T", help=snr)
     held_out = "also measure the kept adapter on held-out images of the source"
     add("--forgetting", action="store_true", help=held_out)
+    fifths = "for auto: each candidate trains so many fifths of a run; default: %(default)s"
+    add("--effort", type=int, choices=range(1, 6), default=1, help=fifths)
 
     add = parser.add_argument_group("how a run is trained").add_argument
     tried = rates("lr", protocol.lrs, 0), rates("head_lr", protocol.head_lrs, 1)

@@ -29,6 +29,7 @@ from peft_surgical.experiment.choosing import run_grid
 from peft_surgical.experiment.experiment import Experiment
 from peft_surgical.experiment.requests import watched
 from peft_surgical.experiment.subject import SEARCHES
+from peft_surgical.training.auto import AutoSettings
 from peft_surgical.training.engines import Engine, Together, separated
 from peft_surgical.training.fitting import FitSettings
 from peft_surgical.training.ledger import Run
@@ -142,6 +143,7 @@ def _carried_out(
         head_lrs=tuple(args.head_lr),
         config={"norm_stats": args.norm_stats},
         augment=args.augment,
+        asked=AutoSettings(effort=args.effort),
         cache=not args.no_cache,
         seed=args.seeds[0],
         metrics=protocol.metrics,
