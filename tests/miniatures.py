@@ -11,7 +11,9 @@ import PIL.Image
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
+from paper import cifar_networks
 from paper.wilds_folders import FMOW_CATEGORIES
 from peft_surgical.keys import WEIGHTS
 from peft_surgical.training.ledger import Ledger
@@ -41,6 +43,25 @@ def cache_changes_nothing(main, asked, folder):
     assert any(note.startswith("prefix cached") for note in notes)
     assert not any(note.startswith("prefix cached") for note in without)
     return adapters
+
+
+def cifar10c_files(root):
+    """A folder with an untrained ResNet-26 and 50 images of CIFAR's size, clean and in two corruptions."""
+    torch.manual_seed(0)
+    file = root / "models" / cifar_networks.NETWORKS["resnet26"].checkpoint / "model.safetensors"
+    file.parent.mkdir(parents=True)
+    save_file(cifar_networks.ResNet26().state_dict(), file)
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(num_classes=10)})
+    for seed, name in enumerate(("clean", "frost", "snow")):
+        cells = []
+        for array in np.random.default_rng(seed).integers(0, 256, (50, 32, 32, 3), dtype=np.uint8):
+            buffer = io.BytesIO()
+            PIL.Image.fromarray(array).save(buffer, format="PNG")
+            cells.append({"bytes": buffer.getvalue(), "path": None})
+        rows = {"img": cells, "label": [i % 10 for i in range(50)]}
+        (root / "data").mkdir(exist_ok=True)
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(root / "data" / f"{name}.parquet")
+    return root
 
 
 def encoded(seed, mode="RGB", shade=0):

@@ -1,6 +1,5 @@
 """The CIFAR-10-C recipe on tiny data in its exact layouts, its tables from rows alone, and (slow) a short real run."""
 
-import io
 import json
 import os
 import subprocess
@@ -11,7 +10,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from scripts import script
 
 from paper import cifar, cifar_networks
@@ -25,7 +24,7 @@ datasets = pytest.importorskip("datasets")
 pillow = pytest.importorskip("PIL.Image")
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
-from miniatures import cache_changes_nothing  # noqa: E402
+from miniatures import cache_changes_nothing, cifar10c_files  # noqa: E402
 from peft import PeftModel  # noqa: E402
 from transformers import Trainer  # noqa: E402
 
@@ -47,22 +46,7 @@ def recipe():
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A folder with an untrained network and 50 images, clean and in two corruptions."""
-    root = tmp_path_factory.mktemp("world")
-    torch.manual_seed(0)
-    file = root / "models" / cifar_networks.NETWORKS["resnet26"].checkpoint / "model.safetensors"
-    file.parent.mkdir(parents=True)
-    save_file(cifar_networks.ResNet26().state_dict(), file)
-    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(num_classes=10)})
-    for seed, name in enumerate(("clean", "frost", "snow")):
-        cells = []
-        for array in np.random.default_rng(seed).integers(0, 256, (50, 32, 32, 3), dtype=np.uint8):
-            buffer = io.BytesIO()
-            pillow.fromarray(array).save(buffer, format="PNG")
-            cells.append({"bytes": buffer.getvalue(), "path": None})
-        rows = {"img": cells, "label": [i % 10 for i in range(50)]}
-        (root / "data").mkdir(exist_ok=True)
-        datasets.Dataset.from_dict(rows, features=features).to_parquet(root / "data" / f"{name}.parquet")
-    return root
+    return cifar10c_files(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(autouse=True)

@@ -119,6 +119,62 @@ def test_snr_reference_is_the_mean_over_minibatches_of_what_the_reference_code_c
     assert single.tolist() == pytest.approx([(0.25 + 4.0) / 1e-8])
 
 
+def outputs_by_hand(net, x):
+    """What each block puts out, in the order of the blocks."""
+    stem = torch.tanh(net.bn1(net.conv1(x)))
+    one = net.layer1(stem)
+    two = net.layer2(one)
+    return {"block1": one, "block2": two, "head": net(x)}
+
+
+def test_sensitivity_is_the_growth_of_a_perturbation_from_block_to_block(net, batches):
+    scores = score_blocks(net, batches, "sensitivity", num_batches=None)
+    net.eval()
+    expected = {name: [] for name in ("block1", "block2", "head")}
+    with torch.no_grad():
+        for x, _ in batches:
+            drawn = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+            noisy = x + 0.1 * x.std() * drawn
+            before = float((noisy - x).norm() / x.norm())
+            plain, moved = outputs_by_hand(net, x), outputs_by_hand(net, noisy)
+            for name, values in expected.items():
+                after = float((moved[name] - plain[name]).norm() / plain[name].norm())
+                values.append(after / before)
+                before = after
+    assert dict(scores) == pytest.approx({name: sum(v) / len(v) for name, v in expected.items()}, rel=1e-4)
+    assert scores.tensor_scores["fc.bias"] == scores["head"]
+    assert (scores.num_samples, scores.num_batches, scores.uses_labels) == (18, 3, True)
+
+
+def test_sensitivity_needs_no_labels(net, batches):
+    bare = [{"x": x} for x, _ in batches]
+    scores = score_blocks(net, bare, "sensitivity")
+    assert not scores.uses_labels
+    assert dict(scores) == dict(score_blocks(net, batches, "sensitivity"))
+    with pytest.raises(DataError, match="gave no batch"):
+        score_blocks(net, [], "sensitivity")
+    config = resolve_target(SurgicalConfig(target="auto-sensitivity"), net, bare)
+    assert config.target == scores.top(1)[0]
+    assert config.selection["uses_labels"] is False
+
+
+def test_a_block_without_an_output_of_its_own_has_no_sensitivity(batches):
+    class Shifted(ConvNet):
+        """Adds a vector that belongs to no module."""
+
+        def __init__(self):
+            super().__init__(nn.BatchNorm2d)
+            self.shift = nn.Parameter(torch.zeros(3, 1, 1))
+
+        def forward(self, x):
+            return super().forward(x + self.shift)
+
+    names = {"shift": ["shift"], "rest": ["conv1", "bn1", "layer1", "layer2"], "head": ["fc"]}
+    scores = score_blocks(Shifted(), batches, "sensitivity", blocks=names)
+    assert scores["shift"] == 0.0
+    assert scores["rest"] > 0
+
+
 @pytest.mark.parametrize("criterion", ["snr", "fisher"])
 def test_criteria_over_inputs_do_not_depend_on_the_batches(net, batches, criterion):
     whole = [(torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches]))]

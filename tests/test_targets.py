@@ -362,7 +362,7 @@ def test_targets_that_need_data(name):
     spec = parse(name)
     assert spec.needs_data
     assert not parse(f"re:{name}").needs_data
-    scored = name in {"auto-rgn", "auto-snr", "auto-fisher"}
+    scored = name in {"auto-rgn", "auto-snr", "auto-fisher", "auto-sensitivity"}
     call = (
         "config = peft_surgical.resolve_target(config, model, dataloader)"
         if scored

@@ -24,10 +24,11 @@ def tune_command(
     target: Annotated[
         str,
         typer.Option(
-            help="What to tune: block2, 'block1 + head', all; auto-rgn, auto-snr or auto-fisher, which tune the blocks "
-            "that score best (as a method, auto-rgn trains all tensors, each at its own rate: --method auto-rgn); or a "
-            "search that trains candidates: race, cross-val, greedy, and auto, which compares each third of the "
-            "network, all of it and the head, looks for the learning rate, and trains the best on all labelled images.",
+            help="What to tune: block2, 'block1 + head', all; auto-rgn, auto-snr, auto-fisher or auto-sensitivity, "
+            "which tune the blocks that score best (as a method, auto-rgn trains all tensors, each at its own rate: "
+            "--method auto-rgn); or a search that trains candidates: race, cross-val, greedy, and auto, which compares "
+            "each third of the network, all of it and the head, looks for the learning rate, and trains the best on "
+            "all labelled images.",
         ),
     ] = "auto",
     method: Annotated[str | None, typer.Option(help="Instead: a method, such as auto-rgn, lp-ft or full.")] = None,

@@ -37,7 +37,7 @@ from ..errors import TargetError
 from ..files import printable
 from .regexes import compiled, translated
 
-DATA_TARGETS = ("auto", "auto-rgn", "auto-snr", "auto-fisher", "race", "cross-val", "greedy")
+DATA_TARGETS = ("auto", "auto-rgn", "auto-snr", "auto-fisher", "auto-sensitivity", "race", "cross-val", "greedy")
 """Targets that data decides. They name no tensors by themselves."""
 
 MAX_TERMS, MAX_LENGTH = 4096, 1000

@@ -153,12 +153,10 @@ def collect(
         with precision():
             return forward_loss(model, batch, loss_fn).float() * scale
 
-    with _left_as_it_was(model, tensors, dataloader), torch.enable_grad():
+    with left_as_it_was(model, tensors, dataloader), torch.enable_grad():
         for batch in itertools.islice(dataloader, num_batches):
-            # Processors and tokenizers return mappings of their own, which torch would take for a single leaf.
-            batch = dict(batch) if isinstance(batch, Mapping) and not isinstance(batch, dict) else batch
-            batch = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, batch)
-            size = _batch_size(batch)
+            batch = moved(batch, device)
+            size = batch_size(batch)
             for start in range(0, size, chunk if per_input else size):
                 if per_input:
                     part = _rows(batch, size, start, min(start + chunk, size))
@@ -180,7 +178,14 @@ def is_looking() -> bool:
     return bool(_looking)
 
 
-def _batch_size(batch: Any) -> int:
+def moved(batch: Any, device: torch.device) -> Any:
+    """A batch with its tensors on a device."""
+    # Processors and tokenizers return mappings of their own, which torch would take for a single leaf.
+    batch = dict(batch) if isinstance(batch, Mapping) and not isinstance(batch, dict) else batch
+    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, batch)
+
+
+def batch_size(batch: Any) -> int:
     """The length of the first tensor in a batch."""
     sizes = [len(leaf) for leaf in tree_flatten(batch)[0] if isinstance(leaf, Tensor) and leaf.ndim]
     if not sizes:
@@ -208,7 +213,7 @@ def _per_input(
     model: nn.Module, tensors: Mapping[str, TrainedTensor], batch: Any, loss_of: Callable[[Any], Tensor]
 ) -> dict[str, Tensor]:
     """Gradients (inputs, *tensor) of each input's own loss."""
-    size = _batch_size(batch)
+    size = batch_size(batch)
     leaves, shape = tree_flatten(batch)
     varying = [isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == size for leaf in leaves]
     paths = {name: tensor.path for name, tensor in tensors.items()}
@@ -244,7 +249,8 @@ def _per_input(
 
 
 @contextmanager
-def _left_as_it_was(model: nn.Module, tensors: Mapping[str, TrainedTensor], dataloader: Any) -> Iterator[None]:
+def left_as_it_was(model: nn.Module, tensors: Mapping[str, TrainedTensor], dataloader: Any) -> Iterator[None]:
+    """The model in ``eval()`` with gradients for ``tensors`` alone; everything is put back after, bit for bit."""
     modes = {module: module.__dict__["training"] for module in model.modules()}
     flags = {p: p.requires_grad for p in model.parameters()}
     buffers = {name: value.clone() for name, value in model.named_buffers()}

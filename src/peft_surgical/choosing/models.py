@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -246,6 +248,30 @@ def anatomy_under(model: nn.Module, blocks: Mapping[str, str | Sequence[str]] | 
         blocks = next((config.blocks for config in configs.values() if getattr(config, "blocks", None)), None)
     with bare(network):
         return anatomy_of(network, blocks)
+
+
+@contextmanager
+def block_outputs(model: nn.Module, anatomy: Anatomy) -> Iterator[dict[str, Tensor]]:
+    """What each block before the head puts out in the latest forward pass: a dict that every pass fills anew.
+
+    Where several modules of a block have an output, the last one that ran counts. Blocks without a module of their own,
+    such as embeddings that the network adds itself, are left out.
+    """
+    owners = {path: block.name for block in anatomy if block.name != "head" for path in block.modules}
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str, module: nn.Module, given: Any, output: Any) -> None:
+        first = output[0] if isinstance(output, (tuple, list)) else getattr(output, "last_hidden_state", output)
+        if isinstance(first, Tensor) and first.is_floating_point():
+            seen[name] = first
+
+    network = _network_of(unwrapped(model))
+    hooks = [network.get_submodule(p).register_forward_hook(partial(keep, name)) for p, name in owners.items()]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def refuse_sharded(tensors: Mapping[str, TrainedTensor]) -> None:

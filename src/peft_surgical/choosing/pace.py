@@ -193,15 +193,18 @@ class Pace:
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._restore()  # in case a step raised
         factors = self._current()
-        if isinstance(self.penalty, SelectiveDecay):
+        penalty = self.penalty
+        if isinstance(penalty, SelectiveDecay):
             pulled = [tensor for tensor in self._penalised if tensor.parameter.grad is not None]
-            self._limits = [(tensor, self.penalty.before(tensor)) for tensor in pulled]
-        for tensor in self._penalised if isinstance(self.penalty, Penalty) else ():
-            grad = tensor.parameter.grad
-            # Torch calls this twice where a subclass's step calls its parent's, and a step that raised may be repeated.
-            if grad is not None and self._with_penalty.get(tensor.parameter) != (id(grad), grad._version):
-                grad += self.penalty.gradient(tensor).to(grad)
-                self._with_penalty[tensor.parameter] = id(grad), grad._version
+            self._limits = [(tensor, penalty.before(tensor)) for tensor in pulled]
+        elif penalty is not None:
+            for tensor in self._penalised:
+                grad = tensor.parameter.grad
+                # Torch calls this twice where a subclass's step calls its parent's, and a step that raised may be
+                # repeated.
+                if grad is not None and self._with_penalty.get(tensor.parameter) != (id(grad), grad._version):
+                    grad += penalty.gradient(tensor).to(grad)
+                    self._with_penalty[tensor.parameter] = id(grad), grad._version
         self._groups = optimizer.param_groups
         self._parts = []
         for group in self._groups:

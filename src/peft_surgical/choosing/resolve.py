@@ -12,9 +12,10 @@ from torch import nn
 from ..blocks import Anatomy, parse
 from ..config import SurgicalConfig
 from ..errors import ConfigError
-from .gradients import collect
+from .gradients import GradientStatistics, collect
 from .models import LossFunction, anatomy_under, refuse_sharded, trained_tensors
 from .scores import CRITERIA, BlockScores, criterion_of
+from .sensitivity import OutputChanges, collect_changes
 
 
 def score_blocks(
@@ -37,7 +38,7 @@ def score_blocks(
     Args:
         model: A network, or a PeftModel, whose trained tensors are scored with their current values.
         dataloader: Yields (inputs, labels) or dicts, on any device.
-        criterion: ``rgn``, ``snr``, ``snr-reference`` or ``fisher``; see `scores`.
+        criterion: ``rgn``, ``snr``, ``snr-reference``, ``fisher`` or ``sensitivity``; see `scores`.
         num_batches: Batches to use per process, 5 as in the paper; None for all.
         loss_fn: (what the model returns, labels or None) -> scalar mean over the batch. By default the model's own
             loss, or cross entropy of its logits.
@@ -59,17 +60,22 @@ def score_blocks(
     tensors = trained_tensors(model)
     refuse_sharded(tensors)
     anatomy = anatomy_under(model, blocks)
-    statistics = collect(
-        model,
-        tensors,
-        dataloader,
-        per_input=row.unit == "input",
-        num_batches=num_batches,
-        loss_fn=loss_fn,
-        autocast=autocast,
-        chunk_size=chunk_size,
-        measure=row.measure,
-    )
+    statistics: GradientStatistics | OutputChanges
+    if row.unit == "output":
+        asked: dict[str, Any] = {"num_batches": num_batches, "autocast": autocast}
+        statistics = collect_changes(model, anatomy, tensors, dataloader, **asked)
+    else:
+        statistics = collect(
+            model,
+            tensors,
+            dataloader,
+            per_input=row.unit == "input",
+            num_batches=num_batches,
+            loss_fn=loss_fn,
+            autocast=autocast,
+            chunk_size=chunk_size,
+            measure=row.measure,
+        )
     members: dict[str, list[str]] = {block.name: [] for block in anatomy}
     for name in tensors:
         members[anatomy.block_of(name).name].append(name)
@@ -77,7 +83,8 @@ def score_blocks(
     block_scores = {block: row.score(statistics, names) for block, names in members.items()}
 
     def tensor_score(name: str) -> float:
-        undefined = row.relative and not bool(statistics.weights[name].any())
+        weights = statistics.weights if isinstance(statistics, GradientStatistics) and row.relative else {}
+        undefined = name in weights and not bool(weights[name].any())
         return block_scores[anatomy.block_of(name).name] if undefined else row.score(statistics, [name])
 
     return BlockScores(
@@ -101,7 +108,7 @@ def resolve_target(
     budget: float | None = None,
     **how: Any,
 ) -> SurgicalConfig:
-    """Replace ``auto-rgn``, ``auto-snr`` or ``auto-fisher`` by the blocks that score best on data.
+    """Replace ``auto-rgn``, ``auto-snr``, ``auto-fisher``, ``auto-sensitivity`` by the blocks that score best on data.
 
     ::
 

@@ -1,7 +1,7 @@
 """The criteria by which data chooses what to tune, and `BlockScores`: the scores that one gives, and how to choose.
 
-A criterion is one function and one row of `CRITERIA`. From the gradients of the loss on target data it gives a score to
-a set of tensors (one tensor, or all of a block). A higher score means: tune this.
+A criterion is one function and one row of `CRITERIA`. From the gradients of the loss on target data, or from what the
+blocks put out, it gives a score to a set of tensors (one tensor, or all of a block). A higher score means: tune this.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 
 from ..errors import ConfigError, DataError
 from .gradients import GradientStatistics, Measure, squared_norms
+from .sensitivity import sensitivity
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -175,16 +176,17 @@ class Criterion:
 
     Attributes:
         name: As users write it; ``auto-<name>`` is the target that it resolves.
-        score: (statistics, names of tensors) -> their common score, finite and not negative.
-        unit: What one gradient is taken over. Scores over inputs do not depend on how they are batched.
+        score: (statistics, names of tensors of one block) -> their common score, finite and not negative.
+        unit: What one gradient is taken over: scores over inputs do not depend on how they are batched. ``output``: no
+            gradient is taken, and the statistics are `OutputChanges`.
         relative: Whether it divides by the weights, so that it is undefined for a tensor that is all zero (a new
             head's bias): such a tensor gets the score of its block.
         measure: What is kept of each unit's gradient.
     """
 
     name: str
-    score: Callable[[GradientStatistics, Sequence[str]], float]
-    unit: Literal["batch", "input"]
+    score: Callable[[Any, Sequence[str]], float]
+    unit: Literal["batch", "input", "output"]
     relative: bool = False
     measure: Measure = squared_norms
 
@@ -250,6 +252,7 @@ CRITERIA: dict[str, Criterion] = {
         Criterion("snr", snr, "input"),
         Criterion("snr-reference", snr_reference, "batch", measure=axis_ratios),
         Criterion("fisher", fisher, "input"),
+        Criterion("sensitivity", sensitivity, "output"),
     )
 }
 

@@ -13,7 +13,6 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..blocks import Anatomy
+from ..choosing.models import block_outputs
 from ..errors import DataError
 
 WIDTH = 64
@@ -65,30 +65,14 @@ def block_features(
     Raises:
         DataError: There is no image.
     """
-    owners = {path: block.name for block in anatomy if block.name != "head" for path in block.modules}
-    seen: dict[str, Tensor] = {}
     kept: dict[str, list[Tensor]] = {}
-
-    def watch(name: str) -> Any:
-        def keep(module: nn.Module, given: Any, output: Any) -> None:
-            first = output[0] if isinstance(output, (tuple, list)) else getattr(output, "last_hidden_state", output)
-            if isinstance(first, Tensor) and first.is_floating_point():
-                seen[name] = first
-
-        return keep
-
-    hooks = [network.get_submodule(path).register_forward_hook(watch(name)) for path, name in owners.items()]
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                seen.clear()
-                outputs = network(batch)
-                seen["head"] = getattr(outputs, "logits", outputs)
-                for name, value in seen.items():
-                    kept.setdefault(name, []).append(pooled(value).float().cpu())
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with torch.no_grad(), block_outputs(network, anatomy) as seen:
+        for batch in batches:
+            seen.clear()
+            outputs = network(batch)
+            seen["head"] = getattr(outputs, "logits", outputs)
+            for name, value in seen.items():
+                kept.setdefault(name, []).append(pooled(value).float().cpu())
     if not kept:
         raise DataError("no image to diagnose: check the folder")
     order = [block.name for block in anatomy if block.name in kept and block.name != "head"]
