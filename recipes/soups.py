@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 from paper.cifar_networks import NETWORKS, load_network, normalise
 from paper.cifar_tasks import read_cifar, task_images
-from paper.rows import reported
+from paper.rows import chosen_runs
 from peft_surgical import combine_adapters
 from peft_surgical.errors import DataError, run_in_words
 from peft_surgical.evaluation import TextTable, plus_minus, predict_logits
@@ -130,17 +130,6 @@ class _Cell:
         return {"single": tested[self.order[0]], **found, "oracle": max(tested.values())}
 
 
-def runs_of(rows: Sequence[Run], network: str, task: str, seed: int) -> dict[str, Run]:
-    """Candidate -> its reported run with that seed; empty if one is missing."""
-    found = {}
-    for name in CANDIDATES:
-        settings = {"recipe": "cifar10c", "network": network, "task": task, "method": name}
-        rates = dict.fromkeys(row.key["lr"] for row in rows if settings.items() <= row.key.items())
-        for run in reported(rows, settings, tuple(rates) or (None,), [seed]):
-            found[name] = run
-    return found if len(found) == len(CANDIDATES) else {}
-
-
 def table(cells: Mapping[tuple[str, str], Sequence[Mapping[str, float]]], seeds: Sequence[int]) -> TextTable:
     """Points above the single candidate, mean over the tasks of each network, and over all."""
     means = {what: {way: fmean(one[way] for one in found) for way in found[0]} for what, found in cells.items()}
@@ -181,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             found: list[Mapping[str, Any]] = []
             for seed in args.seeds:
                 key = {"recipe": "soups", "network": network, "task": task, "seed": seed}
-                if ledger.find(key) is None and (runs := runs_of(rows, network, task, seed)):
+                if ledger.find(key) is None and (runs := chosen_runs(rows, network, task, seed, CANDIDATES)):
                     if not (args.adapters and args.data):
                         parser.error(f"{network} on {task} is not in {ledger.file}: give --adapters and --data")
                     ledger.append(key, _Cell(args, network, task, runs).measured())
