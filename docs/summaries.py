@@ -18,6 +18,7 @@ import argparse
 import functools
 import importlib
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -28,6 +29,7 @@ sys.path.insert(0, str(ROOT / "recipes"))
 import cifar10c  # noqa: E402
 import private_head  # noqa: E402
 import synthetic  # noqa: E402
+from paper import choice_tables  # noqa: E402
 from paper.cifar_tables import CORRECTED, OVERLAP, cell, comparison_table, forgetting_table, shared  # noqa: E402
 from paper.protocol import audit  # noqa: E402
 from peft_surgical.evaluation import TextTable, interval_of_runs, mean_interval, plus_minus  # noqa: E402
@@ -114,6 +116,23 @@ def private() -> str:
     rows = RESULTS / "private.jsonl"
     args = private_head.parse_arguments(["--table", "--rows", str(rows)])
     return private_head.table(args, Ledger(rows).runs()).markdown()
+
+
+def choice() -> str:
+    """What `auto` is worth on CIFAR-10-C and CIFAR-Flip, with 20 labels of each class."""
+    rows = Ledger(RESULTS / "cifar10c-choice.jsonl").runs()
+    found = dict.fromkeys((run.key["network"], run.key["task"]) for run in rows)
+    kind, tasks = choice_tables.cifar(sorted(found, key=lambda pair: (pair[1], pair[0])))
+    return "\n".join(each.markdown() for each in choice_tables.table(rows, tasks, [20], [0], kind))
+
+
+def from_rows(recipe: str) -> str:
+    """What a recipe draws from what it has found for the rows of `choice`."""
+    rows, ledger = RESULTS / "cifar10c-choice.jsonl", RESULTS / f"{recipe}.jsonl"
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "table.md")
+        importlib.import_module(recipe).main(["--rows", str(rows), "--ledger", str(ledger), "--markdown", str(file)])
+        return file.read_text(encoding="utf-8")
 
 
 def compare_means() -> str:

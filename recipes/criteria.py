@@ -65,8 +65,8 @@ def table(cells: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]], seeds: S
         lines.append([name, *shown, f"{hits} of {len(every)}", counted])
     caption = (
         "Points of test accuracy of the chosen block or head, tuned alone, minus those of the one that tests best; "
-        f"mean over tasks and networks ± half the 95% interval (Student's t), seeds {', '.join(map(str, seeds))}. Criteria "
-        f"score the untuned network on {BATCHES} batches of {BATCH} tuning images. Cross-Val: the block that "
+        f"mean over tasks and networks ± half the 95% interval (Student's t), seeds {', '.join(map(str, seeds))}. "
+        f"Criteria score the untuned network on {BATCHES} batches of {BATCH} tuning images. Cross-Val: the block that "
         "validates best once it is tuned, as in the paper; with head: the head is a candidate, too."
     )
     return TextTable(["choice", *tasks, "best found", "chosen"], lines, caption)

@@ -48,6 +48,27 @@ PHOTOGRAPHS = Kind(
     {"first three tasks": tuple(TASKS)[:3], "other three": tuple(TASKS)[3:], "all": tuple(TASKS)},
     ("source", "held-out images of the source domain"),
 )
+
+
+def cifar(tasks: Sequence[tuple[str, str]]) -> tuple[Kind, list[str]]:
+    """The kind of ``recipes/cifar10c.py`` with ``--test-images``, and the names of its tasks.
+
+    Args:
+        tasks: Pairs of a network and a corruption, or ``flip``.
+    """
+    names = {f"{network} {task}": (network, task) for network, task in tasks}
+
+    def settings(name: str, size: int) -> dict[str, Any]:
+        network, task = names[name]
+        return {"recipe": "cifar10c", "network": network, "task": task, "tuning_images": 10 * size}
+
+    groups = {network: tuple(name for name in names if names[name][0] == network) for network, _ in tasks}
+    groups["CIFAR-10-C"] = tuple(name for name in names if names[name][1] != "flip")
+    groups["CIFAR-Flip"] = tuple(name for name in names if names[name][1] == "flip")
+    kept = ("clean", "the same test images without the corruption")
+    return Kind(settings, ("block1", "block2", "block3"), {**groups, "all": tuple(names)}, kept), [*names]
+
+
 COLUMNS = (NONE, "all", "Cross-Val", "head", "logistic-head", "lp-ft", "spd", "auto", "oracle")
 """Those that no row is of are left out."""
 
@@ -67,13 +88,14 @@ def table(
     columns = [name for name in COLUMNS if any(found[name] for found in cells.values())]
     tested = [_by_column(cells, columns, what) for what in ("test", kind.kept[0])]
     counted = {run.result["n"] for found in cells.values() for run in found[NONE]}
+    sizes = dict.fromkeys((max(counted), min(counted)))
     caption = (
         f"{_WHAT[len(seeds) > 1].format(seeds=', '.join(map(str, seeds)))}; test images are the same for "
         f"all seeds (n = {', '.join(map(str, sorted(counted)))}), and no seed tunes or validates on them. Rates of "
         "all, blocks and head: by validation accuracy of seed 0; epochs: by validation accuracy. Cross-Val: the block "
         "that validates best on each seed. auto: everything on each seed's own labels. Oracle: the block or head that "
         "tests best, which nobody can choose. Test images are a sample, too: at 50% that alone is "
-        f"± {_sampling(max(counted)):.1f} to ± {_sampling(min(counted)):.1f} points, the same for all columns."
+        f"{' to '.join(f'± {_sampling(n):.1f}' for n in sizes)} points, the same for all columns."
     )
     costs = _costs(cells, columns)
     timed = any(line[0].endswith("seconds") for line in costs)
@@ -151,7 +173,9 @@ def _by_column(cells: _Cells, columns: Sequence[str], what: str) -> list[list[st
         own = [found for (_, each), found in cells.items() if each == size]
         runs = [[run.result[what] for f in own for run in f[name] if what in run.result] for name in columns]
         whole = [len(found) == len(runs[0]) for found in runs]  # a mean over some of the tasks would not compare
-        means = [f"{100 * fmean(found):.1f}" if full else "-" for found, full in zip(runs, whole, strict=True)]
+        means = [
+            f"{100 * fmean(found):.1f}" if full and found else "-" for found, full in zip(runs, whole, strict=True)
+        ]
         if len(own) > 1:
             lines.append(["mean", str(size), *means])
     return lines
