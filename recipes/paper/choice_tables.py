@@ -88,14 +88,14 @@ def table(
     columns = [name for name in COLUMNS if any(found[name] for found in cells.values())]
     tested = [_by_column(cells, columns, what) for what in ("test", kind.kept[0])]
     counted = {run.result["n"] for found in cells.values() for run in found[NONE]}
-    sizes = dict.fromkeys((max(counted), min(counted)))
+    ends = dict.fromkeys((max(counted), min(counted)))
     caption = (
         f"{_WHAT[len(seeds) > 1].format(seeds=', '.join(map(str, seeds)))}; test images are the same for "
         f"all seeds (n = {', '.join(map(str, sorted(counted)))}), and no seed tunes or validates on them. Rates of "
         "all, blocks and head: by validation accuracy of seed 0; epochs: by validation accuracy. Cross-Val: the block "
         "that validates best on each seed. auto: everything on each seed's own labels. Oracle: the block or head that "
         "tests best, which nobody can choose. Test images are a sample, too: at 50% that alone is "
-        f"{' to '.join(f'± {_sampling(n):.1f}' for n in sizes)} points, the same for all columns."
+        f"{' to '.join(f'± {_sampling(n):.1f}' for n in ends)} points, the same for all columns."
     )
     costs = _costs(cells, columns)
     timed = any(line[0].endswith("seconds") for line in costs)
