@@ -119,6 +119,34 @@ def test_snr_reference_is_the_mean_over_minibatches_of_what_the_reference_code_c
     assert single.tolist() == pytest.approx([(0.25 + 4.0) / 1e-8])
 
 
+def test_rgn_residual_is_the_gradient_outside_of_the_principal_directions(net, batches):
+    """Against numpy: projections with the singular vectors that hold nine tenths of the energy."""
+    scores = score_blocks(net, batches, "rgn-residual", num_batches=None)
+    found = [gradients_by_hand(net, x, y) for x, y in batches]
+    rests, norms, ranks = {}, {}, []
+    for name, parameter in net.named_parameters():
+        weight = parameter.detach().double().numpy()
+        gradient = np.mean([one[name].double().numpy() for one in found], axis=0)
+        if weight.ndim > 1:
+            weight, gradient = (value.reshape(len(value), -1) for value in (weight, gradient))
+            left, values, right = np.linalg.svd(weight, full_matrices=False)
+            rank = 1
+            while (values[:rank] ** 2).sum() < 0.9 * (values**2).sum():
+                rank += 1
+            ranks.append((rank, len(values)))
+            rows = left[:, :rank] @ left[:, :rank].T
+            columns = right[:rank].T @ right[:rank]
+            gradient = gradient - rows @ gradient @ columns
+        rests[name], norms[name] = (gradient**2).sum(), (weight**2).sum()
+        if norms[name]:
+            assert scores.tensor_scores[name] == pytest.approx(np.sqrt(rests[name] / norms[name]), rel=1e-3)
+    assert any(rank < full for rank, full in ranks)
+    head = ("fc.weight", "fc.bias")
+    assert scores["head"] == pytest.approx(
+        np.sqrt(sum(rests[name] for name in head) / sum(norms[name] for name in head)), rel=1e-3
+    )
+
+
 def outputs_by_hand(net, x):
     """What each block puts out, in the order of the blocks."""
     stem = torch.tanh(net.bn1(net.conv1(x)))

@@ -44,7 +44,9 @@ def blocks_command(
 def score_command(
     model: Model,
     data: ImagesArgument,
-    criterion: Annotated[str, typer.Option(help="rgn, snr, snr-reference, fisher or sensitivity.")] = "rgn",
+    criterion: Annotated[
+        str, typer.Option(help="rgn, snr, snr-reference, fisher, rgn-residual or sensitivity.")
+    ] = "rgn",
     batches: Annotated[int, typer.Option(min=1, help="How many batches to score on.")] = 5,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 32,
     json: Annotated[Path | None, typer.Option("--json", help="Write the scores to this file.")] = None,

@@ -38,7 +38,8 @@ def score_blocks(
     Args:
         model: A network, or a PeftModel, whose trained tensors are scored with their current values.
         dataloader: Yields (inputs, labels) or dicts, on any device.
-        criterion: ``rgn``, ``snr``, ``snr-reference``, ``fisher`` or ``sensitivity``; see `scores`.
+        criterion: ``rgn``, ``snr``, ``snr-reference``, ``fisher``, ``rgn-residual`` or ``sensitivity``; see
+            `scores`.
         num_batches: Batches to use per process, 5 as in the paper; None for all.
         loss_fn: (what the model returns, labels or None) -> scalar mean over the batch. By default the model's own
             loss, or cross entropy of its logits.

@@ -18,6 +18,9 @@ from ..errors import ConfigError, DataError
 from .gradients import GradientStatistics, Measure, squared_norms
 from .sensitivity import sensitivity
 
+PRESERVED = 0.9
+"""Share of a tensor's squared singular values in the directions that `rgn_residual` leaves out."""
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from rich.table import Table
@@ -245,6 +248,30 @@ def fisher(statistics: GradientStatistics, names: Sequence[str]) -> float:
     return float(statistics.sums[:, columns].sum(1).mean()) / sum(statistics.weights[name].numel() for name in names)
 
 
+def rgn_residual(statistics: GradientStatistics, names: Sequence[str]) -> float:
+    """Relative norm of what the gradient asks for outside the directions that the weights use most.
+
+    Of each tensor, as a matrix of its first axis by all others, the principal directions are the singular vectors that
+    hold `PRESERVED` of its squared singular values. The mean gradient's part that lies in both of these spaces is taken
+    away; the norm of the rest, over the norm of the weights, is the score: what could be learned while that is kept.
+    The split of weights by SVD into what is preserved and what may learn is FMSD's, a detector of forged faces, which
+    masks layers by their gradients; as one number for a tensor it is this project's own. Vectors are taken whole.
+    """
+    gradients, weights = 0.0, 0.0
+    for name in names:
+        gradient, weight = statistics.mean[name].double(), statistics.weights[name].double()
+        if weight.ndim > 1:
+            gradient, weight = gradient.flatten(1), weight.flatten(1)
+            left, values, right = torch.linalg.svd(weight, full_matrices=False)
+            energy = values.square().cumsum(0) / values.square().sum().clamp(min=1e-300)
+            rank = int((energy < PRESERVED).sum()) + 1
+            inside = left[:, :rank].T @ gradient @ right[:rank].T
+            gradient = gradient - left[:, :rank] @ inside @ right[:rank]
+        gradients += float(gradient.square().sum())
+        weights += float(weight.square().sum())
+    return math.sqrt(gradients / weights) if weights > 0 else 0.0
+
+
 CRITERIA: dict[str, Criterion] = {
     row.name: row
     for row in (
@@ -252,6 +279,7 @@ CRITERIA: dict[str, Criterion] = {
         Criterion("snr", snr, "input"),
         Criterion("snr-reference", snr_reference, "batch", measure=axis_ratios),
         Criterion("fisher", fisher, "input"),
+        Criterion("rgn-residual", rgn_residual, "batch", relative=True),
         Criterion("sensitivity", sensitivity, "output"),
     )
 }
