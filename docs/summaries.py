@@ -118,12 +118,28 @@ def private() -> str:
     return private_head.table(args, Ledger(rows).runs()).markdown()
 
 
-def choice() -> str:
-    """What `auto` is worth on CIFAR-10-C and CIFAR-Flip, with 20 labels of each class."""
+def choices() -> tuple[list[Run], list[str], list[int], list[int], choice_tables.Kind]:
+    """The rows of CIFAR-10-C and CIFAR-Flip with 20 labels of each class, as `choice_tables.table` takes them."""
     rows = Ledger(RESULTS / "cifar10c-choice.jsonl").runs()
     found = dict.fromkeys((run.key["network"], run.key["task"]) for run in rows)
     kind, tasks = choice_tables.cifar(sorted(found, key=lambda pair: (pair[1], pair[0])))
-    return "\n".join(each.markdown() for each in choice_tables.table(rows, tasks, [20], [0], kind))
+    return rows, tasks, [20], [0], kind
+
+
+def choice() -> str:
+    """What `auto` is worth on CIFAR-10-C and CIFAR-Flip."""
+    return "\n".join(each.markdown() for each in choice_tables.table(*choices()))
+
+
+def choice_means() -> str:
+    """What `auto` is worth over all tasks, photographs and CIFAR-10."""
+    rows = Ledger(RESULTS / "photographs.jsonl").runs()
+    photographs = rows, list(choice_tables.TASKS), [5, 20], [0, 1, 2], choice_tables.PHOTOGRAPHS
+    rows, tasks, *rest = choices()
+    flipped = [task for task in tasks if task.endswith("flip")]
+    corrupted = [task for task in tasks if task not in flipped]
+    parts = {"photographs": photographs, "CIFAR-10-C": (rows, corrupted, *rest), "CIFAR-Flip": (rows, flipped, *rest)}
+    return choice_tables.overall(parts).markdown()
 
 
 def from_rows(recipe: str) -> str:

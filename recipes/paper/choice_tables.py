@@ -69,6 +69,7 @@ def cifar(tasks: Sequence[tuple[str, str]]) -> tuple[Kind, list[str]]:
     return Kind(settings, ("block1", "block2", "block3"), {**groups, "all": tuple(names)}, kept), [*names]
 
 
+_Cells = dict[tuple[str, int], dict[str, list[Run]]]
 COLUMNS = (NONE, "all", "Cross-Val", "head", "logistic-head", "lp-ft", "spd", "auto", "oracle")
 """Those that no row is of are left out."""
 
@@ -80,9 +81,7 @@ def table(
 
     Of each task and number of labels for which there are rows of `auto` and `all`; no tables if there is none.
     """
-    plain = [row for row in rows if row.key.get("effort", 1) == 1]
-    cells = {(task, size): _cell(plain, kind, task, size, seeds) for task in tasks for size in sizes}
-    cells = {what: found for what, found in cells.items() if found["auto"] and found["all"]}
+    cells = _cells_of(rows, tasks, sizes, seeds, kind)
     if not cells:
         return []
     columns = [name for name in COLUMNS if any(found[name] for found in cells.values())]
@@ -135,6 +134,43 @@ _EFFORT = (
 )
 
 
+def _cells_of(
+    rows: Sequence[Run], tasks: Sequence[str], sizes: Sequence[int], seeds: Sequence[int], kind: Kind
+) -> _Cells:
+    """The cells that have rows of `auto` and `all`."""
+    plain = [row for row in rows if row.key.get("effort", 1) == 1]
+    cells = {(task, size): _cell(plain, kind, task, size, seeds) for task in tasks for size in sizes}
+    return {what: found for what, found in cells.items() if found["auto"] and found["all"]}
+
+
+def overall(
+    parts: Mapping[str, tuple[Sequence[Run], Sequence[str], Sequence[int], Sequence[int], Kind]],
+    others: Sequence[str] = (NONE, "all", "Cross-Val", "oracle"),
+) -> TextTable:
+    """What `auto` differs by from others, over tasks of several kinds.
+
+    Args:
+        parts: Heading -> rows, tasks, numbers of labels, seeds and kind, as for `table`.
+        others: Columns to compare with.
+    """
+    cells = {heading: _cells_of(*asked) for heading, asked in parts.items()}
+    lines = []
+    for other in others:
+        gains = {heading: _gains(found, other) for heading, found in cells.items()}
+        by_task = {heading: [fmean(own) for own in found.values()] for heading, found in gains.items()}
+        every = [gain for found in by_task.values() for gain in found]
+        shown = [plus_minus(found, sign="+") for found in [*by_task.values(), every]]
+        worst = min(gain for found in gains.values() for own in found.values() for gain in own)
+        below = sum(gain < -0.01 for gain in every)
+        lines.append([other, *shown, f"{100 * worst:+.1f}", f"{below} of {len(every)}"])
+    counts = ", ".join(f"{heading}: {len({task for task, _ in found})}" for heading, found in cells.items())
+    caption = (
+        f"{_HOW} Tasks: {counts}. Last column: tasks on which auto is more than one point below. A task of CIFAR-10 is "
+        "one network with one corruption, so that tasks share images."
+    )
+    return TextTable(["auto minus", *cells, "all tasks", "worst cell", "more than 1 below"], lines, caption)
+
+
 def _cell(rows: Sequence[Run], kind: Kind, task: str, size: int, seeds: Sequence[int]) -> dict[str, list[Run]]:
     """The runs of each column, in the order of the seeds; none where one is missing."""
     single = (*kind.blocks, "head")
@@ -161,9 +197,6 @@ def _cell(rows: Sequence[Run], kind: Kind, task: str, size: int, seeds: Sequence
     return {**found, "Cross-Val": best(kind.blocks, "validation"), "oracle": best(single, "test")}
 
 
-_Cells = dict[tuple[str, int], dict[str, list[Run]]]
-
-
 def _by_column(cells: _Cells, columns: Sequence[str], what: str) -> list[list[str]]:
     def shown(runs: list[Run]) -> str:
         return plus_minus([run.result[what] for run in runs if what in run.result])
@@ -186,16 +219,22 @@ def _differences(cells: _Cells, columns: Sequence[str], groups: Mapping[str, tup
     for other in columns:
         if other == "auto":
             continue
-        gains: dict[str, list[float]] = {}
-        for (task, _), found in cells.items():
-            if found[other]:
-                gains.setdefault(task, []).append(_mean(found["auto"]) - _mean(found[other]))
+        gains = _gains(cells, other)
         of_tasks = {task: fmean(own) for task, own in gains.items()}
         grouped = [[of_tasks[task] for task in tasks if task in of_tasks] for tasks in groups.values()]
         shown = [plus_minus(own) if own else "-" for own in grouped]
         worst = min((gain for own in gains.values() for gain in own), default=None)
         lines.append([other, *shown, "-" if worst is None else f"{100 * worst:.1f}"])
     return lines
+
+
+def _gains(cells: _Cells, other: str) -> dict[str, list[float]]:
+    """Task -> points of `auto` above another column, for each number of labels."""
+    gains: dict[str, list[float]] = {}
+    for (task, _), found in cells.items():
+        if found[other]:
+            gains.setdefault(task, []).append(_mean(found["auto"]) - _mean(found[other]))
+    return gains
 
 
 _TAKEN: dict[str, Callable[[Run], float | None]] = {
