@@ -23,6 +23,8 @@ into one file of rows, ``OUTPUT/rows.jsonl``, from which the tables are drawn::
     ... --tasks gaussian_noise flip --model resnet32             # flip: label y becomes 9 - y; a ResNet with BatchNorm
     ... --tuning-images 50 100 200 500 1000                      # the paper's Figure 4
     ... --norm-stats frozen target all --forgetting              # also on the test images without the corruption
+    ... --model BASE --train-source FILE --output lite0          # trains an ImageNet network on other clean photographs
+    ... --model lite0 --tuning-images 200 --test-images 800      # which is then a third network
     ... --table --rows docs/results/cifar10c.jsonl --lr 1e-3 1e-4 --head-lr 1e-1 1e-2 --markdown table.md  # no training
 
 Protocol (paper, Sec. 2.1, A.3 and A.4): Adam, 15 epochs, three rates, 1,000 images to tune. From the reference code's
@@ -54,12 +56,14 @@ from typing import Any
 from accelerate import PartialState
 from paper.cifar_networks import open_network
 from paper.cifar_tables import CROSS_VALIDATED, comparison_table, forgetting_table, settings_of
-from paper.cifar_tasks import read_cifar, tasks_in
+from paper.cifar_tasks import read_cifar, tasks_in, with_source
 from paper.findings import source_accuracy
+from paper.pretraining import SOURCE_REPORT, SourceTraining, train_source
 from paper.protocol import TABLE_4, Protocol, parser_of, rows_of
 from paper.rows import write_rows
 from paper.study import run_study
 from peft_surgical.errors import ConfigError, run_in_words
+from peft_surgical.evaluation import Report
 from peft_surgical.experiment.experiment import Experiment
 from peft_surgical.training.fitting import FitSettings
 from peft_surgical.training.ledger import Ledger, Run
@@ -105,6 +109,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--test-images", type=int, metavar="N", help=fixed)
     policies = ("frozen", "target", "all")
     add("--norm-stats", nargs="+", choices=policies, default=["frozen"], help="default: frozen")
+    first = "train --model on the photographs in this file that no file of --data shows, leave it in --output, and stop"
+    add("--train-source", metavar="FILE", help=first)
     add("--rows", metavar="FILE", help="results from which tables are drawn; default: OUTPUT/rows.jsonl")
     add(
         "--table",
@@ -119,11 +125,32 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--push-to-hub: the base of these adapters cannot be opened by its name; leave it out")
     args.rows = Path(args.rows or Path(args.output, "rows.jsonl"))
     if args.tasks is None:
-        there = {run.key["task"]: None for run in Ledger(args.rows) if run.key["network"] == args.model}
+        there = {run.key["task"]: None for run in Ledger(args.rows) if run.key["network"] == Path(args.model).name}
         args.tasks = tasks_in(args.data) if args.data else list(there)
     beside = [Path(args.data or "", f"clean{ending}") for ending in (".parquet", ".npy")]
     args.clean = args.clean or next((str(args.data) for file in beside if args.data and file.is_file()), None)
     return args
+
+
+SOURCE = SourceTraining(
+    FitSettings(lr=3e-4, epochs=5, batch_size=64, optimizer="adam", weight_decay=1e-4),
+    method="lp-ft",
+    options={"share": 0.3},
+    augment="flip",
+    reference="chosen here",
+)
+"""For ``--train-source``."""
+
+
+def train(args: argparse.Namespace) -> None:
+    """A network that knows other images, on the classes of CIFAR-10."""
+    if not args.data or args.clean is None:
+        raise ConfigError("--train-source: --data, and --clean or clean.parquet there, say what it must not be shown")
+    sizes = {"tuning": args.tuning_images[-1], "validation": args.validation_images}
+    data = with_source(read_cifar("clean", args.clean, **sizes), args.train_source, args.clean)
+    training = replace(SOURCE, fitting=replace(SOURCE.fitting, use_cpu=args.cpu))
+    place = train_source(args.model, data, training, args.output, opener=functools.partial(open_network, args.models))
+    print(f"{place}: {Report.load(place / SOURCE_REPORT).measurements[0]}")
 
 
 def study(args: argparse.Namespace, rows: Ledger, task: str, images: int, norm_stats: str) -> None:
@@ -134,7 +161,8 @@ def study(args: argparse.Namespace, rows: Ledger, task: str, images: int, norm_s
     clean = args.clean if args.forgetting else None
     if args.forgetting and (clean is None or task == "flip"):
         raise ConfigError(f"--forgetting: there are no clean images for {task} here; give --clean, or leave it out")
-    folder = Path(args.output, args.model, task, f"{images}-{norm_stats}")
+    network_name = Path(args.model).name
+    folder = Path(args.output, network_name, task, f"{images}-{norm_stats}")
     own = {"target": methods, "method": [], "tuning_images": images, "norm_stats": norm_stats, "output": str(folder)}
     protocol = replace(PROTOCOL, name=f"CIFAR-10-C {task}", published={})
 
@@ -147,7 +175,7 @@ def study(args: argparse.Namespace, rows: Ledger, task: str, images: int, norm_s
             adapter = experiment.adapter(run.key)
             if not adapter.is_dir():  # the study was over, and has been tidied up
                 experiment.train(run.key)
-            found["adapter"] = f"{args.model}-{task}-{experiment.digest(run.key)}"
+            found["adapter"] = f"{network_name}-{task}-{experiment.digest(run.key)}"
             shutil.copytree(adapter, Path(args.output, "adapters", found["adapter"]), dirs_exist_ok=True)
             network = experiment.load(adapter, network)
         if clean is not None:
@@ -170,6 +198,9 @@ def study(args: argparse.Namespace, rows: Ledger, task: str, images: int, norm_s
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
+    if args.train_source:
+        train(args)
+        return
     rows = Ledger(args.rows)
     studies = list(itertools.product(args.tasks, args.tuning_images, args.norm_stats))
     for task, images, norm_stats in () if args.table else studies:

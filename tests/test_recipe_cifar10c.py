@@ -9,13 +9,15 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
 from scripts import script
 
 from paper import cifar, cifar_networks
 from paper.cifar_tables import settings_of
-from paper.cifar_tasks import read_cifar
+from paper.cifar_tasks import read_cifar, with_source
+from peft_surgical.bases.libraries import save_checkpoint
 from peft_surgical.errors import ConfigError, DataError
 from peft_surgical.evaluation import Report, accuracy, predict_logits
 from peft_surgical.training.ledger import Ledger
@@ -108,6 +110,34 @@ def test_studies_leave_rows_and_adapters_and_go_on(recipe, world, tmp_path):
     without_data = [argument for argument in asked if argument not in {"--data", str(world / "data")}]
     recipe.main([*without_data, "--table", "--forgetting", "--markdown", str(tmp_path / "alone.md")])
     assert (tmp_path / "alone.md").read_text() == table
+
+
+def test_a_third_network_is_trained_on_photographs_that_no_corrupted_file_shows(recipe, world, tmp_path):
+    clean = world / "data" / "clean.parquet"
+    shown = datasets.Dataset.from_parquet(str(clean))
+    generator = np.random.default_rng(9)
+    others = [pillow.fromarray(generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(100)]
+    rows = {"img": [*others, *shown["img"]], "label": [*(i % 10 for i in range(100)), *shown["label"]]}
+    file = tmp_path / "photographs.parquet"
+    datasets.Dataset.from_dict(rows, features=shown.features).to_parquet(file)
+
+    data = with_source(read_cifar("clean", clean, tuning=20, validation=10), file, clean)
+    assert data.source["file"] == [f"row {i}" for i in range(100)]
+    with pytest.raises(DataError, match=r"shows nothing that .*clean\.parquet does not show"):
+        with_source(data, clean, clean)
+
+    overlay = {"input_size": (3, 32, 32)}
+    network = timm.create_model("test_resnet", num_classes=4, pretrained_cfg_overlay=overlay)
+    save_checkpoint("timm", network, tmp_path / "base", label_names=None)
+    third, model = tmp_path / "third", ["--model", str(tmp_path / "base")]
+    recipe.main([*model, "--train-source", str(file), "--data", str(world / "data"), "--output", str(third), *SMALL])
+    assert Report.load(third / "source.json").settings["images"] == {"source": 100, "held_out": 0}
+    asked = arguments(world, tmp_path / "out", "--model", str(third), "--tasks", "frost", "--target", "block1")
+    recipe.main([*asked, "--lr", "1e-3", "--test-images", "10", "--seeds", "0"])
+    (run,) = Ledger(tmp_path / "out" / "rows.jsonl").runs(method="block1")
+    assert (run.key["network"], run.result["adapter"].split("-frost-")[0]) == ("third", "third")
+    with pytest.raises(ConfigError, match="--train-source: --data, and --clean"):
+        recipe.main([*model, "--train-source", str(file), "--data", str(tmp_path), "--output", str(third)])
 
 
 def test_searches_and_scheduled_methods_have_rows(recipe, world, tmp_path):

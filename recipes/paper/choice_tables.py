@@ -12,6 +12,7 @@ from peft_surgical.evaluation import TextTable, plus_minus
 from peft_surgical.training.ledger import Run
 from peft_surgical.training.search import NONE
 
+from .cifar_networks import NETWORKS
 from .rows import reported
 
 TASKS = {
@@ -23,6 +24,10 @@ TASKS = {
     "tecom": ("blood_cells/cellavision", "blood_cells/tecom"),
 }
 """Task -> source and target domain. The first half fixed the rules of ``auto``, the other half confirms them."""
+LITE0 = tuple(f"block{i}" for i in range(1, 8))
+"""The blocks of an EfficientNet-Lite0 before its head."""
+CIFAR_BLOCKS = ("block1", "block2", "block3")
+"""Those of the networks of `cifar_networks`."""
 
 
 @dataclass(frozen=True)
@@ -31,20 +36,20 @@ class Kind:
 
     Attributes:
         settings: (Task, images of each class to tune on) -> what the keys of its rows have in common.
-        blocks: Those that Cross-Val and the oracle choose among; the oracle also has the head.
+        blocks: Task -> those that Cross-Val and the oracle choose among; the oracle also has the head.
         groups: Heading -> tasks, of the means over tasks.
         kept: The result of a row that says what is left on the source, and what it is accuracy on.
     """
 
     settings: Callable[[str, int], Mapping[str, Any]]
-    blocks: tuple[str, ...]
+    blocks: Callable[[str], tuple[str, ...]]
     groups: Mapping[str, tuple[str, ...]]
     kept: tuple[str, str]
 
 
 PHOTOGRAPHS = Kind(
     lambda task, size: {"recipe": "photographs", "task": task, "per_class": size},
-    tuple(f"block{i}" for i in range(1, 8)),
+    lambda task: LITE0,
     {"first three tasks": tuple(TASKS)[:3], "other three": tuple(TASKS)[3:], "all": tuple(TASKS)},
     ("source", "held-out images of the source domain"),
 )
@@ -66,7 +71,8 @@ def cifar(tasks: Sequence[tuple[str, str]]) -> tuple[Kind, list[str]]:
     groups["CIFAR-10-C"] = tuple(name for name in names if names[name][1] != "flip")
     groups["CIFAR-Flip"] = tuple(name for name in names if names[name][1] == "flip")
     kept = ("clean", "the same test images without the corruption")
-    return Kind(settings, ("block1", "block2", "block3"), {**groups, "all": tuple(names)}, kept), [*names]
+    own = {name: CIFAR_BLOCKS if network in NETWORKS else LITE0 for name, (network, _) in names.items()}
+    return Kind(settings, own.__getitem__, {**groups, "all": tuple(names)}, kept), [*names]
 
 
 _Cells = dict[tuple[str, int], dict[str, list[Run]]]
@@ -173,7 +179,8 @@ def overall(
 
 def _cell(rows: Sequence[Run], kind: Kind, task: str, size: int, seeds: Sequence[int]) -> dict[str, list[Run]]:
     """The runs of each column, in the order of the seeds; none where one is missing."""
-    single = (*kind.blocks, "head")
+    blocks = kind.blocks(task)
+    single = (*blocks, "head")
 
     def own(method: str) -> list[Run]:
         settings = {**kind.settings(task, size), "method": method}
@@ -194,7 +201,7 @@ def _cell(rows: Sequence[Run], kind: Kind, task: str, size: int, seeds: Sequence
         taken = zip(chosen, costs, notes, strict=True)
         return [Run(run.key, {**run.result, "cost": cost}, noted) for run, cost, noted in taken]
 
-    return {**found, "Cross-Val": best(kind.blocks, "validation"), "oracle": best(single, "test")}
+    return {**found, "Cross-Val": best(blocks, "validation"), "oracle": best(single, "test")}
 
 
 def _by_column(cells: _Cells, columns: Sequence[str], what: str) -> list[list[str]]:

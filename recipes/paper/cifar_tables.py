@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -36,8 +37,9 @@ SELECTION = "learning rate by validation accuracy of seed 0, epoch by validation
 
 def settings_of(args: argparse.Namespace, task: str, method: str, images: int, norm_stats: str) -> dict[str, Any]:
     """What the keys of a method's rows have in common, but for rate and seed."""
-    found = {"recipe": "cifar10c", "network": args.model, "task": task, "method": method, "tuning_images": images}
-    found |= {"severity": args.severity, "validation_images": args.validation_images, "epochs": args.epochs}
+    found: dict[str, Any] = {"recipe": "cifar10c", "network": Path(args.model).name, "task": task, "method": method}
+    found |= {"tuning_images": images, "severity": args.severity, "validation_images": args.validation_images}
+    found |= {"epochs": args.epochs}
     found |= {"batch_size": args.batch_size, "weight_decay": args.weight_decay}
     found["norm_stats"] = "frozen" if method == NONE else norm_stats
     if args.test_images is not None:

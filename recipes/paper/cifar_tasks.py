@@ -99,6 +99,29 @@ def read_cifar(
     return replace(found, fingerprint=total.hexdigest()[:16])
 
 
+def with_source(data: Published, photographs: str | os.PathLike[str], clean: str | os.PathLike[str]) -> Published:
+    """The data, with the photographs of a file as their source: all but those that the corrupted files show.
+
+    Args:
+        data: As `read_cifar` gives it.
+        photographs: For instance all 10,000 test images, in a form that `read_cifar` takes for ``clean``.
+        clean: The photographs that the corrupted files show, without the corruption; the same forms.
+
+    Raises:
+        DataError: No photograph is left.
+    """
+    images, table = _opened("clean", os.fspath(photographs), 5)
+    shown = {pixels.tobytes() for pixels in task_images("clean", os.fspath(clean)).pixels.numpy()}
+    rows = [row for row, pixels in enumerate(images.pixels.numpy()) if pixels.tobytes() not in shown]
+    if not rows:
+        raise DataError(f"{photographs} shows nothing that {clean} does not show: bring more photographs")
+    labels, chosen = images.labels.numpy(), np.array(rows)
+    names = {"label_names": CLASSES, "group_names": CLASSES, "files": [f"row {row}" for row in range(len(labels))]}
+    parts, origin = {"source": chosen}, {"source": f"{len(rows)} photographs that no corrupted file shows"}
+    source = cut("cifar-10", table, labels, labels, parts, origin=origin, **names).source
+    return replace(data, source=source, source_test=None, origin={**data.origin, **origin})
+
+
 @functools.lru_cache(maxsize=4)
 def task_images(task: str, source: str, severity: int = 5) -> Images:
     """The images and labels of a task, see `read_cifar`."""
