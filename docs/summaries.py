@@ -380,6 +380,10 @@ SUMMARIES = {
     "compare-moments.md": moments,
     "compare-images.md": by_images,
     "norm-policies.md": norm_policies,
+    "choice-cifar.md": choice,
+    "choice-means.md": choice_means,
+    "criteria.md": functools.partial(from_rows, "criteria"),
+    "soups.md": functools.partial(from_rows, "soups"),
 }
 
 if __name__ == "__main__":
