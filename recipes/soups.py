@@ -131,13 +131,12 @@ class _Cell:
 
 
 def table(cells: Mapping[tuple[str, str], Sequence[Mapping[str, float]]], seeds: Sequence[int]) -> TextTable:
-    """Points above the single candidate, mean over the tasks of each network, and over all."""
+    """Points above the single candidate: mean over corruptions and networks, over CIFAR-Flip, and over all."""
     means = {what: {way: fmean(one[way] for one in found) for way in found[0]} for what, found in cells.items()}
-    networks = list(dict.fromkeys(network for network, _ in means))
     lines = []
     for way in (*WAYS, "oracle"):
         gains = {what: found[way] - found["single"] for what, found in means.items()}
-        own = [[gain for (network, _), gain in gains.items() if network == name] for name in networks]
+        own = [[gain for (_, task), gain in gains.items() if (task == "flip") is flipped] for flipped in (False, True)]
         shown = [plus_minus(some, sign="+") for some in [*own, list(gains.values())]]
         ends = [f"{100 * end(gains.values()):+.1f}" for end in (min, max)]
         lines.append([way, *shown, *ends])
@@ -147,7 +146,7 @@ def table(cells: Mapping[tuple[str, str], Sequence[Mapping[str, float]]], seeds:
         f"mean over {len(means)} cells (network and task, seeds {', '.join(map(str, seeds))}) ± half the 95% interval "
         "(Student's t) over cells. Oracle: the candidate that tests best, which nobody can choose."
     )
-    return TextTable(["way", *networks, "all", "worst cell", "best cell"], lines, caption)
+    return TextTable(["way", "CIFAR-10-C", "CIFAR-Flip", "all", "worst cell", "best cell"], lines, caption)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
