@@ -37,7 +37,7 @@ def cells(found):
 
 def test_cross_val_takes_the_block_that_validates_best_and_the_oracle_the_one_that_tests_best(rows):
     kind, tasks = cifar(TASKS)
-    tested, kept, differences, costs, chosen, efforts = table(rows, tasks, [20], [0], kind)
+    tested, kept, differences, costs, chosen, blocks, efforts = table(rows, tasks, [20], [0], kind)
     found = cells(tested)["resnet26 frost"]
     assert found["none"] == "20.0"
     assert found["Cross-Val"] == "50.0"
@@ -60,6 +60,9 @@ def test_cross_val_takes_the_block_that_validates_best_and_the_oracle_the_one_th
     assert cells(costs)["20 per class, steps"] == {"Cross-Val": "4.3", "head": "1", "auto": "2.5"}
     assert cells(costs)["20 per class, seconds"]["auto"] == "2.5"
     assert cells(chosen)["base frost"]["seed 0"] == "block1 at 0.001"
+    assert blocks.header[2:] == [*choice_tables.LITE0, "head", "all"]
+    assert cells(blocks)["resnet26 frost"]["block1"] == "70.0"
+    assert cells(blocks)["resnet26 frost"]["block7"] == "-"
     assert efforts.rows == [
         ["1", "20", "resnet26 frost, base frost", "59.0", "-", "2.5"],
         ["2", "20", "resnet26 frost, base frost", "61.0", "+2.0 ± 25.4", "4"],

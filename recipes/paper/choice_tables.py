@@ -112,6 +112,9 @@ def table(
         TextTable(["runs of all", *columns[2:-1]], costs, _COST + (_SECONDS if timed else "")),
         TextTable(["task", "per class", *(f"seed {seed}" for seed in seeds)], _chosen(cells), _CHOSEN),
     ]
+    every = [*dict.fromkeys(name for task, _ in cells for name in kind.blocks(task)), "head", "all"]
+    if blocks := _by_block(cells, every):
+        found.append(TextTable(["task", "per class", *every], blocks, _BLOCKS))
     efforts = _efforts(rows, cells, kind, seeds)
     return [*found, TextTable(_EFFORT_NAMES, efforts, _EFFORT)] if efforts else found
 
@@ -132,6 +135,7 @@ _COST = (
     "runs; the search for the rate is counted in auto alone."
 )
 _SECONDS = " Seconds: over the tasks whose runs were timed beside each other."
+_BLOCKS = "Test accuracy in percent of each block, the head and everything, tuned alone, where all blocks were run."
 _CHOSEN = "What auto chose; every choice but `none` is trained on all labels."
 _EFFORT_NAMES = ["effort", "per class", "tasks", "auto", "auto minus effort 1", "cost"]
 _EFFORT = (
@@ -219,6 +223,14 @@ def _by_column(cells: _Cells, columns: Sequence[str], what: str) -> list[list[st
         if len(own) > 1:
             lines.append(["mean", str(size), *means])
     return lines
+
+
+def _by_block(cells: _Cells, names: Sequence[str]) -> list[list[str]]:
+    found = {what: cell for what, cell in cells.items() if cell["oracle"]}
+    return [
+        [task, str(size), *(plus_minus([run.result["test"] for run in cell.get(name, [])]) for name in names)]
+        for (task, size), cell in found.items()
+    ]
 
 
 def _differences(cells: _Cells, columns: Sequence[str], groups: Mapping[str, tuple[str, ...]]) -> list[list[str]]:
