@@ -213,6 +213,20 @@ def test_only_none_leaves_no_adapter(tmp_path):
     assert len(report.measurements) == 2
 
 
+def test_other_rows_in_the_same_folder_replace_what_was_reported(tmp_path):
+    asked = ["--seeds", "0", "--output", str(tmp_path), "--lr", "1e-2"]
+    first = run("--target", "block1", *asked)
+    second = run("--target", "head", *asked)
+    assert [report.settings["adapter"]["row"] for report in (first, second)] == ["block1", "head"]
+    assert Report.load(tmp_path / "report.json") == Report.load(tmp_path / "adapter" / "report.json") == second
+    tuned = PeftModel.from_pretrained(opener("tiny").model, tmp_path / "adapter")
+    assert tuned.peft_config["default"].target == "head"
+    with (tmp_path / "report.json").open("a") as file:
+        file.write("\n")
+    with pytest.raises(ConfigError, match=r"holds report\.json, which something else has written or changed"):
+        run("--target", "block1", *asked)
+
+
 def test_plan_trains_nothing(tmp_path, capsys):
     assert (
         run("--output", str(tmp_path / "none"), "--dry-run", "--target", "block1", "auto", "--method", "full") is None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +23,7 @@ from peft_surgical.experiment.subject import Rows
 from peft_surgical.hub.cards import About, card_of
 from peft_surgical.hub.pushing import push_adapter
 from peft_surgical.keys import CARD, FIGURE, REPORT
+from peft_surgical.results import published
 from peft_surgical.training.ledger import Run
 from peft_surgical.training.search import NONE
 
@@ -92,13 +92,15 @@ def write_study(
             "moved": kept.moved,
         }
     report = Report(experiment.model, best or NONE, tuple(measured), settings)
-    report.save(folder / REPORT)
-    if kept is not None:
-        shutil.copy(folder / REPORT, folder / ADAPTER / REPORT)
-    (folder / TABLE).write_text(findings_table(protocol, report, list(found)), encoding="utf-8")
     first = [m for m in measured if m.name.startswith(f"{metrics[0]} of ")]
     title = f"{protocol.name}, test, 95% intervals"
-    draw_or_warn(lambda: bars(first, list(found), f"{metrics[0].replace('_', ' ')} (%)", title, folder / FIGURE))
+    with published(folder) as stage:
+        report.save(stage / REPORT)
+        if kept is not None:
+            (stage / ADAPTER).mkdir()
+            report.save(stage / ADAPTER / REPORT)
+        (stage / TABLE).write_text(findings_table(protocol, report, list(found)), encoding="utf-8")
+        draw_or_warn(lambda: bars(first, list(found), f"{metrics[0].replace('_', ' ')} (%)", title, stage / FIGURE))
     experiment.tidy()
     return report
 
