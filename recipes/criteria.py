@@ -14,38 +14,39 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
 
-from paper.cifar_networks import NETWORKS, load_network, normalise
-from paper.cifar_tasks import read_cifar, task_images
-from paper.rows import chosen_runs
+from paper.cifar_cells import cell_parser, found_in_cells, images_of
+from paper.cifar_networks import load_network
+from paper.cifar_tables import BLOCKS
 from peft_surgical import score_blocks
 from peft_surgical.choosing import CRITERIA
-from peft_surgical.errors import DataError, run_in_words
+from peft_surgical.errors import run_in_words
 from peft_surgical.evaluation import TextTable, plus_minus
-from peft_surgical.training.ledger import Ledger
+from peft_surgical.training.ledger import Run
 
-BLOCKS = ("block1", "block2", "block3")
-TARGETS = (*BLOCKS, "head")
 BATCH, BATCHES = 40, 5
 """Images of a minibatch, and how many are scored."""
 
 
-def scored(args: argparse.Namespace, network: str, task: str, key: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+def scored(args: argparse.Namespace, network: str, task: str, run: Run) -> dict[str, dict[str, float]]:
     """Criterion -> block -> score, on the images that tuned."""
-    sizes = {"tuning": key["tuning_images"], "validation": key["validation_images"], "test": key["test_images"]}
-    data = read_cifar(task, args.data, seed=key["seed"], **sizes)
-    pixels = task_images(task, str(args.data))
-    at = torch.tensor([int(name.split()[-1]) for name in data.tuning["file"]])
-    at = at[torch.randperm(len(at), generator=torch.Generator().manual_seed(key["seed"]))]
-    images, labels = normalise(pixels.pixels[at], network), pixels.labels[at]
-    batches = list(zip(images.split(BATCH), labels.split(BATCH), strict=True))
+    images, labels = images_of(args.data, network, task, run)["tuning"]
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(run.key["seed"]))
+    batches = list(zip(images[order].split(BATCH), labels[order].split(BATCH), strict=True))
     base = load_network(network, args.models)
     return {name: dict(score_blocks(base, batches, name, BATCHES)) for name in CRITERIA}
+
+
+def chosen(runs: Mapping[str, Run], scores: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """What each criterion and Cross-Val choose, and the test accuracy of each target."""
+    found = {name: max(BLOCKS, key=scores[name].__getitem__) for name in CRITERIA}
+    for name, among in (("Cross-Val", BLOCKS[:-1]), ("Cross-Val with head", BLOCKS)):
+        found[name] = max(among, key=lambda target: runs[target].result["validation"])
+    return {"chosen": found, "test": {name: run.result["test"] for name, run in runs.items()}}
 
 
 def table(cells: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]], seeds: Sequence[int]) -> TextTable:
@@ -61,7 +62,7 @@ def table(cells: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]], seeds: S
         shown = [plus_minus([below[what] for what in some]) for some in tasks.values()]
         hits = sum(one["test"][one["chosen"][name]] == max(one["test"].values()) for one in every)
         picked = [one["chosen"][name] for one in every]
-        counted = ", ".join(f"{target} {picked.count(target)}" for target in TARGETS if target in picked)
+        counted = ", ".join(f"{target} {picked.count(target)}" for target in BLOCKS if target in picked)
         lines.append([name, *shown, f"{hits} of {len(every)}", counted])
     caption = (
         "Points of test accuracy of the chosen block or head, tuned alone, minus those of the one that tests best; "
@@ -73,37 +74,23 @@ def table(cells: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]], seeds: S
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--rows", required=True, help="what recipes/cifar10c.py measured")
-    add("--data", help="folder of <corruption>.parquet; needed where a cell is not in --ledger yet")
-    add("--models", help="folder with the networks' weights; default: PEFT_SURGICAL_SHARED")
-    add("--networks", nargs="+", choices=tuple(NETWORKS), default=list(NETWORKS), help="default: %(default)s")
-    add("--seeds", nargs="+", type=int, default=[0], help="default: 0")
-    add("--ledger", help="scores so far; default: criteria.jsonl beside --rows")
-    add("--markdown", metavar="FILE", help="also write the table to this file")
+    parser = cell_parser(__doc__)
     args = parser.parse_args(argv)
-    rows, ledger = Ledger(args.rows).runs(), Ledger(args.ledger or Path(args.rows).with_name("criteria.jsonl"))
-    cells: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for network in args.networks:
-        for task in sorted({run.key["task"] for run in rows}):
-            measured = [runs for seed in args.seeds if (runs := chosen_runs(rows, network, task, seed, TARGETS))]
-            for runs in measured if len(measured) == len(args.seeds) else ():
-                key = {"recipe": "criteria", "network": network, "task": task}
-                key |= {name: runs["head"].key[name] for name in ("seed", "tuning_images")}
-                if ledger.find(key) is None:
-                    if not args.data:
-                        parser.error(f"{network} on {task} is not in {ledger.file}: give --data")
-                    ledger.append(key, scored(args, network, task, runs["head"].key))
-                scores = ledger.find(key) or {}
-                chosen = {name: max(TARGETS, key=scores[name].__getitem__) for name in CRITERIA}
-                for name, among in (("Cross-Val", BLOCKS), ("Cross-Val with head", TARGETS)):
-                    chosen[name] = max(among, key=lambda target: runs[target].result["validation"])
-                test = {name: run.result["test"] for name, run in runs.items()}
-                cells.setdefault((network, task), []).append({"chosen": chosen, "test": test})
-    if not cells:
-        raise DataError(f"{args.rows} has no task with rows of {', '.join(TARGETS)} for seeds {args.seeds}")
-    shown = table(cells, args.seeds)
+
+    def scored_for(runs: Mapping[str, Run]) -> dict[str, Any]:
+        key = runs["head"].key
+        images = ("data", "severity", "tuning_images", "validation_images", "test_images")
+        return {"criteria": list(CRITERIA), **{name: key.get(name) for name in images}}
+
+    found = found_in_cells(
+        parser,
+        args,
+        "criteria",
+        BLOCKS,
+        lambda network, task, runs: scored(args, network, task, runs["head"]),
+        found_for=scored_for,
+    )
+    shown = table({what: [chosen(*one) for one in each] for what, each in found.items()}, args.seeds)
     shown.show()
     if args.markdown:
         shown.save(args.markdown)

@@ -40,7 +40,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from paper.choice_tables import TASKS, table
+from paper.choice_tables import LITE0, TASKS, table
 from paper.findings import source_accuracy
 from paper.parts import Published, cut, images_of
 from paper.pretraining import SOURCE_REPORT, SourceTraining
@@ -58,13 +58,12 @@ TEST_SEED, TEST_IMAGES, POOL = 2026, 800, 45
 """The draw of the test images, their largest number, and how many images of a class are kept from it to tune on."""
 SIDE = 80
 """Pixels of the shorter side of prepared copies."""
-BLOCKS = tuple(f"block{i}" for i in range(1, 8))
 PROTOCOL = Protocol(
     name="photographs",
     data=None,
     layouts="the folder of the sets: <set>/<domain>/<class>/<image>",
     model="tf_efficientnet_lite0",
-    rows=("all", "auto", "logistic-head", "head", *BLOCKS),
+    rows=("all", "auto", "logistic-head", "head", *LITE0),
     lrs=(3e-4, 1e-3),
     head_lrs=(1e-3, 1e-2),
     fitting=FitSettings(lr=1e-3, epochs=15, batch_size=16, optimizer="adam", weight_decay=1e-4),

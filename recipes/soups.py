@@ -31,40 +31,34 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
 
-from paper.cifar_networks import NETWORKS, load_network, normalise
-from paper.cifar_tasks import read_cifar, task_images
-from paper.rows import chosen_runs
+from paper.cifar_cells import cell_parser, found_in_cells, images_of
+from paper.cifar_networks import load_network
+from paper.cifar_tables import BLOCKS
 from peft_surgical import combine_adapters
 from peft_surgical.errors import DataError, run_in_words
 from peft_surgical.evaluation import TextTable, plus_minus, predict_logits
-from peft_surgical.training.ledger import Ledger, Run
+from peft_surgical.training.ledger import Run
 
-CANDIDATES = ("all", "block1", "block2", "block3", "head")
+CANDIDATES = ("all", *BLOCKS)
 WAYS = ("two", "every", "greedy", "segment", "ensemble", "sum")
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
-"""Of the second best, on the segment; of equals the first."""
+"""Shares of the second best candidate that are tried on the segment; of those that validate equally the smallest."""
 
 
 class _Cell:
     """The candidates of one network, task and seed, and the images that validate and test."""
 
     def __init__(self, args: argparse.Namespace, network: str, task: str, runs: Mapping[str, Run]) -> None:
-        key = next(iter(runs.values())).key
-        sizes = {"tuning": key["tuning_images"], "validation": key["validation_images"], "test": key["test_images"]}
-        data = read_cifar(task, args.data, seed=key["seed"], **sizes)
-        pixels, self.base = task_images(task, str(args.data)), load_network(network, args.models)
-        self.images, self.labels = {}, {}
-        for part, rows in (("validation", data.validation), ("test", data.test)):
-            at = torch.tensor([int(name.split()[-1]) for name in rows["file"]])
-            self.images[part] = normalise(pixels.pixels[at], network)
-            self.labels[part] = pixels.labels[at]
+        images = images_of(args.data, network, task, runs["all"])
+        self.base = load_network(network, args.models)
+        self.images = {part: images[part][0] for part in ("validation", "test")}
+        self.labels = {part: images[part][1] for part in ("validation", "test")}
         self.adapters = {name: Path(args.adapters, run.result["adapter"]) for name, run in runs.items()}
         found = {name: self.logits(self.load(folder)) for name, folder in self.adapters.items()}
         for name, run in runs.items():
@@ -116,14 +110,13 @@ class _Cell:
         """Test accuracy by way, with ``single``, and ``oracle``, the candidate that tests best."""
         best = [self.found[name] for name in self.order[:2]]
         together = {part: torch.stack([one[part].softmax(1) for one in best]).mean(0) for part in best[0]}
-        parts = [name for name in CANDIDATES if name != "all"]
         logits = {
             "two": self.mean(self.order[:2]),
             "every": self.mean(self.order),
             "greedy": self.greedy(),
             "segment": self.segment(),
             "ensemble": together,
-            "sum": self.mixed(dict.fromkeys(parts, 1.0)),
+            "sum": self.mixed(dict.fromkeys(BLOCKS, 1.0)),
         }
         tested = {name: self.accuracy(one, "test") for name, one in self.found.items()}
         found = {way: self.accuracy(one, "test") for way, one in logits.items()}
@@ -150,36 +143,20 @@ def table(cells: Mapping[tuple[str, str], Sequence[Mapping[str, float]]], seeds:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--rows", required=True, help="what recipes/cifar10c.py measured")
-    add("--adapters", metavar="FOLDER", help="the adapters of these rows; needed where a cell is not in --ledger yet")
-    add("--data", help="folder of <corruption>.parquet")
-    add("--models", help="folder with the networks' weights; default: PEFT_SURGICAL_SHARED")
-    add("--networks", nargs="+", choices=tuple(NETWORKS), default=list(NETWORKS), help="default: %(default)s")
-    add("--seeds", nargs="+", type=int, default=[0], help="default: 0")
-    add("--ledger", help="finished cells; default: soups.jsonl beside --rows")
-    add("--markdown", metavar="FILE", help="also write the table to this file")
+    parser = cell_parser(__doc__)
+    adapters = "the adapters of these rows; needed where a cell is not in --ledger yet"
+    parser.add_argument("--adapters", metavar="FOLDER", help=adapters)
     args = parser.parse_args(argv)
-    rows, ledger = Ledger(args.rows).runs(), Ledger(args.ledger or Path(args.rows).with_name("soups.jsonl"))
-    tasks = sorted({run.key["task"] for run in rows})
-    cells: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for network in args.networks:
-        for task in tasks:
-            found: list[Mapping[str, Any]] = []
-            for seed in args.seeds:
-                key = {"recipe": "soups", "network": network, "task": task, "seed": seed}
-                if ledger.find(key) is None and (runs := chosen_runs(rows, network, task, seed, CANDIDATES)):
-                    if not (args.adapters and args.data):
-                        parser.error(f"{network} on {task} is not in {ledger.file}: give --adapters and --data")
-                    ledger.append(key, _Cell(args, network, task, runs).measured())
-                    print(f"{network}, {task}, seed {seed}: {ledger.find(key)}", flush=True)
-                found += [result] if (result := ledger.find(key)) else []
-            if len(found) == len(args.seeds):
-                cells[network, task] = found
-    if not cells:
-        raise DataError(f"{args.rows} has no task with rows of {', '.join(CANDIDATES)} for seeds {args.seeds}")
-    shown = table(cells, args.seeds)
+    found = found_in_cells(
+        parser,
+        args,
+        "soups",
+        CANDIDATES,
+        lambda network, task, runs: _Cell(args, network, task, runs).measured(),
+        found_for=lambda runs: {"adapters": [run.result["adapter"] for run in runs.values()]},
+        needed=("adapters", "data"),
+    )
+    shown = table({what: [one for _, one in each] for what, each in found.items()}, args.seeds)
     shown.show()
     if args.markdown:
         shown.save(args.markdown)

@@ -13,6 +13,7 @@ from peft_surgical.training.ledger import Run
 from peft_surgical.training.search import NONE
 
 from .cifar_networks import NETWORKS
+from .cifar_tables import BLOCKS
 from .rows import reported
 
 TASKS = {
@@ -26,7 +27,7 @@ TASKS = {
 """Task -> source and target domain. The first half fixed the rules of ``auto``, the other half confirms them."""
 LITE0 = tuple(f"block{i}" for i in range(1, 8))
 """The blocks of an EfficientNet-Lite0 before its head."""
-CIFAR_BLOCKS = ("block1", "block2", "block3")
+CIFAR_BLOCKS = BLOCKS[:-1]
 """Those of the networks of `cifar_networks`."""
 
 

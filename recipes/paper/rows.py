@@ -84,25 +84,6 @@ def reported(
     return best_validated(rates, seeds, one, "validation")
 
 
-def chosen_runs(rows: Sequence[Run], network: str, task: str, seed: int, names: Sequence[str]) -> dict[str, Run]:
-    """Of ``cifar10c.py``: target -> its run with that seed, at the rate that validates best; empty if one lacks.
-
-    Args:
-        rows: Of one draw and one number of images.
-        network: Name of the network.
-        task: Corruption, or ``flip``.
-        seed: Of the draw.
-        names: Targets.
-    """
-    found = {}
-    for name in names:
-        settings = {"recipe": "cifar10c", "network": network, "task": task, "method": name}
-        rates = dict.fromkeys(row.key["lr"] for row in rows if settings.items() <= row.key.items())
-        for run in reported(rows, settings, tuple(rates) or (None,), [seed]):
-            found[name] = run
-    return found if len(found) == len(names) else {}
-
-
 def best_validated(
     candidates: Sequence[_Candidate],
     seeds: Sequence[int],
