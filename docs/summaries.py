@@ -8,7 +8,8 @@
 ``synthetic-*.md`` what ``recipes/synthetic.py --table`` does. ``compare-means.md``: the methods over both networks and
 four corruptions, with differences paired by seed, and ``compare-means.png``, its figure; ``compare-moments.md``:
 Auto-RGN with and without a new optimizer every epoch; ``compare-images.md`` and its figure: accuracy by the number of
-images; ``norm-policies.md``; ``resnet26.png`` and ``resnet32.png``: which block for which corruption; ``shifts.png``:
+images; ``norm-policies.md``; ``choice-*.md``: what ``auto`` is worth; ``criteria.md`` and ``soups.md``: what the
+recipes of these names draw; ``resnet26.png`` and ``resnet32.png``: which block for which corruption; ``shifts.png``:
 which block for which kind of shift. Which runs count is for the recipes to say: here are their own rules.
 """
 

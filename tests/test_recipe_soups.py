@@ -88,6 +88,17 @@ def test_soups_are_means_of_weights(soups, measured, capsys):
     assert "oracle" in capsys.readouterr().out
 
 
+def test_what_is_known_of_other_adapters_is_not_shown(soups, measured, tmp_path, capsys):
+    soups.main(asked(measured))
+    rows = Ledger(tmp_path / "rows.jsonl")
+    for run in Ledger(measured / "out" / "rows.jsonl"):
+        other = {"adapter": f"{run.result['adapter']}-2"} if "adapter" in run.result else {}
+        rows.append(run.key, {**run.result, **other})
+    with pytest.raises(SystemExit):
+        soups.main(["--rows", str(rows.file), "--ledger", str(measured / "out" / "soups.jsonl")])
+    assert "resnet26 on frost is not in" in capsys.readouterr().err
+
+
 def test_the_table_compares_with_the_single_best(soups):
     one = {"single": 0.5, "oracle": 0.6, **dict.fromkeys(soups.WAYS, 0.5)}
     other = {**one, "two": 0.4}

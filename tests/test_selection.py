@@ -186,6 +186,24 @@ def test_sensitivity_needs_no_labels(net, batches):
     assert config.selection["uses_labels"] is False
 
 
+def test_sensitivity_refuses_what_it_cannot_perturb(net, batches):
+    class Tokens(nn.Module):
+        """Takes integers."""
+
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.fc = nn.Embedding(10, 4), nn.Linear(4, 5)
+
+        def forward(self, x):
+            return self.fc(self.embedding(x).mean(1))
+
+    blocks = {"embedding": ["embedding"], "head": ["fc"]}
+    with pytest.raises(DataError, match="no input of a batch can be perturbed: sensitivity needs images as floating"):
+        score_blocks(Tokens(), [(torch.arange(6).reshape(2, 3), torch.arange(2))], "sensitivity", blocks=blocks)
+    with pytest.raises(DataError, match="that are not all alike"):
+        score_blocks(net, [(torch.zeros(6, 3, 8, 8), batches[0][1])], "sensitivity")
+
+
 def test_a_block_without_an_output_of_its_own_has_no_sensitivity(batches):
     class Shifted(ConvNet):
         """Adds a vector that belongs to no module."""

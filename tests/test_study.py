@@ -227,6 +227,20 @@ def test_other_rows_in_the_same_folder_replace_what_was_reported(tmp_path):
         run("--target", "block1", *asked)
 
 
+def test_the_effort_reaches_the_search(tmp_path, monkeypatch):
+    asked = []
+
+    def stopped(experiment, rows, seeds):
+        asked.append(experiment.asked.effort)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("paper.study.run_grid", stopped)
+    for words in ([], ["--effort", "3"]):
+        with pytest.raises(KeyboardInterrupt):
+            run("--target", "auto", "--seeds", "0", "--output", str(tmp_path), *words)
+    assert asked == [1, 3]
+
+
 def test_plan_trains_nothing(tmp_path, capsys):
     assert (
         run("--output", str(tmp_path / "none"), "--dry-run", "--target", "block1", "auto", "--method", "full") is None

@@ -252,10 +252,11 @@ def anatomy_under(model: nn.Module, blocks: Mapping[str, str | Sequence[str]] | 
 
 @contextmanager
 def block_outputs(model: nn.Module, anatomy: Anatomy) -> Iterator[dict[str, Tensor]]:
-    """What each block before the head puts out in the latest forward pass: a dict that every pass fills anew.
+    """Block -> what it puts out, of the blocks before the head: a dict into which every forward pass writes.
 
-    Where several modules of a block have an output, the last one that ran counts. Blocks without a module of their own,
-    such as embeddings that the network adds itself, are left out.
+    Clear it before a pass whose outputs are not to be mixed with those of the one before. Tensors have the shape that
+    the block gives them, (n, ...). Where several modules of a block have an output, the last one that ran counts.
+    Blocks without a module of their own, such as embeddings that the network adds itself, are left out.
     """
     owners = {path: block.name for block in anatomy if block.name != "head" for path in block.modules}
     seen: dict[str, Tensor] = {}

@@ -85,7 +85,10 @@ class SelectiveDecay:
 
     @torch.no_grad()
     def before(self, tensor: TrainedTensor) -> torch.Tensor:
-        """The norm that a tensor may not exceed unpunished in the coming step: infinite where the loss leads away."""
+        """The L2 norm above which `pull` acts after the coming step, (): the delta's own, or infinite.
+
+        Infinite where the gradient does not point back to the pretrained value, so that the tensor moves freely.
+        """
         delta, gradient = tensor.parameter, tensor.parameter.grad
         assert gradient is not None
         is_held = (gradient.to(delta.dtype) * delta).sum() > 0

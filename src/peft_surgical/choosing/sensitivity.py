@@ -54,7 +54,7 @@ def collect_changes(
     that it is the same on every machine. Arguments are those of `score_blocks`, and the result of `trained_tensors`.
 
     Raises:
-        DataError: No process has a batch, or a batch has a form that is not understood.
+        DataError: No process has a batch, or a batch has a form that is not understood, or nothing to perturb.
     """
     model = unwrapped(model)
     device = next(iter(tensors.values())).parameter.device
@@ -67,7 +67,7 @@ def collect_changes(
         torch.no_grad(),
         precision,
         block_outputs(model, anatomy) as seen,
-        _before_forward(model, perturb),
+        model.register_forward_pre_hook(perturb, with_kwargs=True, prepend=True),
     ):
 
         def keep(given: Any, labels: Any) -> Tensor:
@@ -84,7 +84,12 @@ def collect_changes(
             batch = moved(batch, device)
             plain = outputs(batch, 0.0)
             noisy = outputs(batch, NOISE)
-            entering, growth = perturb.relative, {}
+            if (entering := perturb.relative) == 0:
+                raise DataError(
+                    "no input of a batch can be perturbed: sensitivity needs images as floating point tensors that "
+                    "are not all alike. Give such batches, or another criterion"
+                )
+            growth = {}
             for name in [name for name in order if name in plain and plain[name].shape == noisy[name].shape]:
                 leaving = _relative(plain[name], noisy[name])
                 growth[name] = leaving / entering if entering > 0 else 0.0
@@ -120,13 +125,15 @@ class _Perturbation:
     """A pre-hook of the network that adds noise to the images it is given: the same to each batch."""
 
     def __init__(self) -> None:
-        self.noise = 0.0
-        self.relative = 0.0
+        self.noise = 0.0  # in standard deviations of the values; 0 leaves inputs as they are
+        self.relative = 0.0  # change of the latest input, over its size
+        self.generator = torch.Generator()
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         if not self.noise:
             return None
-        self.generator = torch.Generator().manual_seed(0)
+        self.relative = 0.0
+        self.generator.manual_seed(0)
         return tuple(map(self._noisy, args)), {name: self._noisy(value) for name, value in kwargs.items()}
 
     def _noisy(self, value: Any) -> Any:
@@ -136,7 +143,3 @@ class _Perturbation:
         found = value + self.noise * value.std() * drawn
         self.relative = _relative(value, found)
         return found
-
-
-def _before_forward(model: nn.Module, hook: _Perturbation) -> Any:
-    return model.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
