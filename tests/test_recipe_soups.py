@@ -1,5 +1,7 @@
 """Soups of the adapters that the CIFAR-10-C recipe leaves, against the same worked out on the weights by hand."""
 
+import argparse
+
 import pytest
 import torch
 from miniatures import cifar10c_files
@@ -7,6 +9,7 @@ from peft import PeftModel
 from scripts import script
 
 from paper import cifar, cifar_networks
+from paper.cifar_cells import chosen_runs
 from peft_surgical.errors import DataError
 from peft_surgical.evaluation import predict_logits
 from peft_surgical.training.ledger import Ledger, Run
@@ -86,6 +89,66 @@ def test_soups_are_means_of_weights(soups, measured, capsys):
     # What is in the ledger is not computed again, and needs no adapters.
     soups.main(["--rows", str(measured / "out" / "rows.jsonl"), "--networks", "resnet26"])
     assert "oracle" in capsys.readouterr().out
+
+
+def test_a_mixture_has_the_logits_of_the_mean_of_the_weights(soups, measured):
+    args = argparse.Namespace(
+        data=str(measured / "data"), models=str(measured), adapters=str(measured / "out" / "adapters")
+    )
+    rows = Ledger(measured / "out" / "rows.jsonl").runs()
+    cell = soups._Cell(args, "resnet26", "frost", chosen_runs(rows, "resnet26", "frost", 0, soups.CANDIDATES))
+    two = ["block1", "head"]
+    states = [cell.load(cell.adapters[name]).merge_and_unload().state_dict() for name in two]
+    network = cifar_networks.load_network("resnet26", measured)
+    start = {name: value.clone() for name, value in network.state_dict().items()}
+    for found, shares in ((cell.mean(two), (0.5, 0.5)), (cell.mixed({"block1": 0.25, "head": 0.75}), (0.25, 0.75))):
+        moves = [(share, state) for share, state in zip(shares, states, strict=True)]
+        network.load_state_dict(
+            {n: v + sum(share * (state[n] - v) for share, state in moves) for n, v in start.items()}
+        )
+        for part in ("validation", "test"):
+            expected = predict_logits(network, cell.images[part])
+            torch.testing.assert_close(found[part], expected, rtol=1e-4, atol=1e-5)
+            assert not torch.allclose(found[part], cell.found["block1"][part], atol=1e-5)
+
+
+class Candidates:
+    """In place of a cell: what a mixture validates is looked up, by its candidates and their shares."""
+
+    def __init__(self, known):
+        self.known, self.order = known, ["a", "b", "c"]
+        self.found = {name: {name: 1.0} for name in self.order}
+
+    def mean(self, names):
+        return dict.fromkeys(names, round(1 / len(names), 2))
+
+    def mixed(self, weights):
+        return {name: share for name, share in weights.items() if share}
+
+    def accuracy(self, mixture, part="validation"):
+        return self.known.get(tuple(sorted(mixture.items())), 0.0)
+
+
+def test_a_candidate_joins_the_greedy_soup_while_validation_does_not_fall(soups):
+    alone, with_b = (("a", 1.0),), (("a", 0.5), ("b", 0.5))
+    with_c, every = (("a", 0.5), ("c", 0.5)), (("a", 0.33), ("b", 0.33), ("c", 0.33))
+    for known, kept in (
+        ({alone: 0.7, with_b: 0.6, with_c: 0.7, every: 0.9}, with_c),
+        ({alone: 0.7, with_b: 0.7, every: 0.6}, with_b),
+        ({alone: 0.7, with_b: 0.8, every: 0.8}, every),
+        ({alone: 0.7, with_b: 0.6, with_c: 0.6}, alone),
+    ):
+        assert tuple(sorted(soups._Cell.greedy(Candidates(known)).items())) == kept
+
+
+def test_the_segment_takes_the_share_that_validates_best_and_the_smallest_of_equals(soups):
+    alone, quarter, three = (("a", 1.0),), (("a", 0.75), ("b", 0.25)), (("a", 0.25), ("b", 0.75))
+    for known, kept in (
+        ({alone: 0.5, quarter: 0.6, three: 0.7}, three),
+        ({alone: 0.6, quarter: 0.6}, alone),
+        ({alone: 0.6, (("b", 1.0),): 0.7}, (("b", 1.0),)),
+    ):
+        assert tuple(sorted(soups._Cell.segment(Candidates(known)).items())) == kept
 
 
 def test_what_is_known_of_other_adapters_is_not_shown(soups, measured, tmp_path, capsys):
