@@ -5,8 +5,14 @@
     python recipes/photographs.py --prepare --data FOLDER --output photographs           # copies of 80 pixels
     python recipes/photographs.py --data photographs --model BASE --tasks sketch webcam cellavision
 
+BASE is an ImageNet network; the one that was measured is made from its weights by::
+
+    size = {"input_size": (3, 64, 64), "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+    network = timm.create_model("tf_efficientnet_lite0", checkpoint_path=WEIGHTS, pretrained_cfg_overlay=size)
+    peft_surgical.bases.libraries.save_checkpoint("timm", network, "BASE", label_names=None)
+
 FOLDER holds PACS (Li et al. 2017), Office-Caltech (Gong et al. 2012) and blood cells of two laboratories (Zheng et al.
-2018), each as ``<set>/<domain>/<class>/<image>``; BASE is an ImageNet network. It is first trained on the source domain
+2018), each as ``<set>/<domain>/<class>/<image>``; BASE is first trained on the source domain
 (LP-FT), then tuned on ``--per-class`` images of each class of the target domain:
 
     =========== ======================= =================================
